@@ -1,0 +1,96 @@
+"""Interrupted work, kept: a folder per fingerprint, one writer at a time, finished results moved into place whole.
+
+DVC deletes a stage's outs before it runs the stage, so unfinished work lives in `.scratch/<stage>-<name>/<fingerprint>/`
+and a result appears under its final name by a rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(".scratch")
+
+
+class BusyError(RuntimeError):
+    """Another process works on the same thing."""
+
+
+@contextmanager
+def workspace(stage: str, name: str, *, inputs: Any = None) -> Iterator[Path]:
+    """Yield the scratch folder of one unit of work, held exclusively until the block ends.
+
+    Args:
+        stage: the stage's name, such as `pretrain`.
+        name: what it works on: a model, corpus or pipeline.
+        inputs: JSON-able parameters and digests; work begun with other inputs is not found again, and is deleted.
+
+    Raises:
+        BusyError: another process holds it. The lock dies with its process, so kill -9 leaves none behind.
+    """
+    base = ROOT / f"{stage}-{name}"
+    base.mkdir(parents=True, exist_ok=True)
+    with (base / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise BusyError(
+                f"{stage} {name} is already being run by process {lock.read().strip() or '(unknown)'}; "
+                "wait for it or stop it, then run again. Nothing was changed"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        folder = base / fingerprint(inputs)
+        for old in base.iterdir():
+            if old.is_dir() and old != folder:
+                shutil.rmtree(old)
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
+def fingerprint(inputs: Any) -> str:
+    """16 hex digits of the SHA-256 of `inputs` as canonical JSON."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder."""
+    if path.is_dir():
+        lines = (f"{p.relative_to(path)}\0{digest(p)}\n" for p in sorted(path.rglob("*")) if p.is_file())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(result: Path, target: Path) -> None:
+    """Move a finished file or folder to `target` in one rename, replacing what stood there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        aside = ROOT / f"old-{uuid.uuid4().hex}"
+        target.rename(aside)
+        result.rename(target)
+        shutil.rmtree(aside)
+    else:
+        result.replace(target)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (sorted, indented) so that a reader finds the old or the new file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    with staging.open("w") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
