@@ -1,7 +1,7 @@
 """Interrupted work, kept: a folder per fingerprint, one writer at a time, finished results moved into place whole.
 
-DVC deletes a stage's outs before it runs the stage, so unfinished work lives in `.scratch/<stage>-<name>/<fingerprint>/`
-and a result appears under its final name by a rename.
+DVC deletes a stage's outs before it runs the stage, so unfinished work lives in
+`.scratch/<stage>-<name>/<fingerprint>/` and a result appears under its final name by a rename.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python -m tasks.settings [pipelines.yaml]      # validate, and print what is defined
 
-Nothing runs before the whole file is valid. An error names the file, the path of the field, the value and what is allowed.
+Nothing runs before the whole file is valid. An error names the file, the path of the field, the value and what is
+allowed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Frozen(BaseModel):
 
 
 class Shape(Frozen):
-    """The sizes of a LLaMA, for plans and checks before anything is downloaded; the names are those of its config.json."""
+    """Sizes of a LLaMA, for plans and checks before anything is downloaded; the names are those of config.json."""
 
     hidden_size: Positive
     intermediate_size: Positive
@@ -128,13 +129,15 @@ class Partition(Frozen):
     @model_validator(mode="after")
     def _sizes(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k = {self.top_k} is more than experts = {self.experts}; allowed: 1 to {self.experts}")
+            raise ValueError(
+                f"top_k = {self.top_k} is more than experts = {self.experts}; allowed: 1 to {self.experts}"
+            )
         if self.method == "random" and self.shared_experts:
             raise ValueError("method `random` has no shared experts; set shared_experts: 0 or method: activation")
         return self
 
     def check_width(self, width: int) -> int:
-        """Neurons per expert for an FFN of `width`. Raises ValueError listing the numbers of experts that divide it."""
+        """Neurons per expert for an FFN of `width`. Raises ValueError listing the numbers of experts that fit."""
         total = self.experts + self.shared_experts
         if width % total:
             fits = [n for n in range(2, min(width, 257)) if width % n == 0]
@@ -193,7 +196,7 @@ class Pretrain(Frozen):
 
 
 class Task(Frozen):
-    """An lm-eval task over a local file, described by tasks/evaluate/harness/<name>.yaml, or a hub task by its name."""
+    """An lm-eval task: over a local file, described by tasks/evaluate/harness/<name>.yaml, or a hub task by name."""
 
     name: Name
     source: SourceText | None = None
@@ -252,8 +255,8 @@ class Settings(Frozen):
                 except ValueError as error:
                     raise ValueError(f"pipelines.{name}.partition: {error}") from None
         for i, deployment in enumerate(self.deployments):
-            pipeline = (deployment.get("parameters") or {}).get("pipeline")
-            _known(f"deployments[{i}].parameters.pipeline", pipeline, self.pipelines)
+            target = (deployment.get("parameters") or {}).get("pipeline")
+            _known(f"deployments[{i}].parameters.pipeline", target, self.pipelines)
         return self
 
     def pipeline(self, name: str) -> Pipeline:

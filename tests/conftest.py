@@ -1,0 +1,178 @@
+"""Fixtures that every room shares: a tiny real LLaMA and a project around it; one thread, set before torch loads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+
+SETTINGS = """\
+models:
+  tiny:
+    source: dir:{model}
+    license: PSF-2.0
+
+corpora:
+  tiny:
+    model: tiny
+    heldout: 0.2
+    domains:
+      prose: {{source: "dir:{data}/prose.jsonl.gz", format: jsonl, license: PSF-2.0}}
+      code: {{source: "dir:{data}/code.jsonl", format: jsonl, license: PSF-2.0}}
+
+pipelines:
+  tiny:
+    model: tiny
+    corpus: tiny
+    mixture: {{method: reference_loss, windows: 4}}
+    partition: {{method: activation, experts: 12, shared_experts: 4, top_k: 4, calibration_windows: 16}}
+    pretrain:
+      tokens: 1536
+      seq_len: 64
+      batch: 4
+      micro_batch: 2
+      learning_rate: 1e-3
+      warmup_steps: 1
+      dynamic: true
+      eval_every: 2
+      eval_windows: 2
+      save_every: 2
+      precision: float32
+    evaluate: {{seq_len: 64, windows: 4, batch: 4}}
+
+deployments:
+  - name: tiny
+    entrypoint: flows/upcycle.py:upcycle
+    parameters: {{pipeline: tiny}}
+    work_pool: {{name: local}}
+  - name: tiny
+    entrypoint: flows/retrain.py:retrain
+    parameters: {{pipeline: tiny}}
+    work_pool: {{name: local}}
+    schedules: [{{cron: "0 3 * * 1", timezone: UTC, active: true}}]
+"""
+
+
+def documents(domain: str) -> list[str]:
+    """Real text that every Python has: the language reference's topics as prose, the standard library as code."""
+    if domain == "prose":
+        from pydoc_data.topics import topics
+
+        texts = [part for topic in topics.values() for part in topic.split("\n\n\n")]
+    else:
+        files = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:60]
+        texts = [part for file in files for part in file.read_text(errors="replace").split("\n\n\n")]
+    return [text for text in dict.fromkeys(texts) if len(text) > 200][:500]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prose.jsonl.gz and code.jsonl of about 500 documents each."""
+    folder = tmp_path_factory.mktemp("data")
+    for domain, opener in {"prose.jsonl.gz": gzip.open, "code.jsonl": open}.items():
+        with opener(folder / domain, "wt") as file:
+            for text in documents(domain.split(".")[0]):
+                file.write(json.dumps({"text": text}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder: LlamaForCausalLM of 2 layers, trained for a few seconds, with its own byte-level BPE."""
+    base = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent  # shared by the workers
+    folder = base / "tiny-model"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "model.safetensors").exists():
+            _train_tiny(folder)
+    return folder
+
+
+def _train_tiny(folder: Path) -> None:
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    texts = documents("prose") + documents("code")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=["<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor([i for encoded in bpe.encode_batch(texts) for i in [*encoded.ids, 0]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        starts = torch.randint(len(ids) - 64, (16,))
+        batch = torch.stack([ids[s : s + 64] for s in starts])
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture
+def tiny_project(tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root with its own copy of the code and the pipeline `tiny`; the test runs inside it."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("tasks", "flows", "kernels"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, project / name)
+    data = project / "texts"
+    shutil.copytree(tiny_data, data)
+    (project / "pipelines.yaml").write_text(SETTINGS.format(model=tiny_model, data=data))
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", f"{project}{os.pathsep}{project / 'kernels'}")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return project
+
+
+@pytest.fixture
+def tiny_repo(tiny_project: Path) -> Path:
+    """The tiny project as a git and DVC repository with one commit."""
+    for command in (
+        ["git", "init", "--quiet"],
+        ["git", "config", "user.name", "Test"],
+        ["git", "config", "user.email", "test@example.org"],
+        [sys.executable, "-m", "dvc", "init", "--quiet"],
+        [sys.executable, "-m", "dvc", "config", "core.autostage", "false"],
+        ["git", "add", "--all"],
+        ["git", "commit", "--quiet", "--message", "Start"],
+    ):
+        subprocess.run(command, check=True, cwd=tiny_project)
+    return tiny_project
