@@ -1,0 +1,53 @@
+"""Load checkpoints, dense or sparse; a sparse one computes its experts by moe_kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+MOE_TYPES = ("mixtral", "granitemoeshared")
+
+
+def is_moe(config: Any) -> bool:
+    """True for the config (object or dict) of a sparse model."""
+    kind = config["model_type"] if isinstance(config, dict) else config.model_type
+    return kind in MOE_TYPES
+
+
+def load(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors, in eval mode.
+
+    Args:
+        path: checkpoint directory.
+        dtype: of the weights; the one they are stored in if absent.
+        device: moved there if given.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at `path`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    if not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint here (config.json is missing); run the stage that writes it")
+    disable_progress_bar()
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    options: dict[str, Any] = {}
+    if is_moe(config):
+        import moe_kernels
+
+        moe_kernels.register()
+        options["experts_implementation"] = "moe_kernels"
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, **options
+    )
+    if device is not None:
+        model.to(torch.device(device))
+    return model.eval()

@@ -1,0 +1,64 @@
+"""Next-token loss per window, which every stage compares: summed nats, no auxiliary loss, fp32 log-softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHUNK = 256  # positions whose logits exist at once: 50 MB at a vocabulary of 49152
+
+
+def window_nll(model: PreTrainedModel, ids_BL: np.ndarray, *, batch: int) -> np.ndarray:
+    """Summed negative log-likelihood of each window's tokens 2 to L.
+
+    Args:
+        model: a causal language model; put into eval mode for the call.
+        ids_BL: int64 [B, L] token ids, L >= 2.
+        batch: windows per forward pass.
+
+    Returns:
+        float64 [B] in nats; divide by L - 1 for nats per token.
+    """
+    import torch
+
+    if ids_BL.ndim != 2 or ids_BL.shape[1] < 2:
+        raise ValueError(f"windows have the shape {ids_BL.shape}; needed: [B, L] with L >= 2")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            sums = [_nll(model, ids_BL[i : i + batch]) for i in range(0, len(ids_BL), batch)]
+    finally:
+        model.train(training)
+    return np.concatenate(sums) if sums else np.zeros(0)
+
+
+def _nll(model: PreTrainedModel, ids_BL: np.ndarray) -> np.ndarray:
+    import torch
+    import torch.nn.functional as F
+
+    ids = torch.from_numpy(np.ascontiguousarray(ids_BL)).to(model.device)
+    hidden_BLD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    target_BL = ids[:, 1:]
+    total_B = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    for i in range(0, target_BL.shape[1], _CHUNK):
+        logits = model.get_output_embeddings()(hidden_BLD[:, i : i + _CHUNK]).float()
+        logits = logits / getattr(model.config, "logits_scaling", 1.0)
+        nll = F.cross_entropy(logits.transpose(1, 2), target_BL[:, i : i + _CHUNK], reduction="none")
+        total_B += nll.double().sum(1)
+    return total_B.cpu().numpy()
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of the mean loss; inf where that overflows."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def bits_per_byte(nats: float, *, num_bytes: int) -> float:
+    """Summed nats of some tokens over the UTF-8 bytes that these tokens stand for, in bits."""
+    return nats / math.log(2) / num_bytes
