@@ -1,0 +1,150 @@
+"""Judge the dense parent, the MoE right after the split and the MoE after training on the same held-out windows.
+
+    python -m tasks.evaluate PIPELINE
+
+Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}. Writes runs/PIPELINE/evaluation.json (the figures),
+routing.json (tokens per domain, layer and expert) and heldout.json (the very windows judged, {domain: [[ids]]}).
+A model that is done stays done: an evaluation that is killed goes on with the next model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tasks import scratch, settings
+from tasks.evaluate import accuracy, likelihood
+
+CODE = Path(__file__).parent
+MODELS = {"dense": "dense parent", "split": "MoE after the split", "trained": "MoE after training"}
+
+
+def evaluate(name: str) -> None:
+    """Evaluate pipeline `name` and write its three files. Raises ValueError if model and corpus do not fit."""
+    from tasks.corpus import encoder, manifest, windows
+
+    config = settings.load()
+    pipeline = config.pipeline(name)
+    knobs = pipeline.evaluate
+    run = Path("runs") / name
+    folders = {"dense": Path("data/models") / pipeline.model, "split": run / "moe", "trained": run / "trained"}
+    corpus = Path("data/corpora") / pipeline.corpus
+    contents = manifest.load(corpus)
+    manifest.require_tokenizer(contents, folders["dense"])
+    ids = windows.heldout(corpus, seq_len=knobs.seq_len, count=knobs.windows)
+    token_bytes = encoder.token_bytes(folders["dense"])
+    inputs = {
+        "settings": knobs.model_dump(),
+        "corpus": contents.sha256,
+        "models": {key: scratch.digest(folder) for key, folder in folders.items()},
+        "code": [scratch.digest(path) for path in sorted(CODE.rglob("*")) if path.suffix in {".py", ".yaml"}],
+    }
+    with scratch.workspace("evaluate", name, inputs=inputs) as folder:
+        prepared = accuracy.prepare(knobs.tasks, folder / "tasks")
+        done = {}
+        for key, path in folders.items():
+            result = folder / f"{key}.json"
+            if result.exists():
+                print(f"{MODELS[key]}: already judged, kept", flush=True)
+            else:
+                print(f"{MODELS[key]}: {path}", flush=True)
+                scratch.write_json(result, _judge(path, ids, knobs=knobs, prepared=prepared))
+            done[key] = json.loads(result.read_text())
+        heldout = likelihood.counts(ids, token_bytes=token_bytes)
+        scratch.write_json(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
+        (folder / "heldout.json").write_text(json.dumps({domain: a.tolist() for domain, a in ids.items()}))
+        scratch.publish(folder / "heldout.json", run / "heldout.json")
+        scratch.write_json(run / "evaluation.json", summarise(done, heldout=heldout, seq_len=knobs.seq_len))
+
+
+def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from tasks.moe import checkpoint, counts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = checkpoint.load(path, dtype=torch.float32, device=device)
+    start = time.perf_counter()
+
+    def progress(domain: str, nats: float) -> None:
+        print(f"  {domain}: {nats:.4f} nats/token ({time.perf_counter() - start:.0f} s)", flush=True)
+
+    measured = likelihood.measure(model, ids, batch=knobs.batch, progress=progress)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    scored = accuracy.run(model, tokenizer, tasks=knobs.tasks, prepared=prepared, batch=knobs.batch)
+    for task, entry in scored.items():
+        figures = ", ".join(f"{m} {v:.4f}" for m, v in entry.items() if isinstance(v, float))
+        print(f"  {task}: {figures}, n = {entry['n']} ({time.perf_counter() - start:.0f} s)", flush=True)
+    sizes = counts.parameters(model.config)
+    return measured | {
+        "tasks": scored,
+        "parameters": {"total": sizes["total"], "active": sizes["active"]},
+        "flops_per_token": counts.flops_per_token(model.config, seq_len=knobs.seq_len)["forward"],
+        "machine": machine(device),
+    }
+
+
+def summarise(done: dict[str, Any], *, heldout: dict[str, Any], seq_len: int) -> dict[str, Any]:
+    """The content of evaluation.json.
+
+    Args:
+        done: {dense, split, trained: what was measured}.
+        heldout: likelihood.counts.
+
+    Returns:
+        dense, split, trained: {loss, perplexity, bits_per_byte: {domain, mean}, parameters {total, active},
+        flops_per_token, tokens_per_second, tasks}; heldout: {domain: {windows, tokens, bytes}, seq_len};
+        difference: {trained_dense, trained_split: {loss, stderr}}, first minus second; recovery: the share of the
+        loss that the split cost which training won back, absent if the split cost nothing; routing; machine.
+    """
+    summary: dict[str, Any] = {}
+    for key, result in done.items():
+        summary[key] = likelihood.scores(result["nats"], heldout)
+        for field in ("parameters", "flops_per_token", "tokens_per_second", "tasks"):
+            summary[key][field] = result[field]
+    summary["heldout"] = {"domains": heldout, "seq_len": seq_len}
+    nats = {key: result["nats"] for key, result in done.items()}
+    summary["difference"] = {
+        f"trained_{other}": likelihood.difference(nats["trained"], nats[other], heldout)
+        for other in ("dense", "split")
+    }
+    dense, split, trained = (summary[key]["loss"]["mean"] for key in MODELS)
+    if split > dense:
+        summary["recovery"] = (split - trained) / (split - dense)
+    summary["routing"] = {key: likelihood.balance(done[key]["load"]) for key in ("split", "trained")}
+    summary["machine"] = done["trained"]["machine"]
+    return summary
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The processor that measured, its cores, and the threads that torch used."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    found = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def main() -> int:
+    """Run the stage for the pipeline named on the command line."""
+    if len(sys.argv) != 2:
+        print("usage: python -m tasks.evaluate PIPELINE", file=sys.stderr)
+        return 2
+    evaluate(sys.argv[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Inline SVG charts without a library: lines, dots on a scale, a heat map. Colours are the page's CSS classes.
+
+Every function returns markup that stands alone in a page; all text is escaped. Series and model classes are `s0` to
+`s7` (stroke and fill) and heat levels `h0` to `h8`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+COLOURS = 8
+LEVELS = 9
+_WIDTH, _HEIGHT = 480, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 38
+_ROW = 34
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    faint: str = "",
+    zero: bool = False,
+) -> str:
+    """A line chart.
+
+    Args:
+        series: {label: [(x, y)]}; points that are not finite are left out, a series without points too.
+        x_label, y_label: axis titles.
+        faint: label of a series drawn thin, behind the others.
+        zero: let the y axis begin at 0.
+
+    Returns:
+        markup, "" if there is nothing to draw.
+    """
+    series = {
+        label: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for label, points in series.items()
+    }
+    series = {label: points for label, points in series.items() if points}
+    if not series:
+        return ""
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
+    x_ticks = ticks(min(xs), max(xs), count=6)
+    y_ticks = ticks(0.0 if zero else min(ys), max(ys), count=5)
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def px(x: float) -> float:
+        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def py(y: float) -> float:
+        return _TOP + (y_high - y) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for tick in y_ticks:
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>'
+        )
+        parts.append(f'<text class="end" x="{_LEFT - 7}" y="{py(tick) + 4:.1f}">{number(tick)}</text>')
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{number(tick)}</text>')
+    axis = _HEIGHT - _BOTTOM
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{axis}" y2="{axis}"/>')
+    parts.append(f'<text class="end" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}">{escape(x_label)}</text>')
+    ordered = sorted(enumerate(series.items()), key=lambda item: item[1][0] != faint)
+    for i, (label, points) in ordered:
+        style = "faint" if label == faint else f"line s{i % COLOURS}"
+        path = "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
+        parts.append(f'<path class="{style}" d="{path}"><title>{escape(label)}</title></path>')
+        if label != faint:
+            x, y = points[-1]
+            parts.append(f'<circle class="s{i % COLOURS}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>')
+    keys = [(label, "faint" if label == faint else f"s{i % COLOURS}") for i, label in enumerate(series)]
+    chart = _svg("".join(parts), width=_WIDTH, height=_HEIGHT, label=f"{y_label} by {x_label}")
+    return f'<p class="unit">{escape(y_label)}</p>{chart}{legend(keys)}'
+
+
+def dots(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
+    """One row per name, one dot per series on a common scale, the span between them drawn as a bar.
+
+    Args:
+        rows: {row: {series: value}}.
+        label: what is measured, with its unit.
+    """
+    values = [value for row in rows.values() for value in row.values()]
+    scale = ticks(0.0, max(values), count=6)
+    left, right, height = 96, 30, len(rows) * _ROW + 30
+
+    def px(value: float) -> float:
+        return left + value / scale[-1] * (_WIDTH - left - right)
+
+    bottom = height - 26
+    parts = []
+    for tick in scale:
+        parts.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="4" y2="{bottom}"/>')
+        parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{height - 8}">{number(tick)}</text>')
+    for i, (name, row) in enumerate(rows.items()):
+        y = i * _ROW + _ROW / 2 + 4
+        low, high = min(row.values()), max(row.values())
+        shown = name if len(name) <= 13 else name[:12] + "…"
+        parts.append(f'<text class="end" x="{left - 10}" y="{y + 4:.1f}">{escape(shown)}</text>')
+        parts.append(f'<line class="span" x1="{px(low):.1f}" x2="{px(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        for j, (series, value) in enumerate(row.items()):
+            title = f"<title>{escape(name)}, {escape(series)}: {value:.3f}</title>"
+            parts.append(f'<circle class="s{j} dot" cx="{px(value):.1f}" cy="{y:.1f}" r="6.5">{title}</circle>')
+    keys = [(series, f"s{j}") for j, series in enumerate(next(iter(rows.values())))]
+    chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
+    return f'<p class="unit">{escape(label)}</p>{chart}{legend(keys)}'
+
+
+def heat_map(grid: Sequence[Sequence[float]], *, top: float, label: str) -> str:
+    """Cells coloured in nine levels from 0 to `top` and above; rows from the top, one path per level.
+
+    Args:
+        grid: [rows][columns] of numbers >= 0.
+        top: value of the strongest colour.
+        label: what a screen reader says.
+    """
+    paths: dict[int, list[str]] = {}
+    for y, row in enumerate(grid):
+        start = 0
+        levels = [min(LEVELS - 1, int(value / top * LEVELS)) for value in row]
+        for x in range(1, len(levels) + 1):
+            if x == len(levels) or levels[x] != levels[start]:
+                paths.setdefault(levels[start], []).append(f"M{start} {y}h{x - start}v1h{start - x}z")
+                start = x
+    body = "".join(f'<path class="h{level}" d="{"".join(cells)}"/>' for level, cells in sorted(paths.items()))
+    size = f"0 0 {len(grid[0])} {len(grid)}"
+    return (
+        f'<svg class="heat" viewBox="{size}" preserveAspectRatio="none" shape-rendering="crispEdges" role="img" '
+        f'aria-label="{escape(label)}">{body}</svg>'
+    )
+
+
+def legend(keys: Sequence[tuple[str, str]]) -> str:
+    """A row of colour keys: [(label, class)]."""
+    items = "".join(f'<li><i class="{style}"></i>{escape(label)}</li>' for label, style in keys)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def ticks(low: float, high: float, *, count: int) -> list[float]:
+    """About `count` round numbers that enclose [low, high]; the step is 1, 2 or 5 times a power of ten."""
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A tick's text: 1500 is 1.5k, 0.25 stays."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:g}"
+
+
+def _svg(body: str, *, width: int, height: int, label: str) -> str:
+    return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'

@@ -1,0 +1,129 @@
+"""Held-out loss per domain: nats per token, perplexity, bits per byte, tokens per second, expert load."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tasks.moe import checkpoint, loss, routing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def measure(
+    model: PreTrainedModel,
+    windows: Mapping[str, np.ndarray],
+    *,
+    batch: int,
+    progress: Callable[[str, float], None] = lambda domain, nats: None,
+) -> dict[str, Any]:
+    """Run a model over the held-out windows.
+
+    Args:
+        model: a causal language model; its dtype and device are those of the measurement.
+        windows: {domain: int64 [B, L] token ids}.
+        batch: windows per forward pass.
+        progress: called with (domain, its loss in nats per token) after each domain.
+
+    Returns:
+        nats {domain: [summed nats of each window]}; tokens_per_second (median over the batches of tokens read, per
+        second of forward pass and loss); load {domain: [layers][experts] tokens sent there}, {} for a dense model.
+    """
+    nats: dict[str, list[float]] = {}
+    load: dict[str, list[list[int]]] = {}
+    speeds: list[float] = []
+    sparse = checkpoint.is_moe(model.config)
+    for domain, ids_BL in windows.items():
+        sums: list[float] = []
+        with routing.expert_load(model) if sparse else nullcontext() as load_LE:
+            for i in range(0, len(ids_BL), batch):
+                part = ids_BL[i : i + batch]
+                start = time.perf_counter()
+                sums.extend(loss.window_nll(model, part, batch=batch).tolist())
+                speeds.append(part.size / (time.perf_counter() - start))
+        nats[domain] = sums
+        if load_LE is not None:
+            load[domain] = load_LE.tolist()
+        progress(domain, sum(sums) / predicted(ids_BL))
+    return {"nats": nats, "tokens_per_second": statistics.median(speeds), "load": load}
+
+
+def predicted(ids_BL: np.ndarray) -> int:
+    """Tokens predicted in [B, L] windows: each but the first of its window."""
+    return ids_BL.shape[0] * (ids_BL.shape[1] - 1)
+
+
+def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dict[str, dict[str, int]]:
+    """What a figure rests on, per domain: windows, predicted tokens, and the UTF-8 bytes these tokens stand for.
+
+    Args:
+        windows: {domain: int64 [B, L]}.
+        token_bytes: int64 [vocabulary], bytes of each id (tasks.corpus.encoder.token_bytes).
+    """
+    return {
+        domain: {
+            "windows": len(ids_BL),
+            "tokens": predicted(ids_BL),
+            "bytes": int(token_bytes[ids_BL[:, 1:]].sum()),
+        }
+        for domain, ids_BL in windows.items()
+    }
+
+
+def scores(nats: Mapping[str, list[float]], heldout: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
+    """Turn summed nats into the three figures, each {domain: …, mean: …}.
+
+    loss is in nats per predicted token. The mean is over domains, each counting the same whatever its size;
+    the mean perplexity is the exponential of the mean loss.
+    """
+    losses = {domain: sum(sums) / heldout[domain]["tokens"] for domain, sums in nats.items()}
+    bits = {domain: loss.bits_per_byte(sum(sums), num_bytes=heldout[domain]["bytes"]) for domain, sums in nats.items()}
+    losses["mean"] = statistics.fmean(losses.values())
+    bits["mean"] = statistics.fmean(bits.values())
+    perplexities = {domain: loss.perplexity(value) for domain, value in losses.items()}
+    return {"loss": losses, "perplexity": perplexities, "bits_per_byte": bits}
+
+
+def difference(
+    first: Mapping[str, list[float]], second: Mapping[str, list[float]], heldout: Mapping[str, Mapping[str, int]]
+) -> dict[str, float]:
+    """Mean loss of the first model minus the second's on the same windows, in nats per token, with its paired stderr.
+
+    Windows are the draws, domains the strata: var = sum over domains of var_d / n_d, over domains squared. The stderr
+    is left out where a domain has a single window.
+    """
+    means, variances = [], []
+    for domain, sums in first.items():
+        per_window = heldout[domain]["tokens"] / heldout[domain]["windows"]
+        deltas = [(a - b) / per_window for a, b in zip(sums, second[domain], strict=True)]
+        means.append(statistics.fmean(deltas))
+        if len(deltas) > 1:
+            variances.append(statistics.variance(deltas) / len(deltas))
+    result = {"loss": statistics.fmean(means)}
+    if len(variances) == len(means):
+        result["stderr"] = math.sqrt(sum(variances)) / len(means)
+    return result
+
+
+def balance(load: Mapping[str, Any]) -> dict[str, float]:
+    """How evenly the tokens of all domains spread over the experts of a layer.
+
+    Args:
+        load: {domain: [layers][experts] tokens}.
+
+    Returns:
+        peak: load of the busiest expert over the mean load, averaged over layers (1 = even);
+        unused: share of experts that no token went to.
+    """
+    load_LE = np.sum([np.asarray(counts_LE) for counts_LE in load.values()], axis=0)
+    return {
+        "peak": float((load_LE.max(1) / load_LE.mean(1)).mean()),
+        "unused": float((load_LE == 0).mean()),
+    }
