@@ -1,0 +1,152 @@
+"""The one DAG, read from DVC: which stages lead to a target, in what order, and what is out of date in each.
+
+    python -m flows.dag report@demo        # print the stages in order, and why each would run
+
+`dvc.repo.Repo` is DVC's own class, not its public API; only this file touches it, and a contract test pins what it gives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+META = {"gpu", "retries", "timeout"}
+
+
+class GraphError(ValueError):
+    """dvc.yaml cannot be read, or has no such stage; the message says which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of dvc.yaml.
+
+    `needs` are the stages whose outputs it reads; `outs` all that it writes, `metrics` the JSON files among them;
+    `gpu` says that it must have the accelerator to itself, `retries` that a re-run can differ, `timeout` its minutes.
+    """
+
+    name: str
+    desc: str
+    cmd: str
+    needs: tuple[str, ...]
+    outs: tuple[Path, ...]
+    metrics: tuple[Path, ...]
+    gpu: bool = False
+    retries: int = 0
+    timeout: float | None = None
+
+
+def ancestors(target: str) -> list[Stage]:
+    """The stages that `target` needs, and itself, each after those it needs; light ones before those that use the GPU.
+
+    Raises GraphError: dvc.yaml is not valid or has no such stage.
+    """
+    import networkx
+
+    with _repo() as repo:
+        graph = repo.index.graph  # an edge leads from a stage to one that it needs
+        by_name = {node.addressing: node for node in graph}
+        if target not in by_name:
+            raise GraphError(f"dvc.yaml: no stage {target!r}; it has {', '.join(sorted(by_name)) or 'none'}")
+        wanted = {by_name[target], *networkx.descendants(graph, by_name[target])}
+        forward = graph.subgraph(wanted).reverse()
+        order = networkx.lexicographical_topological_sort(
+            forward, key=lambda node: (bool((node.meta or {}).get("gpu")), node.addressing)
+        )
+        return [_stage(node, needs=sorted(n.addressing for n in graph.successors(node))) for node in order]
+
+
+def changes(names: list[str]) -> dict[str, list[str]]:
+    """Why each of `names` would run now, such as `dependency tasks/moe: modified`; an up-to-date stage has no reasons.
+
+    Works on a fresh clone too, where outputs and dependencies are missing. Reads hashes, runs nothing.
+    """
+    with _repo() as repo:
+        status: dict[str, list[Any]] = repo.status(targets=names) if names else {}
+    return {name: _reasons(status.get(name, [])) for name in names}
+
+
+def resolve(names: list[str], *, stages: list[Stage]) -> set[str]:
+    """Full stage names for what a user typed: `pretrain` or `pretrain@demo`. Raises GraphError for an unknown one."""
+    found = set()
+    for name in names:
+        matches = [stage.name for stage in stages if name in (stage.name, stage.name.partition("@")[0])]
+        if not matches:
+            raise GraphError(f"no stage {name!r} in this pipeline; it has {', '.join(s.name for s in stages)}")
+        found.update(matches)
+    return found
+
+
+def _stage(node: Any, *, needs: list[str]) -> Stage:
+    meta = node.meta or {}
+    if unknown := set(meta) - META:
+        raise GraphError(
+            f"dvc.yaml: {node.addressing}: meta.{sorted(unknown)[0]} is unknown; allowed: {', '.join(sorted(META))}"
+        )
+    here = Path.cwd()
+    outs = {out: Path(out.fs_path).relative_to(here) for out in node.outs}
+    return Stage(
+        name=node.addressing,
+        desc=node.desc or "",
+        cmd=node.cmd,
+        needs=tuple(needs),
+        outs=tuple(outs.values()),
+        metrics=tuple(path for out, path in outs.items() if out.metric),
+        gpu=bool(meta.get("gpu", False)),
+        retries=int(meta.get("retries", 0)),
+        timeout=meta.get("timeout"),
+    )
+
+
+def _reasons(entries: list[Any]) -> list[str]:
+    kinds = {"changed deps": "dependency", "changed outs": "output"}
+    reasons = []
+    for entry in entries:
+        if isinstance(entry, str):  # "changed command", "always changed"
+            reasons.append(entry)
+            continue
+        for kind, paths in entry.items():
+            if kind == "changed deps" and "new" in paths.values():  # parameters that dvc.lock does not hold yet
+                return ["never run"]
+            for path, state in paths.items():
+                # A parameter file maps to a state, or to {key: state} of its keys.
+                states = state.items() if isinstance(state, dict) else [(path, state)]
+                reasons += [
+                    f"{'setting' if name != path else kinds.get(kind, kind)} {name}: {s}" for name, s in states
+                ]
+    return reasons
+
+
+@contextmanager
+def _repo() -> Iterator[Repo]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        repo = Repo(_wait_for_lock=True)
+        try:
+            yield repo
+        finally:
+            repo.close()
+    except DvcException as error:
+        raise GraphError(f"DVC: {error}") from None
+
+
+def main() -> int:
+    """Print the stages that lead to a target, and what is out of date."""
+    stages = ancestors(sys.argv[1])
+    why = changes([stage.name for stage in stages])
+    for stage in stages:
+        print(f"{stage.name}: {'; '.join(why[stage.name]) or 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Run a command that cannot outlive whoever started it.
+
+    python flows/guard.py COMMAND [ARGUMENT ...]      # ends with COMMAND, with the terminal's input, or on SIGTERM
+
+The command gets a session of its own. When standard input closes (the owner asked for it, or died, even by kill -9) or
+SIGTERM arrives, its whole tree of processes is asked to stop, then made to. torchrun's workers are sessions of their
+own, so the tree is what counts and not the process group.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+
+GRACE = 10.0
+"""Seconds between the request to stop and the end."""
+
+
+class Stop(BaseException):
+    """The owner wants the command to end."""
+
+
+def run(command: list[str]) -> int:
+    """Run `command` to its end and return its exit code, or 143 if it was stopped."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, and the owner decides
+        threading.Thread(target=_watch_input, daemon=True).start()
+        return child.wait()
+    except Stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end(child.pid)
+        return 128 + signal.SIGTERM
+
+
+def end(pid: int) -> None:
+    """Stop a process and all that descend from it; kill what is left after GRACE seconds."""
+    import psutil
+
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(tree, timeout=GRACE)
+    late = [child for process in alive for child in _children(process)]
+    for process in {*alive, *late}:
+        _signal(process, signal.SIGKILL)
+
+
+def _children(process: object) -> list:  # type: ignore[type-arg]
+    import psutil
+
+    try:
+        return process.children(recursive=True)  # type: ignore[attr-defined]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal(process: object, number: int) -> None:
+    import psutil
+
+    try:
+        process.send_signal(number)  # type: ignore[attr-defined]
+    except psutil.NoSuchProcess:
+        return
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stop
+
+
+def _watch_input() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code if code >= 0 else 128 - code)  # the watching thread still waits for input

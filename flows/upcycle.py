@@ -1,0 +1,79 @@
+"""From a dense checkpoint to a judged Mixture-of-Experts: the stages of dvc.yaml that lead to a pipeline's report.
+
+moeforge run demo                                   # with a live display
+python -m flows.upcycle demo                        # the same flow, with Prefect's log
+prefect deployment run upcycle/demo                 # on a server, by a worker
+"""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+from flows import dag, stages
+from flows.stages import Outcome
+from tasks import scratch, settings
+
+
+@flow(name="upcycle", persist_result=False)
+def upcycle(pipeline: str = "demo", refresh: bool = False, force: list[str] | None = None) -> list[Outcome]:
+    """Run what is out of date of one pipeline.
+
+    Args:
+        pipeline: its name in pipelines.yaml.
+        refresh: read the corpus sources again, in case their content changed under the same address.
+        force: stages to run although they are up to date, such as `pretrain`.
+
+    Raises:
+        SettingsError: pipelines.yaml is not valid, or has no such pipeline.
+        BusyError: this pipeline is being run already; the message names the process.
+        StageError: a stage failed.
+    """
+    config = settings.load().pipeline(pipeline)
+    with scratch.workspace("run", pipeline):
+        plan = dag.ancestors(last_stage(pipeline))
+        forced = dag.resolve([*(force or []), *[f"sources@{config.corpus}"][:refresh]], stages=plan)
+        outcomes = stages.run(plan, force=forced)
+        report(pipeline, outcomes)
+        return outcomes
+
+
+def last_stage(pipeline: str) -> str:
+    """The stage whose ancestors are the pipeline."""
+    return f"report@{pipeline}"
+
+
+def report(pipeline: str, outcomes: list[Outcome]) -> None:
+    """Say what ran, with the table of results, in the log and as artifacts."""
+    from tasks.evaluate import summary
+
+    said = summarise(outcomes)
+    get_run_logger().info(said)
+    create_markdown_artifact(
+        key=f"upcycle-{slug(pipeline)}", markdown=f"{said}\n\n```\n{summary.table(pipeline)}\n```\n"
+    )
+    create_link_artifact(key=f"report-{slug(pipeline)}", link=report_page(pipeline), link_text=f"Report of {pipeline}")
+
+
+def report_page(pipeline: str) -> str:
+    """The address of a pipeline's report page."""
+    from pathlib import Path
+
+    return Path("runs", pipeline, "report", "index.html").resolve().as_uri()
+
+
+def summarise(outcomes: list[Outcome]) -> str:
+    """One sentence: what ran and for how long, or that everything is up to date."""
+    ran = [f"{o.name} ({o.seconds:.0f} s)" for o in outcomes if o.ran]
+    return f"ran {', '.join(ran)}" if ran else "everything is up to date"
+
+
+def slug(name: str) -> str:
+    """A pipeline's name as Prefect wants its keys: lower case, digits and dashes."""
+    return name.replace("_", "-")
+
+
+if __name__ == "__main__":
+    upcycle(*sys.argv[1:2])
