@@ -1,0 +1,72 @@
+"""The `sources` stage: what a corpus is made from, so that DVC re-tokenises only when that changed.
+
+    python -m tasks.corpus.fingerprint NAME       # writes data/corpora/NAME.sources.json
+
+Pinned packages are taken at their word (the corpus stage checks their bytes), local files are hashed, and for remote
+ones the store is asked. `moeforge run --refresh` runs this stage again even if nothing in the repository changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tasks import scratch, settings, sources
+
+CORPORA = Path("data/corpora")
+
+
+def fingerprints(corpus: settings.Corpus) -> dict[str, str]:
+    """One string per domain that changes when its bytes do. Raises SourceError naming the domain."""
+    found = {}
+    for name, domain in corpus.domains.items():
+        try:
+            found[name] = sources.fingerprint(domain.source, sha256=domain.sha256)
+        except (sources.SourceError, OSError) as error:
+            raise sources.SourceError(f"domain {name}: {error}") from error
+    return found
+
+
+def sources_file(name: str) -> Path:
+    """Where the fingerprints of corpus `name` are kept."""
+    return CORPORA / f"{name}.sources.json"
+
+
+def check(name: str, corpus: settings.Corpus) -> dict[str, str]:
+    """The fingerprints of a corpus, after seeing that they are those the `sources` stage wrote.
+
+    Raises:
+        SourceError: there are none, or the sources changed since; names the domains.
+    """
+    path = sources_file(name)
+    if not path.exists():
+        raise sources.SourceError(f"{path}: not found; run `python -m tasks.corpus.fingerprint {name}` first")
+    written, found = json.loads(path.read_text()), fingerprints(corpus)
+    changed = [domain for domain in {**written, **found} if written.get(domain) != found.get(domain)]
+    if changed:
+        raise sources.SourceError(
+            f"{path}: sources changed since they were fingerprinted ({', '.join(changed)}); run again with --refresh"
+        )
+    return found
+
+
+def main() -> int:
+    """Write the fingerprints of one corpus."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.corpus.fingerprint", description=__doc__.split("\n")[0])
+    parser.add_argument("corpus", help="a corpus of pipelines.yaml")
+    name = parser.parse_args().corpus
+    try:
+        found = fingerprints(settings.load().corpus(name))
+    except (settings.SettingsError, sources.SourceError) as error:
+        print(f"corpus {name}: {error}", file=sys.stderr)
+        return 1
+    scratch.write_json(sources_file(name), found)
+    for domain, text in found.items():
+        print(f"{domain}: {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

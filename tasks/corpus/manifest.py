@@ -1,0 +1,111 @@
+"""What a corpus holds: domains, splits, shards and counts, and the one number that names all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.corpus import encoder
+
+FORMAT = 1
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One Arrow file, as its sidecar describes it. `path` is relative to the corpus; `size` is the file's bytes."""
+
+    path: str
+    size: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    min_id: int
+    max_id: int
+    first_ids: tuple[int, ...]
+    first_doc_id: str
+    last_doc_id: str
+    sha256: str
+    xxh3_128: str
+    task_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitManifest:
+    """The shards of a split, in order. `bytes` counts the UTF-8 bytes of its texts; `tokens` includes one EOS each."""
+
+    shards: tuple[Shard, ...]
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainManifest:
+    """One domain. `rules` counts records: read, kept, and those dropped by each rule."""
+
+    train: SplitManifest
+    heldout: SplitManifest
+    rules: dict[str, int]
+    license: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A corpus. `sha256` names everything in it; `tokenizer` is the fingerprint of the encoder that made its ids."""
+
+    corpus: str
+    model: str
+    tokenizer: str
+    vocab_size: int
+    eos_token_id: int
+    dtype: str
+    seed: int
+    domains: dict[str, DomainManifest]
+    sha256: str
+
+
+def load(corpus_dir: Path) -> Manifest:
+    """Read the manifest of a corpus. Raises ValueError naming the file and the mend."""
+    path = corpus_dir / FILE
+    if not path.exists():
+        raise ValueError(f"{path}: not found; make the corpus with `python -m tasks.corpus {corpus_dir.name}`")
+    content = path.read_bytes()
+    raw = json.loads(content)
+    if raw.pop("format") != FORMAT:
+        raise ValueError(f"{path}: not of format {FORMAT}; make the corpus again")
+    domains = {name: _domain(entry) for name, entry in raw.pop("domains").items()}
+    return Manifest(**raw, domains=domains, sha256=hashlib.sha256(content).hexdigest())
+
+
+def require_tokenizer(manifest: Manifest, model_dir: Path) -> None:
+    """Raise ValueError if a model's tokenizer would give other ids than those of the shards."""
+    found = encoder.load_encoder(model_dir).fingerprint
+    if not encoder.same_ids(found, manifest.tokenizer):
+        raise ValueError(
+            f"{model_dir}: its tokenizer is {found}, but corpus {manifest.corpus} was tokenised with "
+            f"{manifest.tokenizer} (model {manifest.model}); use that model, or make a corpus entry for this one"
+        )
+
+
+def split_of(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest entry of one split, from its sidecars."""
+    return {
+        "shards": shards,
+        "documents": sum(shard["documents"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "bytes": sum(shard["text_bytes"] for shard in shards),
+    }
+
+
+def _domain(raw: dict[str, Any]) -> DomainManifest:
+    return DomainManifest(**{**raw, "train": _split(raw["train"]), "heldout": _split(raw["heldout"])})
+
+
+def _split(raw: dict[str, Any]) -> SplitManifest:
+    shards = tuple(Shard(**{**shard, "first_ids": tuple(shard["first_ids"])}) for shard in raw["shards"])
+    return SplitManifest(**{**raw, "shards": shards})

@@ -1,0 +1,74 @@
+"""Decompression by file name that notices a stream cut short.
+
+fsspec picks the codec by the name's ending; its zstd reader ends quietly at a missing tail, so zstd is read here.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import zlib
+from typing import IO, Any
+
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+BLOCK = 1 << 20
+
+
+class TruncatedError(EOFError):
+    """A compressed file ends before its stream does."""
+
+
+class _ZstdError(OSError):
+    """A zstd frame that cannot be decoded."""
+
+
+CORRUPT = (EOFError, OSError, zlib.error, lzma.LZMAError)
+"""What reading a damaged stream raises (gzip.BadGzipFile is an OSError)."""
+
+
+def decompress(file: IO[bytes], path: str) -> IO[bytes]:
+    """The bytes of a file, decompressed if its name says so."""
+    codec = infer_compression(path)
+    if codec == "zstd":
+        return io.BufferedReader(_Zstd(file), BLOCK)
+    return compr[codec](file, mode="rb") if codec else file
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file of one or more frames; raises TruncatedError at a missing tail."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import zstandard
+
+        self._file = file
+        self._zstandard = zstandard
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            if not self._input and not (block := self._file.read(BLOCK)):
+                if self._frame is not None:
+                    raise TruncatedError("the zstd stream ends before its end marker")
+                return 0
+            self._input = self._input or block
+            if self._frame is None:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._output = memoryview(self._frame.decompress(self._input))
+            except self._zstandard.ZstdError as error:
+                raise _ZstdError(str(error)) from error
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        view = memoryview(buffer).cast("B")
+        n = min(len(view), len(self._output))
+        view[:n] = self._output[:n]
+        self._output = self._output[n:]
+        return n
