@@ -1,0 +1,64 @@
+"""Estimate the domain weights of a pipeline.
+
+    python -m tasks.mixture PIPELINE
+
+Reads data/corpora/<corpus>/ and, for `reference_loss`, data/models/<model>/; writes runs/<pipeline>/mixture.json:
+the weights, the method, and the evidence (the uniform and proportional mixes to compare with, tokens per domain,
+epochs per million training tokens, reference losses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tasks import scratch, settings
+from tasks.mixture import methods
+
+
+def run(pipeline: str) -> Path:
+    """Write runs/<pipeline>/mixture.json and return its path. Raises ValueError when the settings do not fit."""
+    from tasks.corpus import manifest
+
+    loaded = settings.load()
+    entry = loaded.pipeline(pipeline)
+    corpus, model = Path("data/corpora") / entry.corpus, Path("data/models") / entry.model
+    tokens = {name: domain.train.tokens for name, domain in manifest.load(corpus).domains.items()}
+    problem = methods.Problem(
+        tokens=tokens,
+        weights=entry.mixture.weights,
+        corpus=corpus,
+        model=model,
+        seq_len=entry.evaluate.seq_len,
+        windows=entry.mixture.windows,
+    )
+    with scratch.workspace("mixture", pipeline):
+        found = methods.estimate(entry.mixture.method, problem)
+        evidence = {
+            "tokens": tokens,
+            "uniform": methods.normalise(methods.uniform(problem).weights),
+            "proportional": methods.normalise(methods.proportional(problem).weights),
+            "epochs_per_million_tokens": {name: found.weights[name] * 1e6 / tokens[name] for name in tokens},
+            **found.evidence,
+        }
+        target = Path("runs") / pipeline / "mixture.json"
+        scratch.write_json(target, {"weights": found.weights, "method": entry.mixture.method, "evidence": evidence})
+    for name, weight in found.weights.items():
+        print(f"{name}: weight {weight:.4f} (proportional {evidence['proportional'][name]:.4f})")
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tasks.mixture", description="Estimate the domain weights.")
+    parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
+    try:
+        run(parser.parse_args().pipeline)
+    except (ValueError, OSError, scratch.BusyError) as error:
+        print(f"mixture: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

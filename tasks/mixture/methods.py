@@ -1,0 +1,111 @@
+"""The estimators of domain weights, by name.
+
+Adding one: a function from `Problem` to `Estimate` under `@estimator("name")`, and its name in settings.Mixture.method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What an estimator may look at."""
+
+    tokens: dict[str, int]
+    """Training tokens of each domain of the corpus."""
+    weights: dict[str, float] | None
+    """The settings' `mixture.weights`, over exactly the corpus's domains; not normalised."""
+    corpus: Path
+    model: Path
+    """The dense checkpoint."""
+    seq_len: int
+    windows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Weights (normalised by the caller) and the figures they rest on."""
+
+    weights: dict[str, float]
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+Estimator = Callable[[Problem], Estimate]
+ESTIMATORS: dict[str, Estimator] = {}
+
+
+def estimator(name: str) -> Callable[[Estimator], Estimator]:
+    """Register an estimator under the name that `mixture.method` calls it by."""
+
+    def register(function: Estimator) -> Estimator:
+        ESTIMATORS[name] = function
+        return function
+
+    return register
+
+
+def estimate(method: str, problem: Problem) -> Estimate:
+    """Run one estimator and normalise its weights to sum 1.
+
+    Raises:
+        ValueError: `weights` do not name exactly the corpus's domains, or no method is called so.
+    """
+    if method not in ESTIMATORS:
+        raise ValueError(f"mixture.method = {method!r} is not known; known: {', '.join(ESTIMATORS)}")
+    if problem.weights is not None:
+        _same_domains(problem.weights, problem.tokens)
+    found = ESTIMATORS[method](problem)
+    return Estimate(weights=normalise(found.weights), evidence=found.evidence)
+
+
+def normalise(weights: dict[str, float]) -> dict[str, float]:
+    """Weights over the same domains with sum 1."""
+    total = sum(weights.values())
+    return {domain: weight / total for domain, weight in weights.items()}
+
+
+@estimator("uniform")
+def uniform(problem: Problem) -> Estimate:
+    """Every domain the same share."""
+    return Estimate(weights=dict.fromkeys(problem.tokens, 1.0))
+
+
+@estimator("proportional")
+def proportional(problem: Problem) -> Estimate:
+    """Shares as the training tokens: every domain passes equally often."""
+    return Estimate(weights={domain: float(tokens) for domain, tokens in problem.tokens.items()})
+
+
+@estimator("explicit")
+def explicit(problem: Problem) -> Estimate:
+    """The shares that the settings give."""
+    if problem.weights is None:
+        raise ValueError("mixture.method = 'explicit' needs mixture.weights: {domain: weight}")
+    return Estimate(weights=dict(problem.weights))
+
+
+@estimator("reference_loss")
+def reference_loss(problem: Problem) -> Estimate:
+    """The given shares (or uniform) as a start, and the dense parent's held-out losses for dynamic batch loading.
+
+    The source model's own loss as target: Sheared-LLaMA (arXiv 2310.06694, section 2.2), without its scaling-law fit.
+    """
+    from tasks.mixture import reference
+
+    start = problem.weights or uniform(problem).weights
+    return Estimate(weights=dict(start), evidence=reference.measure(problem))
+
+
+def _same_domains(weights: dict[str, float], tokens: dict[str, int]) -> None:
+    missing, unknown = sorted(tokens.keys() - weights.keys()), sorted(weights.keys() - tokens.keys())
+    faults = [f"missing: {', '.join(missing)}"] if missing else []
+    faults += [f"not in the corpus: {', '.join(unknown)}"] if unknown else []
+    if faults:
+        raise ValueError(
+            f"mixture.weights must name exactly the corpus's domains ({', '.join(tokens)}); {'; '.join(faults)}. "
+            "Give a domain the weight 0 to leave it out"
+        )

@@ -1,0 +1,1 @@
+"""Continual pre-training of the split model with DeepSpeed."""

@@ -1,0 +1,83 @@
+"""Held-out losses during training, and the references that dynamic batch loading compares them with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tasks.pretrain.job import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heldout:
+    """The windows, the same at every evaluation, and the dense parent's loss on them."""
+
+    windows: dict[str, np.ndarray]
+    """Domain -> int64 [n, seq_len]."""
+    references: dict[str, float] | None
+    """Domain -> nats per token of the dense parent on these windows; None if the mixture measured none."""
+
+    @classmethod
+    def load(cls, job: Job, evidence: dict[str, Any]) -> Heldout:
+        """Choose the windows.
+
+        With reference losses they are some of those that the references were measured on, of the same length, so that
+        student and parent are compared on the same text. Raises ValueError if there are too few of these.
+        """
+        from tasks.corpus import windows
+
+        params = job.params
+        if "window_losses" not in evidence:
+            return cls(
+                windows=windows.heldout(job.corpus, seq_len=params.seq_len, count=params.eval_windows), references=None
+            )
+        asked = evidence["windows"]
+        if params.eval_windows > asked:
+            raise ValueError(
+                f"pretrain.eval_windows = {params.eval_windows} is more than the {asked} windows of mixture.windows "
+                "that have a reference loss; lower the first or raise the second"
+            )
+        found = windows.heldout(job.corpus, seq_len=evidence["seq_len"], count=asked)
+        chosen = {domain: _spread(len(ids), params.eval_windows) for domain, ids in found.items()}
+        losses = evidence["window_losses"]
+        return cls(
+            windows={domain: ids[chosen[domain]] for domain, ids in found.items()},
+            references={domain: float(np.mean([losses[domain][i] for i in chosen[domain]])) for domain in found},
+        )
+
+    def evaluate(self, model: PreTrainedModel, *, batch: int, rank: int, world_size: int) -> dict[str, float]:
+        """Loss per domain in nats per predicted token, without the balance loss; the same on every rank.
+
+        Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), and every window is
+        computed by one rank, so the figures do not depend on the world size beyond rounding.
+        """
+        import torch
+
+        from tasks.moe.loss import window_nll
+
+        every = np.concatenate(list(self.windows.values()))
+        padded = -(-len(every) // world_size) * world_size
+        mine = np.arange(padded)[rank::world_size]
+        nll = window_nll(model, every[mine % len(every)], batch=batch)
+        own = mine < len(every)
+        total = torch.zeros(len(every), dtype=torch.float64)
+        total[torch.from_numpy(mine[own])] = torch.from_numpy(nll[own])
+        total = total.to(model.device)
+        torch.distributed.all_reduce(total)
+        losses, start = {}, 0
+        for domain, ids in self.windows.items():
+            part = total[start : start + len(ids)]
+            losses[domain] = float(part.mean()) / (ids.shape[1] - 1)
+            start += len(ids)
+        return losses
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """`count` of `total` indices (all if fewer), evenly spread."""
+    count = min(count, total)
+    return (np.arange(count) * total) // count

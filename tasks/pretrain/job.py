@@ -1,0 +1,69 @@
+"""What the stage hands to its workers, as a file in the workspace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tasks import scratch
+from tasks.settings import Pretrain
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, what is kept and what to try."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of the stage. Paths are relative to the project's root, where the workers run too."""
+
+    pipeline: str
+    params: Pretrain
+    corpus: Path
+    model: Path
+    """The split model, a Hugging Face checkpoint."""
+    mixture: Path
+    workspace: Path
+
+    def write(self) -> Path:
+        """Write workspace/job.json, which `read` reads."""
+        fields = {name: str(getattr(self, name)) for name in ("pipeline", "corpus", "model", "mixture", "workspace")}
+        path = self.workspace / "job.json"
+        scratch.write_json(path, {**fields, "params": self.params.model_dump()})
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        fields = json.loads(path.read_text())
+        folders = {name: Path(fields[name]) for name in ("corpus", "model", "mixture", "workspace")}
+        return cls(pipeline=fields["pipeline"], params=Pretrain(**fields["params"]), **folders)
+
+
+def identity(params: Pretrain) -> dict[str, Any]:
+    """The settings that decide the run's course. Work begun with others is not found again.
+
+    `processes` and `save_every` are left out: changing them must find the checkpoint, the one to refuse it with a
+    reason, the other to go on from it.
+    """
+    return params.model_dump(exclude={"processes", "save_every"})
+
+
+def code_version() -> str:
+    """The git commit (marked `+` when the tree differs from it), or the package's version outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        return commit + ("+" if _git("status", "--porcelain", "--", "tasks", "kernels").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    try:
+        return metadata.version("moeforge")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
