@@ -1,7 +1,7 @@
 """Inline SVG charts without a library: lines, dots on a scale, a heat map. Colours are the page's CSS classes.
 
-Every function returns markup that stands alone in a page; all text is escaped. Series and model classes are `s0` to
-`s7` (stroke and fill) and heat levels `h0` to `h8`.
+Every function returns markup that stands alone in a page; all text is escaped. Series are classes `s0` to
+`s7`, models `m0` to `m2`, heat levels `h0` to `h8`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def dots(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
     """
     values = [value for row in rows.values() for value in row.values()]
     scale = ticks(0.0, max(values), count=6)
-    left, right, height = 96, 30, len(rows) * _ROW + 30
+    left, right, height = 112, 24, len(rows) * _ROW + 30
 
     def px(value: float) -> float:
         return left + value / scale[-1] * (_WIDTH - left - right)
@@ -107,8 +107,8 @@ def dots(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
         parts.append(f'<line class="span" x1="{px(low):.1f}" x2="{px(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         for j, (series, value) in enumerate(row.items()):
             title = f"<title>{escape(name)}, {escape(series)}: {value:.3f}</title>"
-            parts.append(f'<circle class="s{j} dot" cx="{px(value):.1f}" cy="{y:.1f}" r="6.5">{title}</circle>')
-    keys = [(series, f"s{j}") for j, series in enumerate(next(iter(rows.values())))]
+            parts.append(f'<circle class="m{j} dot" cx="{px(value):.1f}" cy="{y:.1f}" r="6.5">{title}</circle>')
+    keys = [(series, f"m{j}") for j, series in enumerate(next(iter(rows.values())))]
     chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
     return f'<p class="unit">{escape(label)}</p>{chart}{legend(keys)}'
 

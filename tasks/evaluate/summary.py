@@ -1,6 +1,6 @@
 """The result of a pipeline as one table, from runs/PIPELINE/evaluation.json alone; imports nothing heavy.
 
-    python -m tasks.evaluate.summary PIPELINE
+python -m tasks.evaluate.summary PIPELINE
 """
 
 from __future__ import annotations

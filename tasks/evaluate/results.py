@@ -1,0 +1,86 @@
+"""Everything a finished pipeline left in runs/ that its report needs, read once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import settings
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The metrics files as they are; curves as {series: [(tokens, value)]}."""
+
+    name: str
+    pipeline: settings.Pipeline
+    model: settings.Model
+    corpus: settings.Corpus
+    corpus_metrics: dict[str, Any]
+    mixture: dict[str, Any]
+    partition: dict[str, Any]
+    pretrain: dict[str, Any]
+    evaluation: dict[str, Any]
+    routing: dict[str, Any]
+    config: dict[str, Any]
+    """config.json of the trained checkpoint."""
+    loss: Points
+    heldout: dict[str, Points]
+    weights: dict[str, Points]
+    """Domain weights during training; empty where they stood still."""
+
+
+def read(name: str) -> Results:
+    """Read pipeline `name`. Raises FileNotFoundError naming the first file that is missing and what writes it."""
+    config = settings.load()
+    pipeline = config.pipeline(name)
+    run = Path("runs") / name
+
+    def load(path: Path, stage: str, parse: Callable[[str], Any] = json.loads) -> Any:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not there; the {stage} stage writes it: `moeforge run {name}`")
+        return parse(path.read_text())
+
+    heldout = load(run / "heldout.csv", "pretrain", _rows)
+    log = load(run / "training" / "log.jsonl", "pretrain", lambda text: [json.loads(x) for x in text.splitlines()])
+    return Results(
+        name=name,
+        pipeline=pipeline,
+        model=config.model(pipeline.model),
+        corpus=config.corpus(pipeline.corpus),
+        corpus_metrics=load(Path("data/corpora") / f"{pipeline.corpus}.json", "corpus"),
+        mixture=load(run / "mixture.json", "mixture"),
+        partition=load(run / "partition.json", "partition"),
+        pretrain=load(run / "pretrain.json", "pretrain"),
+        evaluation=load(run / "evaluation.json", "evaluate"),
+        routing=load(run / "routing.json", "evaluate"),
+        config=load(run / "trained" / "config.json", "pretrain"),
+        loss=_curve(load(run / "loss.csv", "pretrain", _rows), "loss"),
+        heldout={column: _curve(heldout, column) for column in heldout[0] if column not in {"step", "tokens"}}
+        if heldout
+        else {},
+        weights=_weights(log),
+    )
+
+
+def _rows(text: str) -> list[dict[str, float]]:
+    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
+
+
+def _curve(rows: list[dict[str, float]], column: str) -> Points:
+    return [(row["tokens"], row[column]) for row in rows]
+
+
+def _weights(log: list[dict[str, Any]]) -> dict[str, Points]:
+    curves: dict[str, Points] = {}
+    for record in log:
+        for domain, weight in (record.get("weights") or {}).items():
+            curves.setdefault(domain, []).append((record["tokens"], weight))
+    moved = any(weight != points[0][1] for points in curves.values() for _, weight in points)
+    return curves if moved else {}

@@ -1,0 +1,132 @@
+"""A finished pipeline in a temporary project: the metrics files of pipelines.yaml's `demo`, with made-up numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tasks import settings
+from tasks.evaluate import results as results_module
+from tasks.evaluate.__main__ import summarise
+
+ROOT = Path(__file__).parents[2]
+LAYERS, EXPERTS = 30, 96
+BASE = {"code": 2.05, "books": 3.62, "legal": 2.31, "encyclopedia": 2.83}
+
+
+def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str, Any]:
+    """What evaluating one model leaves in the workspace."""
+    rng = np.random.default_rng(int(shift * 100))
+    nats = {domain: [511 * (base + shift + 0.1 * math.sin(i)) for i in range(8)] for domain, base in domains.items()}
+    load = {
+        domain: rng.multinomial(4096 * 32, rng.dirichlet(np.full(EXPERTS, 2.5)), size=LAYERS).tolist()
+        for domain in domains
+    }
+    score = {"acc": 0.32 - shift / 20, "acc_stderr": 0.0469, "acc_norm": 0.39 - shift / 10, "acc_norm_stderr": 0.049}
+    basis = {"n": 100, "num_fewshot": 0, "harness": "lm-eval 0.4.13", "version": "1.0", "dtype": "bfloat16"}
+    return {
+        "nats": nats,
+        "load": load if sparse else {},
+        "tokens_per_second": 432.1 if sparse else 391.7,
+        "tasks": {"hellaswag_100": score | basis},
+        "parameters": {"total": 136_173_888, "active": 106_315_008}
+        if sparse
+        else {"total": 134_515_008, "active": 134_515_008},
+        "flops_per_token": 243_000_000 if sparse else 303_000_000,
+        "machine": {"processor": "AMD EPYC", "cores": 2, "threads": 2, "device": "cpu"},
+    }
+
+
+def write_run(root: Path, *, dynamic: bool = True) -> None:
+    """Write data/corpora/demo.json and runs/demo/ under `root`."""
+    demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
+    domains = {name: BASE.get(name, 3.0) for name in settings.load(root / "pipelines.yaml").corpora["demo"].domains}
+    heldout = {name: {"windows": 8, "tokens": 8 * 511, "bytes": round(8 * 511 * 3.9)} for name in domains}
+    done = {
+        "dense": judged(0.0, sparse=False, domains=domains),
+        "split": judged(0.74, sparse=True, domains=domains),
+        "trained": judged(0.49, sparse=True, domains=domains),
+    }
+    run = root / "runs" / "demo"
+    (run / "training").mkdir(parents=True)
+    (run / "trained").mkdir()
+    (root / "data" / "corpora").mkdir(parents=True)
+
+    def dump(path: Path, value: Any) -> None:
+        path.write_text(json.dumps(value))
+
+    corpus = {
+        name: {
+            "documents": {"train": 1432 * (i + 1), "heldout": 44 * (i + 1)},
+            "tokens": {"train": 2_817_345 // (i + 1), "heldout": 91_233 // (i + 1)},
+            "rules": {"read": 1521, "empty": 3, "bad": 0, "duplicate": 42 * i, "kept": 1476},
+        }
+        for i, name in enumerate(domains)
+    }
+    dump(root / "data" / "corpora" / "demo.json", {"domains": corpus})
+    weights = dict.fromkeys(domains, 1 / len(domains))
+    moved = {name: weight * (1 + 0.4 * (i - 1.5)) for i, (name, weight) in enumerate(weights.items())}
+    evidence = {"reference_losses": domains} if dynamic else {}
+    dump(run / "mixture.json", {"weights": weights, "method": demo.mixture.method, "evidence": evidence})
+    dump(run / "partition.json", {"identity_error": 1e-6})
+    steps = demo.pretrain.steps
+    step_tokens = demo.pretrain.batch * demo.pretrain.seq_len
+    dump(
+        run / "pretrain.json",
+        {
+            "steps": steps,
+            "tokens": steps * step_tokens,
+            "tokens_per_second": 187.3,
+            "mfu": 0.31,
+            "seconds": 301.2,
+            "precision": "bfloat16",
+            "processes": 1,
+            "weights": moved if dynamic else weights,
+            "domain_epochs": dict.fromkeys(domains, 0.0123),
+        },
+    )
+    rng = np.random.default_rng(0)
+    lines = [f"{s},{s * step_tokens},{3.4 - 0.3 * s / steps + rng.normal() / 5}" for s in range(1, steps + 1)]
+    (run / "loss.csv").write_text("step,tokens,loss\n" + "\n".join(lines) + "\n")
+    rows, log = [], []
+    for step in range(0, steps + 1, demo.pretrain.eval_every):
+        part = step / steps
+        losses = {name: base + 0.74 - 0.25 * math.sqrt(part) for name, base in domains.items()}
+        mean = sum(losses.values()) / len(losses)
+        rows.append(",".join(map(str, [step, step * step_tokens, mean, *losses.values()])))
+        now = {name: weights[name] + part * (moved[name] - weights[name]) for name in domains} if dynamic else weights
+        log.append({"kind": "heldout", "step": step, "tokens": step * step_tokens, "losses": losses, "weights": now})
+        log.append({"kind": "step", "step": step + 1, "tokens": (step + 1) * step_tokens, "loss": 3.3})
+    (run / "heldout.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
+    (run / "training" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
+    dump(run / "evaluation.json", summarise(done, heldout=heldout, seq_len=demo.evaluate.seq_len))
+    dump(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
+    dump(run / "heldout.json", {name: [[1, 2, 3]] for name in domains})
+    config = {
+        "model_type": "granitemoeshared",
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "intermediate_size": 12,
+    }
+    dump(run / "trained" / "config.json", config)
+    (run / "trained" / "model.safetensors").write_bytes(b"weights")
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project root where pipeline `demo` is finished; the test runs inside it."""
+    shutil.copy(ROOT / "pipelines.yaml", tmp_path)
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def results(finished: Path) -> results_module.Results:
+    """What the report reads of it."""
+    return results_module.read("demo")
