@@ -1,0 +1,26 @@
+"""Runs Python in a process of its own, with this checkout's ``moe_kernels`` whether or not it is installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import moe_kernels
+
+HERE = Path(__file__).parent
+KERNELS = Path(moe_kernels.__file__).parents[1]
+
+
+def run_python(*args: str, cwd: Path = HERE, **environment: str) -> str:
+    """What it printed; fails with the end of its output unless it exits with 0. TRITON_INTERPRET isn't inherited."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(KERNELS), *filter(None, [inherited.get("PYTHONPATH")])])
+    ran = subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    return ran.stdout

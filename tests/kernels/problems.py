@@ -1,0 +1,81 @@
+"""Problems and the error standard shared by the kernel tests.
+
+Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Layer = Callable[..., Tensor]
+Spread = Literal["uniform", "one expert", "first half"]
+NAMES = ("out", "dx", "dw13", "dw2", "dweights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    x_TD: Tensor
+    w13_EGD: Tensor
+    w2_EDF: Tensor
+    top_k_index_TK: Tensor
+    top_k_weights_TK: Tensor
+    grad_out_TD: Tensor
+
+    def run(self, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The output and the four gradients, by name, with every floating input cast to ``dtype``."""
+        leaves = [
+            tensor.detach().clone().to(dtype).requires_grad_()
+            for tensor in (self.x_TD, self.w13_EGD, self.w2_EDF, self.top_k_weights_TK)
+        ]
+        out = layer(leaves[0], leaves[1], leaves[2], self.top_k_index_TK, leaves[3])
+        grads = torch.autograd.grad(out, leaves, self.grad_out_TD.to(out.dtype))
+        return dict(zip(NAMES, (out.detach(), *grads), strict=True))
+
+    def rounded(self, dtype: torch.dtype) -> "Problem":
+        """The same problem with inputs that ``dtype`` can hold, so that fp64 sees exactly what the kernel sees."""
+        cast = {name: tensor.to(dtype) for name, tensor in vars(self).items() if tensor.is_floating_point()}
+        return Problem(top_k_index_TK=self.top_k_index_TK, **cast)
+
+
+def make_problem(
+    tokens: int, experts: int, *, top_k: int, hidden: int, width: int, spread: Spread = "uniform", seed: int = 0
+) -> Problem:
+    """Random inputs; routing weights do not sum to one, and the upstream gradient is random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    preference_TE = torch.rand(tokens, experts, generator=generator)
+    if spread == "one expert":
+        preference_TE[:, :top_k] += 1
+    elif spread == "first half":
+        preference_TE[:, : max(experts // 2, top_k)] += 1
+    return Problem(
+        x_TD=normal(tokens, hidden),
+        w13_EGD=normal(experts, 2 * width, hidden) / hidden**0.5,
+        w2_EDF=normal(experts, hidden, width) / width**0.5,
+        top_k_index_TK=preference_TE.topk(top_k).indices,
+        top_k_weights_TK=0.2 + torch.rand(tokens, top_k, generator=generator, dtype=torch.float64),
+        grad_out_TD=normal(tokens, hidden),
+    )
+
+
+def relative_error(tensor: Tensor, exact: Tensor) -> float:
+    """Of the norms. Inputs are of order one: a result far below 0.1 is a cancellation, whose rounding error belongs to
+    its terms, so it is measured against 0.1."""
+    scale = exact.double().norm().clamp(min=0.1 * max(exact.numel(), 1) ** 0.5)
+    return ((tensor.double() - exact.double()).norm() / scale).item()
+
+
+def assert_as_accurate_as_torch(
+    got: dict[str, Tensor], *, plain: dict[str, Tensor], exact: dict[str, Tensor], slack: float
+) -> None:
+    """err <= 1.5 * err(plain torch at the same dtype) + slack, for every name in ``got``."""
+    for name, tensor in got.items():
+        assert tensor.shape == exact[name].shape, name
+        error, allowed = relative_error(tensor, exact[name]), 1.5 * relative_error(plain[name], exact[name]) + slack
+        assert error <= allowed, f"{name}: error {error:.2e} against fp64, allowed {allowed:.2e}"
