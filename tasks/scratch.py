@@ -75,11 +75,16 @@ def digest(path: Path) -> str:
 def publish(result: Path, target: Path) -> None:
     """Move a finished file or folder to `target` in one rename, replacing what stood there."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in ROOT.glob("old-*"):  # of a process that was killed here
+        shutil.rmtree(stale, ignore_errors=True)
+    if target.is_symlink():  # into DVC's cache, if it links
+        target.unlink()
     if target.is_dir():
+        ROOT.mkdir(exist_ok=True)
         aside = ROOT / f"old-{uuid.uuid4().hex}"
         target.rename(aside)
         result.rename(target)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     else:
         result.replace(target)
 

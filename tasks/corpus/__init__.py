@@ -1,1 +1,1 @@
-"""Text becomes shards, shards become batches: readers, deduplication, hold-out, tokenizer, Arrow shards, sampler, loader."""
+"""Text becomes shards, shards become batches: readers, deduplication, tokenizer, shards, sampler, loader."""

@@ -20,40 +20,27 @@ from tasks.corpus import build, encoder, fingerprint, manifest, shards
 from tasks.corpus.progress import Progress
 
 MODELS = Path("data/models")
-CODE = 1  # part of every task key: raise it when the same input is to give other shards
 
 
 def make(name: str) -> dict[str, Any]:
-    """Make corpus `name` of pipelines.yaml; returns its metrics. Raises CorpusError, SourceError or SettingsError."""
+    """Make corpus `name` of pipelines.yaml; returns its metrics.
+
+    Raises:
+        ValueError: CorpusError, SourceError or SettingsError; what was finished is kept for the next run.
+        BusyError: another process makes this corpus.
+    """
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
     encode = encoder.load_encoder(MODELS / corpus.model)
-    inputs = {"corpus": corpus.model_dump(), "sources": found, "tokenizer": encode.fingerprint, "code": CODE}
-    with scratch.workspace("corpus", name, inputs=inputs) as work:
+    inputs = {"corpus": corpus.model_dump(), "sources": found, "tokenizer": encode.fingerprint}
+    # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
+    code = {path.name: scratch.digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    with scratch.workspace("corpus", name, inputs=[inputs, code]) as work:
         folder = work / "corpus"
         folder.mkdir(exist_ok=True)
         shards.sweep(folder)
-        built = _domains(corpus, encode, folder=folder, key=scratch.fingerprint(inputs))
-        content = {
-            "format": manifest.FORMAT,
-            "corpus": name,
-            "model": corpus.model,
-            "tokenizer": encode.fingerprint,
-            "vocab_size": encode.vocab_size,
-            "eos_token_id": encode.eos_token_id,
-            "dtype": encode.dtype.__name__,
-            "seed": corpus.seed,
-            "domains": {
-                domain: {
-                    **{split: manifest.split_of(made.splits[split]) for split in build.SPLITS},
-                    "rules": made.rules,
-                    "license": corpus.domains[domain].license,
-                    "source": corpus.domains[domain].source,
-                }
-                for domain, made in built.items()
-            },
-        }
-        scratch.write_json(folder / manifest.FILE, content)
+        built = _domains(corpus, encode, work=work, key=scratch.fingerprint(inputs))
+        scratch.write_json(folder / manifest.FILE, _manifest(name, corpus, encode, built=built))
         metrics = _metrics(manifest.load(folder), built)
         scratch.write_json(fingerprint.CORPORA / f"{name}.json", metrics)
         scratch.publish(folder, fingerprint.CORPORA / name)
@@ -61,32 +48,63 @@ def make(name: str) -> dict[str, Any]:
     return metrics
 
 
-def _domains(corpus: settings.Corpus, encode: encoder.Encoder, *, folder: Path, key: str) -> dict[str, build.Built]:
+def _domains(corpus: settings.Corpus, encode: encoder.Encoder, *, work: Path, key: str) -> dict[str, build.Built]:
     seen: set[bytes] = set()
     built = {}
     with Progress(list(corpus.domains)) as progress:
         for name, domain in corpus.domains.items():
-            try:
-                fetched = sources.fetch(
-                    domain.source, scratch.ROOT / "sources", sha256=domain.sha256, sdist=domain.sdist
-                )
-            except sources.SourceError as error:
-                raise sources.SourceError(f"domain {name}: {error}") from error
-            unit = build.Unit(name=name, domain=domain, corpus=corpus, folder=folder, key=key)
-            builder = build.Builder(unit, encode, seen=seen, report=progress.reporter(name))
-            built[name] = builder.run(fetched)
+            unit = build.Unit(name=name, domain=domain, corpus=corpus, folder=work / "corpus", key=key)
+            record = work / f"{name}.json"
+            before = build.finished(unit, record, seen=seen)
+            built[name] = before or _domain(unit, encode, seen=seen, report=progress.reporter(name))
+            build.finish(built[name], record)
             progress.done(name, built[name])
     return built
+
+
+def _domain(unit: build.Unit, encode: encoder.Encoder, *, seen: set[bytes], report: build.Report) -> build.Built:
+    domain = unit.domain
+    try:
+        fetched = sources.fetch(domain.source, scratch.ROOT / "sources", sha256=domain.sha256, sdist=domain.sdist)
+    except sources.SourceError as error:
+        raise sources.SourceError(f"domain {unit.name}: {error}") from error
+    return build.Builder(unit, encode, seen=seen, report=report).run(fetched)
+
+
+def _manifest(
+    name: str, corpus: settings.Corpus, encode: encoder.Encoder, *, built: dict[str, build.Built]
+) -> dict[str, Any]:
+    """The manifest as JSON: a function of the inputs alone, so no times and no machine in it."""
+    return {
+        "format": manifest.FORMAT,
+        "corpus": name,
+        "model": corpus.model,
+        "tokenizer": encode.fingerprint,
+        "vocab_size": encode.vocab_size,
+        "eos_token_id": encode.eos_token_id,
+        "dtype": encode.dtype.__name__,
+        "seed": corpus.seed,
+        "domains": {
+            domain: {
+                **{split: manifest.split_of(made.splits[split]) for split in build.SPLITS},
+                "rules": made.rules,
+                "license": corpus.domains[domain].license,
+                "source": corpus.domains[domain].source,
+            }
+            for domain, made in built.items()
+        },
+    }
 
 
 def _metrics(made: manifest.Manifest, built: dict[str, build.Built]) -> dict[str, Any]:
     """What `dvc metrics show` shows. Rates cover what this run encoded itself; a resumed run didn't encode it all."""
     domains = {}
     for name, entry in made.domains.items():
+        splits = {"train": entry.train, "heldout": entry.heldout}
         tokens = entry.train.tokens + entry.heldout.tokens
         domains[name] = {
-            "documents": {"train": entry.train.documents, "heldout": entry.heldout.documents},
-            "tokens": {"train": entry.train.tokens, "heldout": entry.heldout.tokens},
+            "documents": {split: part.documents for split, part in splits.items()},
+            "tokens": {split: part.tokens for split, part in splits.items()},
             "rules": entry.rules,
             "bad": built[name].bad,
             "bytes_per_token": round((entry.train.bytes + entry.heldout.bytes) / tokens, 4),
@@ -95,11 +113,13 @@ def _metrics(made: manifest.Manifest, built: dict[str, build.Built]) -> dict[str
             "license": entry.license,
             "source": entry.source,
         }
-    seconds = sum(b.seconds for b in built.values())
+    parts = [part for entry in made.domains.values() for part in (entry.train, entry.heldout)]
     return {
-        "documents": sum(sum(d["documents"].values()) for d in domains.values()),
-        "tokens": sum(sum(d["tokens"].values()) for d in domains.values()),
-        "tokens_per_second": round(sum(b.encoded_tokens for b in built.values()) / seconds),
+        "documents": sum(part.documents for part in parts),
+        "tokens": sum(part.tokens for part in parts),
+        "tokens_per_second": round(
+            sum(b.encoded_tokens for b in built.values()) / sum(b.seconds for b in built.values())
+        ),
         "tokenizer": made.tokenizer,
         "sha256": made.sha256,
         "domains": domains,

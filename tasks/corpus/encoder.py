@@ -63,7 +63,7 @@ def load_encoder(model_dir: Path) -> Encoder:
 
 
 def same_ids(a: str, b: str) -> bool:
-    """Whether two fingerprints stand for the same vocabulary, merges and flags, whatever version of the backend ran."""
+    """Whether two fingerprints mean the same vocabulary, merges and flags, whatever version of the backend ran."""
     return a.rpartition("/")[0] == b.rpartition("/")[0]
 
 
@@ -90,7 +90,7 @@ def token_bytes(model_dir: Path) -> NDArray[np.int64]:
         else:
             raise ValueError(
                 f"{model_dir / 'tokenizer.json'}: neither a byte-level nor a SentencePiece-like vocabulary "
-                f"(found {', '.join(sorted(kinds)) or 'no pre-tokenizer and no decoder'}), so its bytes per token are unknown"
+                f"(found {', '.join(sorted(kinds)) or 'no pre-tokenizer and no decoder'}): bytes per token unknown"
             )
     return sizes
 

@@ -14,7 +14,7 @@ from tasks.corpus.windows import Windows
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's part of a global batch: `input_ids` int64 [batch / world_size, seq_len], and where each row is from."""
+    """One rank's part of a global batch: `input_ids` int64 [batch / world_size, seq_len] and each row's origin."""
 
     input_ids: NDArray[np.int64]
     domains: list[str]

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from xml.parsers import expat
 
 from tasks.corpus import streams
-
-if TYPE_CHECKING:
-    from tasks.corpus.readers import Document, Tally
+from tasks.corpus.records import Document, Tally
 
 BLOCK = 1 << 20
 _FIELDS = {"title", "ns", "text"}
@@ -60,8 +58,6 @@ class _Pages:
 
 def documents(file: IO[bytes], path: str, *, tally: Tally) -> Iterator[Document]:
     """The articles of a dump. Counts `redirect` and `namespace` (pages that are no articles) and bad records."""
-    from tasks.corpus.readers import Document
-
     for row, page in enumerate(_pages(file, path, tally=tally)):
         tally.rules["read"] += 1
         markup = page.get("text", "")

@@ -1,7 +1,7 @@
 """A keyed permutation of 0..n-1 that needs no table: a Feistel network with cycle-walking.
 
 Integer arithmetic only, so the order is the same on every machine and with every numpy, and any place of it can be
-computed without the ones before. Shuffles documents before they are written, windows in each epoch, slots in each batch.
+computed without the ones before. Shuffles documents before they are written, windows in an epoch, slots in a batch.
 """
 
 from __future__ import annotations

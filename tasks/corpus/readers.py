@@ -6,53 +6,12 @@ was too many is judged per domain (`Tally.judge`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import IO, Any
 
-from tasks.corpus import streams
+from tasks.corpus import mediawiki, streams
+from tasks.corpus.records import CorpusError, Document, Tally
 from tasks.sources import Fetched
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be made from what was found; the message names the domain and the mend."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """A text and where it came from: `row` is the line, row or page in the file `source`, counted from 0."""
-
-    text: str
-    source: str
-    row: int
-
-
-@dataclass
-class Tally:
-    """Records per rule, and the first example of each kind of bad one."""
-
-    rules: Counter[str] = field(default_factory=Counter)
-    bad: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def reject(self, rule: str, source: str, row: int, *, detail: str) -> None:
-        """Count a bad record."""
-        self.rules["bad"] += 1
-        self.bad[rule] += 1
-        self.examples.setdefault(rule, f"{source}, row {row}: {detail}")
-
-    def judge(self, domain: str, max_bad: float) -> None:
-        """Raise CorpusError if more than `max_bad` of a domain's records were bad."""
-        bad, read = self.rules["bad"], self.rules["read"]
-        if bad > max_bad * read:
-            rules = "; ".join(
-                f"{n} x {rule}, the first in {self.examples[rule]}" for rule, n in self.bad.most_common()
-            )
-            raise CorpusError(
-                f"domain {domain}: {bad} of {read} records are bad ({bad / read:.2%}), max_bad allows {max_bad:.2%}. "
-                f"{rules}. Mend the file, correct `format` or `text_field`, or raise `max_bad`"
-            )
 
 
 def documents(fetched: Fetched, *, format: str, text_field: str, tally: Tally) -> Iterator[Document]:
@@ -65,19 +24,18 @@ def documents(fetched: Fetched, *, format: str, text_field: str, tally: Tally) -
         tally: counts `read` and bad records.
     """
     for path in fetched.paths:
+        name = fetched.name_of(path)
         with fetched.fs.open(path, "rb") as raw:
             if format == "parquet":
-                yield from _parquet(raw, path, column=text_field, tally=tally)
+                yield from _parquet(raw, name, column=text_field, tally=tally)
                 continue
             file = streams.decompress(raw, path)
             if format == "text":
-                yield from _text(file, path, tally=tally)
+                yield from _text(file, name, tally=tally)
             elif format == "jsonl":
-                yield from _jsonl(file, path, key=text_field, tally=tally)
+                yield from _jsonl(file, name, key=text_field, tally=tally)
             else:
-                from tasks.corpus import mediawiki
-
-                yield from mediawiki.documents(file, path, tally=tally)
+                yield from mediawiki.documents(file, name, tally=tally)
 
 
 def _text(file: IO[bytes], path: str, *, tally: Tally) -> Iterator[Document]:

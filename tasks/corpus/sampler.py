@@ -103,7 +103,7 @@ class Sampler:
         """Continue after the batch at which `state` was taken.
 
         Raises:
-            ValueError: the state belongs to another corpus, seed, batch, sequence length or format; nothing is changed.
+            ValueError: the state is of another corpus, seed, batch, sequence length or format; nothing is changed.
         """
         ours = self.state()
         for field, mend in _FIXED.items():

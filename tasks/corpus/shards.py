@@ -25,6 +25,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+FORMAT = "moeforge-shard-1"
 FIRST_IDS = 32
 TMP = ".tmp-"
 

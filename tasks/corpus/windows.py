@@ -77,6 +77,6 @@ def _map(corpus_dir: Path, shard: manifest.Shard) -> NDArray[Any]:
     ids = shards.flat_ids(shards.open_shard(corpus_dir / shard.path))
     if len(ids) != shard.tokens:
         raise ValueError(
-            f"{corpus_dir / shard.path}: holds {len(ids)} tokens, the manifest says {shard.tokens}; make the corpus again"
+            f"{corpus_dir / shard.path}: has {len(ids)} tokens, its manifest {shard.tokens}; make the corpus again"
         )
     return ids
