@@ -21,7 +21,7 @@ Regime = Literal["sorted", "dense"]
 # elements in and out and for GEMMs too narrow to run at full speed; it costs the dense regime (E/K) * F and no toll.
 # The faster the GEMMs of a dtype, the more units the same toll is worth. Read off the table in docs/kernels.md.
 TOLL_FULL_PRECISION = 28
-TOLL_HALF_PRECISION = 64
+TOLL_HALF_PRECISION = 60
 
 
 def choose_regime(experts: int, top_k: int, *, width: int, tokens: int, dtype: torch.dtype) -> Regime:

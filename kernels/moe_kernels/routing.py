@@ -1,6 +1,6 @@
 """Routing metadata of the Triton path: who computes which tile of which expert. Torch operators, no host sync.
 
-Glossary (M = T*K routed rows, E experts, K top-k; "flat" is the position ``t*K + k``, "sorted" the position by expert):
+Glossary (M = T*K routed rows, E experts, K top-k; "flat" is the position ``t*K + k``, "sorted" that by expert):
 
     token_M          sorted -> token
     inverse_TK       flat -> sorted
