@@ -49,5 +49,5 @@ def load(
         path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, **options
     )
     if device is not None:
-        model.to(torch.device(device))
+        torch.nn.Module.to(model, torch.device(device))
     return model.eval()

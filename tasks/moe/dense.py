@@ -72,7 +72,7 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
     _check_shape(model.config, entry)
     files.save(model, target)
     if not any((target / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise _error(entry, f"holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
+        raise _error(entry, "holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
     shutil.rmtree(work / "source")
     return {
         "parameters": counts.parameters(model.config),

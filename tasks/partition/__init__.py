@@ -1,0 +1,1 @@
+"""Expert construction: which neurons form an expert, the router that finds it, the checkpoint, and the proof."""

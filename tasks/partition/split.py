@@ -1,0 +1,97 @@
+"""The split of all layers, bottom up: each is fitted on what the already converted layers below hand it.
+
+Shapes: T calibration tokens, D hidden, N neurons of the dense FFN, E routed experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tasks.partition import activation, build, calibration, random_split, router
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+    from tasks.settings import Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Neuron indices and router weights per layer; `errors` is the share of each FFN's output energy that is lost."""
+
+    layers: tuple[np.ndarray, ...]
+    routers: list[torch.Tensor]
+    errors: list[float]
+
+
+def at_random(dense: LlamaForCausalLM, partition: Partition) -> Split:
+    """Random experts and random routers; needs no text.
+
+    The router's logits get the standard deviation `router_std` for an input as RMSNorm leaves it.
+    """
+    layers, routers = [], []
+    for i, block in enumerate(dense.model.layers):
+        width, hidden = dense.config.intermediate_size, dense.config.hidden_size
+        layers.append(random_split.split_layer(width, experts=partition.experts, seed=partition.seed, layer=i))
+        weight_ED = router.random_weights(partition.experts, hidden, seed=partition.seed, layer=i)
+        norm: Any = block.post_attention_layernorm.weight
+        length = norm.detach().float().norm().cpu()  # of a typical input: RMSNorm makes its root mean square 1
+        routers.append(weight_ED * (partition.router_std / (router.INIT_STD * length)))
+    return Split(layers=tuple(layers), routers=routers, errors=[])
+
+
+@torch.no_grad()
+def by_activation(
+    dense: LlamaForCausalLM, ids_BL: np.ndarray, *, partition: Partition, report: Callable[[str], None]
+) -> Split:
+    """Shared experts, clusters and fitted routers from calibration windows `ids_BL`."""
+    states = calibration.States(dense, ids_BL)
+    layers, routers, errors = [], [], []
+    for i, block in enumerate(dense.model.layers):
+        x_TD = states.attend(i)
+        h_TN = calibration.neurons(block.mlp, x_TD)
+        down_DN = block.mlp.down_proj.weight
+        experts_EF, weight_ED = activation.split_layer(
+            x_TD,
+            h_TN,
+            down_DN,
+            experts=partition.experts,
+            shared_experts=partition.shared_experts,
+            top_k=partition.top_k,
+            seed=partition.seed + i,
+        )
+        weight_ED = router.scaled(weight_ED, x_TD, std=partition.router_std)
+        dense_TD = h_TN @ down_DN.T
+        sparse_TD = _sparse_output(x_TD, h_TN, down_DN, experts_EF, weight_ED, partition=partition)
+        error = ((dense_TD - sparse_TD).square().sum() / dense_TD.square().sum()).item()
+        states.add(sparse_TD)
+        layers.append(experts_EF)
+        routers.append(weight_ED)
+        errors.append(error)
+        report(f"{error:.1%} of the FFN's output lost")
+    return Split(layers=tuple(layers), routers=routers, errors=errors)
+
+
+def _sparse_output(
+    x_TD: torch.Tensor,
+    h_TN: torch.Tensor,
+    down_DN: torch.Tensor,
+    experts_EF: np.ndarray,
+    weight_ED: torch.Tensor,
+    *,
+    partition: Partition,
+) -> torch.Tensor:
+    """What the converted FFN computes: the neurons' own outputs, weighted by their expert's routing weight, [T, D]."""
+    index_TK, weights_TK = router.chosen(weight_ED, x_TD, top_k=partition.top_k)
+    weights_TG = torch.zeros(len(x_TD), partition.experts + 1, device=x_TD.device)
+    weights_TG.scatter_(1, index_TK, weights_TK * build.scale(partition))
+    weights_TG[:, -1] = 1  # the shared experts
+    group_N = np.empty(experts_EF.size, dtype=np.int64)
+    of_row = np.arange(len(experts_EF)) - partition.shared_experts
+    group_N[experts_EF.reshape(-1)] = np.repeat(np.where(of_row < 0, partition.experts, of_row), experts_EF.shape[1])
+    return (h_TN * weights_TG[:, torch.from_numpy(group_N).to(x_TD.device)]) @ down_DN.T
