@@ -16,8 +16,10 @@ from tasks.corpus.records import Document, Tally
 
 BLOCK = 1 << 20
 _FIELDS = {"title", "ns", "text"}
-_NOT_PROSE = re.compile(r"\s*(file|image|category|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
-_BLANK = re.compile(r"[ \t]*\n(?:[ \t]*\n)+")
+_NOT_PROSE_TAGS = {"ref", "references", "table", "gallery", "timeline"}
+_NOT_PROSE_LINKS = re.compile(r"\s*(file|image|category|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE)
+_LINE_EDGES = re.compile(r"[ \t]*\n[ \t]*")
+_BLANK_LINES = re.compile(r"\n{3,}")
 
 
 class _Pages:
@@ -73,12 +75,17 @@ def documents(file: IO[bytes], path: str, *, tally: Tally) -> Iterator[Document]
 def plain(markup: str) -> str:
     """Wikitext without its markup: no templates, tables, references, files or categories."""
     import mwparserfromhell
+    from mwparserfromhell.nodes import Node, Tag, Wikilink
+
+    def is_prose(node: Node) -> bool:
+        if isinstance(node, Tag):
+            return str(node.tag).strip().lower() not in _NOT_PROSE_TAGS
+        return not (isinstance(node, Wikilink) and _NOT_PROSE_LINKS.match(str(node.title)))
 
     code = mwparserfromhell.parse(markup)
-    for link in code.ifilter_wikilinks(recursive=False):
-        if _NOT_PROSE.match(str(link.title)):
-            code.remove(link)
-    return _BLANK.sub("\n\n", code.strip_code(normalize=True, collapse=True)).strip()
+    code.nodes = [node for node in code.nodes if is_prose(node)]
+    text = code.strip_code(normalize=True, collapse=True)
+    return _BLANK_LINES.sub("\n\n", _LINE_EDGES.sub("\n", text)).strip()
 
 
 def _pages(file: IO[bytes], path: str, *, tally: Tally) -> Iterator[dict[str, str]]:

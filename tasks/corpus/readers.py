@@ -25,6 +25,10 @@ def documents(fetched: Fetched, *, format: str, text_field: str, tally: Tally) -
     """
     for path in fetched.paths:
         name = fetched.name_of(path)
+        if streams.codec_of(path) and fetched.fs.size(path) == 0:  # which gzip takes for an empty stream
+            tally.rules["read"] += 1
+            tally.reject("corrupt stream", name, 0, detail="a compressed file of 0 bytes")
+            continue
         with fetched.fs.open(path, "rb") as raw:
             if format == "parquet":
                 yield from _parquet(raw, name, column=text_field, tally=tally)

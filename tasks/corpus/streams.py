@@ -28,9 +28,14 @@ CORRUPT = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What reading a damaged stream raises (gzip.BadGzipFile is an OSError)."""
 
 
+def codec_of(path: str) -> str | None:
+    """gzip, zstd, bz2, xz, … by the name's ending; None for a plain file."""
+    return infer_compression(path)
+
+
 def decompress(file: IO[bytes], path: str) -> IO[bytes]:
     """The bytes of a file, decompressed if its name says so."""
-    codec = infer_compression(path)
+    codec = codec_of(path)
     if codec == "zstd":
         return io.BufferedReader(_Zstd(file), BLOCK)
     return compr[codec](file, mode="rb") if codec else file

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.corpus import permutation
+from tasks.corpus.sampler import Sampler
+from tasks.corpus.weights import quantise
+
+WINDOWS = {"code": 17, "books": 5, "legal": 40, "web": 1000}
+WEIGHTS = {"code": 0.3, "books": 0.1, "legal": 0.05, "web": 0.55}
+OTHER = {"code": 0.1, "books": 0.6, "legal": 0.25, "web": 0.05}
+
+
+def sampler(**changes: Any) -> Sampler:
+    return Sampler(
+        **{"windows": WINDOWS, "weights": WEIGHTS, "seed": 1, "batch": 24, "corpus_sha256": "c0ffee", **changes}
+    )
+
+
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(state))
+
+
+def continued(one: Sampler) -> Sampler:
+    return Sampler.load(through_json(one.state()), windows=WINDOWS, corpus_sha256="c0ffee")
+
+
+def test_the_union_over_ranks_is_the_same_at_any_world_size_changed_at_each_step() -> None:
+    expected = sampler()
+    found = sampler()
+    for step in range(60):
+        world_size = [1, 2, 3, 4, 6, 8, 12, 24][step % 8]
+        found = continued(found)
+        ranks = [continued(found) for _ in range(world_size)]
+        parts = [one.next()[rank::world_size] for rank, one in enumerate(ranks)]
+        batch = expected.next()
+        assert [slot for group in zip(*parts, strict=True) for slot in group] == batch
+        found = ranks[-1]
+
+
+def test_weights_changed_at_any_step_give_the_same_batches_after_resume() -> None:
+    straight, resumed = sampler(), sampler()
+    for step in range(40):
+        if step in {7, 8, 23}:
+            for one in (straight, resumed):
+                one.set_weights(OTHER if step != 23 else WEIGHTS)
+        resumed = continued(continued(resumed))  # twice: a second resume must not start over
+        assert resumed.next() == straight.next()
+
+
+@given(
+    raw=st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any),
+    batch=st.integers(1, 40),
+)
+@settings(deadline=None, max_examples=60)
+def test_served_slots_stay_within_one_of_the_exact_share_at_every_step(raw: list[int], batch: int) -> None:
+    names = [f"d{i}" for i in range(len(raw))]
+    one = Sampler(
+        dict.fromkeys(names, 7),
+        weights=dict(zip(names, map(float, raw), strict=True)),
+        seed=0,
+        batch=batch,
+        corpus_sha256="",
+    )
+    shares = [Fraction(w, 2**32) for w in quantise(map(float, raw))]
+    served: Counter[str] = Counter()
+    for step in range(1, 60):
+        slots = one.next()
+        assert len(slots) == batch
+        served.update(domain for domain, _ in slots)
+        for name, share in zip(names, shares, strict=True):
+            assert abs(served[name] - share * batch * step) < 1
+            assert share or not served[name]
+
+
+def test_counts_are_exact_wherever_the_share_is_a_whole_number() -> None:
+    weights = {"code": 0.5, "books": 0.25, "legal": 0.125, "web": 0.125}
+    one = sampler(weights=weights, batch=3)
+    served = Counter(domain for _ in range(80) for domain, _ in one.next())
+    assert served == {"code": 120, "books": 60, "legal": 30, "web": 30}
+
+
+@given(
+    steps=st.lists(st.dictionaries(st.sampled_from(sorted(WINDOWS)), st.floats(0.01, 1), min_size=1), max_size=30),
+    batch=st.integers(1, 30),
+)
+@settings(deadline=None, max_examples=60)
+def test_batches_stay_full_while_weights_change_at_every_step(steps: list[dict[str, float]], batch: int) -> None:
+    one = sampler(batch=batch)
+    for weights in steps:
+        one.set_weights({domain: weights.get(domain, 0.0) for domain in WINDOWS})
+        slots = one.next()
+        assert len(slots) == batch
+        assert {domain for domain, _ in slots} <= set(weights)
+        state = one.state()
+        assert sum(state["residual"]) == 0
+        assert all(residual > -(2**32) for residual in state["residual"])
+
+
+@given(n=st.integers(1, 60), batch=st.integers(1, 17), seed=st.integers(0, 5))
+@settings(deadline=None, max_examples=60)
+def test_each_window_is_served_once_per_epoch(n: int, batch: int, seed: int) -> None:
+    one = Sampler({"only": n}, weights={"only": 1.0}, seed=seed, batch=batch, corpus_sha256="")
+    drawn = [0] * n
+    for _ in range(3 * n // batch + 2):
+        for _, window in one.next():
+            drawn[window] += 1
+        assert max(drawn) - min(drawn) <= 1
+    assert min(drawn) >= 2
+
+
+def test_epochs_seeds_and_domains_have_their_own_orders() -> None:
+    def epochs(seed: int, name: str) -> list[list[int]]:
+        one = Sampler({name: 50}, weights={name: 1.0}, seed=seed, batch=50, corpus_sha256="")
+        return [one._draw(0, 50) for _ in range(2)]
+
+    orders = [*epochs(0, "a"), *epochs(1, "a"), *epochs(0, "b")]
+    assert len({tuple(order) for order in orders}) == 6
+
+
+def test_slots_of_a_domain_are_spread_over_the_ranks() -> None:
+    one = sampler(weights={"code": 0.5, "books": 0, "legal": 0, "web": 0.5}, batch=8)
+    first_half = Counter(domain for _ in range(200) for domain, _ in one.next()[:4])
+    assert 340 < first_half["code"] < 460
+
+
+def test_the_state_is_small_json_and_the_first_batch_after_step_ten_million_costs_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    domains = ["commoncrawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange"]
+    weights = dict(zip(domains, [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.015625], strict=True))
+    windows = dict.fromkeys(domains, 3_000_000)
+    one = Sampler(windows, weights=weights, seed=2**31, batch=64, corpus_sha256="f" * 64)
+    state = one.state()
+    state |= {"step": 10**7, "cursor": [int(10**7 * 64 * w) for w in weights.values()]}
+    assert len(json.dumps(state)) < 1024
+
+    work = []
+    permute = permutation.permute
+    monkeypatch.setattr(
+        permutation, "permute", lambda indices, n, **keys: work.append(len(indices)) or permute(indices, n, **keys)
+    )
+    one.next()
+    at_start, work[:] = sum(work), []
+    one.restore(through_json(state))
+    one.next()
+    assert sum(work) == at_start == 128  # 64 windows and 64 slots
+
+
+def test_the_state_reached_by_stepping_is_the_one_that_arithmetic_gives() -> None:
+    weights = {"code": 0.5, "books": 0.25, "legal": 0.125, "web": 0.125}
+    one = sampler(weights=weights, batch=8)
+    for _ in range(500):
+        one.next()
+    assert one.state()["cursor"] == [int(500 * 8 * w) for w in weights.values()]
+    assert one.state()["residual"] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corpus_sha256": "bad"}, "corpus_sha256 is 'bad' now and was 'c0ffee'.*the corpus changed"),
+        ({"seed": 2}, "seed is 2 now and was 1"),
+        ({"batch": 12}, "batch is 12 now and was 24"),
+        ({"windows": {**WINDOWS, "web": 999}}, "windows.*seq_len changed"),
+        ({"windows": dict(reversed(WINDOWS.items()))}, "domains"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_and_changes_nothing(change: dict[str, Any], message: str) -> None:
+    saved = sampler()
+    saved.next()
+    other = sampler(**change)
+    before = other.state()
+    with pytest.raises(ValueError, match=message):
+        other.restore(saved.state())
+    assert other.state() == before
+
+
+def test_a_domain_without_a_window_needs_weight_zero() -> None:
+    with pytest.raises(ValueError, match=r"domain books has weight 0.1 but not one whole training window"):
+        sampler(windows={**WINDOWS, "books": 0})
+    none = sampler(windows={**WINDOWS, "books": 0}, weights={**WEIGHTS, "books": 0.0})
+    assert all(domain != "books" for _ in range(20) for domain, _ in none.next())
+
+
+def test_weights_for_other_domains_are_refused() -> None:
+    with pytest.raises(ValueError, match="weights are for code; the sampler has code, books, legal, web"):
+        sampler(weights={"code": 1.0})

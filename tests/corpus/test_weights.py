@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.corpus import weights
+
+# The worked example of LLaMA-MoE's dynamic selection; the last column is the paper's rule in double precision.
+EXAMPLE = {
+    "en_cc": (0.67, 1.6916865110397339, 1.728, 0.668204),
+    "en_c4": (0.15, 2.074881076812744, 2.117, 0.150469),
+    "github": (0.045, 0.6984495520591736, 0.705, 0.043563),
+    "en_wikipedia": (0.045, 1.5899001359939575, 1.572, 0.043279),
+    "en_book": (0.045, 1.925248146057129, 2.071, 0.050070),
+    "en_arxiv": (0.025, 1.2408167123794556, 1.287, 0.025180),
+    "en_stack": (0.02, 1.4974864721298218, 1.491, 0.019235),
+}
+
+
+def test_one_update_gives_the_published_example() -> None:
+    prior, reference, loss, expected = ({d: row[i] for d, row in EXAMPLE.items()} for i in range(4))
+    found = weights.update(prior, losses=loss, references=reference)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert math.fsum(found.values()) == pytest.approx(1)
+
+
+def test_domains_at_their_reference_keep_their_proportions() -> None:
+    found = weights.update({"a": 3, "b": 1}, losses={"a": 1, "b": 2}, references={"a": 2, "b": 2})
+    assert found == {"a": 0.75, "b": 0.25}
+
+
+def test_a_huge_excess_does_not_overflow() -> None:
+    found = weights.update({"a": 0.5, "b": 0.5}, losses={"a": 5000.0, "b": 1.0}, references={"a": 1.0, "b": 1.0})
+    assert found == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_refused_by_name(loss: float) -> None:
+    with pytest.raises(ValueError, match=r"losses: no finite number for b"):
+        weights.update({"a": 1, "b": 1}, losses={"a": 1, "b": loss}, references={"a": 1, "b": 1})
+    with pytest.raises(ValueError, match=r"references: no finite number for b"):
+        weights.update({"a": 1, "b": 1}, losses={"a": 1, "b": 1}, references={"a": 1})
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1e6)), min_size=1, max_size=40).filter(any))
+def test_quantised_weights_sum_to_one_and_stay_close(values: list[float]) -> None:
+    found = weights.quantise(values)
+    total = math.fsum(values)
+    assert sum(found) == 2**32
+    for value, whole in zip(values, found, strict=True):
+        assert whole >= 0
+        assert abs(whole - value / total * 2**32) < 2
+        assert value or whole == 0
+
+
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [1.0, -0.1], [math.nan], [math.inf, 1.0]])
+def test_weights_that_name_no_mixture_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="positive sum"):
+        weights.quantise(values)
