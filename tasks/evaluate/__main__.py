@@ -9,9 +9,11 @@ A model that is done stays done: an evaluation that is killed goes on with the n
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -60,6 +62,7 @@ def evaluate(name: str) -> None:
         (folder / "heldout.json").write_text(json.dumps({domain: a.tolist() for domain, a in ids.items()}))
         scratch.publish(folder / "heldout.json", run / "heldout.json")
         scratch.write_json(run / "evaluation.json", summarise(done, heldout=heldout, seq_len=knobs.seq_len))
+        shutil.rmtree(folder)
 
 
 def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
@@ -139,10 +142,13 @@ def machine(device: str) -> dict[str, Any]:
 
 def main() -> int:
     """Run the stage for the pipeline named on the command line."""
-    if len(sys.argv) != 2:
-        print("usage: python -m tasks.evaluate PIPELINE", file=sys.stderr)
-        return 2
-    evaluate(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m tasks.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
+    try:
+        evaluate(parser.parse_args().pipeline)
+    except (ValueError, OSError, scratch.BusyError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

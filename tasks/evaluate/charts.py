@@ -46,7 +46,7 @@ def lines(
     ys = [y for points in series.values() for _, y in points]
     x_ticks = ticks(min(xs), max(xs), count=6)
     y_ticks = ticks(0.0 if zero else min(ys), max(ys), count=5)
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    x_low, x_high = _widened(min(xs), max(xs))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def px(x: float) -> float:
@@ -145,13 +145,18 @@ def legend(keys: Sequence[tuple[str, str]]) -> str:
 
 def ticks(low: float, high: float, *, count: int) -> list[float]:
     """About `count` round numbers that enclose [low, high]; the step is 1, 2 or 5 times a power of ten."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    low, high = _widened(low, high)
     raw = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """The range itself, or one around it where it is too narrow to divide by."""
+    room = max(abs(low), abs(high), 1e-3) * 1e-6
+    return (low, high) if high - low > room else (low - max(room, 0.5), high + max(room, 0.5))
 
 
 def number(value: float) -> str:

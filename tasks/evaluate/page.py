@@ -213,20 +213,22 @@ def heat_maps(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def specialisation(results: Results) -> Markup:
-    """Total variation distance between a domain's routing and that of all domains, per layer; "" for one domain."""
+def specialisation(results: Results) -> list[dict[str, Any]]:
+    """Total variation distance between a domain's routing and that of all domains, per layer; none for one domain."""
     import numpy as np
 
-    loads = {domain: np.asarray(load, dtype=float) for domain, load in results.routing["trained"].items()}
-    if len(loads) < 2:
-        return Markup("")
-    shares = {domain: load / load.sum(1, keepdims=True) for domain, load in loads.items()}
-    centre = np.mean(list(shares.values()), axis=0)
-    curves = {
-        domain: list(enumerate((np.abs(share - centre).sum(1) / 2).tolist(), start=1))
-        for domain, share in shares.items()
-    }
-    return Markup(charts.lines(curves, x_label="layer", y_label="distance from the mean routing", zero=True))
+    found = []
+    for key, title in (("split", "after the split"), ("trained", "after training")):
+        loads = {domain: np.asarray(load, dtype=float) for domain, load in results.routing[key].items()}
+        if len(loads) < 2:
+            return []
+        shares = {domain: load / load.sum(1, keepdims=True) for domain, load in loads.items()}
+        centre = np.mean(list(shares.values()), axis=0)
+        distances = {domain: (np.abs(share - centre).sum(1) / 2).tolist() for domain, share in shares.items()}
+        curves = {domain: list(enumerate(values, start=1)) for domain, values in distances.items()}
+        chart = charts.lines(curves, x_label="layer", y_label="distance from the mean routing", zero=True)
+        found.append({"title": f"Specialisation {title}", "chart": Markup(chart)})
+    return found
 
 
 def corpus(results: Results) -> list[dict[str, str]]:

@@ -1,0 +1,209 @@
+"""The two stages on a real tiny corpus and real tiny checkpoints, and the check that the model card promises."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import corpus
+from tasks.evaluate import __main__ as stage
+from tasks.evaluate import card
+
+ROOT = Path(corpus.__file__).parents[2]
+PIPELINES = """\
+models:
+  tiny: {{source: "dir:{model}", license: PSF-2.0}}
+corpora:
+  tiny:
+    model: tiny
+    heldout: 0.2
+    domains:
+      prose: {{source: "dir:{data}/prose.jsonl.gz", format: jsonl, license: PSF-2.0}}
+      code: {{source: "dir:{data}/code.jsonl", format: jsonl, license: PSF-2.0}}
+pipelines:
+  tiny:
+    model: tiny
+    corpus: tiny
+    mixture: {{method: uniform}}
+    partition: {{method: random, experts: 4, top_k: 2}}
+    pretrain: {{tokens: 512, seq_len: 64, batch: 2, learning_rate: 1e-3}}
+    evaluate:
+      seq_len: 64
+      windows: 6
+      batch: 4
+      tasks:
+        - {{name: hellaswag_100, source: "dir:{data}/cases.jsonl", license: MIT}}
+"""
+CASES = [
+    {"activity_label": "A", "ctx": f"Look at {i}. it", "endings": ["is", "was", "if", "on"], "expected_index": i % 4}
+    for i in range(8)
+]
+
+
+def sparse(dense: Path, folder: Path, *, seed: int) -> None:
+    """A Mixtral checkpoint with the dense model's tokenizer, its balance loss switched on as after training."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        output_router_logits=True,
+        router_aux_loss_coef=1.0,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / name, folder / name)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> Iterator[Path]:
+    """A project where everything before `evaluate` has run; the module's tests run inside it."""
+    from tasks.corpus import __main__ as corpus_stage
+    from tasks.corpus import fingerprint
+
+    root = tmp_path_factory.mktemp("project")
+    data = root / "texts"
+    shutil.copytree(tiny_data, data)
+    (data / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in CASES))
+    (root / "pipelines.yaml").write_text(PIPELINES.format(model=tiny_model, data=data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        shutil.copytree(tiny_model, root / "data" / "models" / "tiny")
+        patch.setattr(sys, "argv", ["fingerprint", "tiny"])
+        assert fingerprint.main() == 0
+        corpus_stage.make("tiny")
+        sparse(tiny_model, root / "runs" / "tiny" / "moe", seed=1)
+        sparse(tiny_model, root / "runs" / "tiny" / "trained", seed=2)
+        yield root
+
+
+@pytest.fixture(scope="module")
+def judgement(project: Path) -> dict[str, Any]:
+    """evaluation.json after a run that died at the third model and one that went on."""
+    judged: list[str] = []
+    real = stage._judge
+
+    def counted(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        judged.append(path.name)
+        if judged == ["tiny", "moe", "trained"]:
+            raise KeyboardInterrupt
+        return real(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "_judge", counted)
+        with pytest.raises(KeyboardInterrupt):
+            stage.evaluate("tiny")
+        assert not (project / "runs" / "tiny" / "evaluation.json").exists()
+        stage.evaluate("tiny")
+    assert judged == ["tiny", "moe", "trained", "trained"]
+    return json.loads((project / "runs" / "tiny" / "evaluation.json").read_text())
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_model(judgement: dict[str, Any]) -> None:
+    assert {"dense", "split", "trained"} < set(judgement)
+
+
+def test_every_figure_says_what_it_rests_on(judgement: dict[str, Any]) -> None:
+    assert judgement["heldout"]["seq_len"] == 64
+    for counted in judgement["heldout"]["domains"].values():
+        assert counted["windows"] == 6
+        assert counted["tokens"] == 6 * 63
+        assert counted["tokens"] <= counted["bytes"] <= 20 * counted["tokens"]
+    for model in ("dense", "split", "trained"):
+        score = judgement[model]["tasks"]["hellaswag_100"]
+        assert (score["n"], score["num_fewshot"]) == (8, 0)
+        assert {"acc_stderr", "acc_norm_stderr", "harness", "dtype"} < set(score)
+    assert judgement["machine"]["cores"] >= 1
+
+
+def test_sizes_are_those_of_the_checkpoints(judgement: dict[str, Any], project: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for model, folder in {"dense": "data/models/tiny", "trained": "runs/tiny/trained"}.items():
+        total = AutoModelForCausalLM.from_pretrained(project / folder).num_parameters()
+        assert judgement[model]["parameters"]["total"] == total
+    assert judgement["dense"]["parameters"]["active"] == judgement["dense"]["parameters"]["total"]
+    assert judgement["trained"]["parameters"]["active"] < judgement["trained"]["parameters"]["total"]
+
+
+def test_recovery_is_the_share_of_the_lost_loss_that_came_back(judgement: dict[str, Any]) -> None:
+    dense, split, trained = (judgement[model]["loss"]["mean"] for model in ("dense", "split", "trained"))
+    assert judgement["recovery"] == pytest.approx((split - trained) / (split - dense))
+    assert judgement["difference"]["trained_dense"]["loss"] == pytest.approx(trained - dense)
+    assert judgement["difference"]["trained_split"]["stderr"] > 0
+
+
+def test_every_token_of_the_windows_is_routed_to_top_k_experts(judgement: dict[str, Any], project: Path) -> None:
+    routing = json.loads((project / "runs" / "tiny" / "routing.json").read_text())
+    for model in ("split", "trained"):
+        for load in routing[model].values():
+            assert [sum(layer) for layer in load] == [6 * 64 * 2] * 2
+            assert [len(layer) for layer in load] == [4, 4]
+
+
+def test_a_finished_evaluation_leaves_no_partial_results(judgement: dict[str, Any], project: Path) -> None:
+    assert list((project / ".scratch" / "evaluate-tiny").rglob("*.json")) == []
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(judgement: dict[str, Any], project: Path) -> None:
+    path = project / "data" / "models" / "tiny" / "tokenizer.json"
+    good = path.read_text()
+    tokenizer = json.loads(good)
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    path.write_text(json.dumps(tokenizer))
+    try:
+        with pytest.raises(ValueError, match="data/models/tiny"):
+            stage.evaluate("tiny")
+    finally:
+        path.write_text(good)
+
+
+def test_the_cards_snippet_gives_the_reports_perplexity_with_torch_and_transformers_alone(
+    judgement: dict[str, Any], project: Path
+) -> None:
+    model = project / "runs" / "tiny" / "trained"
+    shutil.copy(project / "runs" / "tiny" / "heldout.json", model / "heldout.json")
+    guard = (
+        "import sys\n"
+        "class Guard:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('tasks', 'flows', 'moe_kernels'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Guard())\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", guard + card.SNIPPET]
+    done = subprocess.run(command, cwd=model, env=environment, capture_output=True, text=True, check=False)
+    (model / "heldout.json").unlink()
+    assert done.returncode == 0, done.stderr
+    printed = {name: float(value) for name, value in re.findall(r"(\w+): perplexity ([\d.]+)", done.stdout)}
+    assert set(printed) == {"prose", "code", "mean"}
+    for domain, value in printed.items():
+        assert value == pytest.approx(judgement["trained"]["perplexity"][domain], abs=0.011)
+
+
+def test_the_means_are_over_domains(judgement: dict[str, Any]) -> None:
+    scores = judgement["trained"]
+    mean = (scores["loss"]["prose"] + scores["loss"]["code"]) / 2
+    assert scores["loss"]["mean"] == pytest.approx(mean)
+    assert scores["perplexity"]["mean"] == pytest.approx(math.exp(mean))

@@ -1,0 +1,100 @@
+"""Held-out loss: the figures against independent loops."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.corpus import encoder
+from tasks.evaluate import likelihood
+from tasks.moe import checkpoint
+
+TEXT = "The quick brown fox jumps over the lazy dog; naïve café prices rose by 5 % — again. " * 40
+
+
+@pytest.fixture(scope="module")
+def windows(tiny_model: Path) -> dict[str, np.ndarray]:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tiny_model)(TEXT)["input_ids"]
+    return {"fox": np.array(ids[: 5 * 32]).reshape(5, 32), "shifted": np.array(ids[7 : 7 + 3 * 32]).reshape(3, 32)}
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_that_transformers_computes(
+    tiny_model: Path, windows: dict[str, np.ndarray]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    measured = likelihood.measure(checkpoint.load(tiny_model, dtype=torch.float32), windows, batch=2)
+    scores = likelihood.scores(
+        measured["nats"], likelihood.counts(windows, token_bytes=encoder.token_bytes(tiny_model))
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for domain, ids in windows.items():
+        with torch.no_grad():
+            losses = [
+                model(input_ids=torch.from_numpy(row[None]), labels=torch.from_numpy(row[None])).loss.item()
+                for row in ids
+            ]
+        assert scores["perplexity"][domain] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    means = [scores["loss"][domain] for domain in windows]
+    assert scores["loss"]["mean"] == pytest.approx(sum(means) / 2)
+    assert scores["perplexity"]["mean"] == pytest.approx(math.exp(sum(means) / 2))
+    assert measured["load"] == {}
+    assert measured["tokens_per_second"] > 0
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_predicted_text(
+    tiny_model: Path, windows: dict[str, np.ndarray]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    counted = likelihood.counts(windows, token_bytes=encoder.token_bytes(tiny_model))
+    for domain, ids in windows.items():
+        # A window may cut a character in two, so its text is the difference of two decoded prefixes' bytes.
+        pieces = [tokenizer.convert_ids_to_tokens(row[1:].tolist()) for row in ids]
+        assert counted[domain] == {
+            "windows": len(ids),
+            "tokens": len(ids) * 31,
+            "bytes": sum(len(token) for row in pieces for token in row),  # byte-level BPE: one character a byte
+        }
+    nats = {domain: [2.0] * len(ids) for domain, ids in windows.items()}
+    scores = likelihood.scores(nats, counted)
+    expected = 2.0 * 5 / math.log(2) / counted["fox"]["bytes"]
+    assert scores["bits_per_byte"]["fox"] == pytest.approx(expected)
+
+
+def test_the_paired_difference_is_the_mean_of_domain_means_with_their_pooled_error() -> None:
+    heldout = {"a": {"windows": 3, "tokens": 30, "bytes": 1}, "b": {"windows": 2, "tokens": 20, "bytes": 1}}
+    first = {"a": [20.0, 22.0, 27.0], "b": [30.0, 34.0]}
+    second = {"a": [10.0, 10.0, 10.0], "b": [10.0, 10.0]}
+    found = likelihood.difference(first, second, heldout)
+    a, b = np.array([1.0, 1.2, 1.7]), np.array([2.0, 2.4])
+    assert found["loss"] == pytest.approx((a.mean() + b.mean()) / 2)
+    assert found["stderr"] == pytest.approx(math.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 2) / 2)
+
+
+def test_a_single_window_gives_no_standard_error() -> None:
+    assert likelihood.difference({"a": [3.0]}, {"a": [1.0]}, {"a": {"windows": 1, "tokens": 2}}) == {"loss": 1.0}
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e4)), min_size=2, max_size=9))
+def test_swapping_the_models_only_changes_the_sign(pairs: list[tuple[float, float]]) -> None:
+    first, second = {"a": [p[0] for p in pairs]}, {"a": [p[1] for p in pairs]}
+    heldout = {"a": {"windows": len(pairs), "tokens": 7 * len(pairs)}}
+    forth, back = likelihood.difference(first, second, heldout), likelihood.difference(second, first, heldout)
+    assert forth["loss"] == pytest.approx(-back["loss"])
+    assert forth["stderr"] == pytest.approx(back["stderr"])
+
+
+def test_balance_of_an_even_load_is_one_and_counts_idle_experts() -> None:
+    assert likelihood.balance({"a": [[5, 5], [5, 5]], "b": [[1, 1], [1, 1]]}) == {"peak": 1.0, "unused": 0.0}
+    found = likelihood.balance({"a": [[4, 0, 0, 0], [1, 1, 1, 1]]})
+    assert found == {"peak": pytest.approx((4 + 1) / 2), "unused": pytest.approx(3 / 8)}

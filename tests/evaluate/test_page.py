@@ -1,0 +1,155 @@
+"""The report page, the model card and the table, from the files of a finished pipeline."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.evaluate import card, page, report, summary
+from tasks.evaluate import results as results_module
+from tasks.evaluate.results import Results
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Collects text and attributes, and fails on a tag that is closed out of turn."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.references += [value or "" for name, value in attrs if name in {"src", "href", "xlink:href"}]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_loads_nothing_and_parses(results: Results) -> None:
+    html = page.render(results)
+    parsed = Page(html)
+    assert parsed.references == []
+    assert not parsed.tags & {"script", "link", "img", "iframe"}
+    assert not re.search(r"url\(|@import|https?://", html)
+
+
+def test_the_page_names_every_domain_licence_source_and_setting(results: Results) -> None:
+    text = " ".join(Page(page.render(results)).text.split())
+    for name, domain in results.corpus.domains.items():
+        assert name in text
+        assert domain.license in text
+        assert domain.source in text
+    for name in ("smollm2-135m-q4", "pretrain.learning_rate", "partition.experts", "lm-eval", "deepspeed", "Python"):
+        assert name in text
+    assert "bits per byte on held-out text is the judge" in text
+
+
+def test_the_page_shows_the_figures_of_the_evaluation(results: Results) -> None:
+    text = " ".join(Page(page.render(results)).text.split())
+    for model in ("dense", "split", "trained"):
+        for domain in [*results.corpus.domains, "mean"]:
+            assert f"{results.evaluation[model]['bits_per_byte'][domain]:.3f}" in text
+    score = results.evaluation["trained"]["tasks"]["hellaswag_100"]
+    assert f"{score['acc']:.3f} ± {score['acc_stderr']:.3f}" in text
+    assert "n = 100, 0-shot, lm-eval 0.4.13, bfloat16" in text
+
+
+def test_text_from_the_files_is_escaped(finished: Path) -> None:
+    settings = Path("pipelines.yaml").read_text().replace("BSD-3-Clause", "<script>alert(1)</script>&")
+    Path("pipelines.yaml").write_text(settings)
+    html = page.render(results_module.read("demo"))
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in html
+
+
+def test_weights_that_stood_still_get_no_chart(finished: Path) -> None:
+    log = Path("runs/demo/training/log.jsonl")
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "weights"}) + "\n" for r in records))
+    html = page.render(results_module.read("demo"))
+    assert "Domain weights" not in html
+    assert "Held-out loss per domain" in html
+
+
+def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finished: Path) -> None:
+    path = Path("runs/demo/evaluation.json")
+    evaluation = json.loads(path.read_text())
+    del evaluation["recovery"], evaluation["difference"]["trained_split"]["stderr"]
+    for model in ("dense", "split", "trained"):
+        evaluation[model]["tasks"] = {}
+    path.write_text(json.dumps(evaluation))
+    text = Page(page.render(results_module.read("demo"))).text
+    assert "hellaswag_100" not in text.split("Sources and licences")[0]
+    assert "won back" not in text
+
+
+def test_a_missing_file_is_named_with_what_writes_it(finished: Path) -> None:
+    Path("runs/demo/heldout.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"runs/demo/heldout\.csv: not there; the pretrain stage"):
+        results_module.read("demo")
+
+
+def test_the_shipped_checkpoint_shares_the_trained_files_and_adds_a_card(finished: Path) -> None:
+    for _ in range(2):  # a second report replaces the first
+        report.report("demo")
+    run = finished / "runs" / "demo"
+    weights = "model.safetensors"
+    assert (run / "model" / weights).stat().st_ino == (run / "trained" / weights).stat().st_ino
+    assert (run / "model" / "heldout.json").stat().st_ino == (run / "heldout.json").stat().st_ino
+    assert sorted(p.name for p in (run / "trained").iterdir()) == ["config.json", weights]
+    assert (run / "report" / "index.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_model_card_has_metadata_that_a_hub_reads_and_the_table(results: Results) -> None:
+    text = card.text(results)
+    _, front, body = text.split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data["base_model"] == "smollm2-135m-q4"
+    assert data["license"] == "apache-2.0"
+    assert data["datasets"] == [domain.source for domain in results.corpus.domains.values()]
+    assert {"perplexity", "bits_per_byte", "accuracy"} <= set(data["metrics"])
+    for label, values in summary.rows(results.evaluation):
+        assert f"| {label} | {' | '.join(values)} |" in body
+    assert "\n\n\n" not in body.split("```")[0]
+
+
+def test_the_table_for_the_terminal_needs_no_heavy_import(finished: Path) -> None:
+    import subprocess
+    import sys
+
+    root = Path(summary.__file__).parents[2]
+    code = (
+        "import sys; from tasks.evaluate import summary; from rich.console import Console; "
+        "Console(width=120).print(summary.table('demo')); "
+        "assert not {'torch', 'transformers', 'lm_eval', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0.390 ± 0.049" in done.stdout
+    assert "32 held-out windows of 512 tokens" in done.stdout
+
+
+def test_a_table_before_the_evaluation_says_how_to_get_one(finished: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`moeforge run other` writes it"):
+        summary.read("other")
