@@ -28,7 +28,8 @@ class GraphError(ValueError):
 class Stage:
     """One stage of dvc.yaml.
 
-    `needs` are the stages whose outputs it reads; `outs` all that it writes, `metrics` the JSON files among them;
+    `needs` are the stages whose outputs it reads; `outs` all that it writes, `in_git` those that git keeps and not DVC,
+    `metrics` the JSON files of figures;
     `gpu` says that it must have the accelerator to itself, `retries` that a re-run can differ, `timeout` its minutes.
     """
 
@@ -37,10 +38,21 @@ class Stage:
     cmd: str
     needs: tuple[str, ...]
     outs: tuple[Path, ...]
+    in_git: tuple[Path, ...]
     metrics: tuple[Path, ...]
     gpu: bool = False
     retries: int = 0
     timeout: float | None = None
+
+
+def last_stage(pipeline: str) -> str:
+    """The stage whose ancestors, with itself, are the pipeline."""
+    return f"report@{pipeline}"
+
+
+def report_page(pipeline: str) -> Path:
+    """Where the last stage writes its page."""
+    return Path("runs", pipeline, "report", "index.html")
 
 
 def ancestors(target: str) -> list[Stage]:
@@ -98,6 +110,7 @@ def _stage(node: Any, *, needs: list[str]) -> Stage:
         cmd=node.cmd,
         needs=tuple(needs),
         outs=tuple(outs.values()),
+        in_git=tuple(path for out, path in outs.items() if not out.use_cache),
         metrics=tuple(path for out, path in outs.items() if out.metric),
         gpu=bool(meta.get("gpu", False)),
         retries=int(meta.get("retries", 0)),

@@ -33,16 +33,11 @@ def upcycle(pipeline: str = "demo", refresh: bool = False, force: list[str] | No
     """
     config = settings.load().pipeline(pipeline)
     with scratch.workspace("run", pipeline):
-        plan = dag.ancestors(last_stage(pipeline))
+        plan = dag.ancestors(dag.last_stage(pipeline))
         forced = dag.resolve([*(force or []), *[f"sources@{config.corpus}"][:refresh]], stages=plan)
         outcomes = stages.run(plan, force=forced)
         report(pipeline, outcomes)
         return outcomes
-
-
-def last_stage(pipeline: str) -> str:
-    """The stage whose ancestors are the pipeline."""
-    return f"report@{pipeline}"
 
 
 def report(pipeline: str, outcomes: list[Outcome]) -> None:
@@ -51,17 +46,13 @@ def report(pipeline: str, outcomes: list[Outcome]) -> None:
 
     said = summarise(outcomes)
     get_run_logger().info(said)
-    create_markdown_artifact(
-        key=f"upcycle-{slug(pipeline)}", markdown=f"{said}\n\n```\n{summary.table(pipeline)}\n```\n"
+    lines = ["| | " + " | ".join(summary.MODELS.values()) + " |", "|---|" + "---:|" * len(summary.MODELS)]
+    lines += [f"| {label} | {' | '.join(values)} |" for label, values in summary.rows(summary.read(pipeline))]
+    key = slug(pipeline)
+    create_markdown_artifact(key=f"upcycle-{key}", markdown="\n".join([said, "", *lines]))
+    create_link_artifact(
+        key=f"report-{key}", link=dag.report_page(pipeline).resolve().as_uri(), link_text="The report page"
     )
-    create_link_artifact(key=f"report-{slug(pipeline)}", link=report_page(pipeline), link_text=f"Report of {pipeline}")
-
-
-def report_page(pipeline: str) -> str:
-    """The address of a pipeline's report page."""
-    from pathlib import Path
-
-    return Path("runs", pipeline, "report", "index.html").resolve().as_uri()
 
 
 def summarise(outcomes: list[Outcome]) -> str:

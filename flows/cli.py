@@ -1,0 +1,186 @@
+"""`moeforge`: run, plan, status, inspect, verify, doctor. Imports what a command needs only when it runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from flows import environment
+from tasks import settings
+from tasks.scratch import BusyError
+from tasks.settings import SettingsError
+from tasks.sources import SourceError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="moeforge",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a dense LLaMA into a sparse Mixture-of-Experts, heal it, and see in numbers what was kept.",
+    epilog="Run it from the project's root, where pipelines.yaml lies. Start with: moeforge run demo",
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A pipeline of pipelines.yaml.")]
+
+
+@app.command(epilog="Example: moeforge run demo --force pretrain")
+def run(
+    name: Name,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Read the corpus sources again.")] = False,
+    force: Annotated[
+        list[str] | None,
+        typer.Option("--force", metavar="STAGE", help="Run a stage again; may be given several times."),
+    ] = None,
+) -> None:
+    """Run what is out of date of a pipeline, and print the results.
+
+    Stopped or killed, it goes on from where it was when run again. When everything is up to date, Prefect is not started.
+    """
+    environment.prepare()
+    started = time.monotonic()
+    with clear_errors():
+        up_to_date = _check_before(name, force or []) and not refresh and not force
+        if not up_to_date:
+            from flows import progress, upcycle
+
+            with progress.display():
+                outcomes = upcycle.upcycle(pipeline=name, refresh=refresh, force=force)
+            up_to_date = not any(outcome.ran for outcome in outcomes)
+        from flows import dag
+        from tasks.evaluate import summary
+
+        show(summary.table(name))
+        print(f"report: {dag.report_page(name).resolve()}")
+        seconds = time.monotonic() - started
+        print(
+            f"{name}: everything is up to date ({seconds:.1f} s)" if up_to_date else f"{name}: done in {seconds:.0f} s"
+        )
+
+
+def _check_before(name: str, force: list[str]) -> bool:
+    """Validate all that can be validated without Prefect; True if DVC finds every stage up to date."""
+    from flows import dag
+    from tasks import scratch
+
+    settings.load().pipeline(name)
+    with scratch.workspace("run", name):
+        stages = dag.ancestors(dag.last_stage(name))
+        dag.resolve(force, stages=stages)
+        return not any(dag.changes([stage.name for stage in stages]).values())
+
+
+@app.command(epilog="Examples: moeforge plan demo; moeforge plan recipes/llama-2-7b-random-4of16.yaml --tflops 312")
+def plan(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A pipeline, or a recipe file.")],
+    file: Annotated[Path | None, typer.Option("--file", help="Read the pipeline from this file.")] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--tflops", min=0.001, help="Matrix-product speed of one process in TFLOP/s, else measured here."
+        ),
+    ] = None,
+) -> None:
+    """Show what would run and why, and what it costs: parameters, FLOPs, memory, disk, time. Downloads nothing."""
+    environment.prepare()
+    from flows import plan_view
+
+    with clear_errors():
+        if file is None and name.endswith((".yaml", ".yml")):
+            file, names = Path(name), None
+        else:
+            names = [name]
+        config = settings.load(file or settings.FILE)
+        for each in names or list(config.pipelines):
+            if file is None:
+                show(plan_view.stages(each))
+            show(plan_view.figures(config, each, tflops=tflops))
+
+
+@app.command(epilog="Example: moeforge status")
+def status() -> None:
+    """Show every pipeline: what is out of date, its last result, and whether it is being run."""
+    environment.prepare()
+    from flows import plan_view
+
+    with clear_errors():
+        show(plan_view.status(settings.load()))
+
+
+@app.command(epilog="Examples: moeforge inspect data/corpora/demo; moeforge inspect runs/demo/trained")
+def inspect(path: Annotated[Path, typer.Argument(help="A shard, corpus, mixture, partition or checkpoint.")]) -> None:
+    """Show what is in a file or folder of the pipeline: counts, decoded text, where it comes from."""
+    from flows import artifacts
+
+    with clear_errors():
+        show(artifacts.inspect(path))
+
+
+@app.command(epilog="Examples: moeforge verify data/corpora/demo; moeforge verify runs/demo/moe")
+def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's split checkpoint.")]) -> None:
+    """Check a corpus (hashes, counts, ids within the vocabulary) or a checkpoint (the identity test). 1 if not sound."""
+    from flows import artifacts
+
+    with clear_errors():
+        problems = artifacts.verify(path)
+        for problem in problems:
+            print(problem)
+        if problems:
+            fail(f"{path}: {len(problems)} problem{'s'[: len(problems) > 1]}")
+        print(f"{path}: sound")
+
+
+@app.command(epilog="Example: moeforge doctor")
+def doctor() -> None:
+    """Check that this machine is fit, and say what mends what is missing. 1 if something needed is missing."""
+    environment.prepare()
+    from flows import doctor as checks
+
+    with clear_errors():
+        found = checks.examine()
+        show(checks.table(found))
+        if any(check.needed and not check.ok for check in found):
+            raise typer.Exit(1)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn the errors that a user can mend into one message and exit code 1, without a traceback."""
+    from flows.dag import GraphError
+
+    try:
+        yield
+    except (SettingsError, SourceError, BusyError, GraphError, FileNotFoundError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped. Finished stages are kept; run again to go on", code=130)
+    except Exception as error:
+        if type(error).__name__ in {"StageError", "TerminationSignal"}:  # of modules too heavy to import for `--help`
+            fail(str(error) or "stopped. Finished stages are kept; run again to go on")
+        raise
+
+
+def show(what: RenderableType) -> None:
+    """Print a table or text; full width where nobody looks at a terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(what)
+
+
+def fail(message: str, *, code: int = 1) -> NoReturn:
+    """Print an error and end."""
+    print(f"moeforge: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

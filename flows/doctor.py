@@ -1,0 +1,171 @@
+"""Is this machine fit? One check a line, each with what mends it. Nothing is changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PYTHON = (3, 11)
+FREE_GB = 10
+"""The demo leaves 6 GB: the model, three checkpoints, training checkpoints, archives."""
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "triton",
+    "prefect",
+    "dvc",
+    "lm-eval",
+    "datasets",
+    "fastapi",
+    "sqlalchemy",
+)
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One finding; `needed` ones make the demo fail, the others only limit what can be done."""
+
+    name: str
+    ok: bool
+    found: str
+    mend: str = ""
+    needed: bool = True
+
+
+def examine() -> list[Check]:
+    """Run all checks."""
+    return [_python(), *_versions(), _compiler(), *_processor(), *_tools(), _disk(), _hub(), _server()]
+
+
+def table(checks: list[Check]) -> Table:
+    """The checks for the terminal."""
+    from rich.table import Table
+
+    result = Table(title="doctor", title_justify="left")
+    for column in ("", "check", "found", "what to do"):
+        result.add_column(column, overflow="fold")
+    for check in checks:
+        mark = "[green]ok[/]" if check.ok else "[red]missing[/]" if check.needed else "[yellow]note[/]"
+        result.add_row(mark, check.name, check.found, "" if check.ok else check.mend)
+    return result
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    wanted = ".".join(map(str, PYTHON))
+    return Check(
+        name="Python", ok=sys.version_info >= PYTHON, found=f"{found} ({sys.executable})",
+        mend=f"make a virtual environment with Python {wanted} or newer: python{wanted} -m venv .venv",
+    )  # fmt: skip
+
+
+def _versions() -> Iterator[Check]:
+    """Installed versions against the requirements that this project's own metadata states."""
+    from packaging.requirements import Requirement
+
+    try:
+        stated = importlib.metadata.requires("moeforge") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(name="moeforge", ok=False, found="not installed", mend="pip install -e '.[dev]'")
+        return
+    wanted = {req.name.lower(): req for req in map(Requirement, stated) if not req.marker or req.marker.evaluate()}
+    for package in PACKAGES:
+        requirement = wanted.get(package)
+        limits = str(requirement.specifier) if requirement else ""
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name=package, ok=False, found="not installed", mend=f"pip install '{package}{limits}'")
+            continue
+        fits = requirement is None or requirement.specifier.contains(found, prereleases=True)
+        yield Check(name=package, ok=fits, found=found, mend=f"pip install '{package}{limits}'")
+
+
+def _compiler() -> Check:
+    found = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
+    return Check(
+        name="C++ compiler", ok=found is not None, found=found or "none", needed=False,
+        mend="apt install g++ (or xcode-select --install); packages without a wheel for this machine, and Triton, build with it",
+    )  # fmt: skip
+
+
+def _processor() -> Iterator[Check]:
+    import torch
+
+    from tasks.pretrain.engine import cpu_has_bfloat16
+
+    fast = cpu_has_bfloat16(Path("/proc/cpuinfo"))
+    yield Check(
+        name="bfloat16 on the CPU", ok=fast, found="yes" if fast else "no", needed=False,
+        mend="none needed: training on this CPU uses float32, at about half the speed",
+    )  # fmt: skip
+    gpu = torch.cuda.is_available()
+    yield Check(
+        name="GPU", ok=gpu, needed=False,
+        found=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else f"none, {torch.get_num_threads()} CPU threads",
+        mend="none needed for the demo; for larger models install the NVIDIA driver and a CUDA build of torch",
+    )  # fmt: skip
+
+
+def _tools() -> Iterator[Check]:
+    for tool in ("git", "pip"):
+        found = shutil.which(tool)
+        yield Check(name=tool, ok=found is not None, found=found or "none", mend=f"install {tool}")
+    dvc = Path(".dvc").is_dir()
+    yield Check(
+        name="DVC project", ok=dvc, found="yes" if dvc else "no .dvc here",
+        mend="run from the project's root; in a project of your own: git init && dvc init",
+    )  # fmt: skip
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    return Check(
+        name="disk", ok=free >= FREE_GB, found=f"{free:.0f} GB free here",
+        mend=f"make room: the demo needs {FREE_GB} GB; `dvc gc --workspace` drops old results",
+    )  # fmt: skip
+
+
+def _hub() -> Check:
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+        return Check(
+            name="model hub", ok=False, found="HF_HUB_OFFLINE is set", needed=False,
+            mend="unset HF_HUB_OFFLINE to use hub: sources; pypi:, npm: and dir: sources work without",
+        )  # fmt: skip
+    reached = _answers(os.environ.get("HF_ENDPOINT", HUB))
+    return Check(
+        name="model hub", ok=reached, found="reached" if reached else "not reached", needed=False,
+        mend="check the network or proxy, or set HF_ENDPOINT to a mirror; pypi:, npm: and dir: sources work without",
+    )  # fmt: skip
+
+
+def _server() -> Check:
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return Check(name="Prefect server", ok=True, found="none set: each run starts its own (about 7 s)")
+    reached = _answers(f"{url}/health")
+    return Check(
+        name="Prefect server", ok=reached, found=f"{url} {'answers' if reached else 'does not answer'}",
+        mend="start it: prefect server start; or unset PREFECT_API_URL to let each run start its own",
+    )  # fmt: skip
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="GET"), timeout=5) as answer:
+            return bool(answer.status < 400)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

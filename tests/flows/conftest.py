@@ -1,0 +1,282 @@
+"""A toy project: stages with the structure of dvc.yaml whose commands take milliseconds, as a git and DVC repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+STEP = '''\
+"""Write JSON to the outs given; with FAIL or SLEEP in the environment's file, fail or sleep."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+name, *outs = sys.argv[1:]
+with Path("ran.txt").open("a") as file:
+    file.write(name + "\\n")
+if Path("sleep", name).exists():
+    Path("pids", name).write_text(str(os.getpid()))
+    print("sleeping", flush=True)
+    time.sleep(600)
+if Path("fail", name).exists():
+    left = int(Path("fail", name).read_text())
+    if left:
+        Path("fail", name).write_text(str(left - 1))
+        sys.exit(f"{name} went wrong")
+value = json.loads(Path("values", name).read_text()) if Path("values", name).exists() else {"value": 1}
+for out in outs:
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        path.write_text(json.dumps(value))
+    else:
+        path.mkdir()
+        (path / "part").write_text(json.dumps(value))
+    print("wrote", out, flush=True)
+'''
+
+SETTINGS = """\
+models:
+  toy: {source: "dir:nowhere", license: none}
+corpora:
+  toy:
+    model: toy
+    domains:
+      prose: {source: "dir:nowhere", format: text, license: none}
+pipelines:
+  toy:
+    model: toy
+    corpus: toy
+    mixture: {method: uniform}
+    partition: {method: random, experts: 4, top_k: 2}
+    pretrain: {tokens: 64, seq_len: 8, batch: 1, learning_rate: 1e-3}
+    evaluate: {seq_len: 8}
+"""
+
+
+def stage(
+    name: str, *, over: str, deps: list[str], outs: list[str], metrics: list[str], meta: str, params: str
+) -> str:
+    """One foreach stage as dvc.yaml has them."""
+    lines = [
+        f"  {name}:",
+        f"    foreach: ${{{over}}}",
+        "    do:",
+        f"      cmd: python step.py {name} {' '.join(outs + metrics)}",
+        "      deps:",
+        *[f"        - {dep}" for dep in ["step.py", *deps]],
+        "      params:",
+        "        - pipelines.yaml:",
+        f"            - {params}",
+    ]
+    if outs:
+        lines += ["      outs:", *[f"        - {out}" for out in outs]]
+    if metrics:
+        lines += ["      metrics:", *[f"        - {m}:\n            cache: false" for m in metrics]]
+    return "\n".join(lines + ([f"      meta: {meta}"] if meta else []))
+
+
+def dag_file() -> str:
+    """A dvc.yaml with the shape of the real one."""
+    corpus, model, run = "data/corpora/${item.corpus}", "data/models/${item.model}", "runs/${key}"
+    own = {"over": "pipelines", "params": "pipelines.${key}"}
+    rows = [
+        stage("model", over="models", params="models.${key}", deps=[], outs=["data/models/${key}"],
+              metrics=["data/models/${key}.json"], meta="{retries: 1}"),
+        stage("sources", over="corpora", params="corpora.${key}", deps=["source.txt"],
+              outs=[], metrics=["data/corpora/${key}.sources.json"], meta="{retries: 1}"),
+        stage("corpus", over="corpora", params="corpora.${key}",
+              deps=["data/corpora/${key}.sources.json", "data/models/${item.model}"],
+              outs=["data/corpora/${key}"], metrics=["data/corpora/${key}.json"], meta=""),
+        stage("mixture", **own, deps=[corpus, model], outs=[], metrics=[f"{run}/mixture.json"], meta="{gpu: true}"),
+        stage("partition", **own, deps=[corpus, model], outs=[f"{run}/moe"], metrics=[], meta="{gpu: true}"),
+        stage("pretrain", **own, deps=[f"{run}/mixture.json", f"{run}/moe"], outs=[f"{run}/trained"],
+              metrics=[f"{run}/pretrain.json"], meta="{gpu: true}"),
+        stage("evaluate", **own, deps=[f"{run}/trained", corpus], outs=[], metrics=[f"{run}/evaluation.json"],
+              meta="{gpu: true}"),
+        stage("report", **own, deps=[f"{run}/evaluation.json"], outs=[f"{run}/report"], metrics=[], meta=""),
+    ]  # fmt: skip
+    return "vars:\n  - pipelines.yaml:models,corpora,pipelines\nstages:\n" + "\n".join(rows) + "\n"
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Toy projects to copy: `new`, with nothing run yet, and `done`, which `dvc repro` brought up to date."""
+    new = tmp_path_factory.mktemp("new") / "toy"
+    new.mkdir()
+    (new / "step.py").write_text(STEP)
+    (new / "source.txt").write_text("texts")
+    (new / "dvc.yaml").write_text(dag_file())
+    (new / "pipelines.yaml").write_text(SETTINGS)
+    for folder in ("fail", "sleep", "values", "pids"):
+        (new / folder).mkdir()
+    judge(new, 1.5)
+    (new / ".gitignore").write_text("/.scratch/\n/ran.txt\n/fail\n/sleep\n/values\n/pids\n/.prefect/\n")
+    for name in ("tasks", "flows"):
+        (new / name).symlink_to(ROOT / name)
+    for command in (
+        ["git", "init", "--quiet"],
+        ["git", "config", "user.name", "Test"],
+        ["git", "config", "user.email", "test@example.org"],
+        [sys.executable, "-m", "dvc", "init", "--quiet"],
+        [sys.executable, "-m", "dvc", "config", "core.autostage", "false"],
+        ["git", "add", "--all"],
+        ["git", "commit", "--quiet", "--message", "Start"],
+    ):
+        subprocess.run(command, check=True, cwd=new)
+    done = tmp_path_factory.mktemp("done") / "toy"
+    shutil.copytree(new, done, symlinks=True)
+    repro(done)
+    ran(done)
+    return {"new": new, "done": done}
+
+
+def repro(project: Path) -> None:
+    """Bring a project up to date by `dvc repro` alone."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--quiet"], check=True, cwd=project, env={**os.environ, "PATH": path}
+    )
+
+
+@pytest.fixture
+def toy(templates: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a toy project in which nothing was run; also the current directory."""
+    return enter(templates["new"], tmp_path / "toy", monkeypatch)
+
+
+@pytest.fixture
+def done_toy(templates: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a toy project that is up to date; also the current directory."""
+    return enter(templates["done"], tmp_path / "toy", monkeypatch)
+
+
+def enter(template: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a project and make it the current directory."""
+    shutil.copytree(template, project, symlinks=True)
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    return project
+
+
+def ran(project: Path) -> list[str]:
+    """Which stages' commands were really executed since the last call, in order."""
+    log = project / "ran.txt"
+    names = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return names
+
+
+def evaluation(trained: float) -> dict[str, object]:
+    """The content of an evaluation.json whose trained model has `trained` bits per byte in the mean."""
+
+    def model(bits: float) -> dict[str, object]:
+        each = {"prose": bits, "mean": bits}
+        return {
+            "bits_per_byte": each, "loss": each, "perplexity": each, "tasks": {},
+            "parameters": {"total": 100, "active": 50}, "flops_per_token": 200, "tokens_per_second": 10.0,
+        }  # fmt: skip
+
+    return {
+        "dense": model(1.0),
+        "split": model(2.0),
+        "trained": model(trained),
+        "heldout": {"domains": {"prose": {"windows": 1, "tokens": 7, "bytes": 30}}, "seq_len": 8},
+    }
+
+
+def judge(project: Path, trained: float) -> None:
+    """Let the toy project's evaluation stage find this the next time it runs."""
+    (project / "values" / "evaluate").write_text(json.dumps(evaluation(trained)))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real Prefect server of its own on a free port: the environment that reaches it. This process reaches it too."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = tmp_path_factory.mktemp("prefect")
+    url = f"http://127.0.0.1:{port}/api"
+    prefect = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    log = home / "server.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **prefect}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: _healthy(url), seconds=120, otherwise=log.read_text)
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
+            yield prefect
+            # What is still queued for the server must reach it now: after its end, Prefect would try for minutes.
+            APILogWorker.drain_all(timeout=10)
+            EventsWorker.drain_all(timeout=10)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], object], *, seconds: float, otherwise: Callable[[], str] = str) -> None:
+    """Wait for a condition; after `seconds`, fail with what `otherwise` tells."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"did not happen within {seconds} s\n{otherwise()}")
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """True if a process runs and is no zombie."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def moeforge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in the current directory."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )

@@ -1,0 +1,195 @@
+"""One DVC stage = one Prefect task: order, caching, retries, artifacts, errors, cancellation. Real DVC, real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.artifacts import Artifact
+from prefect.settings import PREFECT_API_URL
+
+from flows import dag, stages
+from flows.upcycle import summarise, upcycle
+from tasks.scratch import BusyError, workspace
+from tasks.settings import SettingsError
+from tests.flows.conftest import alive, ran, repro, until
+
+ALL = ["model", "sources", "corpus", "mixture", "partition", "pretrain", "evaluate", "report"]
+
+
+pytestmark = pytest.mark.usefixtures("server")
+
+
+def test_a_run_executes_every_stage_once_in_order_and_a_second_run_none(toy: Path) -> None:
+    (toy / "values" / "pretrain").write_text('{"tokens_per_second": 12.5, "loss": {"prose": 2.0}}')
+    outcomes = upcycle("toy")
+    order = ran(toy)
+    assert sorted(order) == sorted(ALL)
+    assert order[2:] == ALL[2:]  # model and sources run beside each other
+    assert all(outcome.ran for outcome in outcomes)
+    artifact = Artifact.get("pretrain-toy")
+    assert json.loads(artifact.data) == [
+        {"metric": "tokens_per_second", "value": 12.5},
+        {"metric": "loss.prose", "value": 2.0},
+    ]
+
+    state = upcycle("toy", return_state=True)
+    assert ran(toy) == []
+    assert summarise(state.result()) == "everything is up to date"
+
+
+def test_a_stage_that_dvc_finds_up_to_date_ends_in_the_state_cached(done_toy: Path) -> None:
+    assert only("mixture@toy").name == "Cached"
+    assert only("mixture@toy", force=True).name == "Completed"
+    assert ran(done_toy) == ["mixture"]
+
+
+def test_a_result_from_the_run_cache_counts_as_cached(done_toy: Path) -> None:
+    settings = done_toy / "pipelines.yaml"
+    before = settings.read_text()
+    settings.write_text(before.replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
+    repro(done_toy)
+    settings.write_text(before)
+    ran(done_toy)
+    assert dag.changes(["partition@toy"])["partition@toy"] == ["setting pipelines.toy: modified"]
+    assert only("partition@toy").name == "Cached"
+    assert ran(done_toy) == []
+
+
+def test_a_stage_with_retries_in_its_meta_is_run_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "RETRY_DELAYS", [0, 0])
+    (toy / "fail" / "model").write_text("1")
+    assert only("model@toy").name == "Completed"
+    assert ran(toy) == ["model", "model"]
+
+
+def test_a_failing_stage_ends_the_run_with_its_last_words_and_its_followers_do_not_start(done_toy: Path) -> None:
+    (done_toy / "fail" / "partition").write_text("9")
+    with pytest.raises(
+        stages.StageError, match=r"(?s)partition@toy: `python step.py partition .*partition went wrong"
+    ):
+        upcycle("toy", force=["partition"])
+    assert ran(done_toy) == ["partition"]
+
+
+def test_refresh_reads_the_sources_again_and_stops_there_if_they_are_the_same(done_toy: Path) -> None:
+    upcycle("toy", refresh=True)
+    assert ran(done_toy) == ["sources"]
+
+
+def test_settings_are_checked_before_anything_runs(toy: Path) -> None:
+    settings = toy / "pipelines.yaml"
+    settings.write_text(settings.read_text().replace("top_k: 2", "top_k: 9"))
+    with pytest.raises(SettingsError, match=r"pipelines\.toy\.partition: top_k = 9 is more than experts = 4"):
+        upcycle("toy")
+    assert ran(toy) == []
+
+
+def test_a_second_run_of_the_same_pipeline_is_refused_and_names_the_first(toy: Path) -> None:
+    with (
+        workspace("run", "toy"),
+        pytest.raises(BusyError, match=rf"run toy is already being run by process {os.getpid()}"),
+    ):
+        upcycle("toy")
+
+
+def test_a_stage_is_stopped_after_its_timeout(toy: Path) -> None:
+    (stage,) = dag.ancestors("model@toy")
+    (toy / "sleep" / "model").touch()
+    with pytest.raises(stages.StageError, match=r"model@toy: stopped after meta\.timeout"):
+        stages.execute(replace(stage, timeout=1 / 20), force=False, log=lambda _: None)
+    if (pid := toy / "pids" / "model").exists():
+        assert not alive(int(pid.read_text()))
+
+
+def test_light_stages_run_beside_each_other(toy: Path) -> None:
+    """Each of two stages waits until the other has started: alone, neither would end."""
+    meet = """
+if name in ("model", "sources"):
+    Path("pids", name).touch()
+    while not (Path("pids/model").exists() and Path("pids/sources").exists()):
+        time.sleep(0.01)
+"""
+    step = (toy / "step.py").read_text()
+    (toy / "step.py").write_text(step.replace('if Path("sleep"', meet + 'if Path("sleep"', 1))
+    assert only("model@toy", "sources@toy").name == "Completed"
+    assert sorted(ran(toy)) == ["model", "sources"]
+
+
+def only(*names: str, force: bool = False) -> Any:
+    """Run single stages in a flow of their own, and return the final state of the last."""
+    wanted = [stage for stage in dag.ancestors("report@toy") if stage.name in names]
+
+    @flow
+    def some() -> list[stages.Outcome]:
+        return stages.run(wanted, force=set(names) if force else None)
+
+    state = some(return_state=True)
+    state.result()
+    return final_states(state)[names[-1]]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("partition", signal.SIGTERM),
+        ("corpus", signal.SIGTERM),
+        ("partition", signal.SIGKILL),
+        ("partition", signal.SIGINT),
+    ],
+)  # partition runs in the main thread, corpus is submitted to another
+def test_no_process_outlives_a_run_that_is_ended(
+    done_toy: Path, server: dict[str, str], *, stage: str, number: signal.Signals
+) -> None:
+    toy = done_toy
+    (toy / "sleep" / stage).touch()
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", "toy", "--force", stage],
+        env={**os.environ, **server}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    pid_file = toy / "pids" / stage
+    until(pid_file.exists, seconds=60)
+    until(pid_file.read_text, seconds=5)
+    sleeper = int(pid_file.read_text())
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=60)
+    until(lambda: not alive(sleeper), seconds=30)
+    assert run.returncode != 0
+    if number != signal.SIGKILL:
+        assert "Traceback" not in output
+        assert "run again to go on" in output
+    (toy / "sleep" / stage).unlink()
+    ran(toy)
+    assert only(f"{stage}@toy").name == "Cached"  # no lock is left, and DVC has the last whole result
+    assert ran(toy) == []
+
+
+def final_states(state: Any) -> dict[str, Any]:
+    """The final states of a flow run's tasks, by name."""
+    body = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}, "limit": 50, "sort": "NAME_ASC"}
+    found: dict[str, Any] = {}
+
+    def recorded() -> bool:  # the server records task runs from events, a moment later
+        request = urllib.request.Request(
+            f"{PREFECT_API_URL.value()}/task_runs/filter",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            runs = json.load(answer)
+        found.update({run["name"]: SimpleNamespace(**run["state"]) for run in runs})
+        return bool(found) and all(s.type in ("COMPLETED", "FAILED") for s in found.values())
+
+    until(recorded, seconds=20)
+    return found
