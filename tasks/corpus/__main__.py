@@ -55,9 +55,11 @@ def _domains(corpus: settings.Corpus, encode: encoder.Encoder, *, work: Path, ke
         for name, domain in corpus.domains.items():
             unit = build.Unit(name=name, domain=domain, corpus=corpus, folder=work / "corpus", key=key)
             record = work / f"{name}.json"
-            before = build.finished(unit, record, seen=seen)
-            built[name] = before or _domain(unit, encode, seen=seen, report=progress.reporter(name))
-            build.finish(built[name], record)
+            if before := build.finished(unit, record, seen=seen):
+                built[name] = before
+            else:
+                built[name] = _domain(unit, encode, seen=seen, report=progress.reporter(name))
+                build.finish(built[name], record)
             progress.done(name, built[name])
     return built
 

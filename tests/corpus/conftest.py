@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from .texts import sentences
+from .texts import jsonl, run, sentences
 
 
 def _save(tokenizer: Tokenizer, folder: Path, *, eos: str) -> Path:
@@ -72,3 +72,15 @@ def project(tmp_path: Path, byte_level: Path, monkeypatch: pytest.MonkeyPatch) -
         return tmp_path
 
     return make
+
+
+@pytest.fixture
+def corpus(project: Callable[..., Path], tmp_path: Path) -> Path:
+    """Two domains, several parts each, made whole."""
+    two = {
+        "prose": {"source": jsonl(tmp_path / "prose.jsonl", sentences(300, seed=1)), "license": "CC-BY-4.0"},
+        "code": {"source": jsonl(tmp_path / "code.jsonl", sentences(200, seed=2))},
+    }
+    root = project(two, shard_tokens=3000)
+    run()
+    return root / "data/corpora/tiny"

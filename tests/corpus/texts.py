@@ -1,11 +1,15 @@
-"""Little documents, written as JSON lines."""
+"""Little documents, written as JSON lines, and the stages that read them."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
+
+from tasks.corpus import __main__ as stage
+from tasks.corpus import fingerprint
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "wizards", "brew", "Köln", "東京", "🙂", "7"]
 
@@ -20,3 +24,10 @@ def jsonl(path: Path, texts: list[str], **more: Any) -> str:
     """Write texts as JSON lines; returns the source."""
     path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
     return f"dir:{path}"
+
+
+def run(name: str = "tiny") -> dict[str, Any]:
+    """Both stages, in this process."""
+    sys.argv = ["fingerprint", name]
+    assert fingerprint.main() == 0
+    return stage.make(name)
