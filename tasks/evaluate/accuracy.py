@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -77,6 +78,10 @@ def run(
         prepared: what `prepare` returned.
         batch: sequences per forward pass.
 
+    Raises:
+        ValueError: lm-eval knows no such task.
+        ConnectionError: the task's data are on the hub, and it cannot be reached.
+
     Returns:
         {task: {metric: score, metric_stderr: its standard error, n, num_fewshot, harness, dtype, version}}. A metric
         whose stderr lm-eval does not know has none.
@@ -84,6 +89,7 @@ def run(
     if not tasks:
         return {}
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a model that is loaded already
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -107,15 +113,21 @@ def run(
                 f"pipelines.yaml: evaluate.tasks: lm-eval {metadata.version('lm_eval')} knows no task {task.name!r}; "
                 "correct the name, or give a `source` and describe it in tasks/evaluate/harness/"
             )
-        results = simple_evaluate(
-            lm,
-            tasks=[task.name],
-            num_fewshot=task.num_fewshot,
-            limit=task.limit,
-            bootstrap_iters=_BOOTSTRAP,
-            log_samples=False,
-            task_manager=manager,
-        )
+        try:
+            results = simple_evaluate(
+                lm,
+                tasks=[task.name],
+                num_fewshot=task.num_fewshot,
+                limit=task.limit,
+                bootstrap_iters=_BOOTSTRAP,
+                log_samples=False,
+                task_manager=manager,
+            )
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"pipelines.yaml: evaluate.tasks: {task.name} needs the hub: {error}; "
+                "run where it can be reached, or give the task a local `source`"
+            ) from error
         scored[task.name] = _scores(task, results) | {"dtype": precision}
     return scored
 
