@@ -1,6 +1,6 @@
 """The estimators of domain weights, by name.
 
-Adding one: a function from `Problem` to `Estimate` under `@estimator("name")`, and its name in settings.Mixture.method.
+Adding one: a function from `Problem` to `Estimate` under `@estimator("name")`, and its name in settings.Mixture.
 """
 
 from __future__ import annotations

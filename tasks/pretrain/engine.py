@@ -133,8 +133,8 @@ def needs_compiler(error: BaseException) -> str | None:
     if not any(sign in text.lower() for sign in _BUILD_SIGNS):
         return None
     return (
-        f"DeepSpeed wants to compile an operator and cannot ({text.splitlines()[0]}); install a C++ compiler and "
-        "ninja (Debian: apt-get install g++ ninja-build; with CUDA also its toolkit, and set CUDA_HOME), then run again"
+        f"DeepSpeed wants to compile an operator and cannot ({text.splitlines()[0]}). Install a C++ "
+        "compiler and ninja (Debian: apt-get install g++ ninja-build), with CUDA its toolkit too, then run again"
     )
 
 

@@ -142,10 +142,10 @@ class Trainer:
         ids = torch.from_numpy(ids_BL).to(self.place.device)
         wanted = self.params.balance_loss > 0
         out = self.engine(input_ids=ids, output_router_logits=wanted, use_cache=False)
-        logits_BVL = out.logits[:, :-1].float().transpose(1, 2)
-        loss_BL = F.cross_entropy(logits_BVL, ids[:, 1:], reduction="none")
-        balance = out.aux_loss if wanted else loss_BL.new_zeros(())
-        return loss_BL.mean(1), balance
+        target_BL = F.pad(ids[:, 1:], (0, 1), value=-100)  # all L rows: slicing the logits would copy them
+        nats = F.cross_entropy(out.logits.float().flatten(0, 1), target_BL.flatten(), reduction="none")
+        loss_B = nats.view_as(ids).sum(1) / (ids.shape[1] - 1)
+        return loss_B, out.aux_loss if wanted else loss_B.new_zeros(())
 
     def _collect(self, batch: Any, losses: list[torch.Tensor], balances: list[torch.Tensor]) -> dict[str, Any]:
         """The whole batch's losses on every rank, in slot order; raises TrainingError if one is not finite."""
@@ -290,12 +290,11 @@ class Trainer:
 
 
 def _batches(job: Job, weights: dict[str, float], *, place: Place, corpus_sha256: str) -> tuple[Sampler, Loader]:
-    from tasks.corpus.loader import Loader
+    from tasks.corpus.loader import Loader, train_windows
     from tasks.corpus.sampler import Sampler
-    from tasks.corpus.windows import Windows
 
     params = job.params
-    windows = {d: len(Windows(job.corpus, d, "train", seq_len=params.seq_len)) for d in weights}
+    windows = train_windows(job.corpus, list(weights), seq_len=params.seq_len)
     sampler = Sampler(windows, weights=weights, seed=params.seed, batch=params.batch, corpus_sha256=corpus_sha256)
     loader = Loader(job.corpus, sampler, seq_len=params.seq_len, rank=place.rank, world_size=place.world_size)
     return sampler, loader

@@ -55,7 +55,9 @@ def publish(job: Job) -> None:
 def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
     """A Hugging Face checkpoint of the trained weights in the split model's dtype, with the files beside it."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     job, model = trainer.job, trainer.engine.module
     dtype = getattr(torch, source_dtype(job.model))
     folder = job.workspace / "trained"

@@ -49,7 +49,7 @@ def run(job: Job) -> None:
 
 def _die_with_stage() -> None:
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # returns at end of file; sys.stdin would hold a lock at exit
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

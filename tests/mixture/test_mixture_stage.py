@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def corpus(tiny_project: Path) -> Path:
+    for name in ("moe.dense", "corpus.fingerprint", "corpus"):
+        done = run(f"tasks.{name}", "tiny")
+        assert done.returncode == 0, done.stderr
+    return tiny_project
+
+
+def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_stand_beside_them(corpus: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tasks.corpus import manifest, windows
+
+    done = run("tasks.mixture", "tiny")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(Path("runs/tiny/mixture.json").read_text())
+    assert written["method"] == "reference_loss"
+    assert written["weights"] == {"prose": 0.5, "code": 0.5}
+    evidence = written["evidence"]
+
+    model = AutoModelForCausalLM.from_pretrained("data/models/tiny").eval()
+    for domain, ids_BL in windows.heldout(Path("data/corpora/tiny"), seq_len=64, count=4).items():
+        ids = torch.from_numpy(ids_BL)
+        with torch.no_grad():
+            nats = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
+        assert evidence["window_losses"][domain] == pytest.approx(nats, rel=1e-5)
+        assert evidence["reference_losses"][domain] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+        assert evidence["reference_losses"][domain] < math.log(512)
+
+    tokens = {name: domain.train.tokens for name, domain in manifest.load(Path("data/corpora/tiny")).domains.items()}
+    assert evidence["tokens"] == tokens
+    assert evidence["uniform"] == {"prose": 0.5, "code": 0.5}
+    assert evidence["proportional"]["code"] == pytest.approx(tokens["code"] / sum(tokens.values()))
+    assert evidence["epochs_per_million_tokens"]["code"] == pytest.approx(0.5e6 / tokens["code"])
+
+    first = Path("runs/tiny/mixture.json").read_bytes()
+    assert run("tasks.mixture", "tiny").returncode == 0
+    assert Path("runs/tiny/mixture.json").read_bytes() == first
+
+
+def test_without_a_corpus_the_error_is_one_line(tiny_project: Path) -> None:
+    done = run("tasks.mixture", "tiny")
+    assert done.returncode == 1
+    assert done.stderr.startswith("mixture: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,135 @@
+"""What the stage leaves and refuses, through its command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+
+from .conftest import STEPS
+from .projects import configure, stage, timeless
+
+pytestmark = pytest.mark.e2e
+Finished = tuple[Path, CompletedProcess[str]]
+
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
+print(json.dumps({"dtype": str(model.dtype), "loss": sum(losses) / len(losses), "code": "tasks" in sys.modules}))
+"""
+
+
+def test_training_needs_no_compiler_and_lowers_the_held_out_loss(finished: Finished) -> None:
+    metrics = json.loads((finished[0] / "runs/tiny/pretrain.json").read_text())
+    assert metrics["heldout_mean_after"] < metrics["heldout_mean_before"]
+    assert not any(finished[0].glob("**/*.so"))
+
+
+def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(finished: Finished) -> None:
+    from tasks.corpus import windows
+
+    root = finished[0]
+    evidence = json.loads((root / "runs/tiny/mixture.json").read_text())["evidence"]
+    last = [r for r in timeless(root / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"][-1]
+    heldout = windows.heldout(root / "data/corpora/tiny", seq_len=evidence["seq_len"], count=evidence["windows"])
+    for domain, ids in heldout.items():
+        shown = ids[[0, 2]]  # eval_windows: 2 of mixture.windows: 4
+        command = [sys.executable, "-c", PLAIN, str(root / "runs/tiny/trained"), json.dumps(shown.tolist())]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
+        plain = json.loads(out)
+        assert plain["dtype"] == "torch.float32"
+        assert not plain["code"]
+        assert plain["loss"] == pytest.approx(last["losses"][domain], abs=1e-5)
+
+
+def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(finished: Finished) -> None:
+    log = timeless(finished[0] / "runs/tiny/training/log.jsonl")
+    steps = [record for record in log if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in log if record["kind"] == "heldout"] == list(range(0, STEPS + 1, 2))
+    for record in steps:
+        parts = record["domains"].values()
+        assert sum(part["windows"] for part in parts) == 4
+        mean = sum(part["loss"] * part["windows"] for part in parts) / 4
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+        assert record["balance"] >= 3.9  # K = 4 at perfect balance
+    rows = (finished[0] / "runs/tiny/loss.csv").read_text().splitlines()
+    assert rows[0].startswith("step,tokens,loss")
+    assert len(rows) == STEPS + 1
+
+
+def test_expert_load_counts_every_held_out_token_k_times_in_every_layer(finished: Finished) -> None:
+    load = json.loads((finished[0] / "runs/tiny/training/expert_load.json").read_text())
+    for moment in ("before", "after"):
+        load_LE = np.array(load[moment])
+        assert load_LE.shape == (2, 12)
+        assert (load_LE.sum(1) == 2 * 2 * 64 * 4).all()  # domains x windows x tokens x top_k
+
+
+def test_the_workspace_is_emptied_and_the_deepspeed_configuration_is_kept(finished: Finished) -> None:
+    config = json.loads((finished[0] / "runs/tiny/training/deepspeed.json").read_text())
+    assert config["gradient_clipping"] == 1.0
+    assert config["zero_optimization"]["stage"] == 1
+    assert not any(finished[0].glob(".scratch/pretrain-tiny/*/checkpoints"))
+    assert any((finished[0] / "runs/tiny/training/tensorboard").iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(project: Path) -> None:
+    configure(project, learning_rate=1e30, save_every=1)
+    done = stage("tasks.pretrain", "tiny", cwd=project)
+    assert done.returncode == 1
+    assert "not finite at step 2" in done.stderr
+    assert "The checkpoint of step 1 is kept" in done.stderr
+    assert "window" in done.stderr
+    assert "learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert any(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000001"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zero_stage": 0, "precision": "bfloat16"},
+        {"zero_stage": 1, "precision": "bfloat16"},
+        {
+            "zero_stage": 3,
+            "precision": "bfloat16",
+            "gradient_checkpointing": True,
+            "dynamic": False,
+            "balance_loss": 0.0,
+        },
+    ],
+    ids=lambda fields: f"zero{fields['zero_stage']}",
+)
+def test_every_engine_trains_close_to_the_first_and_saves_fp32_masters(
+    project: Path, finished: Finished, fields: dict[str, object]
+) -> None:
+    from safetensors.numpy import load_file
+
+    configure(project, tokens=4 * 256, **fields)
+    done = stage("tasks.pretrain", "tiny", cwd=project)
+    assert done.returncode == 0, done.stderr
+    losses = [r["mean"] for r in timeless(project / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"]
+    first = [r["mean"] for r in timeless(finished[0] / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"]
+    assert losses[0] == pytest.approx(first[0], abs=0.05)
+    assert losses[-1] < losses[0]
+    trained = load_file(project / "runs/tiny/trained/model.safetensors")
+    matrix = next(tensor for name, tensor in trained.items() if name.endswith("q_proj.weight"))
+    assert matrix.dtype == np.float32
+    assert (matrix.view(np.uint32) & 0xFFFF).any()  # more than bfloat16 holds
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(tiny_project: Path) -> None:
+    done = stage("tasks.pretrain", "tiny", cwd=tiny_project)
+    assert done.returncode == 1
+    assert "run the stage `partition` first" in done.stderr

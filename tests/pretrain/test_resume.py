@@ -1,0 +1,123 @@
+"""kill -9, full disks and other accidents: what the next run makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from tasks import scratch
+
+from .projects import configure, stage, start, timeless, wait_for, workers
+
+pytestmark = pytest.mark.e2e
+Finished = tuple[Path, CompletedProcess[str]]
+
+
+def log_of(project: Path) -> Path | None:
+    return next(project.glob(".scratch/pretrain-tiny/*/training/log.jsonl"), None)
+
+
+def records(project: Path) -> int:
+    log = log_of(project)
+    return len(log.read_bytes().splitlines()) if log else 0
+
+
+def checkpoints(project: Path) -> list[str]:
+    return sorted(path.name for path in project.glob(".scratch/pretrain-tiny/*/checkpoints/step-*"))
+
+
+def run_until_killed(project: Path, moment: object) -> None:
+    """Start the stage, kill -9 it when `moment()` is true, and see its workers gone."""
+    with start("tasks.pretrain", "tiny", cwd=project) as process:
+        wait_for(moment)  # type: ignore[arg-type]
+        process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not workers(project), seconds=5)
+
+
+def test_a_run_killed_in_a_step_and_in_a_save_and_out_of_disk_ends_as_if_nothing_had_happened(
+    project: Path, finished: Finished
+) -> None:
+    run_until_killed(project, lambda: records(project) >= 4)
+    run_until_killed(
+        project, lambda: checkpoints(project) and any(project.glob(".scratch/*/*/checkpoints/.tmp-step-*"))
+    )
+    before = checkpoints(project)
+    assert before
+
+    small = 200_000  # bytes: the log fits, the optimizer's state does not
+    full = stage(
+        "tasks.pretrain", "tiny", cwd=project,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)),
+    )  # fmt: skip
+    assert full.returncode == 1
+    assert "could not be written" in full.stderr
+    assert "is whole" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert set(before) <= set(checkpoints(project))
+
+    last = stage("tasks.pretrain", "tiny", cwd=project)
+    assert last.returncode == 0, last.stderr
+    assert "going on from the checkpoint of step" in last.stdout
+    reference, once = finished[0] / "runs/tiny", project / "runs/tiny"
+    assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
+    assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
+    for name in ("loss.csv", "heldout.csv", "training/expert_load.json", "training/deepspeed.json"):
+        assert (once / name).read_bytes() == (reference / name).read_bytes()
+    metrics = json.loads((once / "pretrain.json").read_text())
+    assert metrics["resumed_from"]["step"] > 0
+    assert metrics["weights"] == json.loads((reference / "pretrain.json").read_text())["weights"]
+
+
+def test_a_killed_worker_becomes_one_error_that_says_how_to_go_on(project: Path) -> None:
+    with start("tasks.pretrain", "tiny", cwd=project) as process:
+        wait_for(lambda: records(project) >= 1)
+        os.kill(workers(project)[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "killed by signal 9" in err
+    assert "Run again" in err
+
+
+def test_two_processes_train_as_one_does_resume_exactly_and_refuse_a_checkpoint_of_another_number(
+    project: Path, finished: Finished
+) -> None:
+    configure(project, processes=2, micro_batch=1)
+    run_until_killed(project, lambda: len(checkpoints(project)) >= 2)
+    configure(project, processes=1)
+    refused = stage("tasks.pretrain", "tiny", cwd=project)
+    assert refused.returncode == 1
+    assert "written by 2 processes" in refused.stderr
+    assert "Set pretrain.processes to 2" in refused.stderr
+
+    configure(project, processes=2)
+    done = stage("tasks.pretrain", "tiny", cwd=project)
+    assert done.returncode == 0, done.stderr
+    two = timeless(project / "runs/tiny/training/log.jsonl")
+    configure(project, processes=1)
+    assert stage("tasks.pretrain", "tiny", cwd=project).returncode == 0
+    one = timeless(project / "runs/tiny/training/log.jsonl")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.get("domains", {}).keys() == b.get("domains", {}).keys()
+        value = "loss" if a["kind"] == "step" else "mean"
+        assert a[value] == pytest.approx(b[value], rel=1e-4)
+
+
+def test_a_stage_asked_to_stop_leaves_no_process_and_a_second_run_at_once_is_refused(project: Path) -> None:
+    configure(project, processes=2, micro_batch=1)
+    with start("tasks.pretrain", "tiny", cwd=project) as process:
+        wait_for(lambda: records(project) >= 1)
+        assert len(workers(project)) >= 2
+        second = stage("tasks.pretrain", "tiny", cwd=project)
+        assert second.returncode == 1
+        assert "already being run by process" in second.stderr
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not workers(project)
