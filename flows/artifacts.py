@@ -1,13 +1,177 @@
-"""`moeforge inspect` and `moeforge verify`: what lies at a path, told by the room that wrote it."""
+"""`moeforge inspect` and `moeforge verify`: what lies at a path, told by the room that wrote it.
+
+| path | inspect | verify |
+|---|---|---|
+| shard (*.arrow) | counts, provenance, first tokens as text | through its corpus |
+| corpus (folder with manifest.json) | counts and rules per domain, licences, first tokens | hashes, sizes, ids, EOS |
+| mixture.json | weights beside the uniform and the proportional ones | weights are positive and sum to 1 |
+| partition.safetensors | method, seed, sizes, first indices | with its checkpoint |
+| checkpoint (folder with config.json) | class, sizes, tensors, licence | finite; runs/*/moe: the identity test |
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from tasks import settings
+from tasks.moe import counts
 
 
-def inspect(path):
-    return str(path)
+class ArtifactError(ValueError):
+    """A path at which nothing lies that is known here; the message says what is."""
 
 
-def verify(path):
-    return []
+def kind(path: Path) -> str:
+    """What lies at a path: shard, corpus, mixture, partition or checkpoint. Raises ArtifactError for anything else."""
+    if not path.exists():
+        raise ArtifactError(f"{path}: nothing is there")
+    if path.suffix == ".arrow":
+        return "shard"
+    if path.name == "partition.safetensors":
+        return "partition"
+    if path.name == "mixture.json":
+        return "mixture"
+    if path.is_dir() and (path / "manifest.json").exists():
+        return "corpus"
+    if path.is_dir() and (path / "config.json").exists():
+        return "checkpoint"
+    raise ArtifactError(
+        f"{path}: not known; give a shard (*.arrow), a corpus (folder with manifest.json), mixture.json, "
+        "partition.safetensors or a checkpoint (folder with config.json)"
+    )
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe what lies at a path as JSON-able values. Raises ArtifactError: nothing known, or damaged."""
+    from tasks.corpus import inspect as corpus
+
+    describe: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "shard": corpus.describe_shard,
+        "corpus": corpus.describe_manifest,
+        "mixture": _mixture,
+        "partition": _partition,
+        "checkpoint": _checkpoint,
+    }
+    what = kind(path)
+    try:
+        return describe[what](path)
+    except (ValueError, KeyError) as error:
+        raise ArtifactError(f"{path}: no sound {what}: {error}") from None
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong at a path; empty if it is sound. Raises ArtifactError if it cannot be told."""
+    from tasks.corpus.inspect import verify_corpus
+
+    match kind(path):
+        case "shard":
+            corpus = path.parent.parent.parent
+            return [problem for problem in verify_corpus(corpus) if problem.startswith(str(path))]
+        case "corpus":
+            return verify_corpus(path)
+        case "mixture":
+            return list(_mixture_problems(path))
+        case "partition":
+            return _identity(path.parent / "moe")
+        case _ if (path.parent / "partition.safetensors").exists() and path.name == "moe":
+            return [*_tensor_problems(path), *_identity(path)]
+        case _:
+            return list(_tensor_problems(path))
+
+
+def _mixture(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    evidence = found["evidence"]
+    columns = {"weight": found["weights"]} | {key: evidence[key] for key in ("uniform", "proportional", "tokens")}
+    if "reference_losses" in evidence:
+        columns["reference_loss"] = evidence["reference_losses"]
+    domains = {name: {key: column.get(name) for key, column in columns.items()} for name in found["weights"]}
+    return {"path": str(path), "method": found["method"], "domains": domains}
+
+
+def _mixture_problems(path: Path) -> Iterator[str]:
+    weights = json.loads(path.read_text())["weights"]
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()):
+        yield f"{path}: weights must be finite and not negative: {weights}"
+    elif not math.isclose(total := sum(weights.values()), 1, abs_tol=1e-9):
+        yield f"{path}: weights sum to {total}, not to 1"
+
+
+def _partition(path: Path) -> dict[str, Any]:
+    from tasks.partition import index
+
+    found = index.read(path)
+    return {
+        "path": str(path),
+        "layers": len(found.layers),
+        "experts": found.experts,
+        "shared_experts": found.shared_experts,
+        "expert_size": found.expert_size,
+        **found.meta,
+        "first_indices": found.layers[0][0][:16].tolist(),
+        "problems": found.problems((found.experts + found.shared_experts) * found.expert_size),
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    config = json.loads((path / "config.json").read_text())
+    headers = list(_headers(path))
+    stored: Counter[str] = Counter()
+    for _, dtype, shape in headers:
+        stored[dtype] += math.prod(shape)
+    provenance = path.with_name(f"{path.name}.json")  # the model stage's record stands beside its folder
+    known = json.loads(provenance.read_text()) if provenance.exists() else {}
+    return {
+        "path": str(path),
+        "architectures": config.get("architectures"),
+        "parameters": counts.parameters(config),
+        "stored_values": dict(stored),
+        "tensors": len(headers),
+        "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        "config": {key: value for key, value in config.items() if isinstance(value, int | float | str)},
+        "files": sorted(file.name for file in path.iterdir()),
+        **{key: known[key] for key in ("source", "source_sha256", "license") if key in known},
+    }
+
+
+def _headers(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """(name, dtype, shape) of every tensor of a checkpoint, from the files' headers alone."""
+    from safetensors import safe_open
+
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                part = opened.get_slice(name)
+                yield name, part.get_dtype(), part.get_shape()
+
+
+def _tensor_problems(path: Path) -> Iterator[str]:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        yield f"{path}: no safetensors file"
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if not opened.get_tensor(name).isfinite().all():
+                        yield f"{file}: {name} holds a value that is not finite"
+        except SafetensorError as error:
+            yield f"{file}: cut short or damaged ({error}); run the stage that writes it again"
+
+
+def _identity(moe: Path) -> list[str]:
+    """The identity test of runs/PIPELINE/moe against its index and the dense parent that pipelines.yaml names."""
+    from tasks.partition.identity import verify_checkpoint
+
+    pipeline = moe.resolve().parent.name
+    dense = Path("data/models") / settings.load().pipeline(pipeline).model
+    if not dense.exists():
+        raise ArtifactError(f"{dense}: the dense parent is not here; `dvc pull {dense}` or run the pipeline")
+    return verify_checkpoint(moe, moe.parent / "partition.safetensors", dense)

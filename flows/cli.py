@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ app = typer.Typer(
     epilog="Run it from the project's root, where pipelines.yaml lies. Start with: moeforge run demo",
 )
 
+STOPPED = "stopped. Finished stages are kept; run again to go on"
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pipeline of pipelines.yaml.")]
 
 
@@ -44,7 +47,8 @@ def run(
 ) -> None:
     """Run what is out of date of a pipeline, and print the results.
 
-    Stopped or killed, it goes on from where it was when run again. When everything is up to date, Prefect is not started.
+    Stopped or killed, it goes on from where it was when run again. If everything is up to date, Prefect is not
+    started.
     """
     environment.prepare()
     started = time.monotonic()
@@ -122,12 +126,12 @@ def inspect(path: Annotated[Path, typer.Argument(help="A shard, corpus, mixture,
     from flows import artifacts
 
     with clear_errors():
-        show(artifacts.inspect(path))
+        print(json.dumps(artifacts.inspect(path), indent=2, ensure_ascii=False))
 
 
 @app.command(epilog="Examples: moeforge verify data/corpora/demo; moeforge verify runs/demo/moe")
 def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's split checkpoint.")]) -> None:
-    """Check a corpus (hashes, counts, ids within the vocabulary) or a checkpoint (the identity test). 1 if not sound."""
+    """Check a corpus (hashes, counts, ids in the vocabulary) or a checkpoint (identity test). Exit 1 if not sound."""
     from flows import artifacts
 
     with clear_errors():
@@ -155,17 +159,18 @@ def doctor() -> None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the errors that a user can mend into one message and exit code 1, without a traceback."""
-    from flows.dag import GraphError
+    from flows.artifacts import ArtifactError
+    from flows.dag import GraphError, StageError
 
     try:
         yield
-    except (SettingsError, SourceError, BusyError, GraphError, FileNotFoundError) as error:
+    except (SettingsError, SourceError, BusyError, GraphError, StageError, ArtifactError, FileNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("stopped. Finished stages are kept; run again to go on", code=130)
-    except Exception as error:
-        if type(error).__name__ in {"StageError", "TerminationSignal"}:  # of modules too heavy to import for `--help`
-            fail(str(error) or "stopped. Finished stages are kept; run again to go on")
+        fail(STOPPED, code=130)
+    except BaseException as error:
+        if type(error).__name__ == "TerminationSignal":  # Prefect's, for SIGTERM; importing it takes a second
+            fail(STOPPED, code=143)
         raise
 
 

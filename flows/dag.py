@@ -2,7 +2,7 @@
 
     python -m flows.dag report@demo        # print the stages in order, and why each would run
 
-`dvc.repo.Repo` is DVC's own class, not its public API; only this file touches it, and a contract test pins what it gives.
+`dvc.repo.Repo` is no public API of DVC; only this file touches it, and a contract test pins what it gives.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ class GraphError(ValueError):
     """dvc.yaml cannot be read, or has no such stage; the message says which."""
 
 
+class StageError(RuntimeError):
+    """A stage's command failed; the message names it and ends with what it printed last."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of dvc.yaml.
 
-    `needs` are the stages whose outputs it reads; `outs` all that it writes, `in_git` those that git keeps and not DVC,
-    `metrics` the JSON files of figures;
-    `gpu` says that it must have the accelerator to itself, `retries` that a re-run can differ, `timeout` its minutes.
+    `needs` are the stages whose outputs it reads; `outs` all that it writes, `in_git` those that git keeps and not
+    DVC, `metrics` the JSON files of figures; `gpu` says that it must have the accelerator to itself, `retries` that a
+    re-run can differ, `timeout` its minutes.
     """
 
     name: str
@@ -100,7 +104,7 @@ def _stage(node: Any, *, needs: list[str]) -> Stage:
     meta = node.meta or {}
     if unknown := set(meta) - META:
         raise GraphError(
-            f"dvc.yaml: {node.addressing}: meta.{sorted(unknown)[0]} is unknown; allowed: {', '.join(sorted(META))}"
+            f"dvc.yaml: {node.addressing}: meta.{min(unknown)} is unknown; allowed: {', '.join(sorted(META))}"
         )
     here = Path.cwd()
     outs = {out: Path(out.fs_path).relative_to(here) for out in node.outs}

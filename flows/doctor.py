@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -98,7 +99,7 @@ def _compiler() -> Check:
     found = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
     return Check(
         name="C++ compiler", ok=found is not None, found=found or "none", needed=False,
-        mend="apt install g++ (or xcode-select --install); packages without a wheel for this machine, and Triton, build with it",
+        mend="apt install g++ or xcode-select --install: Triton, and packages without a wheel, build with it",
     )  # fmt: skip
 
 
@@ -113,17 +114,22 @@ def _processor() -> Iterator[Check]:
         mend="none needed: training on this CPU uses float32, at about half the speed",
     )  # fmt: skip
     gpu = torch.cuda.is_available()
+    cpu = f"none, {torch.get_num_threads()} CPU threads"
     yield Check(
         name="GPU", ok=gpu, needed=False,
-        found=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else f"none, {torch.get_num_threads()} CPU threads",
+        found=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else cpu,
         mend="none needed for the demo; for larger models install the NVIDIA driver and a CUDA build of torch",
     )  # fmt: skip
 
 
 def _tools() -> Iterator[Check]:
-    for tool in ("git", "pip"):
-        found = shutil.which(tool)
-        yield Check(name=tool, ok=found is not None, found=found or "none", mend=f"install {tool}")
+    git = shutil.which("git")
+    yield Check(name="git", ok=git is not None, found=git or "none", mend="apt install git")
+    pip = importlib.util.find_spec("pip") is not None
+    yield Check(
+        name="pip", ok=pip, found="yes" if pip else f"not in {sys.prefix}",
+        mend="python -m ensurepip: sources in PyPI packages are downloaded by it",
+    )  # fmt: skip
     dvc = Path(".dvc").is_dir()
     yield Check(
         name="DVC project", ok=dvc, found="yes" if dvc else "no .dvc here",

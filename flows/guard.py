@@ -15,6 +15,10 @@ import subprocess
 import sys
 import threading
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 GRACE = 10.0
 """Seconds between the request to stop and the end."""
@@ -26,15 +30,17 @@ class Stop(BaseException):
 
 def run(command: list[str]) -> int:
     """Run `command` to its end and return its exit code, or 143 if it was stopped."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, _stop)
+    child = None
     try:
-        signal.signal(signal.SIGTERM, _stop)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, and the owner decides
         threading.Thread(target=_watch_input, daemon=True).start()
         return child.wait()
     except Stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        end(child.pid)
+        if child:
+            end(child.pid)
         return 128 + signal.SIGTERM
 
 
@@ -55,20 +61,20 @@ def end(pid: int) -> None:
         _signal(process, signal.SIGKILL)
 
 
-def _children(process: object) -> list:  # type: ignore[type-arg]
+def _children(process: psutil.Process) -> list[psutil.Process]:
     import psutil
 
     try:
-        return process.children(recursive=True)  # type: ignore[attr-defined]
+        return list(process.children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
 
-def _signal(process: object, number: int) -> None:
+def _signal(process: psutil.Process, number: int) -> None:
     import psutil
 
     try:
-        process.send_signal(number)  # type: ignore[attr-defined]
+        process.send_signal(number)
     except psutil.NoSuchProcess:
         return
 

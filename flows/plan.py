@@ -15,7 +15,7 @@ from tasks.moe import counts
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 
 UTILISATION = 0.4
-"""Share of the matrix-product speed that training reaches; 0.4 is usual on A100s, and 0.45 to 0.6 was measured on CPUs."""
+"""Share of the matrix-product speed that training reaches: 0.4 is usual on A100s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]
         width = partition.check_width(dense["intermediate_size"])
     except ValueError as error:
         raise SettingsError(f"partition: {error}") from None
-    experts = {
+    experts: dict[str, Any] = {
         "intermediate_size": width,
         "num_local_experts": partition.experts,
         "num_experts_per_tok": partition.top_k,

@@ -1,6 +1,6 @@
 """What a person sees of a run: one live display on a terminal, plain lines elsewhere.
 
-`stages.py` reports events here; without a listener (under a Prefect worker) they go nowhere, as Prefect's log has it all.
+`stages.py` reports events here. Without a listener, as under a Prefect worker, they go nowhere: Prefect's log has all.
 """
 
 from __future__ import annotations

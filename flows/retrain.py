@@ -51,7 +51,7 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
         outcomes = stages.run(plan, force=dag.resolve(["pretrain"], stages=plan) if force else None)
         ran = ", ".join(outcome.name for outcome in outcomes if outcome.ran) or "nothing"
         new = judgement.figures(pipeline)
-        verdict = judgement.refusal(new["trained"], last and last["trained"], tolerance=tolerance)
+        verdict = judgement.refusal(new["trained"], last["trained"] if last else None, tolerance=tolerance)
         say(pipeline, verdict or "accepted", rows={"this model": new, "last accepted": last}, ran=ran)
         if verdict:
             return Failed(name="Refused", message=f"{pipeline}: {verdict}; runs/{pipeline}/ keeps the refused model")
@@ -101,9 +101,9 @@ def _publish(pipeline: str, plan: list[dag.Stage]) -> str:
 def _call(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=stages.environment())
     if done.returncode:
-        raise stages.StageError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
+        raise dag.StageError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
 if __name__ == "__main__":
-    retrain(*sys.argv[1:2])
+    retrain(pipeline=sys.argv[1])

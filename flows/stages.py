@@ -1,8 +1,8 @@
 """One DVC stage = one Prefect task.
 
-Each task runs `dvc --wait-for-lock repro --single-item STAGE`, so DVC alone decides what is up to date, and Prefect's
-own cache is off. Stages with `meta.gpu` are called directly and so run one at a time in the main thread; the others are
-submitted and run beside each other.
+Each task runs `dvc --wait-for-lock repro --single-item STAGE`, so DVC alone decides what is up to date, and
+Prefect's own cache is off. Stages with `meta.gpu` are called directly and so run one at a time in the main thread; the
+others are submitted and run beside each other.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
 from flows import dag, progress
-from flows.dag import Stage
+from flows.dag import Stage, StageError
 
-RETRY_DELAYS = [3, 15]
+RETRY_DELAYS = [3.0, 15.0]
 """Seconds before the first and every later retry."""
 
 HINTS = (
@@ -47,10 +47,6 @@ HINTS = (
 
 _running: set[subprocess.Popen[str]] = set()
 _stopping = threading.Event()
-
-
-class StageError(RuntimeError):
-    """A stage's command failed; the message names it and ends with what it printed last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +90,9 @@ def run(stages: list[Stage], *, force: set[str] | None = None) -> list[Outcome]:
                     stage, force=stage.name in force, wait_for=wait_for, return_state=True
                 )
             else:
-                futures[stage.name] = stage_task.submit(stage, force=stage.name in force, wait_for=wait_for)
+                futures[stage.name] = stage_task.submit(
+                    stage, force=stage.name in force, wait_for=wait_for, return_state=False
+                )
         states = {name: f if isinstance(f, State) else _wait(f) for name, f in futures.items()}
     for state in states.values():
         if state.is_failed() or state.is_crashed():

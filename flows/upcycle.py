@@ -67,4 +67,4 @@ def slug(name: str) -> str:
 
 
 if __name__ == "__main__":
-    upcycle(*sys.argv[1:2])
+    upcycle(pipeline=sys.argv[1])

@@ -1,4 +1,4 @@
-"""A toy project: stages with the structure of dvc.yaml whose commands take milliseconds, as a git and DVC repository."""
+"""A toy project: the stages of dvc.yaml with commands that take milliseconds, as a git and DVC repository."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ for out in outs:
         path.write_text(json.dumps(value))
     else:
         path.mkdir()
-        (path / "part").write_text(json.dumps(value))
+        (path / "part").write_text(json.dumps(value) + Path("source.txt").read_text())
     print("wrote", out, flush=True)
 '''
 
@@ -208,7 +208,7 @@ def judge(project: Path, trained: float) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real Prefect server of its own on a free port: the environment that reaches it. This process reaches it too."""
+    """A real Prefect server on a free port: the environment that reaches it. This process reaches it too."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings

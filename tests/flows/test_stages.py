@@ -1,4 +1,4 @@
-"""One DVC stage = one Prefect task: order, caching, retries, artifacts, errors, cancellation. Real DVC, real server."""
+"""One DVC stage = one Prefect task: order, caching, retries, artifacts, errors, cancellation."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def test_a_stage_with_retries_in_its_meta_is_run_again(toy: Path, monkeypatch: p
 
 def test_a_failing_stage_ends_the_run_with_its_last_words_and_its_followers_do_not_start(done_toy: Path) -> None:
     (done_toy / "fail" / "partition").write_text("9")
-    with pytest.raises(
-        stages.StageError, match=r"(?s)partition@toy: `python step.py partition .*partition went wrong"
-    ):
+    with pytest.raises(dag.StageError, match=r"(?s)partition@toy: `python step.py partition .*partition went wrong"):
         upcycle("toy", force=["partition"])
     assert ran(done_toy) == ["partition"]
 
@@ -106,7 +104,7 @@ def test_a_second_run_of_the_same_pipeline_is_refused_and_names_the_first(toy: P
 def test_a_stage_is_stopped_after_its_timeout(toy: Path) -> None:
     (stage,) = dag.ancestors("model@toy")
     (toy / "sleep" / "model").touch()
-    with pytest.raises(stages.StageError, match=r"model@toy: stopped after meta\.timeout"):
+    with pytest.raises(dag.StageError, match=r"model@toy: stopped after meta\.timeout"):
         stages.execute(replace(stage, timeout=1 / 20), force=False, log=lambda _: None)
     if (pid := toy / "pids" / "model").exists():
         assert not alive(int(pid.read_text()))
