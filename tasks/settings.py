@@ -88,6 +88,14 @@ class Corpus(Frozen):
     shard_tokens: Positive = 1 << 26
     domains: Annotated[dict[Name, Domain], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if taken := sorted({"mean", "step", "tokens"} & set(self.domains)):
+            raise ValueError(
+                f"domains.{taken[0]}: the metrics files have a column of that name; call the domain another"
+            )
+        return self
+
 
 class Mixture(Frozen):
     """Domain weights (tasks/mixture)."""

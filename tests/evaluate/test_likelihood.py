@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks import settings
 from tasks.corpus import encoder
 from tasks.evaluate import likelihood
 from tasks.moe import checkpoint
@@ -92,6 +93,13 @@ def test_swapping_the_models_only_changes_the_sign(pairs: list[tuple[float, floa
     forth, back = likelihood.difference(first, second, heldout), likelihood.difference(second, first, heldout)
     assert forth["loss"] == pytest.approx(-back["loss"])
     assert forth["stderr"] == pytest.approx(back["stderr"])
+
+
+def test_a_domain_cannot_take_the_name_of_the_mean() -> None:
+    domain = {"source": "dir:x", "format": "text", "license": "MIT"}
+    raw = {"models": {"m": {"source": "dir:m", "license": "MIT"}}, "pipelines": {}}
+    with pytest.raises(settings.SettingsError, match=r"corpora\.c: domains\.mean"):
+        settings.validate(raw | {"corpora": {"c": {"model": "m", "domains": {"mean": domain}}}})
 
 
 def test_balance_of_an_even_load_is_one_and_counts_idle_experts() -> None:
