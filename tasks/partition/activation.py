@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from tasks.partition import assignment, router
 
-ROUNDS = 3
+ROUNDS = 2
 """Turns of router and assignment; most of the gain comes with the first, and a fourth gives nothing."""
+_ROUND_TOKENS = 8192
 _DAMPING = 0.5
 """Share of the cross terms that counts: all neurons move at once, and each for itself would overshoot."""
 _KMEANS_ROUNDS = 4
@@ -41,7 +42,7 @@ def split_layer(
         down_DN: the FFN's down_proj weight.
         experts: E; `shared_experts` more are always on. Together they divide N.
         top_k: routed experts per token.
-        seed: of the first clusters.
+        seed: of the first clusters, and of the tokens that the rounds look at.
 
     Returns:
         int32 [shared_experts + E, size] neuron indices, shared first, and the router's weight [E, D], not scaled.
@@ -50,12 +51,16 @@ def split_layer(
     size = neurons // (experts + shared_experts)
     sizes_G = np.array([size] * experts + [size * shared_experts])
     energy_TN = (h_TN * down_DN.norm(dim=0)).square()
-    group_N = _first_groups(energy_TN, sizes_G=sizes_G, seed=seed)
-    weight_ED = router.fit(x_TD, _per_expert(energy_TN, group_N, experts))
+    generator = np.random.default_rng(seed)
+    group_N = _first_groups(energy_TN, sizes_G=sizes_G, generator=generator)
+    some = np.sort(generator.permutation(len(x_TD))[:_ROUND_TOKENS])
+    some_x, some_h, some_energy = x_TD[some], h_TN[some], energy_TN[some]
     for _ in range(ROUNDS):
-        cost_NG = _costs(h_TN, energy_TN, down_DN, group_N=group_N, chosen_TE=_chosen(weight_ED, x_TD, top_k))
+        weight_ED = router.fit(some_x, _per_expert(some_energy, group_N, experts))
+        chosen_TE = _chosen(weight_ED, some_x, top_k)
+        cost_NG = _costs(some_h, some_energy, down_DN, group_N=group_N, chosen_TE=chosen_TE)
         group_N = assignment.balanced(cost_NG.double().cpu().numpy(), sizes_G=sizes_G)
-        weight_ED = router.fit(x_TD, _per_expert(energy_TN, group_N, experts))
+    weight_ED = router.fit(x_TD, _per_expert(energy_TN, group_N, experts))
     shared = np.flatnonzero(group_N == experts)
     # The most active first, so that whoever keeps fewer shared experts keeps the best.
     shared = shared[np.argsort(-energy_TN.mean(0).cpu().numpy()[shared], kind="stable")]
@@ -63,10 +68,9 @@ def split_layer(
     return np.concatenate([shared, *routed]).astype(np.int32).reshape(-1, size), weight_ED
 
 
-def _first_groups(energy_TN: torch.Tensor, *, sizes_G: np.ndarray, seed: int) -> np.ndarray:
+def _first_groups(energy_TN: torch.Tensor, *, sizes_G: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Shared: the neurons that contribute most. The rest: balanced spherical k-means on when they contribute."""
     experts, neurons = len(sizes_G) - 1, energy_TN.shape[1]
-    generator = np.random.default_rng(seed)
     order = energy_TN.mean(0).argsort(descending=True, stable=True).cpu().numpy()
     group_N = np.full(neurons, experts)
     routed = np.sort(order[sizes_G[-1] :])

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
     from tasks.settings import Partition
 
+ADDED = 0.05
+"""Most that unequal weights of the chosen experts may add to a layer's squared error, as a share of it."""
+_PROBE = 0.01  # share of the router's size at which its effect on the weights is still linear
+_TEMPER_TOKENS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -65,9 +70,9 @@ def by_activation(
             top_k=partition.top_k,
             seed=partition.seed + i,
         )
-        weight_ED = router.scaled(weight_ED, x_TD, std=partition.router_std)
-        dense_TD = h_TN @ down_DN.T
-        sparse_TD = _sparse_output(x_TD, h_TN, down_DN, experts_EF, weight_ED, partition=partition)
+        ffn = _Converted(x_TD, h_TN, down_DN, experts_EF, partition)
+        weight_ED = ffn.tempered(router.scaled(weight_ED, x_TD, std=partition.router_std))
+        dense_TD, sparse_TD = h_TN @ down_DN.T, ffn.output(weight_ED)
         error = ((dense_TD - sparse_TD).square().sum() / dense_TD.square().sum()).item()
         states.add(sparse_TD)
         layers.append(experts_EF)
@@ -77,21 +82,43 @@ def by_activation(
     return Split(layers=tuple(layers), routers=routers, errors=errors)
 
 
-def _sparse_output(
-    x_TD: torch.Tensor,
-    h_TN: torch.Tensor,
-    down_DN: torch.Tensor,
-    experts_EF: np.ndarray,
-    weight_ED: torch.Tensor,
-    *,
-    partition: Partition,
-) -> torch.Tensor:
-    """What the converted FFN computes: the neurons' own outputs, weighted by their expert's routing weight, [T, D]."""
-    index_TK, weights_TK = router.chosen(weight_ED, x_TD, top_k=partition.top_k)
-    weights_TG = torch.zeros(len(x_TD), partition.experts + 1, device=x_TD.device)
-    weights_TG.scatter_(1, index_TK, weights_TK * build.scale(partition))
-    weights_TG[:, -1] = 1  # the shared experts
-    group_N = np.empty(experts_EF.size, dtype=np.int64)
-    of_row = np.arange(len(experts_EF)) - partition.shared_experts
-    group_N[experts_EF.reshape(-1)] = np.repeat(np.where(of_row < 0, partition.experts, of_row), experts_EF.shape[1])
-    return (h_TN * weights_TG[:, torch.from_numpy(group_N).to(x_TD.device)]) @ down_DN.T
+class _Converted:
+    """One converted FFN, computed from the dense one's neurons: experts are masks over them."""
+
+    def __init__(
+        self,
+        x_TD: torch.Tensor,
+        h_TN: torch.Tensor,
+        down_DN: torch.Tensor,
+        experts_EF: np.ndarray,
+        partition: Partition,
+    ) -> None:
+        self._x_TD, self._h_TN, self._down_DN, self._partition = x_TD, h_TN, down_DN, partition
+        of_row = np.arange(len(experts_EF)) - partition.shared_experts
+        of_row[of_row < 0] = partition.experts
+        group_N = np.empty(experts_EF.size, dtype=np.int64)
+        group_N[experts_EF.reshape(-1)] = np.repeat(of_row, experts_EF.shape[1])
+        self._group_N = torch.from_numpy(group_N).to(x_TD.device)
+
+    def output(self, weight_ED: torch.Tensor, *, tokens: int | None = None) -> torch.Tensor:
+        """Neurons' outputs, each weighted by its expert's routing weight: [T, D], of the first `tokens` if given."""
+        x_TD, h_TN = self._x_TD[:tokens], self._h_TN[:tokens]
+        index_TK, weights_TK = router.chosen(weight_ED, x_TD, top_k=self._partition.top_k)
+        weights_TG = torch.zeros(len(x_TD), self._partition.experts + 1, device=x_TD.device)
+        weights_TG.scatter_(1, index_TK, weights_TK * build.scale(self._partition))
+        weights_TG[:, -1] = 1  # the shared experts
+        return (h_TN * weights_TG[:, self._group_N]) @ self._down_DN.T
+
+    def tempered(self, weight_ED: torch.Tensor) -> torch.Tensor:
+        """Shrink the router until the spread of its weights adds no more than `ADDED` to the error of the choice.
+
+        Where a few tokens carry most of a layer's output, as the first token of a text does in lower layers, their
+        logits lie so far apart that some weights are several times 1/K, and the output error is several times the
+        output. To first order the weights' part of the error grows with the square of the logits.
+        """
+        even_ED = weight_ED * _PROBE**2
+        dense_TD = self._h_TN[:_TEMPER_TOKENS] @ self._down_DN.T
+        even_TD = self.output(even_ED, tokens=_TEMPER_TOKENS)
+        moved_TD = self.output(weight_ED * _PROBE, tokens=_TEMPER_TOKENS) - even_TD
+        allowed = (ADDED * (dense_TD - even_TD).square().sum()).sqrt()
+        return weight_ED * min(1.0, (_PROBE * allowed / moved_TD.norm().clamp_min(1e-12)).item())

@@ -1,0 +1,113 @@
+"""The stage as a person runs it: what it writes, that it writes the same again, and that a failure writes nothing."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.partition import identity, index
+
+RUN = Path("runs/tiny")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("made") / "data"
+
+
+@pytest.fixture
+def prepared(tiny_project, made):
+    """The tiny project with its model and corpus, which the first test makes for all."""
+    if not made.exists():
+        for stage in ("tasks.moe.dense", "tasks.corpus.fingerprint", "tasks.corpus"):
+            subprocess.run([sys.executable, "-m", stage, "tiny"], check=True)
+        shutil.copytree("data", made)
+    shutil.copytree(made, "data", dirs_exist_ok=True)
+    return tiny_project
+
+
+def _partition(**options):
+    return subprocess.run(
+        [sys.executable, "-m", "tasks.partition", "tiny"], capture_output=True, text=True, check=False, **options
+    )
+
+
+def _digests():
+    files = [RUN / "partition.safetensors", *sorted((RUN / "moe").glob("*"))]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _edit(old, new):
+    text = Path("pipelines.yaml").read_text()
+    assert old in text
+    Path("pipelines.yaml").write_text(text.replace(old, new))
+
+
+def test_the_stage_writes_a_verified_checkpoint_and_the_same_bytes_again(prepared):
+    done = _partition()
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((RUN / "partition.json").read_text())
+    assert metrics["identity_error"] <= 1e-5
+    assert set(metrics["heldout_loss"]) == set(metrics["dense"]["heldout_loss"]) == {"prose", "code"}
+    assert metrics["perplexity"] > metrics["dense"]["perplexity"]
+    assert metrics["ffn_active"] == 0.5
+    assert f"{metrics['perplexity']:.2f}" in done.stdout
+    assert identity.verify_checkpoint(RUN / "moe", RUN / "partition.safetensors", Path("data/models/tiny")) == []
+    made = index.read(RUN / "partition.safetensors")
+    assert len(made.meta["calibration"]) == 16
+    assert made.meta["method"] == "activation"
+    before = _digests()
+    shutil.rmtree(RUN)
+    assert _partition().returncode == 0
+    assert _digests() == before
+
+
+def test_the_random_method_makes_a_mixtral_and_needs_no_calibration(prepared):
+    _edit(
+        "{method: activation, experts: 12, shared_experts: 4, top_k: 4, calibration_windows: 16}",
+        "{method: random, experts: 8, top_k: 2, scale: paper, seed: 3}",
+    )
+    done = _partition()
+    assert done.returncode == 0, done.stderr
+    assert json.loads((RUN / "moe/config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
+    assert index.read(RUN / "partition.safetensors").meta["calibration"] == []
+
+
+def test_experts_that_do_not_divide_the_ffn_end_with_the_numbers_that_do(prepared):
+    _edit("experts: 12, shared_experts: 4", "experts: 12, shared_experts: 5")
+    done = _partition()
+    assert done.returncode == 1
+    assert "12 + 5 = 17 does not divide the FFN width 128; totals that do: 2, 4, 8, 16" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not RUN.exists()
+
+
+def test_a_conversion_that_fails_the_identity_test_writes_nothing(prepared):
+    """The harm is done to the code, as a mistake would do it: up rows of the last expert lose their order."""
+    file = Path("tasks/partition/build.py")
+    good = "torch.cat([gate[routed_EF], up[routed_EF]], dim=1)"
+    assert good in file.read_text()
+    file.write_text(file.read_text().replace(good, "torch.cat([gate[routed_EF], up[routed_EF.flip(1)]], dim=1)"))
+    done = _partition()
+    assert done.returncode == 1
+    assert "identity test: with all experts on" in done.stderr
+    assert not RUN.exists()
+
+
+def test_kill_9_leaves_the_last_result_and_the_next_run_finishes(prepared):
+    assert _partition().returncode == 0
+    before = _digests()
+    process = subprocess.Popen([sys.executable, "-m", "tasks.partition", "tiny"], stderr=subprocess.DEVNULL)
+    while not list(Path(".scratch/partition-tiny").glob("*/partition.safetensors")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert _digests() == before
+    assert _partition().returncode == 0
+    assert _digests() == before
