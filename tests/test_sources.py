@@ -123,6 +123,15 @@ def test_a_truncated_archive_says_what_to_delete(tmp_path: Path, ending: str) ->
         sources.fetch("pypi:pkg==1.0/pkg/a.txt", tmp_path)
 
 
+def test_a_damaged_file_inside_an_archive_says_what_to_delete(tmp_path: Path) -> None:
+    path = wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b"one" * 999})
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=rf"reading failed \(Bad CRC-32.*delete its archive in {tmp_path}"):
+        sources.fetch("pypi:pkg==1.0/pkg/a.txt", tmp_path, sha256="0" * 64)
+
+
 def test_names_of_local_files_do_not_hold_the_machine_s_path(tmp_path: Path) -> None:
     for name in ("a/x.txt", "b/y.txt"):
         (tmp_path / name).parent.mkdir()

@@ -16,18 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch, settings, sources
-from tasks.corpus import build, encoder, fingerprint, manifest, shards
+from tasks.corpus import build, encoder, fingerprint, manifest, shards, streams
 from tasks.corpus.progress import Progress
+from tasks.corpus.records import CorpusError
 
 MODELS = Path("data/models")
+FAILURES = (
+    settings.SettingsError,
+    sources.SourceError,
+    encoder.TokenizerError,
+    CorpusError,
+    streams.ReadError,
+    scratch.BusyError,
+)
+"""What a person can mend; anything else is a fault of this program and shows its traceback."""
 
 
 def make(name: str) -> dict[str, Any]:
     """Make corpus `name` of pipelines.yaml; returns its metrics.
 
     Raises:
-        ValueError: CorpusError, SourceError or SettingsError; what was finished is kept for the next run.
-        BusyError: another process makes this corpus.
+        FAILURES: what was finished is kept for the next run.
     """
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
@@ -136,7 +145,7 @@ def main() -> int:
     began = time.perf_counter()
     try:
         metrics = make(name)
-    except (ValueError, scratch.BusyError) as error:  # CorpusError, SourceError and SettingsError are ValueErrors
+    except FAILURES as error:
         print(f"corpus {name}: {error}", file=sys.stderr)
         return 1
     print(

@@ -17,6 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class TokenizerError(ValueError):
+    """A model directory whose tokenizer cannot be used; the message names the file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """A tokenizer ready for corpus text.
@@ -45,7 +49,7 @@ class Encoder:
 
 
 def load_encoder(model_dir: Path) -> Encoder:
-    """Open the tokenizer of a model directory. Raises ValueError naming the file that lacks something."""
+    """Open the tokenizer of a model directory. Raises TokenizerError naming the file that lacks something."""
     import tokenizers
 
     raw = _tokenizer_json(model_dir)
@@ -73,7 +77,7 @@ def token_bytes(model_dir: Path) -> NDArray[np.int64]:
     Bits per byte of predicted tokens = nats / ln 2 / token_bytes[ids].sum().
 
     Raises:
-        ValueError: the vocabulary is neither byte-level nor SentencePiece-like.
+        TokenizerError: the vocabulary is neither byte-level nor SentencePiece-like.
     """
     raw = _tokenizer_json(model_dir)
     encoder = load_encoder(model_dir)
@@ -88,7 +92,7 @@ def token_bytes(model_dir: Path) -> NDArray[np.int64]:
         elif kinds & {"Metaspace", "ByteFallback"}:
             sizes[i] = 1 if _is_byte(token) else len(token.replace("▁", " ").encode())
         else:
-            raise ValueError(
+            raise TokenizerError(
                 f"{model_dir / 'tokenizer.json'}: neither a byte-level nor a SentencePiece-like vocabulary "
                 f"(found {', '.join(sorted(kinds)) or 'no pre-tokenizer and no decoder'}): bytes per token unknown"
             )
@@ -110,7 +114,7 @@ def _kinds(node: Any) -> list[str]:
 def _tokenizer_json(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        raise ValueError(f"{path}: not found; the model directory needs a `tokenizers` file (a fast tokenizer)")
+        raise TokenizerError(f"{path}: not found; the model directory needs a `tokenizers` file (a fast tokenizer)")
     # Truncation and padding are habits of whoever saved it, and would cut documents.
     return {**json.loads(path.read_text()), "truncation": None, "padding": None}
 
@@ -129,7 +133,7 @@ def _eos(model_dir: Path, backend: Any) -> int:
     ids = _config(model_dir).get("eos_token_id")
     first = ids[0] if isinstance(ids, list) else ids
     if first is None:
-        raise ValueError(
+        raise TokenizerError(
             f"{path}: eos_token = {token!r} is not in the vocabulary; name the token that ends a document"
         )
     return first

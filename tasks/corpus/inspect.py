@@ -21,6 +21,7 @@ from tasks.corpus import encoder, manifest, shards
 
 MODELS = Path("data/models")
 SHOWN = 64  # tokens decoded
+SHOWN_METADATA = ("domain", "split", "tokenizer", "eos_token_id", "task_key")
 
 
 def describe_shard(path: Path, *, model_dir: Path | None = None) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def describe_shard(path: Path, *, model_dir: Path | None = None) -> dict[str, An
     `model_dir` defaults to the model that the corpus around the shard names. Raises ValueError if it isn't a shard.
     """
     batch = shards.open_shard(path)
-    _require_columns(batch, path)
+    _require_shard(batch, path)
     metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
     ids, ends = shards.flat_ids(batch), _ends(batch)
     first = ids[: min(SHOWN, int(ends[0]))]
@@ -50,7 +51,7 @@ def describe_shard(path: Path, *, model_dir: Path | None = None) -> dict[str, An
             "ids": first.tolist(),
             "text": _decode(first.tolist(), model_dir or _model_of(path.parent.parent.parent), metadata["tokenizer"]),
         },
-        **{key: metadata[key] for key in ("domain", "split", "tokenizer", "eos_token_id", "task_key")},
+        **{key: metadata[key] for key in SHOWN_METADATA},
     }
 
 
@@ -132,7 +133,7 @@ def _shard_problems(
         yield f"sha256 is {digest}, the manifest says {shard.sha256}"
     try:
         batch = shards.open_shard(path)
-        _require_columns(batch, path)
+        _require_shard(batch, path)
     except ValueError as error:
         yield str(error).removeprefix(f"{path}: ")
         return
@@ -174,9 +175,13 @@ def _ends(batch: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     return batch.column("input_ids").offsets.to_numpy()[1:]
 
 
-def _require_columns(batch: Any, path: Path) -> None:
+def _require_shard(batch: Any, path: Path) -> None:
     if missing := {"input_ids", "doc_id", "source", "row"} - set(batch.schema.names):
         raise ValueError(f"{path}: no shard, it lacks the columns {', '.join(sorted(missing))}")
+    if missing := set(SHOWN_METADATA) - {key.decode() for key in batch.schema.metadata or {}}:
+        raise ValueError(f"{path}: no shard, its schema lacks the metadata {', '.join(sorted(missing))}")
+    if batch.num_rows == 0:
+        raise ValueError(f"{path}: holds no document")
 
 
 def _model_of(corpus_dir: Path) -> Path | None:

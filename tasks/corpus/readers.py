@@ -29,7 +29,8 @@ def documents(fetched: Fetched, *, format: str, text_field: str, tally: Tally) -
             tally.rules["read"] += 1
             tally.reject("corrupt stream", name, 0, detail="a compressed file of 0 bytes")
             continue
-        with fetched.fs.open(path, "rb") as raw:
+        with fetched.fs.open(path, "rb") as opened:
+            raw = streams.guard(opened, path)
             if format == "parquet":
                 yield from _parquet(raw, name, column=text_field, tally=tally)
                 continue

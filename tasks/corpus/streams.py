@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import lzma
+import tarfile
+import zipfile
 import zlib
 from typing import IO, Any
 
@@ -28,6 +30,18 @@ CORRUPT = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What reading a damaged stream raises (gzip.BadGzipFile is an OSError)."""
 
 
+_STORE_FAILED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+
+
+class ReadError(RuntimeError):
+    """A store or archive failed while a file was read: nothing is known about the records, so none is counted bad."""
+
+
+def guard(file: IO[bytes], path: str) -> IO[bytes]:
+    """A file whose own failures are ReadErrors, never taken for damage inside it."""
+    return io.BufferedReader(_Guarded(file, path), BLOCK)
+
+
 def codec_of(path: str) -> str | None:
     """gzip, zstd, bz2, xz, … by the name's ending; None for a plain file."""
     return infer_compression(path)
@@ -39,6 +53,34 @@ def decompress(file: IO[bytes], path: str) -> IO[bytes]:
     if codec == "zstd":
         return io.BufferedReader(_Zstd(file), BLOCK)
     return compr[codec](file, mode="rb") if codec else file
+
+
+class _Guarded(io.RawIOBase):
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._file.read(len(buffer))
+        except _STORE_FAILED as error:
+            raise ReadError(
+                f"{self._path}: reading failed ({type(error).__name__}: {error}); run again, finished parts are kept. "
+                "If it fails again, the downloaded archive under .scratch/sources is damaged: delete it"
+            ) from error
+        buffer[: len(content)] = content
+        return len(content)
 
 
 class _Zstd(io.RawIOBase):

@@ -196,3 +196,30 @@ def test_zstd_reads_in_small_pieces_give_the_same_bytes() -> None:
     file = streams.decompress(io.BytesIO(COMPRESS[".zst"](content)), "a.zst")
     found = b"".join(iter(lambda: file.read(777), b""))
     assert found == content
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.xml", "mediawiki")])
+def test_a_store_that_fails_midway_is_an_error_and_not_a_bad_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: str
+) -> None:
+    class Failing(io.RawIOBase):
+        def __init__(self, content: bytes) -> None:
+            self._left = content
+
+        def readable(self) -> bool:
+            return True
+
+        def read(self, size: int = -1) -> bytes:
+            if not self._left:
+                raise ConnectionResetError("gone")
+            content, self._left = self._left, b""
+            return content
+
+    content = COMPRESS[".gz" if name.endswith("gz") else ""](b"<mediawiki>" if format == "mediawiki" else lines(["a"]))
+    (tmp_path / name).write_bytes(content)
+    fetched = sources.fetch(f"dir:{tmp_path / name}", tmp_path)
+    monkeypatch.setattr(type(fetched.fs), "open", lambda *_: Failing(content[:-5]))
+    tally = Tally()
+    with pytest.raises(streams.ReadError, match=rf"{name}: reading failed \(ConnectionResetError: gone\); run again"):
+        list(readers.documents(fetched, format=format, text_field="text", tally=tally))
+    assert tally.rules["bad"] == 0
