@@ -106,9 +106,8 @@ def difference(evaluation: dict[str, Any]) -> str:
     delta = evaluation["difference"]["trained_split"]
     if "stderr" not in delta:
         return ""
-    return (
-        f"Training changed the mean loss by {delta['loss']:+.3f} ± {delta['stderr']:.3f} nats/token, paired by window."
-    )
+    change = f"{delta['loss']:+.3f}".replace("-", "−")
+    return f"Training changed the mean loss by {change} ± {delta['stderr']:.3f} nats/token, paired by window."
 
 
 def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, Any]]:
