@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain.job import Job
+from tasks.pretrain.job import Job, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,25 +20,33 @@ class Heldout:
     windows: dict[str, np.ndarray]
     """Domain -> int64 [n, seq_len]."""
     references: dict[str, float] | None
-    """Domain -> nats per token of the dense parent on these windows; None if the mixture measured none."""
+    """Domain -> nats per token of the dense parent on these windows; None without dynamic batch loading."""
 
     @classmethod
     def load(cls, job: Job, evidence: dict[str, Any]) -> Heldout:
         """Choose the windows.
 
-        With reference losses they are some of those that the references were measured on, of the same length, so that
-        student and parent are compared on the same text. Raises ValueError if there are too few of these.
+        For dynamic batch loading they are some of those that the references were measured on, of the same length, so
+        that student and parent are compared on the same text.
+
+        Raises:
+            TrainingError: the mixture has no reference losses, or on fewer windows than are asked for.
         """
         from tasks.corpus import windows
 
         params = job.params
-        if "window_losses" not in evidence:
+        if not params.dynamic:
             return cls(
                 windows=windows.heldout(job.corpus, seq_len=params.seq_len, count=params.eval_windows), references=None
             )
+        if "window_losses" not in evidence:
+            raise TrainingError(
+                f"pretrain.dynamic needs reference losses, and {job.mixture} has none; run the stage `mixture` with "
+                "mixture.method: reference_loss"
+            )
         asked = evidence["windows"]
         if params.eval_windows > asked:
-            raise ValueError(
+            raise TrainingError(
                 f"pretrain.eval_windows = {params.eval_windows} is more than the {asked} windows of mixture.windows "
                 "that have a reference loss; lower the first or raise the second"
             )

@@ -52,11 +52,6 @@ class Trainer:
             )
         manifest.require_tokenizer(corpus, job.model)
         self.heldout = Heldout.load(job, mixture["evidence"])
-        if self.params.dynamic and self.heldout.references is None:
-            raise TrainingError(
-                f"pretrain.dynamic needs reference losses, and {job.mixture} has none; run the stage `mixture` with "
-                "mixture.method: reference_loss"
-            )
         self.domains = list(corpus.domains)
         self.weights: dict[str, float] = mixture["weights"]
         self.history: list[tuple[int, dict[str, float]]] = [(0, self.weights)]
@@ -170,8 +165,9 @@ class Trainer:
         last = checkpoint.find(self._checkpoints)
         kept = f"The checkpoint of step {last['step']} is kept" if last else "No checkpoint was written before"
         where = ", ".join(f"{domain} window {window}" for domain, window in slots)
+        where = f" (windows of {self.params.seq_len} tokens: {where})" if slots else ""
         return (
-            f"the {what} is not finite at step {self.step} (windows of {self.params.seq_len} tokens: {where}). {kept} "
+            f"the {what} is not finite at step {self.step}{where}. {kept} "
             f"under {self._checkpoints}. Try a lower pretrain.learning_rate, more warmup_steps, a lower clip, or "
             "precision: float32; look at those windows if it comes back at the same step"
         )
@@ -217,6 +213,8 @@ class Trainer:
             )
         load = torch.from_numpy(load_LE).to(place.device)
         torch.distributed.all_reduce(load)
+        if not np.isfinite(list(losses.values())).all():
+            raise TrainingError(self._not_finite("held-out loss", []))
         if self.params.dynamic and self.step < self.params.steps:
             self._reweight(losses)
         mean = float(np.mean(list(losses.values())))

@@ -44,11 +44,19 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
 
 
 def publish(job: Job) -> None:
-    """Move the results to runs/<pipeline>/, and drop the workspace's checkpoints once all are there."""
+    """Move the results to runs/<pipeline>/, and drop the workspace's checkpoints once all are there.
+
+    The log is published as a copy: a run killed in here goes on from its last checkpoint, which needs the log.
+    """
     target = Path("runs") / job.pipeline
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("trained", "training", "loss.csv", "heldout.csv", "pretrain.json"):
+    copy = job.workspace / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(job.workspace / "training", copy)
+    scratch.publish(copy, target / "training")
+    for name in ("trained", "loss.csv", "heldout.csv", "pretrain.json"):
         scratch.publish(job.workspace / name, target / name)
+    shutil.rmtree(job.workspace / "training")
     shutil.rmtree(job.workspace / "checkpoints")
 
 

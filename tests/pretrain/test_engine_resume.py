@@ -1,0 +1,72 @@
+"""Engine, checkpoint and full weights together, in one process, for every ZeRO stage and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tasks.pretrain import checkpoint, engine
+from tasks.settings import Pretrain
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    engine.initialise(tmp_path_factory.mktemp("group"))
+    yield
+    engine.close()
+
+
+def build(params: Pretrain, dtype: torch.dtype) -> engine.DeepSpeedEngine:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).to(dtype)
+    return engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
+
+
+def train(built: engine.DeepSpeedEngine, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        for micro in range(2):
+            ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
+            loss = built(input_ids=ids, labels=ids).loss
+            built.backward(loss)
+            built.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
+    tmp_path: Path, stage: int, dtype: torch.dtype
+) -> None:
+    params = Pretrain(tokens=4096, seq_len=16, batch=4, micro_batch=2, zero_stage=stage, learning_rate=1e-2)
+    built = build(params, dtype)
+    train(built, range(2))
+    checkpoint.save(built, tmp_path, state={"step": 2}, rank=0)
+    expected = train(built, range(2, 5))
+    masters = engine.full_weights(built)
+
+    other = build(params, dtype)
+    found = checkpoint.find(tmp_path)
+    assert found is not None
+    checkpoint.restore(other, tmp_path, tag=found["tag"], rank=0)
+    assert train(other, range(2, 5)) == expected
+    restored = engine.full_weights(other)
+    assert masters is not None
+    assert restored is not None
+    assert masters.keys() == restored.keys() == {name for name, _ in built.module.named_parameters()}
+    for name, tensor in masters.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, restored[name])
+    shapes = {tuple(tensor.shape) for tensor in masters.values()}
+    assert (4, 16, 16) in shapes  # whole experts, in every stage
+    finer = [bool((tensor != tensor.bfloat16().float()).any()) for tensor in masters.values()]
+    assert any(finer)
