@@ -80,6 +80,15 @@ def test_served_slots_stay_within_one_of_the_exact_share_at_every_step(raw: list
             assert share or not served[name]
 
 
+def test_a_mix_on_which_serving_the_largest_claims_first_comes_a_slot_late_stays_within_one() -> None:
+    names = list("abcdef")
+    weights = dict(zip(names, [1.0, 30.0, 200.0, 1.0, 5.0, 3.0], strict=True))
+    one = Sampler(dict.fromkeys(names, 7), weights=weights, seed=0, batch=3, corpus_sha256="")
+    for _ in range(250):
+        one.next()
+        assert max(map(abs, one.state()["residual"])) < 2**32
+
+
 def test_counts_are_exact_wherever_the_share_is_a_whole_number() -> None:
     weights = {"code": 0.5, "books": 0.25, "legal": 0.125, "web": 0.125}
     one = sampler(weights=weights, batch=3)
