@@ -27,7 +27,10 @@ _TEMPER_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Neuron indices and router weights per layer; `errors` is the share of each FFN's output energy that is lost."""
+    """Neuron indices and router weights per layer; `errors` is the share of each FFN's output energy that is lost.
+
+    Energies are relative to the residual stream, token by token.
+    """
 
     layers: tuple[np.ndarray, ...]
     routers: list[torch.Tensor]
@@ -59,8 +62,14 @@ def by_activation(
     layers, routers, errors = [], [], []
     for i, block in enumerate(dense.model.layers):
         x_TD = states.attend(i)
-        h_TN = calibration.neurons(block.mlp, x_TD)
         down_DN = block.mlp.down_proj.weight
+        h_TN = calibration.neurons(block.mlp, x_TD)
+        # The next norm divides by the residual stream's size, so outputs and their errors count relative to it: else
+        # the few tokens whose activations are a thousand times the others' would have all the say.
+        dense_TD = h_TN @ down_DN.T
+        size_T1 = (states.flat + dense_TD).square().mean(1, keepdim=True).sqrt()
+        h_TN /= size_T1
+        dense_TD /= size_T1
         experts_EF, weight_ED = activation.split_layer(
             x_TD,
             h_TN,
@@ -71,10 +80,10 @@ def by_activation(
             seed=partition.seed + i,
         )
         ffn = _Converted(x_TD, h_TN, down_DN, experts_EF, partition)
-        weight_ED = ffn.tempered(router.scaled(weight_ED, x_TD, std=partition.router_std))
-        dense_TD, sparse_TD = h_TN @ down_DN.T, ffn.output(weight_ED)
+        weight_ED = ffn.tempered(router.scaled(weight_ED, x_TD, std=partition.router_std), dense_TD)
+        sparse_TD = ffn.output(weight_ED)
         error = ((dense_TD - sparse_TD).square().sum() / dense_TD.square().sum()).item()
-        states.add(sparse_TD)
+        states.add(sparse_TD * size_T1)
         layers.append(experts_EF)
         routers.append(weight_ED)
         errors.append(error)
@@ -109,7 +118,7 @@ class _Converted:
         weights_TG[:, -1] = 1  # the shared experts
         return (h_TN * weights_TG[:, self._group_N]) @ self._down_DN.T
 
-    def tempered(self, weight_ED: torch.Tensor) -> torch.Tensor:
+    def tempered(self, weight_ED: torch.Tensor, dense_TD: torch.Tensor) -> torch.Tensor:
         """Shrink the router until the spread of its weights adds no more than `ADDED` to the error of the choice.
 
         Where a few tokens carry most of a layer's output, as the first token of a text does in lower layers, their
@@ -117,8 +126,7 @@ class _Converted:
         output. To first order the weights' part of the error grows with the square of the logits.
         """
         even_ED = weight_ED * _PROBE**2
-        dense_TD = self._h_TN[:_TEMPER_TOKENS] @ self._down_DN.T
         even_TD = self.output(even_ED, tokens=_TEMPER_TOKENS)
         moved_TD = self.output(weight_ED * _PROBE, tokens=_TEMPER_TOKENS) - even_TD
-        allowed = (ADDED * (dense_TD - even_TD).square().sum()).sqrt()
+        allowed = (ADDED * (dense_TD[:_TEMPER_TOKENS] - even_TD).square().sum()).sqrt()
         return weight_ED * min(1.0, (_PROBE * allowed / moved_TD.norm().clamp_min(1e-12)).item())

@@ -160,7 +160,8 @@ def _write_gguf(path, *, drop=(), architecture="llama"):
     writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(300)
-    tokens = [chr(256 + i) for i in range(300)]
+    tokens = [chr(256 + i) for i in range(299)]
+    tokens.append(tokens[0] + tokens[1])  # what the one merge makes
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 300)
