@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dense_path, sorted_path
+import moe_kernels.dense_path as dense_path
+import moe_kernels.sorted_path as sorted_path
 
 Regime = Literal["sorted", "dense"]
 
