@@ -138,6 +138,24 @@ def needs_compiler(error: BaseException) -> str | None:
     )
 
 
+def finish_step(engine: DeepSpeedEngine) -> float:
+    """Take the optimizer step after the last micro-batch.
+
+    Returns:
+        The norm of the whole gradient before clipping; NaN if DeepSpeed skipped the step because of an overflow.
+    """
+    import torch
+
+    norm = None
+    if not engine.zero_optimization() and not engine.bfloat16_enabled():  # the one case where DeepSpeed keeps none
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    if not engine.was_step_applied():
+        return float("nan")
+    return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
 def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """Every parameter whole and in fp32, from the master weights: on rank 0, by name, on the CPU; None elsewhere.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks.pretrain import checkpoint, schedule
+from tasks.pretrain import engine as engines
 from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError, code_version
 from tasks.pretrain.log import Log
@@ -117,15 +118,15 @@ class Trainer:
             forward = time.perf_counter()
             engine.backward(loss_B.mean() + params.balance_loss * balance)
             backward = time.perf_counter()
-            if start + params.micro_batch >= len(batch.input_ids):
+            if start + params.micro_batch < len(batch.input_ids):
+                engine.step()
+            else:
                 found = self._collect(batch, losses, balances)
-            collected = time.perf_counter()
-            engine.step()
+                norm = engines.finish_step(engine)
             spent["forward"] += forward - mark
             spent["backward"] += backward - forward
-            spent["optimizer"] += time.perf_counter() - collected
-        norm = float(engine.get_global_grad_norm())
-        if not np.isfinite(norm) or norm < 0:
+            spent["optimizer"] += time.perf_counter() - backward
+        if not np.isfinite(norm):
             raise TrainingError(self._not_finite("gradient norm", found["slots"]))
         self._record(found, lr=lr, norm=norm, timing={"seconds": time.perf_counter() - begun, **spent})
 
