@@ -53,11 +53,16 @@ def run(
     environment.prepare()
     started = time.monotonic()
     with clear_errors():
-        up_to_date = _check_before(name, force or []) and not refresh and not force
+        stages, up_to_date = _check_before(name, force or [])
+        up_to_date = up_to_date and not refresh and not force
         if not up_to_date:
-            from flows import progress, upcycle
+            from flows import progress
 
             with progress.display():
+                for stage in stages:
+                    progress.state(stage, "waiting")  # something to look at while Prefect starts
+                from flows import upcycle
+
                 outcomes = upcycle.upcycle(pipeline=name, refresh=refresh, force=force)
             up_to_date = not any(outcome.ran for outcome in outcomes)
         from flows import dag
@@ -71,8 +76,8 @@ def run(
         )
 
 
-def _check_before(name: str, force: list[str]) -> bool:
-    """Validate all that can be validated without Prefect; True if DVC finds every stage up to date."""
+def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
+    """Validate all that can be without Prefect. Returns the stages, and whether DVC finds all of them up to date."""
     from flows import dag
     from tasks import scratch
 
@@ -80,7 +85,8 @@ def _check_before(name: str, force: list[str]) -> bool:
     with scratch.workspace("run", name):
         stages = dag.ancestors(dag.last_stage(name))
         dag.resolve(force, stages=stages)
-        return not any(dag.changes([stage.name for stage in stages]).values())
+        names = [stage.name for stage in stages]
+        return names, not any(dag.changes(names).values())
 
 
 @app.command(epilog="Examples: moeforge plan demo; moeforge plan recipes/llama-2-7b-random-4of16.yaml --tflops 312")

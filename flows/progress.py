@@ -90,7 +90,7 @@ class Plain:
             row = self.rows.setdefault(stage, Row())
             row.move(new)
             if new != "waiting":
-                print(f"{stage} | {' '.join(filter(None, ['==', new, row.clock]))}", flush=True)
+                print(f"{stage} | == {new} {row.clock if row.seconds else ''}".rstrip(), flush=True)
 
     def line(self, stage: str, text: str, /) -> None:
         with self.lock:

@@ -1,0 +1,69 @@
+"""Deployments as a platform team uses them: a real server, a real worker, `prefect deployment run`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import ran, until
+
+DEPLOYMENTS = """
+deployments:
+  - name: toy
+    entrypoint: flows/upcycle.py:upcycle
+    parameters: {pipeline: toy}
+    work_pool: {name: local}
+    concurrency_limit: {limit: 1, collision_strategy: CANCEL_NEW}
+  - name: toy
+    entrypoint: flows/retrain.py:retrain
+    parameters: {pipeline: toy}
+    work_pool: {name: local}
+    schedules:
+      - {cron: "0 3 * * 1", timezone: UTC, active: true}
+"""
+
+
+@pytest.mark.e2e
+def test_deployed_flows_run_on_a_worker(done_toy: Path, server: dict[str, str]) -> None:
+    environment = {**os.environ, **server}
+
+    def prefect(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+            capture_output=True, text=True, env=environment, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with (done_toy / "pipelines.yaml").open("a") as file:
+        file.write(DEPLOYMENTS)
+    prefect("work-pool", "create", "local", "--type", "process")
+    prefect("deploy", "--prefect-file", "pipelines.yaml", "--all")
+    assert "0 3 * * 1" in prefect("deployment", "schedule", "ls", "retrain/toy")
+    log = done_toy / ".scratch" / "worker.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as file:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--name", "here"],
+            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: "started!" in log.read_text(), seconds=60, otherwise=log.read_text)
+        run = ["deployment", "run", "--watch", "--watch-interval", "1"]
+        prefect(*run, "upcycle/toy", "--param", 'force=["mixture"]')
+        assert ran(done_toy) == ["mixture"]
+        prefect(*run, "retrain/toy")  # refused or failed, this would exit with 1
+        assert ran(done_toy) == ["sources"]
+        assert (done_toy / "runs/toy/accepted.json").exists()
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        try:
+            worker.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)

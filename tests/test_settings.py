@@ -1,0 +1,174 @@
+"""A mistake in pipelines.yaml ends in a message with the file, the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from tasks import settings
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "pipelines.yaml").read_text()
+GOOD = YAML(typ="safe", pure=True).load(TEXT)
+
+
+def changed(where: str, value: Any) -> dict[str, Any]:
+    """The project's own settings with one value changed, or removed if it is None."""
+    raw = copy.deepcopy(GOOD)
+    *path, last = where.split(".")
+    node = raw
+    for key in path:
+        node = node[int(key) if isinstance(node, list) else key]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return raw
+
+
+def fault(raw: Any) -> str:
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.validate(raw)
+    return str(caught.value)
+
+
+def test_the_projects_own_settings_are_valid() -> None:
+    assert "demo" in settings.load(ROOT / "pipelines.yaml").pipelines
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("pipelines.demo.pretrain.learning_rat", 1, "pipelines.demo.pretrain.learning_rat = 1: unknown key"),
+        ("models.smollm2-135m-q4.shape.hidden", 1, "models.smollm2-135m-q4.shape.hidden = 1: unknown key"),
+        ("pipeline", {}, "pipeline: unknown key"),
+        ("pipelines.demo.pretrain.batch", "two", "pretrain.batch = 'two': Input should be a valid integer"),
+        ("pipelines.demo.pretrain.batch", 2.5, "pipelines.demo.pretrain.batch = 2.5: Input should be a valid integer"),
+        ("pipelines.demo.pretrain.dynamic", "yes", "pretrain.dynamic = 'yes': Input should be a valid bool"),
+        ("pipelines.demo.pretrain.tokens", 0, "pipelines.demo.pretrain.tokens = 0: Input should be greater than 0"),
+        ("pipelines.demo.pretrain.tokens", None, "pipelines.demo.pretrain.tokens: Field required"),
+        ("pipelines.demo.pretrain.zero_stage", 4, "pretrain.zero_stage = 4: Input should be 0, 1, 2 or 3"),
+        ("pipelines.demo.pretrain.micro_batch", 3, "batch = 2 is not a multiple of micro_batch x processes = 3"),
+        ("pipelines.demo.pretrain.warmup_steps", 48, "warmup_steps = 48 leaves none of the 48 steps"),
+        ("pipelines.demo.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
+        ("pipelines.demo.partition.top_k", 97, "partition: top_k = 97 is more than experts = 96; allowed: 1 to 96"),
+        ("pipelines.demo.partition.method", "random", "partition: method `random` has no shared experts"),
+        ("pipelines.demo.mixture.method", "explicit", "pipelines.demo.mixture: method `explicit` needs `weights`"),
+        ("pipelines.demo.mixture.method", "uniform", "pipelines.demo: pretrain.dynamic needs reference losses"),
+        ("pipelines.demo.mixture.weights", {"cod": 1.0}, "mixture.weights = 'cod' is not defined; defined: code"),
+        ("pipelines.demo.mixture.weights", {"code": 0.0}, "mixture: `weights` must have a positive sum"),
+        ("pipelines.demo.mixture.weights", {"code": -1.0}, "mixture.weights.code = -1.0: Input should be greater"),
+        ("pipelines.demo.model", "smollm", "pipelines.demo.model = 'smollm' is not defined; defined: smollm2-135m-q4"),
+        ("pipelines.demo.corpus", "dem", "pipelines.demo.corpus = 'dem' is not defined; defined: demo"),
+        ("corpora.demo.model", "x", "corpora.demo.model = 'x' is not defined"),
+        ("corpora.demo.domains", {}, "corpora.demo.domains: Dictionary should have at least 1 item"),
+        ("corpora.demo.domains.code.source", "sympy", "source = 'sympy': source 'sympy' is not understood"),
+        ("corpora.demo.domains.code.sha256", "abc", "corpora.demo.domains.code.sha256 = 'abc': String should match"),
+        ("corpora.demo.domains.code.format", "csv", "domains.code.format = 'csv': Input should be 'text'"),
+        ("corpora.demo.heldout", 1.0, "corpora.demo.heldout = 1.0: Input should be less than 1"),
+        ("pipelines.Demo", GOOD["pipelines"]["demo"], "pipelines.Demo"),
+        ("deployments.0.parameters", {"pipeline": "x"}, "deployments[0].parameters.pipeline = 'x' is not defined"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str, value: Any, message: str) -> None:
+    found = fault(changed(where, value))
+    assert message in found
+    assert found.startswith("pipelines.yaml: ")
+
+
+def test_experts_that_do_not_divide_the_ffn_list_the_numbers_that_do() -> None:
+    found = fault(changed("pipelines.demo.partition.experts", 95))
+    assert "experts + shared_experts = 95 + 32 = 127 does not divide the FFN width 1536" in found
+    assert "96, 128" in found
+
+
+@given(width=st.integers(1, 4096), experts=st.integers(1, 64), shared=st.integers(0, 64))
+def test_a_width_is_accepted_exactly_if_all_experts_are_of_one_size(width: int, experts: int, shared: int) -> None:
+    partition = settings.Partition(method="activation", experts=experts, shared_experts=shared, top_k=1)
+    try:
+        size = partition.check_width(width)
+    except ValueError:
+        assert width % (experts + shared)
+    else:
+        assert size * (experts + shared) == width
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    raw = changed("pipelines.demo.pretrain.tokens", 0)
+    raw["models"]["smollm2-135m-q4"]["licence"] = "x"
+    assert len(fault(raw).splitlines()) == 2
+
+
+def load(text: str, folder: Path) -> settings.Settings:
+    (folder / "pipelines.yaml").write_text(text)
+    return settings.load(folder / "pipelines.yaml")
+
+
+def test_a_key_given_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(settings.SettingsError, match=r'(?s)not valid YAML.*duplicate key "license".*line 10'):
+        load(TEXT.replace("    dtype: float32\n", "    license: MIT\n"), tmp_path)
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    """2e-4 is a number in YAML 1.2 and a string in 1.1, which PyYAML reads; `no` is a string in 1.2."""
+    assert "learning_rate: 2e-4" in TEXT
+    assert load(TEXT, tmp_path).pipeline("demo").pretrain.learning_rate == 2e-4
+    assert (
+        load(TEXT.replace("license: MIT", "license: no"), tmp_path).pipeline("demo").evaluate.tasks[0].license == "no"
+    )
+
+
+def test_a_missing_file_and_broken_yaml_are_clear(tmp_path: Path) -> None:
+    with pytest.raises(settings.SettingsError, match="not found; run from the project's root"):
+        settings.load(tmp_path / "pipelines.yaml")
+    with pytest.raises(settings.SettingsError, match="not valid YAML"):
+        load("models: [", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "3\n", "- a\n"])
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(settings.SettingsError):
+        load(text, tmp_path)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    found = settings.load(ROOT / "pipelines.yaml")
+    with pytest.raises(settings.SettingsError, match=r"pipelines\.yaml: pipelines has no 'x'; it has demo"):
+        found.pipeline("x")
+
+
+def test_settings_do_not_change_after_they_were_read() -> None:
+    pipeline = settings.load(ROOT / "pipelines.yaml").pipeline("demo")
+    with pytest.raises(ValueError, match="frozen"):
+        pipeline.pretrain.tokens = 1  # type: ignore[misc]
+
+
+def test_every_field_is_read_by_some_stage_or_by_the_plan() -> None:
+    """A knob that nothing reads is a lie. Every field's name stands in code outside tasks/settings.py."""
+    code = "\n".join(
+        path.read_text()
+        for folder in ("tasks", "flows")
+        for path in (ROOT / folder).rglob("*.py")
+        if path != ROOT / "tasks" / "settings.py"
+    )
+    classes = [settings.Model, settings.Domain, settings.Corpus, settings.Mixture, settings.Partition,
+               settings.Pretrain, settings.Task, settings.Evaluate]  # fmt: skip
+    idle = [f"{c.__name__}.{name}" for c in classes for name in c.model_fields if f".{name}" not in code]
+    assert idle == []
+
+
+def test_the_module_prints_what_is_defined_and_fails_on_faults(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tasks.settings"]
+    good = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (good.returncode, "models: smollm2-135m-q4" in good.stdout) == (0, True)
+    (tmp_path / "p.yaml").write_text(TEXT.replace("tokens: 49152", "tokens: -1"))
+    bad = subprocess.run([*command, str(tmp_path / "p.yaml")], capture_output=True, text=True, cwd=ROOT)
+    assert (bad.returncode, "pipelines.demo.pretrain.tokens = -1" in bad.stderr) == (1, True)
