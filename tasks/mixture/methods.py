@@ -97,7 +97,8 @@ def reference_loss(problem: Problem) -> Estimate:
     from tasks.mixture import reference
 
     start = problem.weights or uniform(problem).weights
-    return Estimate(weights=dict(start), evidence=reference.measure(problem))
+    evidence = reference.measure(problem.model, problem.corpus, seq_len=problem.seq_len, windows=problem.windows)
+    return Estimate(weights=dict(start), evidence=evidence)
 
 
 def _same_domains(weights: dict[str, float], tokens: dict[str, int]) -> None:
