@@ -48,12 +48,12 @@ def workers(project: Path) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], *, seconds: float = 60) -> None:
-    """Return once `condition()` is true; fail after `seconds`."""
+def wait_for(condition: Callable[[], object], *, seconds: float = 120) -> None:
+    """Return as soon as `condition()` is true, which may last milliseconds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def configure(project: Path, **fields: Any) -> None:
