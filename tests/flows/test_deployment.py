@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import ran, until
+from tests.flows.conftest import alive, ran, until
 
 DEPLOYMENTS = """
 deployments:
@@ -29,7 +30,9 @@ deployments:
 
 
 @pytest.mark.e2e
-def test_deployed_flows_run_on_a_worker(done_toy: Path, server: dict[str, str]) -> None:
+def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
+    done_toy: Path, server: dict[str, str]
+) -> None:
     environment = {**os.environ, **server}
 
     def prefect(*arguments: str) -> str:
@@ -61,6 +64,14 @@ def test_deployed_flows_run_on_a_worker(done_toy: Path, server: dict[str, str]) 
         prefect(*run, "retrain/toy")  # refused or failed, this would exit with 1
         assert ran(done_toy) == ["sources"]
         assert (done_toy / "runs/toy/accepted.json").exists()
+
+        (done_toy / "sleep" / "partition").touch()
+        started = prefect("deployment", "run", "upcycle/toy", "--param", 'force=["partition"]')
+        pid = done_toy / "pids" / "partition"
+        until(lambda: pid.exists() and pid.read_text(), seconds=60, otherwise=log.read_text)
+        assert alive(int(pid.read_text()))
+        prefect("flow-run", "cancel", re.search(r"UUID: (\S+)", started)[1])
+        until(lambda: not alive(int(pid.read_text())), seconds=45, otherwise=log.read_text)
     finally:
         worker.send_signal(signal.SIGTERM)
         try:
