@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -33,6 +35,11 @@ app = typer.Typer(
 
 STOPPED = "stopped. Finished stages are kept; run again to go on"
 
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pipeline of pipelines.yaml.")]
 
 
@@ -51,6 +58,8 @@ def run(
     started.
     """
     environment.prepare()
+    # Prefect ends the stages on SIGTERM, then hands the signal to whoever handled it before.
+    signal.signal(signal.SIGTERM, _terminate)
     started = time.monotonic()
     with clear_errors():
         stages, up_to_date = _check_before(name, force or [])
@@ -74,6 +83,10 @@ def run(
         print(
             f"{name}: everything is up to date ({seconds:.1f} s)" if up_to_date else f"{name}: done in {seconds:.0f} s"
         )
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
@@ -174,10 +187,8 @@ def clear_errors() -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt:
         fail(STOPPED, code=130)
-    except BaseException as error:
-        if type(error).__name__ == "TerminationSignal":  # Prefect's, for SIGTERM; importing it takes a second
-            fail(STOPPED, code=143)
-        raise
+    except Terminated:
+        fail(STOPPED, code=143)
 
 
 def show(what: RenderableType) -> None:

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dvc.logger  # noqa: F401 (binds standard error before a CliRunner lends it a stream that it closes)
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
