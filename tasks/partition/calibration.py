@@ -66,11 +66,6 @@ class States:
         normed: torch.Tensor = block.post_attention_layernorm(self._hidden_BLD)
         return normed.flatten(0, 1)
 
-    @property
-    def flat(self) -> torch.Tensor:
-        """The residual stream, [T, D]."""
-        return self._hidden_BLD.flatten(0, 1)
-
     def add(self, output_TD: torch.Tensor) -> None:
         """Add the output of the layer's FFN, dense or converted."""
         self._hidden_BLD += output_TD.view_as(self._hidden_BLD)

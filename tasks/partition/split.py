@@ -27,10 +27,7 @@ _TEMPER_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Neuron indices and router weights per layer; `errors` is the share of each FFN's output energy that is lost.
-
-    Energies are relative to the residual stream, token by token.
-    """
+    """Neuron indices and router weights per layer; `errors` is the share of each FFN's output energy that is lost."""
 
     layers: tuple[np.ndarray, ...]
     routers: list[torch.Tensor]
@@ -64,12 +61,7 @@ def by_activation(
         x_TD = states.attend(i)
         down_DN = block.mlp.down_proj.weight
         h_TN = calibration.neurons(block.mlp, x_TD)
-        # The next norm divides by the residual stream's size, so outputs and their errors count relative to it: else
-        # the few tokens whose activations are a thousand times the others' would have all the say.
         dense_TD = h_TN @ down_DN.T
-        size_T1 = (states.flat + dense_TD).square().mean(1, keepdim=True).sqrt()
-        h_TN /= size_T1
-        dense_TD /= size_T1
         experts_EF, weight_ED = activation.split_layer(
             x_TD,
             h_TN,
@@ -83,7 +75,7 @@ def by_activation(
         weight_ED = ffn.tempered(router.scaled(weight_ED, x_TD, std=partition.router_std), dense_TD)
         sparse_TD = ffn.output(weight_ED)
         error = ((dense_TD - sparse_TD).square().sum() / dense_TD.square().sum()).item()
-        states.add(sparse_TD * size_T1)
+        states.add(sparse_TD)
         layers.append(experts_EF)
         routers.append(weight_ED)
         errors.append(error)
