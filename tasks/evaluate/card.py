@@ -13,7 +13,8 @@ SNIPPET = """\
 import json, math, torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval()
+options = {"dtype": torch.float32, "experts_implementation": "eager"}
+model = AutoModelForCausalLM.from_pretrained(".", **options).eval()
 losses = {}
 for domain, windows in json.load(open("heldout.json")).items():
     ids = torch.tensor(windows)
