@@ -34,7 +34,7 @@ from flows.dag import Stage, StageError
 RETRY_DELAYS = [3.0, 15.0]
 """Seconds before the first and every later retry."""
 
-HINTS = (
+NOISE = (
     "To track the changes",
     "\tgit add",
     "To enable auto staging",
@@ -42,8 +42,9 @@ HINTS = (
     "Use `dvc push`",
     "Updating lock",
     "Generating lock",
+    "Setting accelerator to CPU",
 )
-"""What DVC says about git after every stage; it would bury the stage's own words."""
+"""What DVC says about git after every stage, and DeepSpeed at every import; it would bury the stage's own words."""
 
 _running: set[subprocess.Popen[str]] = set()
 _stopping = threading.Event()
@@ -150,7 +151,7 @@ def execute(stage: Stage, *, force: bool, log: Callable[[str], None]) -> bool:
         try:
             for raw in process.stdout or ():
                 text = raw.rstrip()
-                if not text or text.startswith(HINTS):
+                if not text or any(noise in text for noise in NOISE):
                     continue
                 tail.append(text)
                 restored |= "is cached - skipping run" in text
@@ -175,7 +176,7 @@ def execute(stage: Stage, *, force: bool, log: Callable[[str], None]) -> bool:
 def environment() -> dict[str, str]:
     """The stages' environment: `python` is the one that runs this, and its output comes at once."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "TQDM_DISABLE": "1"}
 
 
 def metrics(stage: Stage) -> list[dict[str, Any]]:
