@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,16 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 META = {"gpu", "retries", "timeout"}
+PATIENCE = 20.0
+"""Seconds to wait for a stage that is still ending, because its run was killed a moment ago (flows/guard.py)."""
 
 
 class GraphError(ValueError):
     """dvc.yaml cannot be read, or has no such stage; the message says which."""
+
+
+class GraphBusyError(GraphError):
+    """Another DVC process writes what would be read; the message names it."""
 
 
 class StageError(RuntimeError):
@@ -84,8 +91,17 @@ def changes(names: list[str]) -> dict[str, list[str]]:
 
     Works on a fresh clone too, where outputs and dependencies are missing. Reads hashes, runs nothing.
     """
-    with _repo() as repo:
-        status: dict[str, list[Any]] = repo.status(targets=names) if names else {}
+    status: dict[str, list[Any]] = {}
+    deadline = time.monotonic() + PATIENCE
+    while names:
+        try:
+            with _repo() as repo:
+                status = repo.status(targets=names)
+            break
+        except GraphBusyError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
     return {name: _reasons(status.get(name, [])) for name in names}
 
 
@@ -144,6 +160,7 @@ def _reasons(entries: list[Any]) -> list[str]:
 @contextmanager
 def _repo() -> Iterator[Repo]:
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
@@ -152,6 +169,8 @@ def _repo() -> Iterator[Repo]:
             yield repo
         finally:
             repo.close()
+    except LockError as error:
+        raise GraphBusyError(f"DVC: {error}") from None
     except DvcException as error:
         raise GraphError(f"DVC: {error}") from None
 

@@ -86,7 +86,7 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 def _watch_input() -> None:
     while os.read(0, 1024):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # it alone waits, and must wake
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -309,10 +309,21 @@ def _fault(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        message = "unknown key; remove it or correct its spelling"
+        message = f"unknown key; allowed here: {', '.join(_allowed(fault['loc']))}"
     value = fault["input"]
     shown = "" if isinstance(value, dict | list) or fault["type"] == "missing" else f" = {value!r}"
     return f"{where}{shown}: {message}" if where else message
+
+
+def _allowed(loc: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section that holds the field at `loc`."""
+    kind: Any = Settings
+    for part in loc[:-1]:
+        if part in getattr(kind, "model_fields", {}):
+            kind = kind.model_fields[part].annotation
+        inner = (kind, *get_args(kind))  # dict[str, Pipeline] and Shape | None too
+        kind = next((k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+    return list(getattr(kind, "model_fields", {}))
 
 
 def _known(field: str, name: Any, defined: dict[str, Any]) -> None:

@@ -47,8 +47,8 @@ def test_the_projects_own_settings_are_valid() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("pipelines.demo.pretrain.learning_rat", 1, "pipelines.demo.pretrain.learning_rat = 1: unknown key"),
-        ("models.smollm2-135m-q4.shape.hidden", 1, "models.smollm2-135m-q4.shape.hidden = 1: unknown key"),
+        ("pipelines.demo.pretrain.learning_rat", 1, "pretrain.learning_rat = 1: unknown key; allowed here: tokens"),
+        ("models.smollm2-135m-q4.shape.hidden", 1, "shape.hidden = 1: unknown key; allowed here: hidden_size, inter"),
         ("pipeline", {}, "pipeline: unknown key"),
         ("pipelines.demo.pretrain.batch", "two", "pretrain.batch = 'two': Input should be a valid integer"),
         ("pipelines.demo.pretrain.batch", 2.5, "pipelines.demo.pretrain.batch = 2.5: Input should be a valid integer"),
@@ -59,7 +59,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.demo.pretrain.micro_batch", 3, "batch = 2 is not a multiple of micro_batch x processes = 3"),
         ("pipelines.demo.pretrain.warmup_steps", 48, "warmup_steps = 48 leaves none of the 48 steps"),
         ("pipelines.demo.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
-        ("pipelines.demo.partition.top_k", 97, "partition: top_k = 97 is more than experts = 96; allowed: 1 to 96"),
+        ("pipelines.demo.partition.top_k", 49, "partition: top_k = 49 is more than experts = 48; allowed: 1 to 48"),
         ("pipelines.demo.partition.method", "random", "partition: method `random` has no shared experts"),
         ("pipelines.demo.mixture.method", "explicit", "pipelines.demo.mixture: method `explicit` needs `weights`"),
         ("pipelines.demo.mixture.method", "uniform", "pipelines.demo: pretrain.dynamic needs reference losses"),
@@ -85,8 +85,8 @@ def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str,
 
 
 def test_experts_that_do_not_divide_the_ffn_list_the_numbers_that_do() -> None:
-    found = fault(changed("pipelines.demo.partition.experts", 95))
-    assert "experts + shared_experts = 95 + 32 = 127 does not divide the FFN width 1536" in found
+    found = fault(changed("pipelines.demo.partition.experts", 47))
+    assert "experts + shared_experts = 47 + 16 = 63 does not divide the FFN width 1536" in found
     assert "96, 128" in found
 
 

@@ -162,10 +162,11 @@ class _Clock:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.partition", description="Build experts and router.")
     parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
+    pipeline = parser.parse_args().pipeline
     try:
-        metrics = run(parser.parse_args().pipeline)
+        metrics = run(pipeline)
     except (ValueError, OSError, scratch.BusyError) as error:
-        print(f"partition: {error}", file=sys.stderr)
+        print(f"partition {pipeline}: {error}", file=sys.stderr)
         return 1
     dense = metrics["dense"]["perplexity"]
     print(

@@ -164,13 +164,13 @@ class Trainer:
 
     def _not_finite(self, what: str, slots: list[tuple[str, int]]) -> str:
         last = checkpoint.find(self._checkpoints)
-        kept = f"The checkpoint of step {last['step']} is kept" if last else "No checkpoint was written before"
+        kept = f"the checkpoint of step {last['step']} under {self._checkpoints}" if last else "nothing yet"
         where = ", ".join(f"{domain} window {window}" for domain, window in slots)
         where = f" (windows of {self.params.seq_len} tokens: {where})" if slots else ""
         return (
-            f"the {what} is not finite at step {self.step}{where}. {kept} "
-            f"under {self._checkpoints}. Try a lower pretrain.learning_rate, more warmup_steps, a lower clip, or "
-            "precision: float32; look at those windows if it comes back at the same step"
+            f"the {what} is not finite at step {self.step}{where}. Kept: {kept}. Try a lower pretrain.learning_rate, "
+            "more warmup_steps, a lower clip, or precision: float32; look at those windows if it comes back at the "
+            "same step"
         )
 
     def _record(self, found: dict[str, Any], *, lr: float, norm: float, timing: dict[str, float]) -> None:

@@ -67,7 +67,8 @@ def main() -> int:
         run(job)
     except (TrainingError, ValueError, OSError) as error:
         scratch.write_json(job.workspace / FAILURE, {"message": str(error)})
-        print(f"pretrain: {error}", file=sys.stderr, flush=True)
+        if not arguments.lifeline:  # the stage says it otherwise
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 1
     assert "not finite at step 2" in done.stderr
-    assert "The checkpoint of step 1 is kept" in done.stderr
+    assert "Kept: the checkpoint of step 1 under" in done.stderr
     assert "window" in done.stderr
     assert "learning_rate" in done.stderr
     assert "Traceback" not in done.stderr
