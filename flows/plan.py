@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks import sources
 from tasks.moe import counts
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 
@@ -73,11 +74,16 @@ def plan(settings: Settings, name: str, *, bfloat16: bool) -> Plan:
 
 
 def dense_config(settings: Settings, model: str) -> dict[str, Any]:
-    """The dense model's config.json, fetched already or made from its `shape`. Raises SettingsError without either."""
+    """The dense model's config.json: fetched, or in the folder it comes from, or made from its `shape`.
+
+    Raises SettingsError where there is none of these.
+    """
     fetched = Path("data/models", model, "config.json")
-    if fetched.exists():
-        config: dict[str, Any] = json.loads(fetched.read_text())
-        return config
+    source = sources.parse(settings.model(model).source)
+    for path in [fetched, *[Path(source.path, "config.json")][: source.kind == "dir"]]:
+        if path.exists():
+            config: dict[str, Any] = json.loads(path.read_text())
+            return config
     shape = settings.model(model).shape
     if shape is None:
         raise SettingsError(
