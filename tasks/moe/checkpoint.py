@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.moe import allocator
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -21,7 +23,7 @@ def is_moe(config: Any) -> bool:
 def load(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors, in eval mode.
+    """Load a causal language model from safetensors, in eval mode; the process keeps its large buffers from then on.
 
     Args:
         path: checkpoint directory.
@@ -38,6 +40,7 @@ def load(
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no checkpoint here (config.json is missing); run the stage that writes it")
     disable_progress_bar()
+    allocator.keep_buffers()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     options: dict[str, Any] = {}
     if is_moe(config):
