@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -163,6 +164,8 @@ def _repo() -> Iterator[Repo]:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    for name in ("dvc", "dvc_data"):  # above ERROR, DVC draws no progress bars of its own over the display
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         repo = Repo(_wait_for_lock=True)
         try:
