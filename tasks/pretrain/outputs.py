@@ -74,8 +74,9 @@ def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
     for path in job.model.iterdir():  # tokenizer, generation_config, chat template: byte for byte
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
-    model.config.dtype = dtype
     model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+    model.config.dtype = dtype  # transformers wrote the training dtype, in which a plain load would then round
+    model.config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
 

@@ -106,6 +106,8 @@ def test_zero_3_in_bfloat16_with_gradient_checkpointing_trains_like_the_first(
     first = [r["mean"] for r in timeless(finished[0] / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"]
     assert losses[0] == pytest.approx(first[0], abs=0.05)
     assert losses[-1] < losses[0]
+    config = json.loads((project / "runs/tiny/trained/config.json").read_text())
+    assert config["dtype"] == "float32"  # as the weights are stored, whatever they were trained in
 
 
 def test_a_run_killed_while_it_publishes_keeps_the_log_that_its_checkpoint_needs(
