@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -199,23 +197,7 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def _nothing_outlives() -> Iterator[None]:
-    """On cancellation or Ctrl-C, which reach only the main thread, end the stages of the other threads too.
-
-    Ctrl-C ends them from the signal's handler: the KeyboardInterrupt alone is lost where Python ignores exceptions.
-    """
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        _stopping.set()
-        for process in list(_running):
-            if process.stdin:
-                process.stdin.close()
-        if callable(before):
-            before(number, frame)
-
-    owns = threading.current_thread() is threading.main_thread() and callable(before)
-    if owns:
-        signal.signal(signal.SIGINT, interrupt)
+    """On cancellation or Ctrl-C, which reach only the main thread, end the stages of the other threads too."""
     try:
         yield
     except BaseException:
@@ -223,9 +205,6 @@ def _nothing_outlives() -> Iterator[None]:
         for process in list(_running):
             stop(process)
         raise
-    finally:
-        if owns:
-            signal.signal(signal.SIGINT, before)
 
 
 def _may_retry(*_: object) -> bool:

@@ -155,6 +155,8 @@ def test_no_process_outlives_a_run_that_is_ended(
     run = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "run", "toy", "--force", stage],
         env={**os.environ, **server}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A suite that a script started in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     pid_file = toy / "pids" / stage
     until(pid_file.exists, seconds=60)
