@@ -165,6 +165,12 @@ def tiny_project(tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch:
 @pytest.fixture
 def tiny_repo(tiny_project: Path) -> Path:
     """The tiny project as a git and DVC repository with one commit."""
+    make_repository(tiny_project)
+    return tiny_project
+
+
+def make_repository(folder: Path) -> None:
+    """Turn a folder into a git and DVC repository with one commit of all that is in it."""
     for command in (
         ["git", "init", "--quiet"],
         ["git", "config", "user.name", "Test"],
@@ -174,5 +180,4 @@ def tiny_repo(tiny_project: Path) -> Path:
         ["git", "add", "--all"],
         ["git", "commit", "--quiet", "--message", "Start"],
     ):
-        subprocess.run(command, check=True, cwd=tiny_project)
-    return tiny_project
+        subprocess.run(command, check=True, cwd=folder)

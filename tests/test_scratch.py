@@ -67,7 +67,7 @@ def _folder(path: str, **files: str) -> Path:
 
 def test_publishing_replaces_a_folder_whole() -> None:
     target = _folder("data/corpora/demo", old="1", both="1")
-    scratch.publish(_folder(".scratch/work/corpus", new="2", both="2"), target)
+    scratch.publish(_folder(".scratch/unit/corpus", new="2", both="2"), target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {"new": "2", "both": "2"}
     assert not list(Path(".scratch").glob("old-*"))
 

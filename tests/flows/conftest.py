@@ -17,6 +17,8 @@ from pathlib import Path
 import dvc.logger  # noqa: F401 (binds standard error before a CliRunner lends it a stream that it closes)
 import pytest
 
+from tests.conftest import make_repository
+
 ROOT = Path(__file__).parent.parent.parent
 
 STEP = '''\
@@ -131,16 +133,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (new / ".gitignore").write_text("/.scratch/\n/ran.txt\n/fail\n/sleep\n/values\n/pids\n/.prefect/\n")
     for name in ("tasks", "flows"):
         (new / name).symlink_to(ROOT / name)
-    for command in (
-        ["git", "init", "--quiet"],
-        ["git", "config", "user.name", "Test"],
-        ["git", "config", "user.email", "test@example.org"],
-        [sys.executable, "-m", "dvc", "init", "--quiet"],
-        [sys.executable, "-m", "dvc", "config", "core.autostage", "false"],
-        ["git", "add", "--all"],
-        ["git", "commit", "--quiet", "--message", "Start"],
-    ):
-        subprocess.run(command, check=True, cwd=new)
+    make_repository(new)
     done = tmp_path_factory.mktemp("done") / "toy"
     shutil.copytree(new, done, symlinks=True)
     repro(done)
