@@ -1,0 +1,55 @@
+"""The methods: each turns one dense FFN into neuron indices of experts, and registers itself by name.
+
+    from tasks.partition import methods
+    experts_EF = methods.get("activation").split(layer, sizes, options)
+
+A method is one file with one function: (Layer, Sizes, settings.Partition) -> int32 [shared + experts, size], shared
+experts first, each row's indices distinct. It is pure: the same layer, options and seed give the same indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from tasks.partition.layer import Layer, Sizes
+
+if TYPE_CHECKING:
+    from tasks.settings import Partition
+
+Split = Callable[[Layer, Sizes, "Partition"], np.ndarray]
+NAMES = ("random", "clustering", "coactivation", "importance", "moebert", "copy", "activation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method and what it needs: only the weights, the activations on calibration text, or gradients as well."""
+
+    name: str
+    split: Split
+    needs: Literal["weights", "activations", "gradients"]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(name: str, *, needs: Literal["weights", "activations", "gradients"]) -> Callable[[Split], Split]:
+    """Register a split function under a name."""
+
+    def register(split: Split) -> Split:
+        _METHODS[name] = Method(name=name, split=split, needs=needs)
+        return split
+
+    return register
+
+
+def get(name: str) -> Method:
+    """The method of that name; its module is imported on first use. Raises ValueError for an unknown one."""
+    if name not in NAMES:
+        raise ValueError(f"partition.method = {name!r} is not known; known: {', '.join(NAMES)}")
+    import_module(f"tasks.partition.methods.{name}")
+    return _METHODS[name]
