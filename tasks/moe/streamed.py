@@ -1,0 +1,274 @@
+"""A checkpoint that is larger than memory: read from safetensors and run one layer at a time.
+
+    model = Streamed(folder)
+    nats_B = model.nll(ids_BL, batch=4)
+
+Shapes: B windows, L their length, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.logging import disable_progress_bar
+
+from tasks.moe import allocator
+from tasks.moe.writer import DTYPES
+
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+SPARSE = ("mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe")
+_CHUNK = 256  # positions whose logits exist at once, as in tasks.moe.loss
+_BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by old versions; the config determines it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where and how a tensor is stored, as its file's header has it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Streamed:
+    """A checkpoint folder, dense or sparse, of which one layer at a time is in memory."""
+
+    def __init__(self, folder: Path, *, device: torch.device | str = "cpu") -> None:
+        """Read the config and the headers; `device` is where blocks run.
+
+        Raises:
+            FileNotFoundError: config.json or the safetensors are missing.
+            ValueError: a family that is not read here, quantised weights, or a file that is damaged or incomplete.
+        """
+        self.folder = Path(folder)
+        self.device = torch.device(device)
+        self.config = _config(self.folder)
+        self.layers: int = self.config.num_hidden_layers
+        self.stored = {name: entry for name, entry in _stored(self.folder).items() if not _BUFFER.search(name)}
+        disable_progress_bar()
+        allocator.keep_buffers()
+        with torch.device("meta"):
+            skeleton: Any = AutoModelForCausalLM.from_config(self._one_layer(0))
+        self._family: Any = type(skeleton)
+        self._norm: nn.Module = skeleton.model.norm
+        self._rotary: nn.Module = type(skeleton.model.rotary_emb)(config=self.config).to(self.device)
+
+    def tensor(self, name: str) -> Tensor:
+        """A copy in the stored dtype, on the CPU. Raises ValueError if the checkpoint has no such tensor."""
+        if name not in self.stored:
+            raise ValueError(f"{self.folder}: there is no tensor {name!r} in its safetensors files")
+        entry = self.stored[name]
+        content = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        left, offset = content.numpy().data, entry.offset
+        with open(entry.file, "rb", buffering=0) as file:
+            while left:
+                done = os.preadv(file.fileno(), [left], offset)  # at most 2 GiB
+                if not done:
+                    raise ValueError(f"{entry.file}: ends within tensor {name!r}; bring the file anew")
+                left, offset = left[done:], offset + done
+        return content.view(entry.dtype).reshape(entry.shape)
+
+    def layer_names(self, i: int) -> list[str]:
+        """Names on disk of the tensors of layer `i`."""
+        return [name for name in self.stored if name.startswith(f"model.layers.{i}.")]
+
+    def block(self, i: int) -> nn.Module:
+        """transformers' own decoder layer `i` in float32, in eval mode; the caller drops it.
+
+        Raises:
+            ValueError: a tensor of the layer is missing, has another shape, or does not belong to it.
+        """
+        width = self.config.hidden_size
+        state = {"model.embed_tokens.weight": torch.zeros(1, width), "lm_head.weight": torch.zeros(1, width)}
+        state["model.norm.weight"] = torch.zeros(width)
+        prefix = f"model.layers.{i}."
+        state |= {f"model.layers.0.{name.removeprefix(prefix)}": self.tensor(name) for name in self.layer_names(i)}
+        options = {}
+        if self.config.model_type in SPARSE:
+            import moe_kernels
+
+            moe_kernels.register()
+            options["experts_implementation"] = "moe_kernels"
+        model, notes = self._family.from_pretrained(
+            None,
+            config=self._one_layer(i),
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in the notes, with the others
+            **options,
+        )
+        if problems := {kind: sorted(map(str, names)) for kind, names in notes.items() if names}:
+            shown = str(problems).replace("model.layers.0.", prefix)
+            raise ValueError(f"{self.folder}: layer {i} is not that of a {self.config.model_type} model: {shown}")
+        layer: nn.Module = model.model.layers[0]
+        return layer.to(self.device)
+
+    def _one_layer(self, i: int) -> PreTrainedConfig:
+        """Config of a model whose only layer is layer `i`, with a vocabulary of one token."""
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "mlp_only_layers"):
+            sparse = i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0
+            config.mlp_only_layers, config.decoder_sparse_step = [] if sparse else [0], 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i]]
+        config.num_hidden_layers, config.vocab_size = 1, 1
+        config.pad_token_id, config.tie_word_embeddings = None, False
+        return config
+
+    @torch.no_grad()
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """What the first layer reads: float32 [B, L, D] on the device."""
+        weight_VD = self.tensor("model.embed_tokens.weight")
+        hidden_BLD = F.embedding(ids_BL.cpu(), weight_VD).to(self.device, torch.float32)
+        return hidden_BLD * getattr(self.config, "embedding_multiplier", 1.0)
+
+    @torch.no_grad()
+    def attention(self, i: int, length: int) -> dict[str, Any]:
+        """Keyword arguments of block(i), and of its self_attn, for windows of `length` tokens.
+
+        position_embeddings (cos, sin); attention_mask, None where plain causal attention is meant, else bool
+        [1, 1, L, L], True where a token is seen.
+        """
+        hidden = torch.zeros(1, length, 1, device=self.device)
+        positions = torch.arange(length, device=self.device)[None]
+        types = getattr(self.config, "layer_types", None)
+        sliding = (
+            types[i] == "sliding_attention" if types else getattr(self.config, "sliding_window", None) is not None
+        )
+        if self.config.model_type.startswith("granite"):
+            sliding = False  # whatever its config says
+        mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        return {
+            "position_embeddings": self._rotary(hidden, positions),
+            "attention_mask": mask(
+                config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+            ),
+        }
+
+    @torch.no_grad()
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Final norm, output head, logits scaling: float32 [B, L, V]."""
+        return self._head()(hidden_BLD)
+
+    def _head(self) -> Callable[[Tensor], Tensor]:
+        name = "lm_head.weight"
+        if self.config.tie_word_embeddings and name not in self.stored:
+            name = "model.embed_tokens.weight"
+        weight_VD = self.tensor(name).to(self.device, torch.float32)
+        norm = copy.deepcopy(self._norm)
+        norm.load_state_dict({"weight": self.tensor("model.norm.weight").to(self.device, torch.float32)}, assign=True)
+        scaling = getattr(self.config, "logits_scaling", 1.0)
+        return lambda hidden: F.linear(norm(hidden.to(self.device)), weight_VD) / scaling
+
+    @torch.no_grad()
+    def forward(
+        self, ids_BL: Tensor, *, batch: int = 4, blocks: Callable[[int, nn.Module], None] | None = None
+    ) -> Tensor:
+        """Hidden states before the final norm, float32 [B, L, D]; each layer is read once.
+
+        Args:
+            ids_BL: token ids.
+            batch: windows that run at once.
+            blocks: sees, and may alter, every block before it runs.
+        """
+        hidden_BLD = self.embed(ids_BL)
+        for i in range(self.layers):
+            block = self.block(i)
+            if blocks is not None:
+                blocks(i, block)
+            where = self.attention(i, hidden_BLD.shape[1])
+            for part in hidden_BLD.split(batch):
+                part.copy_(block(part, **where))
+            del block
+        return hidden_BLD
+
+    @torch.no_grad()
+    def nll(self, ids_BL: np.ndarray, *, batch: int) -> np.ndarray:
+        """Summed nats of each window's tokens 2 to L, float64 [B]: tasks.moe.loss.window_nll of the whole model."""
+        if ids_BL.ndim != 2 or ids_BL.shape[1] < 2:
+            raise ValueError(f"windows have the shape {ids_BL.shape}; needed: [B, L] with L >= 2")
+        ids = torch.from_numpy(np.ascontiguousarray(ids_BL)).to(self.device)
+        hidden_BLD = self.forward(ids, batch=batch)[:, :-1]
+        head = self._head()
+        total_B = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
+        for total, hidden, target in zip(*(x.split(batch) for x in (total_B, hidden_BLD, ids[:, 1:])), strict=True):
+            for h, t in zip(hidden.split(_CHUNK, dim=1), target.split(_CHUNK, dim=1), strict=True):
+                total += F.cross_entropy(head(h).transpose(1, 2), t, reduction="none").double().sum(1)
+        return total_B.cpu().numpy()
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no checkpoint here (config.json is missing); run the stage that writes it")
+    raw = json.loads(path.read_text())
+    if raw.get("model_type") not in DENSE + SPARSE:
+        raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(DENSE + SPARSE)}")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config: the weights are quantised; take the model's plain checkpoint")
+    return AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+    )
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors."""
+    index = folder / "model.safetensors.index.json"
+    listed: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    files = sorted(set(listed.values())) or ["model.safetensors"]
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder}: {', '.join(missing)} is missing; weights are read from safetensors only, never from pickles "
+            "(.bin, .pt)"
+        )
+    found: dict[str, Stored] = {}
+    for name in files:
+        entries = _header(folder / name)
+        if twice := sorted(set(found) & set(entries)):
+            raise ValueError(f"{folder / name}: tensors {twice[:5]} stand in {found[twice[0]].file.name} as well")
+        found |= entries
+    if absent := [f"{name} ({listed[name]})" for name in listed if name not in found]:
+        raise ValueError(f"{index}: these tensors are not in their files: {', '.join(absent[:5])}")
+    return found
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """The tensors of one file. Raises ValueError if it is cut short, or no safetensors."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size < total else b""
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        found = {
+            name: Stored(
+                file=path,
+                dtype=DTYPES[entry["dtype"]],
+                shape=tuple(entry["shape"]),
+                offset=8 + size + entry["data_offsets"][0],
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its header is not that of a safetensors file ({error!r}); bring it anew") from None
+    for name, entry in found.items():
+        if entry.offset + math.prod(entry.shape) * entry.dtype.itemsize > total:
+            raise ValueError(f"{path}: ends within tensor {name!r} ({total} bytes are there); bring the file anew")
+    return found
