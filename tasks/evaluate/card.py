@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.evaluate import summary
 from tasks.evaluate.results import Results
+from tasks.moe import counts
 
 SNIPPET = """\
 import json, math, torch
@@ -77,7 +78,7 @@ def text(results: Results) -> str:
 def shape(results: Results) -> str:
     """One sentence: how the FFN was cut and what a token passes."""
     partition = results.pipeline.partition
-    width = results.config["intermediate_size"]
+    width = counts.experts(results.config)["expert_size"]
     sizes = results.evaluation["trained"]["parameters"]
     shared = f" beside {partition.shared_experts} shared ones" if partition.shared_experts else ""
     return (

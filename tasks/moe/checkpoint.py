@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.moe import allocator
+from tasks.moe.counts import MOE_TYPES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-MOE_TYPES = ("mixtral", "granitemoeshared")
 
 
 def is_moe(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of Llama, Mixtral and GraniteMoeShared models, from the config alone.
+"""Sizes, parameters and FLOPs of every model class that is known here, from the config alone.
 
 FLOPs count each multiply-add of a matrix product as two and leave out norms, activations and softmax. Attention counts
 all seq_len x seq_len scores, masked or not, as PyTorch's FlopCounterMode does. Training is three times a forward pass.
@@ -14,57 +14,99 @@ if TYPE_CHECKING:
 
     from tasks.settings import Shape
 
-MODEL_TYPES = ("llama", "mixtral", "granitemoeshared")
+DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MOE_TYPES = ("mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe")
+MODEL_TYPES = (*DENSE_TYPES, *MOE_TYPES)
+_WITH_DENSE_LAYERS = ("qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """One layer's parts, in parameters, and what they are multiplied by."""
+class _Parts:
+    """What a model is made of, in parameters; FFNs in those of one layer."""
 
     layers: int
+    sparse: int
     hidden: int
-    vocabulary: int
+    head: int
     tied: bool
     attention: int
-    attention_bias: int
     attention_width: int
+    vectors: int
+    """Biases and norms of a layer: no matrix products."""
     router: int
-    expert: int
     experts: int
     top_k: int
+    expert: int
     shared: int
+    shared_gate: int
+    ffn: int
+    ffn_bias: int
+
+
+def experts(config: Any) -> dict[str, Any]:
+    """The experts of a model, whatever its class calls their sizes.
+
+    Args:
+        config: a config of one of MODEL_TYPES, or its dict; fields that a dict leaves out have their class's defaults.
+
+    Returns:
+        layers: the numbers of the sparse layers; experts and top_k: the routed ones of a layer, and those that a token
+        passes; expert_size: neurons of a routed expert; shared_size: neurons of a layer's shared experts together.
+        A dense model has no such layers, and zeros.
+
+    Raises:
+        ValueError: a class that is not known here.
+    """
+    config = _object(config)
+    if config.model_type in DENSE_TYPES:
+        return {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
+    qwen = config.model_type in _WITH_DENSE_LAYERS
+    layers = list(range(config.num_hidden_layers))
+    if qwen:
+        layers = [i for i in layers if i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0]
+    shared = {"granitemoeshared": "shared_intermediate_size", "qwen2_moe": "shared_expert_intermediate_size"}
+    return {
+        "layers": layers,
+        "experts": config.num_experts if qwen else config.num_local_experts,
+        "top_k": config.num_experts_per_tok,
+        "expert_size": config.moe_intermediate_size if qwen else config.intermediate_size,
+        "shared_size": getattr(config, shared.get(config.model_type, ""), 0),
+    }
 
 
 def parameters(config: Any) -> dict[str, int]:
     """Count parameters.
 
     Args:
-        config: a Llama, Mixtral or GraniteMoeShared config, or its dict.
+        config: as in `experts`.
 
     Returns:
         total; active: all but the routed experts that a token does not pass; embedding: token embedding and output
         head (once if tied); ffn: the FFNs of all layers, routers left out, of which experts: the routed experts (0 in
-        a dense model) and shared: the shared ones; router.
+        a dense model) and shared: the shared ones; router: with the gates of shared experts.
     """
-    s = _sizes(config)
-    embedding = s.vocabulary * s.hidden * (1 if s.tied else 2)
-    common = s.layers * (s.attention + s.attention_bias + 2 * s.hidden + s.router + s.shared) + s.hidden + embedding
+    p = _parts(_object(config))
+    embedding = p.head * (1 if p.tied else 2)
+    dense = (p.layers - p.sparse) * (p.ffn + p.ffn_bias)
+    shared, router = p.sparse * p.shared, p.sparse * (p.router + p.shared_gate)
+    common = p.layers * (p.attention + p.vectors) + dense + shared + router + p.hidden + embedding
     return {
-        "total": common + s.layers * s.experts * s.expert,
-        "active": common + s.layers * s.top_k * s.expert,
+        "total": common + p.sparse * p.experts * p.expert,
+        "active": common + p.sparse * p.top_k * p.expert,
         "embedding": embedding,
-        "ffn": s.layers * (s.experts * s.expert + s.shared),
-        "experts": s.layers * s.experts * s.expert if s.router else 0,
-        "shared": s.layers * s.shared,
-        "router": s.layers * s.router,
+        "ffn": dense + shared + p.sparse * p.experts * p.expert,
+        "experts": p.sparse * p.experts * p.expert,
+        "shared": shared,
+        "router": router,
     }
 
 
 def flops_per_token(config: Any, *, seq_len: int) -> dict[str, int]:
     """Floating-point operations per token of a sequence of `seq_len` tokens: {forward, train}."""
-    s = _sizes(config)
-    products = s.layers * (s.attention + s.router + s.shared + s.top_k * s.expert) + s.vocabulary * s.hidden
-    scores = 2 * s.layers * s.attention_width * seq_len
+    p = _parts(_object(config))
+    sparse = p.router + p.shared_gate + p.shared + p.top_k * p.expert
+    products = p.layers * p.attention + p.sparse * sparse + (p.layers - p.sparse) * p.ffn + p.head
+    scores = 2 * p.layers * p.attention_width * seq_len
     forward = 2 * (products + scores)
     return {"forward": forward, "train": 3 * forward}
 
@@ -76,29 +118,44 @@ def dense_config(shape: Shape) -> LlamaConfig:
     return LlamaConfig(**shape.model_dump(exclude_none=True))
 
 
-def _sizes(config: Any) -> _Sizes:
-    fields = config if isinstance(config, dict) else config.to_dict()
-    kind = fields["model_type"]
+def _object(config: Any) -> Any:
+    """A config as transformers makes it, so that fields which are left out have the defaults of their class."""
+    kind = config["model_type"] if isinstance(config, dict) else config.model_type
     if kind not in MODEL_TYPES:
         raise ValueError(f"config.json: model_type = {kind!r} is not counted; known: {', '.join(MODEL_TYPES)}")
-    hidden, width, heads = fields["hidden_size"], fields["intermediate_size"], fields["num_attention_heads"]
-    kv_heads = fields.get("num_key_value_heads") or heads
-    head_dim = fields.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, kv_heads * head_dim
-    moe = kind != "llama"
-    experts = fields["num_local_experts"] if moe else 1
-    expert = 3 * hidden * width + (2 * width + hidden if fields.get("mlp_bias") else 0)
-    return _Sizes(
-        layers=fields["num_hidden_layers"],
+    if not isinstance(config, dict):
+        return config
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
+
+
+def _parts(config: Any) -> _Parts:
+    kind, e = config.model_type, experts(config)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
+    bias = 0
+    if kind == "qwen2" or getattr(config, "qkv_bias", False):
+        bias = queries + 2 * keys
+    elif getattr(config, "attention_bias", False):
+        bias = queries + 2 * keys + hidden
+    norms = 2 * hidden + (2 * head_dim if kind in {"qwen3", "qwen3_moe"} else 0)
+    return _Parts(
+        layers=config.num_hidden_layers,
+        sparse=len(e["layers"]),
         hidden=hidden,
-        vocabulary=fields["vocab_size"],
-        tied=fields.get("tie_word_embeddings", False),
+        head=config.vocab_size * hidden,
+        tied=config.tie_word_embeddings,
         attention=2 * hidden * queries + 2 * hidden * keys,
-        attention_bias=queries + 2 * keys + hidden if fields.get("attention_bias") else 0,
         attention_width=queries,
-        router=hidden * experts if moe else 0,
-        expert=expert,
-        experts=experts,
-        top_k=fields["num_experts_per_tok"] if moe else 1,
-        shared=3 * hidden * fields.get("shared_intermediate_size", 0),
+        vectors=bias + norms,
+        router=hidden * e["experts"],
+        experts=e["experts"],
+        top_k=e["top_k"],
+        expert=3 * hidden * e["expert_size"],
+        shared=3 * hidden * e["shared_size"],
+        shared_gate=hidden if kind == "qwen2_moe" else 0,
+        ffn=3 * hidden * config.intermediate_size,
+        ffn_bias=2 * config.intermediate_size + hidden if getattr(config, "mlp_bias", False) else 0,
     )

@@ -1,9 +1,10 @@
-"""The model stage: bring a dense LLaMA into data/models/NAME as safetensors, with its tokenizer.
+"""The model stage: bring a dense checkpoint into data/models/NAME as safetensors, with its tokenizer.
 
     python -m tasks.moe.dense smollm2-135m-q4
 
-Reads safetensors and GGUF and no other format: a pickle runs code when it is opened. Writes data/models/NAME/ whole
-or not at all, and its size, origin and digest to data/models/NAME.json.
+Reads safetensors and GGUF and no other format: a pickle runs code when it is opened. Tensors pass one by one; the
+model is never in memory. Writes data/models/NAME/ whole or not at all, and its size, origin and digest to
+data/models/NAME.json.
 """
 
 from __future__ import annotations
@@ -11,36 +12,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch, settings, sources
-from tasks.moe import counts, files
+from tasks.moe import counts, families, files, gguf
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    import torch
+    from transformers import PreTrainedConfig
 
 ROOT = Path("data/models")
-ARCHITECTURES = ("LlamaForCausalLM",)
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOPS_SEQ_LEN = 2048
-
-# GGUF's names of a LLaMA's tensors, and this model's.
-_GGUF = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_INDEX = "model.safetensors.index.json"
 
 
 def build(entry: settings.Model, work: Path) -> dict[str, Any]:
@@ -51,11 +38,11 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
         work: scratch folder, emptied of what an earlier attempt left.
 
     Raises:
-        SourceError: the source cannot be had, is damaged, is a pickle, is no LLaMA, or is not what the entry says.
+        SourceError: the source cannot be had, is damaged, is a pickle, is of no known family, or is not what the entry
+            says.
     """
-    from transformers.utils.logging import disable_progress_bar
+    import torch
 
-    disable_progress_bar()
     target = work / "model"
     for folder in (target, work / "source"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -64,19 +51,28 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
     top = {Path(path).name: path for path in fetched.paths if _beside(path, fetched.paths)}
     weights = _weight_files(entry.source, top)
     for name, path in top.items():
-        if Path(name).suffix not in _PICKLES and not (work / "source" / name).exists():
-            with fetched.fs.open(path, "rb") as source, (work / "source" / name).open("wb") as copy:
+        here = work / "source" / name
+        if Path(name).suffix in _PICKLES or here.exists():
+            continue
+        if fetched.source.kind == "dir":
+            here.symlink_to(Path(path).resolve())
+        else:
+            with fetched.fs.open(path, "rb") as source, here.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-    load = _load_gguf if weights[0].endswith(".gguf") else _load_safetensors
-    model = load(work / "source", weights, entry)
-    _check_shape(model.config, entry)
-    files.save(model, target)
-    if not any((target / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise _error(entry, "holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
+    try:
+        if weights[0].endswith(".gguf"):
+            config = gguf.convert(work / "source" / weights[0], target, dtype=getattr(torch, entry.dtype))
+            _check_shape(config, entry)
+        else:
+            config = _convert(work / "source", weights, target=target, entry=entry)
+    except ValueError as error:
+        raise sources.SourceError(f"source {entry.source!r} {error}") from error
+    config.dtype = entry.dtype
+    config.save_pretrained(target)
     shutil.rmtree(work / "source")
     return {
-        "parameters": counts.parameters(model.config),
-        "flops_per_token": {"seq_len": _FLOPS_SEQ_LEN} | counts.flops_per_token(model.config, seq_len=_FLOPS_SEQ_LEN),
+        "parameters": counts.parameters(config),
+        "flops_per_token": {"seq_len": _FLOPS_SEQ_LEN} | counts.flops_per_token(config, seq_len=_FLOPS_SEQ_LEN),
         "source": entry.source,
         "source_sha256": fetched.digest(),
         "license": entry.license,
@@ -100,14 +96,16 @@ def _fetch(entry: settings.Model, folder: Path) -> sources.Fetched:
     try:
         listed = HfApi().list_repo_files(source.name, revision=source.version)
         _weight_files(entry.source, [name for name in listed if "/" not in name])
-        local = snapshot_download(source.name, revision=source.version, allow_patterns=patterns)
+        local = snapshot_download(
+            source.name, revision=source.version, allow_patterns=patterns, ignore_patterns="consolidated*"
+        )
     except (OSError, ValueError) as error:  # huggingface_hub's network, authentication and offline errors
         if isinstance(error, sources.SourceError):
             raise
-        raise _error(entry, f"could not be fetched from the hub: {error}") from None
+        raise sources.SourceError(f"source {entry.source!r} could not be fetched from the hub: {error}") from None
     for path in Path(local).iterdir():
         if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            (folder / path.name).symlink_to(path.resolve())
     return sources.fetch(f"dir:{folder}", scratch.ROOT / "sources", sha256=entry.sha256)
 
 
@@ -135,108 +133,93 @@ def _weight_files(source: str, names: Iterable[str]) -> list[str]:
     raise sources.SourceError(f"source {source!r} holds neither safetensors nor GGUF: {', '.join(suffixes)}")
 
 
-def _load_safetensors(folder: Path, weights: list[str], entry: settings.Model) -> LlamaForCausalLM:
-    """Load a checkpoint folder, and copy its tokenizer beside the result."""
+def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.Model) -> PreTrainedConfig:
+    """Copy the tensors and the tokenizer of a checkpoint folder, one tensor at a time, and return its config.
+
+    Raises ValueError: no config of a known family, a damaged file, or other tensors than the config's.
+    """
     import torch
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, LlamaForCausalLM
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    from tasks.moe.writer import ShardWriter
 
     if not (folder / "config.json").is_file():
-        raise _error(entry, "holds safetensors but no config.json; name the folder of the whole checkpoint")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise _error(entry, f"config.json is not valid JSON: {error}") from None
-    _check_architecture(fields, entry)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    found: set[str] = set()
-    for name in weights:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                found.update(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise _error(entry, f"{name} is damaged or cut short ({error}); fetch it again") from None
-    _account(found, _expected(config), entry, known=lambda name: name.endswith("rotary_emb.inv_freq"))
-    model = LlamaForCausalLM.from_pretrained(
-        folder, config=config, dtype=getattr(torch, entry.dtype), local_files_only=True, use_safetensors=True
-    )
-    files.copy_tokenizer(folder, folder.parent / "model")
-    return model
-
-
-def _load_gguf(folder: Path, weights: list[str], entry: settings.Model) -> LlamaForCausalLM:
-    """Dequantise a GGUF file, and write its tokenizer beside the result."""
-    import copy
-
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    name = weights[0]
-    try:
-        reader = GGUFReader(folder / name)
-        field = reader.get_field("general.architecture")
-        architecture = str(field.contents()) if field else "unknown"
-        # The reader maps the file, so a tensor that ends behind it fails only here.
-        found = {_from_gguf(tensor.name) for tensor in reader.tensors if tensor.data.nbytes == tensor.n_bytes}
-    except (ValueError, OSError, IndexError) as error:
-        raise _error(entry, f"{name} is damaged or cut short ({error}); fetch it again") from None
-    if architecture != "llama":
-        raise _error(entry, f"is a GGUF of architecture {architecture!r}; supported: llama")
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder, gguf_file=name))
-    _check_architecture(config.to_dict(), entry)
-    _account(found, _expected(config), entry)
+        raise ValueError("holds safetensors but no config.json; name the folder of the whole checkpoint")
+    families.check(_json(folder / "config.json"))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    _check_shape(config, entry)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError("holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
     dtype = getattr(torch, entry.dtype)
-    loaded = LlamaForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
-    # A model read from GGUF refuses to be saved, because its config calls it quantised.
-    vars(config).pop("quantization_config", None)
-    model = LlamaForCausalLM._from_config(config, dtype=dtype)
-    model.load_state_dict(loaded.state_dict(), strict=True)
-    model.tie_weights()
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(folder.parent / "model")
-    return model
+    wanted = families.expected(config)
+    place, shapes = _headers(folder, _shards(folder, weights))
+    tied = config.tie_word_embeddings and "lm_head.weight" in place
+    families.account(
+        {name: shape for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}, wanted
+    )
 
+    def read(name: str) -> torch.Tensor:
+        # Opened anew each time: what a mapping has read stays in memory until the mapping ends.
+        with safe_open(folder / place[name], framework="pt") as file:
+            return file.get_tensor(name).to(dtype, copy=True)
 
-def _from_gguf(name: str) -> str:
-    """A GGUF tensor's name in this model; an unknown one stays as it is, and is reported."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("blk."):
-        _, layer, part = stem.split(".", 2)
-        return f"model.layers.{layer}.{_GGUF[part]}.{kind}" if part in _GGUF else name
-    return f"{_GGUF[stem]}.{kind}" if stem in _GGUF else name
-
-
-def _expected(config: Any) -> set[str]:
-    """Names of the tensors that a checkpoint of this config stores."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    with torch.device("meta"):
-        names = set(LlamaForCausalLM(config).state_dict())
-    return names - {"lm_head.weight"} if config.tie_word_embeddings else names
-
-
-def _account(
-    found: set[str], expected: set[str], entry: settings.Model, *, known: Callable[[str], bool] = lambda name: False
-) -> None:
-    missing = sorted(expected - found)
-    extra = sorted(name for name in found - expected - {"lm_head.weight"} if not known(name))
-    if missing or extra:
-        raise _error(
-            entry,
-            f"does not hold the tensors of its config: {len(missing)} missing ({', '.join(missing[:5]) or 'none'}), "
-            f"{len(extra)} unknown ({', '.join(extra[:5]) or 'none'})",
+    if tied and not read("lm_head.weight").equal(read("model.embed_tokens.weight")):
+        raise ValueError(
+            "config.json: tie_word_embeddings = true, but lm_head.weight is not model.embed_tokens.weight; set it to "
+            "false, or drop lm_head.weight"
         )
+    with ShardWriter(target, {name: (dtype, shape) for name, shape in wanted.items()}) as writer:
+        for name in wanted:
+            writer.write(name, read(name))
+    files.copy_tokenizer(folder, target)
+    return config
 
 
-def _check_architecture(fields: dict[str, Any], entry: settings.Model) -> None:
-    found = fields.get("architectures") or []
-    if fields.get("model_type") != "llama" or (found and found[0] not in ARCHITECTURES):
-        raise _error(
-            entry,
-            f"config.json: architectures = {found}, model_type = {fields.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}",
-        )
+def _shards(folder: Path, weights: list[str]) -> list[str]:
+    """The files that make up the checkpoint: those that transformers would read, or all where it would read none."""
+    if "model.safetensors" in weights:
+        return ["model.safetensors"]
+    if not (folder / _INDEX).is_file():
+        return weights
+    listed = sorted(set(_json(folder / _INDEX).get("weight_map", {}).values()))
+    if absent := [name for name in listed if name not in weights]:
+        raise ValueError(f"lacks {', '.join(absent)}, which {_INDEX} lists; fetch the whole checkpoint")
+    return listed
+
+
+def _headers(folder: Path, shards: list[str]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The file and the shape of every tensor, by the headers alone; derived rotary frequencies are left out."""
+    from safetensors import SafetensorError, safe_open
+
+    place: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        try:
+            with safe_open(folder / shard, framework="pt") as file:
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                for name, part in found.items():
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    if name in place:
+                        raise ValueError(f"holds {name} twice, in {place[name]} and {shard}; remove one")
+                    if part.get_dtype() not in _FLOATS:
+                        raise ValueError(
+                            f"{shard}: {name} is stored as {part.get_dtype()}, which is no plain number; name the "
+                            "checkpoint that it was quantised from"
+                        )
+                    place[name], shapes[name] = shard, tuple(part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard} is damaged or cut short ({error}); fetch it again") from None
+    return place, shapes
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        fields: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not valid JSON: {error}") from None
+    return fields
 
 
 def _check_shape(config: Any, entry: settings.Model) -> None:
@@ -247,11 +230,7 @@ def _check_shape(config: Any, entry: settings.Model) -> None:
         if getattr(config, field) != value
     ]
     if wrong:
-        raise _error(entry, f"has another shape than its entry: {'; '.join(wrong)}. Correct `shape` or the source")
-
-
-def _error(entry: settings.Model, message: str) -> sources.SourceError:
-    return sources.SourceError(f"source {entry.source!r} {message}")
+        raise ValueError(f"has another shape than its entry: {'; '.join(wrong)}. Correct `shape` or the source")
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GraniteMoeSharedConfig, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import settings
 from tasks.moe import counts
@@ -15,69 +15,109 @@ _SIZES = st.fixed_dictionaries(
     {
         "hidden_size": st.sampled_from([32, 64]),
         "intermediate_size": st.sampled_from([16, 40]),
-        "num_hidden_layers": st.integers(1, 2),
+        "num_hidden_layers": st.integers(1, 4),
         "num_attention_heads": st.just(4),
         "num_key_value_heads": st.sampled_from([1, 2, 4]),
         "vocab_size": st.sampled_from([64, 101]),
         "tie_word_embeddings": st.booleans(),
     }
 )
-_MOE = st.fixed_dictionaries({"num_local_experts": st.integers(2, 5), "num_experts_per_tok": st.integers(1, 2)})
+_MOE = st.fixed_dictionaries({"experts": st.integers(2, 5), "top_k": st.integers(1, 2)})
+_PLACES = st.fixed_dictionaries(
+    {"mlp_only_layers": st.lists(st.integers(0, 3), max_size=2), "decoder_sparse_step": st.integers(1, 2)}
+)
 
 
-def _configs(sizes, moe, *, bias, shared, head_dim):
-    return [
-        LlamaConfig(**sizes, attention_bias=bias, mlp_bias=bias, head_dim=head_dim),
-        MixtralConfig(**sizes, **moe, head_dim=head_dim),
-        GraniteMoeSharedConfig(**sizes, **moe, attention_bias=bias, shared_intermediate_size=shared),
-    ]
+def _configs(sizes, moe, *, bias=False, shared=24, head_dim=8, places=None):
+    """One config of every class, by model_type."""
+    local = {"num_local_experts": moe["experts"], "num_experts_per_tok": moe["top_k"]}
+    qwen = {"num_experts": moe["experts"], "num_experts_per_tok": moe["top_k"], "moe_intermediate_size": 24}
+    qwen |= places or {}
+    fields = {
+        "llama": {"attention_bias": bias, "mlp_bias": bias, "head_dim": head_dim},
+        "mistral": {"head_dim": head_dim},
+        "qwen2": {},
+        "qwen3": {"attention_bias": bias, "head_dim": head_dim},
+        "mixtral": {"head_dim": head_dim, **local},
+        "granitemoe": {"attention_bias": bias, **local},
+        "granitemoeshared": {"attention_bias": bias, "shared_intermediate_size": shared, **local},
+        "qwen2_moe": {"qkv_bias": bias, "shared_expert_intermediate_size": shared, **qwen},
+        "qwen3_moe": {"attention_bias": bias, "head_dim": head_dim, **qwen},
+    }
+    assert tuple(fields) == counts.MODEL_TYPES
+    return {kind: AutoConfig.for_model(kind, **sizes, **own) for kind, own in fields.items()}
 
 
-@given(_SIZES, _MOE, st.booleans(), st.sampled_from([0, 24]), st.sampled_from([8, 24]))
+@given(_SIZES, _MOE, st.booleans(), st.sampled_from([0, 24]), st.sampled_from([8, 24]), _PLACES)
 @hypothesis_settings(max_examples=12, deadline=None)
-def test_total_is_the_number_of_elements_of_the_built_model(sizes, moe, bias, shared, head_dim):
-    for config in _configs(sizes, moe, bias=bias, shared=shared, head_dim=head_dim):
+def test_total_is_the_number_of_elements_of_the_built_model(sizes, moe, bias, shared, head_dim, places):
+    configs = _configs(sizes, moe, bias=bias, shared=shared, head_dim=head_dim, places=places)
+    for kind, config in configs.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        numel = {name: p.numel() for name, p in model.named_parameters()}
         found = counts.parameters(config)
-        assert found["total"] == sum(p.numel() for p in model.parameters())
-        router = sum(p.numel() for n, p in model.named_parameters() if n.endswith((".gate.weight", ".router.weight")))
-        assert found["router"] == router
-        experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-        assert found["experts"] == experts
-        assert found == counts.parameters(config.to_dict())
+        routers = (".gate.weight", ".router.weight", "shared_expert_gate.weight")
+        assert found["total"] == sum(numel.values()), kind
+        assert found["router"] == sum(n for name, n in numel.items() if name.endswith(routers)), kind
+        assert found["experts"] == sum(n for name, n in numel.items() if ".experts." in name), kind
+        assert found["shared"] == sum(
+            n for name, n in numel.items() if ".shared_mlp." in name or ".shared_expert." in name
+        )
+        ffn = (".mlp.", ".block_sparse_moe.", ".shared_mlp.")
+        assert found["ffn"] + found["router"] == sum(n for name, n in numel.items() if any(f in name for f in ffn))
+        assert found == counts.parameters(config.to_dict()), kind
 
 
-@given(_SIZES, _MOE)
+@given(_SIZES, _MOE, st.sampled_from([0, 24]), _PLACES)
+@hypothesis_settings(max_examples=8, deadline=None)
+def test_experts_are_those_of_the_built_model_under_whatever_names_its_config_has(sizes, moe, shared, places):
+    for kind, config in _configs(sizes, moe, shared=shared, places=places).items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        blocks = {
+            layer: block
+            for layer, whole in enumerate(model.model.layers)
+            for block in whole.modules()
+            if type(block).__name__.endswith("Experts")
+        }
+        found = counts.experts(config)
+        assert found["layers"] == list(blocks), kind
+        for block in blocks.values():
+            assert block.gate_up_proj.shape[:2] == (found["experts"], 2 * found["expert_size"]), kind
+            assert found["top_k"] == moe["top_k"]
+        if kind in counts.DENSE_TYPES:
+            assert found == {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
+        else:
+            assert found["shared_size"] == (shared if kind in {"granitemoeshared", "qwen2_moe"} else 0)
+
+
+@given(_SIZES, _MOE, _PLACES)
 @hypothesis_settings(max_examples=6, deadline=None)
-def test_a_model_that_chooses_all_experts_has_all_its_parameters_active(sizes, moe):
-    config = MixtralConfig(**sizes, **{**moe, "num_experts_per_tok": moe["num_local_experts"]})
-    found = counts.parameters(config)
-    assert found["active"] == found["total"]
+def test_a_model_that_chooses_all_experts_has_all_its_parameters_active(sizes, moe, places):
+    for kind, config in _configs(sizes, {**moe, "top_k": moe["experts"]}, places=places).items():
+        found = counts.parameters(config)
+        assert found["active"] == found["total"], kind
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["llama", "mixtral", "granitemoeshared"])
+@pytest.mark.parametrize("kind", counts.MODEL_TYPES)
 def test_forward_flops_agree_with_pytorchs_counter_within_2_percent(kind):
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 96,
         "attn_implementation": "eager",
+        "experts_implementation": "eager",
     }
-    moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-    shapes = [
-        LlamaConfig(**sizes),
-        MixtralConfig(**sizes, **moe),
-        GraniteMoeSharedConfig(**sizes, **moe, shared_intermediate_size=32),
-    ]
-    model = AutoModelForCausalLM.from_config(shapes[kind])
+    config = _configs(sizes, {"experts": 4, "top_k": 2}, head_dim=16, places={"mlp_only_layers": [1]})[kind]
+    model = AutoModelForCausalLM.from_config(config)
     ids = torch.arange(50)[None]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    expected = counts.flops_per_token(shapes[kind], seq_len=50)
+    expected = counts.flops_per_token(config, seq_len=50)
     assert counter.get_total_flops() == pytest.approx(expected["forward"] * 50, rel=0.02)
     assert expected["train"] == 3 * expected["forward"]
 
@@ -96,5 +136,5 @@ def test_a_shape_in_the_settings_gives_the_config_with_its_counts():
 
 
 def test_an_unknown_model_type_is_named_with_those_that_are_known():
-    with pytest.raises(ValueError, match="'gpt2' is not counted; known: llama, mixtral, granitemoeshared"):
-        counts.parameters({"model_type": "gpt2", "hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1})
+    with pytest.raises(ValueError, match=r"'gpt2' is not counted; known: llama, mistral, .*qwen3_moe"):
+        counts.parameters({"model_type": "gpt2"})

@@ -97,7 +97,9 @@ def test_another_architecture_is_refused_with_what_is_supported(copy_of, tmp_pat
     config = json.loads((copy_of / "config.json").read_text())
     config |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     (copy_of / "config.json").write_text(json.dumps(config))
-    with pytest.raises(sources.SourceError, match="supported: LlamaForCausalLM"):
+    with pytest.raises(
+        sources.SourceError, match=r"two matrices and no gate; supported: llama \(LlamaForCausalLM\), mistral"
+    ):
         _build(copy_of, tmp_path)
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GraniteMoeSharedConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import checkpoint, loss, routing
 
@@ -16,16 +16,23 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 64,
-    "num_local_experts": 6,
     "num_experts_per_tok": 2,
 }
-_SPARSE = [MixtralConfig(**_SIZES), GraniteMoeSharedConfig(**_SIZES, shared_intermediate_size=24, logits_scaling=2.0)]
+_LOCAL = {"num_local_experts": 6}
+_QWEN = {"num_experts": 6, "moe_intermediate_size": 8, "mlp_only_layers": [1]}
+_SPARSE = {
+    "mixtral": _LOCAL,
+    "granitemoe": _LOCAL,
+    "granitemoeshared": _LOCAL | {"shared_intermediate_size": 24, "logits_scaling": 2.0},
+    "qwen2_moe": _QWEN | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True},
+    "qwen3_moe": _QWEN | {"head_dim": 8, "norm_topk_prob": True},
+}
 
 
-@pytest.fixture(params=[0, 1], ids=["mixtral", "granitemoeshared"])
+@pytest.fixture(params=_SPARSE)
 def sparse(request):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(_SPARSE[request.param])
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **_SIZES, **_SPARSE[request.param]))
 
 
 def _ids(vocabulary, shape=(5, 300)):
@@ -75,7 +82,7 @@ def test_expert_load_counts_top_k_experts_for_every_token_of_every_layer(sparse)
         assert (load_LE.sum(1) == 2 * 50 * 2).all()
         sparse(input_ids=torch.from_numpy(_ids(64, (1, 7))))
     assert load_LE.dtype == np.int64
-    assert load_LE.shape == (3, 6)
+    assert load_LE.shape == (2 if "mlp_only_layers" in sparse.config.to_dict() else 3, 6)
     assert (load_LE.sum(1) == 107 * 2).all()
     before = load_LE.copy()
     with torch.no_grad():
@@ -98,7 +105,8 @@ def test_expert_load_names_the_experts_that_a_rigged_router_prefers(sparse):
 
 
 def test_expert_load_refuses_a_dense_model(tiny_model):
-    with pytest.raises(ValueError, match="0 routers in 2 layers"), routing.expert_load(checkpoint.load(tiny_model)):
+    model = checkpoint.load(tiny_model)
+    with pytest.raises(ValueError, match="0 routers in 0 sparse layers"), routing.expert_load(model):
         pass
 
 
@@ -117,6 +125,7 @@ def test_loading_from_an_empty_folder_names_the_folder(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_is_moe_knows_configs_and_their_dicts():
-    assert all(checkpoint.is_moe(config) and checkpoint.is_moe(config.to_dict()) for config in _SPARSE)
+def test_is_moe_knows_configs_and_their_dicts(sparse):
+    assert checkpoint.is_moe(sparse.config)
+    assert checkpoint.is_moe(sparse.config.to_dict())
     assert not checkpoint.is_moe({"model_type": "llama"})

@@ -1,0 +1,95 @@
+"""The dense families that can become sparse, why others cannot, and the tensors that a checkpoint of one holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""model_type, and the class of transformers: SwiGLU FFN of three matrices, RMSNorm before attention and FFN."""
+
+_GEGLU = "its FFN is GeGLU, and every sparse class here computes SwiGLU"
+_FUSED = "its q, k, v and its gate and up projections are fused into one matrix each"
+_POST_NORM = "it normalises behind attention and FFN, which no sparse class here does"
+_NO_GATE = "its FFN has two matrices and no gate"
+_SPARSE = "it is sparse already"
+_REASONS = {
+    "gemma": _GEGLU,
+    "gemma2": _GEGLU,
+    "gemma3_text": _GEGLU,
+    "phi3": _FUSED,
+    "glm4": _FUSED,
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "olmo": "its LayerNorm has no weights, and the sparse classes have RMSNorm",
+    "granite": "it has multipliers on embeddings, residuals, attention and logits, which are not carried over yet",
+    "cohere": "attention and FFN run side by side behind one LayerNorm",
+    "stablelm": "it has LayerNorm and a partial rotary embedding",
+    "smollm3": "some of its layers have no rotary embedding, which no sparse class here can say",
+    "starcoder2": _NO_GATE,
+    "phi": _NO_GATE,
+    "gpt2": _NO_GATE,
+    "gpt_neox": _NO_GATE,
+    "falcon": _NO_GATE,
+    "opt": _NO_GATE,
+    "mixtral": _SPARSE,
+    "granitemoe": _SPARSE,
+    "granitemoeshared": _SPARSE,
+    "qwen2_moe": _SPARSE,
+    "qwen3_moe": _SPARSE,
+}
+
+
+def check(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the reason where it is known, if a config.json is of no supported family."""
+    kind, classes = fields.get("model_type"), fields.get("architectures") or []
+    if kind not in FAMILIES or (classes and classes[0] != FAMILIES[kind]):
+        reason = _REASONS.get(str(kind), "it is not known whether its FFN can be cut into experts without a loss")
+        if kind in FAMILIES:
+            reason = f"it is no causal language model of class {FAMILIES[kind]}"
+        supported = ", ".join(f"{name} ({cls})" for name, cls in FAMILIES.items())
+        raise ValueError(
+            f"config.json: model_type = {kind!r}, architectures = {classes} is not supported: {reason}; "
+            f"supported: {supported}"
+        )
+    if quantised := fields.get("quantization_config"):
+        raise ValueError(
+            f"config.json: quantization_config.quant_method = {quantised.get('quant_method')!r}: its weights are not "
+            "plain numbers; name the checkpoint that it was made from"
+        )
+
+
+def expected(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this config stores; a tied head is not among them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError naming the tensors that a source lacks, has too many, or has in another shape."""
+    missing = [name for name in wanted if name not in found]
+    extra = sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(
+            f"does not hold the tensors of its config: {len(missing)} missing ({', '.join(missing[:5]) or 'none'}), "
+            f"{len(extra)} unknown ({', '.join(extra[:5]) or 'none'})"
+        )
+    wrong = [
+        f"{name} is {list(found[name])}, by config.json {list(shape)}"
+        for name, shape in wanted.items()
+        if found[name] != shape
+    ]
+    if wrong:
+        raise ValueError(f"has {len(wrong)} tensors of another shape than its config: {'; '.join(wrong[:5])}")
