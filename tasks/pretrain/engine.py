@@ -103,7 +103,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     free: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Router"):
-            free |= {id(parameter) for parameter in module.parameters(recurse=False)}
+            free |= {id(parameter) for parameter in module.parameters()}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():  # a tied matrix comes once

@@ -16,8 +16,11 @@ from tasks.pretrain.job import Job
 if TYPE_CHECKING:
     import torch
 
+    from tasks.moe.gate import Gate
     from tasks.pretrain.loop import Trainer
 
+FIT_TOKENS = 16
+"""Training tokens per input of a router on which linear routers are fitted to two-layer gates."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -33,14 +36,14 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
     weights = engines.full_weights(trainer.engine)
     if weights is None:
         return
-    _checkpoint(trainer, weights)
+    fit = _checkpoint(trainer, weights)
     training = job.workspace / "training"
     scratch.write_json(training / "deepspeed.json", config)
     scratch.write_json(training / "expert_load.json", {"before": trainer.load_before, "after": trainer.load_after})
     records = log.read(training / "log.jsonl", "heldout")
     (job.workspace / "loss.csv").write_text(log.loss_csv(log.read(training / "log.jsonl", "step")))
     (job.workspace / "heldout.csv").write_text(log.heldout_csv(records))
-    scratch.write_json(job.workspace / "pretrain.json", _metrics(trainer, records))
+    scratch.write_json(job.workspace / "pretrain.json", _metrics(trainer, records) | fit)
 
 
 def publish(job: Job) -> None:
@@ -60,10 +63,16 @@ def publish(job: Job) -> None:
     shutil.rmtree(job.workspace / "checkpoints")
 
 
-def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
-    """A Hugging Face checkpoint of the trained weights in the split model's dtype, with the files beside it."""
+def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A Hugging Face checkpoint of the trained weights in the split model's dtype, with the files beside it.
+
+    Two-layer gates go into gates.safetensors, and linear routers fitted to them on training windows into the
+    checkpoint. Returns how near these come, as `gate_fit`; without such gates, nothing.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
+
+    from tasks.moe import gate
 
     disable_progress_bar()
     job, model = trainer.job, trainer.engine.module
@@ -74,11 +83,24 @@ def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> None:
     for path in job.model.iterdir():  # tokenizer, generation_config, chat template: byte for byte
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
-    model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    gates = gate.take_out(weights)
+    model.save_pretrained(folder, state_dict=weights)
     model.config.dtype = dtype  # transformers wrote the training dtype, in which a plain load would then round
     model.config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
+    return {"gate_fit": _fit_routers(job, folder, gates)} if gates else {}
+
+
+def _fit_routers(job: Job, folder: Path, gates: dict[int, Gate]) -> dict[str, Any]:
+    from tasks.moe import gate
+    from tasks.partition import calibration, linear
+
+    gate.write(folder, gates)
+    count = -(-FIT_TOKENS * gates[min(gates)].inner_ED.shape[1] // job.params.seq_len)
+    ids_BL, _ = calibration.draw(job.corpus, seq_len=job.params.seq_len, count=count, seed=job.params.seed)
+    return linear.refit(folder, gates, ids_BL)
 
 
 def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:

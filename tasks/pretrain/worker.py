@@ -22,7 +22,7 @@ FAILURE = "failure.json"
 
 def run(job: Job) -> None:
     """Train and write the results into the workspace. Raises TrainingError or ValueError for the user to read."""
-    from tasks.moe import checkpoint
+    from tasks.moe import checkpoint, gate
     from tasks.pretrain import engine as engines
     from tasks.pretrain import outputs
     from tasks.pretrain.loop import Place, Trainer
@@ -34,6 +34,7 @@ def run(job: Job) -> None:
         torch.manual_seed(job.params.seed)
         dtype = engines.precision(job.params.precision, device)
         model = checkpoint.load(job.model, dtype=dtype, device=device)
+        gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
         model.train()
         if job.params.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

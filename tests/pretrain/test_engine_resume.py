@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from tasks.moe import gate
 from tasks.pretrain import checkpoint, engine
 from tasks.settings import Pretrain
 
@@ -20,13 +21,16 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     engine.close()
 
 
-def build(params: Pretrain, dtype: torch.dtype) -> engine.DeepSpeedEngine:
+def build(params: Pretrain, dtype: torch.dtype, *, gated: bool) -> engine.DeepSpeedEngine:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True,
+        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, output_router_logits=True,
     )  # fmt: skip
     model = MixtralForCausalLM(config).to(dtype)
+    if gated:
+        gate.swap_in(model, {layer: gate.start(4, 16, seed=0, layer=layer) for layer in range(2)})
+        model.train()  # with noise
     return engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
 
 
@@ -47,17 +51,18 @@ def train(built: engine.DeepSpeedEngine, steps: range) -> list[float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("gated", [False, True], ids=["linear", "tanh"])
 def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
-    tmp_path: Path, stage: int, dtype: torch.dtype
+    tmp_path: Path, gated: bool, stage: int, dtype: torch.dtype
 ) -> None:
     params = Pretrain(tokens=4096, seq_len=16, batch=4, micro_batch=2, zero_stage=stage, learning_rate=1e-2)
-    built = build(params, dtype)
+    built = build(params, dtype, gated=gated)
     train(built, range(2))
     checkpoint.save(built, tmp_path, state={"step": 2}, rank=0)
     expected = train(built, range(2, 5))
     masters = engine.full_weights(built)
 
-    other = build(params, dtype)
+    other = build(params, dtype, gated=gated)
     found = checkpoint.find(tmp_path)
     assert found is not None
     checkpoint.restore(other, tmp_path, tag=found["tag"], rank=0)
@@ -73,3 +78,7 @@ def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
     assert (4, 16, 16) in shapes  # whole experts, in every stage
     finer = [bool((tensor != tensor.bfloat16().float()).any()) for tensor in masters.values()]
     assert any(finer)
+    gates, fresh = gate.take_out(masters), gate.start(4, 16, seed=0, layer=1)
+    assert len(gates) == 2 * gated
+    for name in ("inner_ED", "outer_EE", "noise_ED") if gated else ():
+        assert (getattr(gates[1], name) - getattr(fresh, name)).abs().max() > 1e-4  # it was trained

@@ -1,0 +1,143 @@
+"""The linear router that comes nearest to a two-layer gate, for the checkpoint that a stock class loads.
+
+Least squares from what the FFN reads to the gate's logits, centred over experts: top-k and softmax see differences
+alone. Weighing tokens or logits by their distance from the k-th largest, regressing the membership in the top k, and
+a logistic loss on it all kept fewer choices on other tokens than plain least squares did.
+
+Shapes: T tokens, D hidden, E routed experts, B windows, L their length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.moe import gate as gates
+from tasks.moe.gate import Gate
+from tasks.moe.streamed import Streamed
+
+RIDGE = 1e-4
+"""Ridge penalty, as a share of the mean diagonal of the inputs' second moments."""
+SAMPLES = 4096
+_ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
+
+
+def fit(gate: Gate, x_TD: torch.Tensor, *, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, float]]:
+    """The router that fits the gate best on three quarters of these inputs, and how well it does on the last one.
+
+    Args:
+        x_TD: what the FFN reads, float32, on the device to compute on.
+        top_k: experts per token.
+        dtype: in which the router will be stored; it is judged as stored.
+
+    Returns:
+        The router [E, D], and as `agreement` the share of the gate's choices that it makes as well, as `weight_error`
+        the mean difference of the weights of the gate's choices, as `r2` the share of the centred logits' variance.
+    """
+    used_TD = x_TD[: -(-len(x_TD) * 3 // 4)]
+    moments_DD = used_TD.T @ used_TD / len(used_TD)
+    moments_DD.diagonal().add_(RIDGE * moments_DD.diagonal().mean())
+    target_TE = _centred(gate.logits(used_TD))
+    solution_DE = torch.linalg.solve(moments_DD, used_TD.T @ target_TE / len(used_TD))
+    router_ED = solution_DE.T.contiguous().to(dtype)
+    return router_ED, report(gate, router_ED, x_TD[-max(1, len(x_TD) // 4) :], top_k=top_k)
+
+
+def fit_gaussian(
+    gate: Gate, norm_D: torch.Tensor, *, top_k: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The same without text, for x = norm * N(0, I), which is what a random direction gives behind RMSNorm.
+
+    Least squares over all such x has a closed form by Stein's lemma: E[x tanh(w x)] = E[x x'] w E[tanh'(w x)].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(SAMPLES, len(norm_D), generator=generator) * norm_D.float()
+    slope_E = (1 - torch.tanh(x_TD @ gate.inner_ED.float().T) ** 2).mean(0)
+    outer_EE = gate.outer_EE.float()
+    router_ED = ((outer_EE - outer_EE.mean(0)) * slope_E @ gate.inner_ED.float()).to(dtype)
+    return router_ED, report(gate, router_ED, x_TD, top_k=top_k)
+
+
+def report(gate: Gate, router_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: int) -> dict[str, float]:
+    """How near a router comes to the gate on these inputs; see `fit`."""
+    wanted_TE, found_TE = gate.logits(x_TD), x_TD @ router_ED.to(x_TD).T
+    weights, chosen = [], []
+    for logits_TE in (wanted_TE, found_TE):
+        values, index = logits_TE.topk(top_k, dim=1)
+        weights.append(torch.zeros_like(logits_TE).scatter(1, index, values.softmax(1)))
+        chosen.append(torch.zeros_like(logits_TE).scatter(1, index, 1.0))
+    centred_TE = _centred(wanted_TE)
+    lost = (_centred(found_TE) - centred_TE).square().sum() / centred_TE.square().sum().clamp_min(1e-30)
+    return {
+        "agreement": (chosen[0] * chosen[1]).sum().item() / chosen[0].sum().item(),
+        "weight_error": (weights[1] - weights[0])[chosen[0] > 0].abs().mean().item(),
+        "r2": 1 - lost.item(),
+    }
+
+
+def refit(
+    folder: Path, made: Mapping[int, Gate], ids_BL: np.ndarray | None = None, *, batch: int = 4
+) -> dict[str, Any]:
+    """Fit the routers of a stock checkpoint to its gates, and write them over those in its files.
+
+    The text passes the model layer by layer with the exact gates; one layer and the text's hidden states are in
+    memory.
+
+    Args:
+        folder: the checkpoint; not yet read by anybody else.
+        made: the gates, by layer.
+        ids_BL: token windows to fit on; without them see `fit_gaussian`.
+        batch: windows that run at once.
+
+    Returns:
+        inputs (`text` or `gaussian`), tokens; per layer and as mean what `fit` reports.
+    """
+    model = Streamed(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    top_k = model.config.num_experts_per_tok
+    hidden_BLD = None if ids_BL is None else model.embed(torch.from_numpy(ids_BL))
+    layers: dict[str, dict[str, float]] = {}
+    for i in range(model.layers):
+        x_TD = None if hidden_BLD is None else _pass(model, i, hidden_BLD, gate=made.get(i), batch=batch)
+        if i not in made:
+            continue
+        name = next(name for name in model.layer_names(i) if _ROUTER.search(name))
+        stored = model.stored[name]
+        if x_TD is None:
+            norm_D = model.tensor(f"model.layers.{i}.post_attention_layernorm.weight")
+            router_ED, layers[str(i)] = fit_gaussian(made[i], norm_D, top_k=top_k, dtype=stored.dtype)
+        else:
+            router_ED, layers[str(i)] = fit(made[i], x_TD, top_k=top_k, dtype=stored.dtype)
+        _overwrite(stored.file, stored.offset, router_ED)
+    mean = {key: float(np.mean([each[key] for each in layers.values()])) for key in next(iter(layers.values()))}
+    inputs = {"inputs": "gaussian", "tokens": SAMPLES} if ids_BL is None else {"inputs": "text", "tokens": ids_BL.size}
+    return {**inputs, "mean": mean, "layers": layers}
+
+
+@torch.no_grad()
+def _pass(model: Streamed, i: int, hidden_BLD: torch.Tensor, *, gate: Gate | None, batch: int) -> torch.Tensor | None:
+    """Move the hidden states through layer `i`, with its gate; what its FFN read, [T, D], where there is a gate."""
+    block, seen = model.block(i), []
+    if gate is not None:
+        router = gates.router(block)
+        gates.swap(router, gate)
+        router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+    where = model.attention(i, hidden_BLD.shape[1])
+    for part in hidden_BLD.split(batch):
+        part.copy_(block(part, **where))
+    return torch.cat(seen) if seen else None
+
+
+def _centred(logits_TE: torch.Tensor) -> torch.Tensor:
+    return logits_TE - logits_TE.mean(1, keepdim=True)
+
+
+def _overwrite(file: Path, offset: int, tensor: torch.Tensor) -> None:
+    content = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    with file.open("r+b") as target:
+        target.seek(offset)
+        target.write(content)
