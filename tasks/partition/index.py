@@ -1,7 +1,8 @@
 """The index file: which neuron of the dense FFN stands where in the experts, for every method alike.
 
-One safetensors file holds, per layer, `layers.<i>` as int32 [shared_experts + experts, expert_size], shared experts
-first; its metadata holds what made it. The same seed and inputs give the same bytes.
+One safetensors file holds, per sparse layer i, `layers.<i>` as int32 [shared_experts + experts, expert_size], shared
+experts first, and `scales.<i>`, the float32 factor folded into the routed down_proj of that layer; its metadata holds
+what made it. Layers that stay dense have no entry. The same seed and inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,37 +13,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
+
+from tasks.partition.layer import Sizes
+from tasks.partition.methods import law
+from tasks.settings import Partition
+
+FORMAT = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Neuron indices of every layer, int32 [shared_experts + experts, expert_size] each, and their provenance."""
+    """Neuron indices of every sparse layer, int32 [shared_experts + experts, expert_size] each, and their provenance.
 
-    layers: tuple[np.ndarray, ...]
+    `layers` and `scales` go by the layer's number in the model; `meta["settings"]` is the settings.Partition.
+    """
+
+    layers: dict[int, np.ndarray]
+    scales: dict[int, float]
     shared_experts: int
     meta: dict[str, Any]
 
     @property
     def experts(self) -> int:
-        return int(self.layers[0].shape[0]) - self.shared_experts
+        return int(self._any.shape[0]) - self.shared_experts
 
     @property
     def expert_size(self) -> int:
-        return int(self.layers[0].shape[1])
+        return int(self._any.shape[1])
+
+    @property
+    def _any(self) -> np.ndarray:
+        return next(iter(self.layers.values()))
+
+    @property
+    def options(self) -> Partition:
+        """The settings that made it. Raises ValueError if the metadata holds none, or none that are valid."""
+        if "settings" not in self.meta:
+            raise ValueError("its metadata has no `settings`; run the partition stage")
+        try:
+            return Partition.model_validate(self.meta["settings"])
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise ValueError(f"its settings are not valid here: {faults}; run the partition stage") from None
+
+    def times(self, layer: int, *, width: int) -> np.ndarray:
+        """In how many experts, shared ones included, each of the `width` neurons stands: int64 [N]."""
+        return np.bincount(self.layers[layer].reshape(-1), minlength=width)
+
+    def dropped(self, width: int) -> float:
+        """Share of the sparse layers' neurons that stand in no expert."""
+        return float(np.mean([(self.times(layer, width=width) == 0).mean() for layer in self.layers]))
 
     def problems(self, width: int) -> list[str]:
-        """What is wrong with it as a partition of `width` neurons: empty if each stands in exactly one place."""
+        """What is wrong with it for FFNs of `width` neurons: empty if every layer obeys the method's own law.
+
+        Most methods place every neuron exactly once; moebert, copy and importance with sharing say otherwise
+        (tasks/partition/methods/law.py).
+        """
+        try:
+            options = self.options
+        except ValueError as error:
+            return [str(error)]
+        sizes = Sizes(
+            width=width,
+            experts=self.experts,
+            shared=self.shared_experts,
+            size=self.expert_size,
+            top_k=options.top_k,
+        )
         found = []
-        for layer, experts_EF in enumerate(self.layers):
-            if experts_EF.shape != self.layers[0].shape:
-                found.append(f"layer {layer} has the shape {experts_EF.shape}, layer 0 {self.layers[0].shape}")
-            elif not np.array_equal(np.sort(experts_EF, axis=None), np.arange(width)):
-                times = np.bincount(experts_EF.clip(0).reshape(-1), minlength=width)
-                wrong = np.flatnonzero(times[:width] != 1)[:5].tolist()
-                found.append(
-                    f"layer {layer} is no partition of the {width} neurons: {experts_EF.size} entries from "
-                    f"{experts_EF.min()} to {experts_EF.max()}; not there exactly once: {wrong}"
-                )
+        if (self.experts, self.shared_experts) != (options.experts, options.shared_experts):
+            found.append(
+                f"its experts are {self.shared_experts} shared and {self.experts} routed ones, in its settings "
+                f"{options.shared_experts} and {options.experts}"
+            )
+        for layer, experts_EF in self.layers.items():
+            found += [f"layer {layer} {text}" for text in law.problems(experts_EF, sizes=sizes, options=options)]
         return found
 
 
@@ -50,8 +97,13 @@ def write(index: Index, path: Path) -> None:
     """Write the file; keys and metadata are ordered, so the same index gives the same bytes."""
     from safetensors.numpy import save
 
-    meta = {"format": "1", "shared_experts": str(index.shared_experts), "meta": json.dumps(index.meta, sort_keys=True)}
-    tensors = {f"layers.{i:04d}": np.ascontiguousarray(layer) for i, layer in enumerate(index.layers)}
+    meta = {
+        "format": FORMAT,
+        "shared_experts": str(index.shared_experts),
+        "meta": json.dumps(index.meta, sort_keys=True),
+    }
+    tensors = {f"layers.{i:04d}": np.ascontiguousarray(layer) for i, layer in index.layers.items()}
+    tensors |= {f"scales.{i:04d}": np.array(scale, dtype=np.float32) for i, scale in index.scales.items()}
     path.write_bytes(_ordered(save(tensors, metadata=meta)))
 
 
@@ -65,15 +117,46 @@ def _ordered(content: bytes) -> bytes:
 
 
 def read(path: Path) -> Index:
-    """Read an index file. Raises ValueError naming the file if it is none."""
+    """Read an index file. Raises ValueError naming the file and what is wrong with it if it is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            layers = tuple(file.get_tensor(name) for name in sorted(file.keys()))
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable as a partition index ({error}); run the partition stage") from None
-    if metadata.get("format") != "1" or not layers or any(layer.ndim != 2 for layer in layers):
-        raise ValueError(f"{path}: not a partition index of format 1; run the partition stage")
-    return Index(layers=layers, shared_experts=int(metadata["shared_experts"]), meta=json.loads(metadata["meta"]))
+    try:
+        return _parse(metadata, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; run the partition stage") from None
+
+
+def _parse(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Index:
+    if missing := sorted({"format", "shared_experts", "meta"} - set(metadata)):
+        raise ValueError(f"no partition index: its metadata has no {', '.join(missing)}")
+    if metadata["format"] != FORMAT:
+        age = "an older version" if metadata["format"] == "1" else "another version"
+        raise ValueError(f"format {metadata['format']}, made by {age}; this one reads format {FORMAT}")
+    layers: dict[int, np.ndarray] = {}
+    scales: dict[int, float] = {}
+    for name, tensor in tensors.items():
+        kind, _, number = name.partition(".")
+        if kind == "layers" and number.isdecimal() and tensor.ndim == 2 and tensor.size and tensor.dtype == np.int32:
+            layers[int(number)] = tensor
+        elif kind == "scales" and number.isdecimal() and tensor.ndim == 0 and tensor.dtype == np.float32:
+            scales[int(number)] = float(tensor)
+        else:
+            raise ValueError(f"`{name}` ({tensor.dtype} {list(tensor.shape)}) has no place in a partition index")
+    if not layers or set(layers) != set(scales):
+        raise ValueError(f"it holds layers {sorted(layers)} and scales for {sorted(scales)}; both must be the same")
+    if not all(np.isfinite(scale) and scale for scale in scales.values()):
+        raise ValueError(f"scales must be finite and not 0: {scales}")
+    try:
+        shared, meta = int(metadata["shared_experts"]), json.loads(metadata["meta"])
+    except ValueError as error:
+        raise ValueError(f"its metadata is damaged ({error})") from None
+    rows = min(len(layer) for layer in layers.values())
+    if not 0 <= shared < rows or not isinstance(meta, dict):
+        raise ValueError(f"its metadata is damaged: {shared} shared experts of {rows}, meta is {type(meta).__name__}")
+    return Index(layers=layers, scales=scales, shared_experts=shared, meta=meta)
