@@ -69,12 +69,13 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
         raise sources.SourceError(f"source {entry.source!r} {error}") from error
     config.dtype = entry.dtype
     config.save_pretrained(target)
+    digest = fetched.digest()
     shutil.rmtree(work / "source")
     return {
         "parameters": counts.parameters(config),
         "flops_per_token": {"seq_len": _FLOPS_SEQ_LEN} | counts.flops_per_token(config, seq_len=_FLOPS_SEQ_LEN),
         "source": entry.source,
-        "source_sha256": fetched.digest(),
+        "source_sha256": digest,
         "license": entry.license,
         "dtype": entry.dtype,
     }
@@ -92,6 +93,7 @@ def _fetch(entry: settings.Model, folder: Path) -> sources.Fetched:
         "config.json",
         "generation_config.json",
         *files.TOKENIZER_FILES,
+        *files.DOCUMENTS,
     ]
     try:
         listed = HfApi().list_repo_files(source.name, revision=source.version)
@@ -134,7 +136,7 @@ def _weight_files(source: str, names: Iterable[str]) -> list[str]:
 
 
 def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.Model) -> PreTrainedConfig:
-    """Copy the tensors and the tokenizer of a checkpoint folder, one tensor at a time, and return its config.
+    """Copy the tensors, tokenizer, card and licence of a checkpoint folder, and return its config.
 
     Raises ValueError: no config of a known family, a damaged file, or other tensors than the config's.
     """
@@ -173,6 +175,7 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
         for name in wanted:
             writer.write(name, read(name))
     files.copy_tokenizer(folder, target)
+    files.copy_documents(folder, target)
     return config
 
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: weights as safetensors, config, generation config, tokenizer."""
+"""The files of a checkpoint folder: weights as safetensors, config, generation config, tokenizer, card and licence."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+DOCUMENTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -33,3 +34,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def copy_documents(source: Path, target: Path) -> None:
+    """Copy the model card and the licence of one checkpoint folder to another, byte for byte."""
+    for pattern in DOCUMENTS:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)

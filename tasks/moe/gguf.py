@@ -71,7 +71,7 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
         for name in wanted:
             tensor = by_name[name]
             weights = processor.process(dequantize(tensor.data, tensor.tensor_type), tensor.name).weights
-            writer.write(name, torch.from_numpy(weights).to(dtype))
+            writer.write(name, torch.tensor(weights, dtype=dtype))
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
     return config
 
