@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tasks import scratch
 from tasks.pretrain import engine as engines
 from tasks.pretrain import log
@@ -16,7 +18,6 @@ from tasks.pretrain.job import Job
 if TYPE_CHECKING:
     import torch
 
-    from tasks.moe.gate import Gate
     from tasks.pretrain.loop import Trainer
 
 FIT_TOKENS = 16
@@ -72,7 +73,7 @@ def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str,
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from tasks.moe import gate
+    from tasks.moe import gate, linear
 
     disable_progress_bar()
     job, model = trainer.job, trainer.engine.module
@@ -90,17 +91,13 @@ def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str,
     model.config.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
-    return {"gate_fit": _fit_routers(job, folder, gates)} if gates else {}
-
-
-def _fit_routers(job: Job, folder: Path, gates: dict[int, Gate]) -> dict[str, Any]:
-    from tasks.moe import gate
-    from tasks.partition import calibration, linear
-
+    if not gates:
+        return {}
     gate.write(folder, gates)
-    count = -(-FIT_TOKENS * gates[min(gates)].inner_ED.shape[1] // job.params.seq_len)
-    ids_BL, _ = calibration.draw(job.corpus, seq_len=job.params.seq_len, count=count, seed=job.params.seed)
-    return linear.refit(folder, gates, ids_BL)
+    batches = [trainer.loader.next().input_ids]  # what training would have read next
+    wanted = FIT_TOKENS * model.config.hidden_size
+    batches += [trainer.loader.next().input_ids for _ in range(wanted // batches[0].size)]
+    return {"gate_fit": linear.refit(folder, gates, np.concatenate(batches))}
 
 
 def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
