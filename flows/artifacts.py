@@ -106,15 +106,16 @@ def _partition(path: Path) -> dict[str, Any]:
     from tasks.partition import index
 
     found = index.read(path)
+    first = min(found.layers)
     return {
         "path": str(path),
-        "layers": len(found.layers),
+        "layers": sorted(found.layers),
+        "scales": [found.scales[layer] for layer in sorted(found.layers)],
         "experts": found.experts,
         "shared_experts": found.shared_experts,
         "expert_size": found.expert_size,
         **found.meta,
-        "first_indices": found.layers[0][0][:16].tolist(),
-        "problems": found.problems((found.experts + found.shared_experts) * found.expert_size),
+        "first_indices": found.layers[first][0][:16].tolist(),
     }
 
 
@@ -130,6 +131,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "path": str(path),
         "architectures": config.get("architectures"),
         "parameters": counts.parameters(config),
+        **({"experts": counts.experts(config)} if config["model_type"] in counts.MOE_TYPES else {}),
         "stored_values": dict(stored),
         "tensors": len(headers),
         "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
@@ -168,7 +170,7 @@ def _tensor_problems(path: Path) -> Iterator[str]:
 
 def _identity(moe: Path) -> list[str]:
     """The identity test of runs/PIPELINE/moe against its index and the dense parent that pipelines.yaml names."""
-    from tasks.partition.identity import verify_checkpoint
+    from tasks.partition.verify import verify_checkpoint
 
     pipeline = moe.resolve().parent.name
     dense = Path("data/models") / settings.load().pipeline(pipeline).model

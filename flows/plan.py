@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import sources
-from tasks.moe import counts
+from tasks.moe import counts, families
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 
 UTILISATION = 0.4
@@ -26,7 +26,11 @@ class Plan:
     pipeline: str
     dense: dict[str, int]
     sparse: dict[str, int]
+    model_type: str
+    """Class of the sparse model."""
     expert_width: int
+    sparse_layers: int
+    layers: int
     steps: int
     tokens: int
     train_flops: int
@@ -57,12 +61,16 @@ def plan(settings: Settings, name: str, *, bfloat16: bool) -> Plan:
     train = pipeline.pretrain
     tokens = train.steps * train.batch * train.seq_len
     is_bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and bfloat16)
+    experts = counts.experts(sparse)
     sizes = {"dense": counts.parameters(dense), "sparse": counts.parameters(sparse)}
     return Plan(
         pipeline=name,
         dense=sizes["dense"],
         sparse=sizes["sparse"],
-        expert_width=sparse["intermediate_size"],
+        model_type=sparse["model_type"],
+        expert_width=experts["expert_size"],
+        sparse_layers=len(experts["layers"]),
+        layers=sparse["num_hidden_layers"],
         steps=train.steps,
         tokens=tokens,
         train_flops=tokens * counts.flops_per_token(sparse, seq_len=train.seq_len)["train"],
@@ -94,23 +102,21 @@ def dense_config(settings: Settings, model: str) -> dict[str, Any]:
 
 
 def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]:
-    """The sizes of the MoE that the partition stage will build, as its config.json names them.
+    """The config.json of the MoE that the partition stage will build.
 
-    Raises SettingsError if the experts do not divide the FFN.
+    Raises SettingsError, naming every target class and why it does not fit, if there is none.
     """
+    from transformers import AutoConfig
+
+    from tasks.partition import exporters
+
     try:
-        width = partition.check_width(dense["intermediate_size"])
+        families.check(dense)
+        parent = AutoConfig.for_model(**dense)
+        sparse: dict[str, Any] = exporters.choose(parent, partition).config(parent, partition).to_dict()
     except ValueError as error:
         raise SettingsError(f"partition: {error}") from None
-    experts: dict[str, Any] = {
-        "intermediate_size": width,
-        "num_local_experts": partition.experts,
-        "num_experts_per_tok": partition.top_k,
-    }
-    if partition.shared_experts:
-        experts |= {"model_type": "granitemoeshared", "shared_intermediate_size": width * partition.shared_experts}
-        return dense | experts
-    return dense | experts | {"model_type": "mixtral"}
+    return sparse
 
 
 def memory(config: dict[str, Any], train: Pretrain, *, bfloat16: bool) -> dict[str, float]:
@@ -133,15 +139,18 @@ def memory(config: dict[str, Any], train: Pretrain, *, bfloat16: bool) -> dict[s
 
 
 def _activations(config: dict[str, Any], train: Pretrain, *, width: int) -> int:
+    found = counts.experts(config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     attention = 2 * heads * head_dim + 2 * (config.get("num_key_value_heads") or heads) * head_dim
-    top_k, expert = config["num_experts_per_tok"], config["intermediate_size"]
     # gate, up and the product of every active neuron; moe_kernels keeps no gathered copy of the tokens.
-    ffn = 3 * (top_k * expert + config.get("shared_intermediate_size", 0))
-    layer = 4 * hidden + attention + ffn
-    layers = config["num_hidden_layers"]
-    kept = layers * hidden + layer if train.gradient_checkpointing else layers * layer
+    sparse = 4 * hidden + attention + 3 * (found["top_k"] * found["expert_size"] + found["shared_size"])
+    dense = 4 * hidden + attention + 3 * config["intermediate_size"]
+    layers, moe = config["num_hidden_layers"], len(found["layers"])
+    if train.gradient_checkpointing:
+        kept = layers * hidden + (sparse if moe == layers else max(sparse, dense))
+    else:
+        kept = moe * sparse + (layers - moe) * dense
     logits = config["vocab_size"] * (width + 4 + 4)  # logits, in float32, and their gradient
     return train.micro_batch * train.seq_len * (kept * width + logits)
 

@@ -58,7 +58,10 @@ def figures(settings: Settings, name: str, *, tflops: float | None) -> Table:
     dense, sparse = cost.dense, cost.sparse
     shared = f", {experts.shared_experts} shared" if experts.shared_experts else ""
     table.add_row("dense parent", count(dense["total"]), f"parameters of {pipeline.model}")
-    table.add_row("experts", f"{experts.top_k} of {experts.experts}{shared}", f"{cost.expert_width} neurons each")
+    where = f"in {cost.sparse_layers} of {cost.layers} layers of a {cost.model_type}"
+    table.add_row(
+        "experts", f"{experts.top_k} of {experts.experts}{shared}", f"{cost.expert_width} neurons each, {where}"
+    )
     table.add_row("parameters", count(sparse["total"]), "total")
     table.add_row("", count(sparse["active"]), f"active per token, {sparse['active'] / sparse['total']:.1%}")
     table.add_row("training tokens", count(cost.tokens), f"{cost.steps:,} steps of {train.batch} x {train.seq_len}")

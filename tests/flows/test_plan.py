@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from flows import plan, plan_view
 from tasks import settings
@@ -22,29 +25,78 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("shared", [0, 2])
-def test_counts_are_those_of_the_model_that_the_partition_stage_builds(shared: int) -> None:
-    """Oracle: numel() of stock classes built from the partition stage's own config."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+SIZES = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 100}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "target"),
+    [
+        ("llama", {}, "mixtral"),
+        ("llama", {"shared_experts": 2}, "granitemoeshared"),
+        ("llama", {"layers": "alternate"}, "qwen2_moe"),
+        ("mistral", {}, "mixtral"),
+        ("qwen2", {"shared_experts": 2, "target": "qwen2_moe", "layers": [1, 2]}, "qwen2_moe"),
+        ("qwen3", {}, "qwen3_moe"),
+    ],
+)
+def test_counts_are_those_of_the_model_that_the_partition_stage_builds(
+    family: str, fields: dict[str, Any], target: str
+) -> None:
+    """Oracle: numel() of the stock class built from the exporter's own config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from tasks.moe import counts
-    from tasks.partition.build import moe_config
+    from tasks.partition import exporters
 
-    dense = LlamaConfig(
-        hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=100, tie_word_embeddings=bool(shared),
-    )  # fmt: skip
-    partition = settings.Partition(method="activation", experts=8, shared_experts=shared, top_k=3)
-    model = AutoModelForCausalLM.from_config(moe_config(dense, partition))
-    planned = counts.parameters(plan.sparse_config(dense.to_dict(), partition))
-    assert planned == counts.parameters(model.config)
-    assert planned["total"] == sum(parameter.numel() for parameter in model.parameters())
+    dense = {"model_type": family, **SIZES} | ({"sliding_window": None} if family == "mistral" else {})
+    partition = settings.Partition(**{"method": "activation", "experts": 8, "top_k": 3} | fields)
+    parent = AutoConfig.for_model(**dense)
+    config = exporters.choose(parent, partition).config(parent, partition)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    planned = plan.sparse_config(dense, partition)
+    assert planned["model_type"] == target
+    assert counts.experts(planned)["layers"] == partition.sparse_layers(4)
+    assert counts.parameters(planned)["total"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_family_that_no_class_can_express_is_refused_before_anything_runs() -> None:
+    partition = settings.Partition(method="random", experts=8, top_k=3)
+    with pytest.raises(settings.SettingsError, match="GeGLU"):
+        plan.sparse_config({"model_type": "gemma2", **SIZES}, partition)
+    with pytest.raises(settings.SettingsError, match="mixtral"):
+        plan.sparse_config({"model_type": "llama", "mlp_bias": True, **SIZES}, partition)
+    with pytest.raises(settings.SettingsError, match="does not divide"):
+        plan.sparse_config({"model_type": "llama", **SIZES | {"intermediate_size": 81}}, partition)
+
+
+def test_a_plan_of_a_fetched_model_reads_its_config_and_no_weights(config: settings.Settings) -> None:
+    """A Qwen2 under data/models, with its config.json alone."""
+    folder = Path("data/models/smollm2-135m-q4")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **SIZES | {"intermediate_size": 1536}}))
+    cost = plan.plan(config, "demo", bfloat16=True)
+    assert cost.dense["total"] == 4 * (3 * 32 * 1536 + 32 * 96 + 64 + 2 * 32) + 32 + 2 * 100 * 32
+
+
+def test_dense_layers_among_sparse_ones_keep_the_activations_of_their_whole_ffn(config: settings.Settings) -> None:
+    sizes = {"model_type": "qwen3_moe", **SIZES, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 1,
+             "moe_intermediate_size": 8}  # fmt: skip
+    train = config.pipeline("demo").pretrain
+
+    def kept(**fields: Any) -> float:
+        return plan.memory(sizes | fields, train, bfloat16=False)["activations"]
+
+    tokens = train.micro_batch * train.seq_len
+    assert kept(mlp_only_layers=[0, 2]) - kept() == 2 * tokens * 3 * (80 - 8) * 4
 
 
 def test_the_demo_needs_what_its_numbers_say(config: settings.Settings) -> None:
     cost = plan.plan(config, "demo", bfloat16=True)
     assert cost.dense["total"] == 134_515_008
     assert (cost.steps, cost.tokens, cost.expert_width) == (48, 49152, 24)
+    assert (cost.model_type, cost.sparse_layers, cost.layers) == ("granitemoeshared", 30, 30)
     # 6 FLOPs per active parameter and token, more for attention scores: the rule of thumb must be near.
     assert cost.train_flops == pytest.approx(6 * cost.sparse["active"] * cost.tokens, rel=0.25)
     total = cost.sparse["total"]
