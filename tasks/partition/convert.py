@@ -1,0 +1,191 @@
+"""From a dense checkpoint folder to a sparse one, tensor by tensor, with every tensor of the parent accounted for.
+
+    convert(parent, folder, exporter=exporters.choose(parent.config, partition), partition=partition, layer=split)
+
+Shapes: D hidden, N neurons (FFN width), S shared experts, E routed experts, F neurons per expert, M = S * F.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tasks.moe import files
+from tasks.moe.streamed import Stored, Streamed
+from tasks.moe.writer import ShardWriter
+from tasks.partition.exporters import Exporter, SparseLayer
+from tasks.settings import Partition
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PAPERS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_ROWS = 16  # of down_proj at once: their float32 copies stay in the processor's cache
+
+
+def ffn_names(i: int) -> list[str]:
+    """Names of gate_proj, up_proj and down_proj of layer `i`, in the families that are read."""
+    return [f"model.layers.{i}.mlp.{name}.weight" for name in _PROJECTIONS]
+
+
+def ffn(parent: Streamed, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """gate_ND, up_ND and down_DN of a dense layer in the stored dtype."""
+    gate, up, down = (parent.tensor(name) for name in ffn_names(i))
+    return gate, up, down
+
+
+def slices(
+    gate_ND: Tensor,
+    up_ND: Tensor,
+    down_DN: Tensor,
+    experts_EF: np.ndarray,
+    *,
+    shared: int,
+    scale: float | Tensor,
+    router_ED: Tensor | None = None,
+    refit_DP: Tensor | None = None,
+) -> SparseLayer:
+    """Cut a dense FFN into experts; each weight keeps its parent's dtype.
+
+    Args:
+        gate_ND, up_ND, down_DN: the dense FFN.
+        experts_EF: int [S + E, F], the neuron at every place, shared experts first.
+        shared: S.
+        scale: what the routed weights are to sum to, one number or one per expert [E]; folded into the routed experts'
+            down-projection in float32, then rounded.
+        router_ED: zeros if absent.
+        refit_DP: [D, (S + E) * F], a down-projection for every place in the order of experts_EF, instead of the
+            neurons' own.
+    """
+    places_P = torch.from_numpy(np.ascontiguousarray(experts_EF, dtype=np.int64)).reshape(-1)
+    size, hidden = experts_EF.shape[1], gate_ND.shape[1]
+    experts, cut = len(experts_EF) - shared, shared * size
+    neurons_M, routed_P = places_P[:cut], places_P[cut:]
+    source_DX = down_DN if refit_DP is None else refit_DP
+    columns_P = places_P if refit_DP is None else torch.arange(len(places_P))
+    factor_P = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1).expand(experts, size).reshape(-1)
+    down_EDF = torch.empty(experts, hidden, size, dtype=down_DN.dtype)
+    for row in range(0, hidden, _ROWS):
+        block_RP = source_DX[row : row + _ROWS].float().index_select(1, columns_P[cut:]).mul_(factor_P)
+        down_EDF[:, row : row + _ROWS] = block_RP.view(-1, experts, size).permute(1, 0, 2)
+    return SparseLayer(
+        router_ED=gate_ND.new_zeros(experts, hidden) if router_ED is None else router_ED.to(gate_ND),
+        gate_EFD=gate_ND[routed_P].view(experts, size, hidden),
+        up_EFD=up_ND[routed_P].view(experts, size, hidden),
+        down_EDF=down_EDF,
+        shared_gate_MD=gate_ND[neurons_M] if shared else None,
+        shared_up_MD=up_ND[neurons_M] if shared else None,
+        shared_down_DM=source_DX[:, columns_P[:cut]].to(down_DN.dtype) if shared else None,
+    )
+
+
+def convert(
+    parent: Streamed,
+    folder: Path,
+    *,
+    exporter: Exporter,
+    partition: Partition,
+    layer: Callable[[int], SparseLayer],
+    shard_bytes: int = 2_000_000_000,
+) -> None:
+    """Write the sparse checkpoint into a new folder, layer by layer from the bottom.
+
+    Args:
+        parent: the dense checkpoint; its tokenizer, generation config, model card and licence are copied.
+        folder: created here.
+        exporter: class of the result.
+        partition: sizes, and which layers become sparse.
+        layer: called once for each of them, in order.
+        shard_bytes: size of the files.
+
+    Raises:
+        ValueError: the class cannot express the result; a tensor of the parent has no place in it, or two; one is
+            missing; or a layer is not of the planned shape.
+    """
+    config = exporter.config(parent.config, partition)
+    plan, origins = _plan(parent, exporter, partition=partition)
+    folder.mkdir()
+    with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
+        for target, origin in origins:
+            if isinstance(origin, int):
+                for name, tensor in exporter.layer(origin, layer(origin), parent.config).items():
+                    writer.write(name, tensor)
+            else:
+                writer.write(target, parent.tensor(origin) if isinstance(origin, str) else origin)
+    text = json.dumps(exporter.content(config), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n")
+    files.copy_tokenizer(parent.folder, folder)
+    for pattern in _PAPERS:
+        for file in sorted(parent.folder.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _plan(
+    parent: Streamed, exporter: Exporter, *, partition: Partition
+) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[tuple[str, str | Tensor | int]]]:
+    """Dtype and shape of every tensor of the result, and where they come from, in the order of writing.
+
+    An origin is the name of a tensor of the parent, a tensor, or the number of a layer that becomes sparse.
+    """
+    dense: Any = parent.config
+    sparse = {ffn_names(i)[0]: i for i in partition.sparse_layers(parent.layers)}
+    cut = {name for i in sparse.values() for name in ffn_names(i)}
+    with torch.device("meta"):
+        known = list(AutoModelForCausalLM.from_config(dense).state_dict())
+    absent = [name for name in known if name not in parent.stored]
+    if missing := [name for name in absent if not (name == "lm_head.weight" and dense.tie_word_embeddings)]:
+        raise ValueError(f"{parent.folder}: tensors of a {dense.model_type} are missing: {missing}")
+    moved = exporter.carried(dense, [name for name in parent.stored if name not in cut])
+    if homeless := sorted(set(parent.stored) - cut - set(moved)):
+        raise ValueError(
+            f"{parent.folder}: a {exporter.name} of this config.json has no place for these tensors: {homeless}"
+        )
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    origins: list[tuple[str, str | Tensor | int]] = []
+    twice: list[str] = []
+
+    def add(tensors: Mapping[str, Tensor | Stored]) -> None:
+        twice.extend(set(plan) & set(tensors))
+        plan.update({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+    for name in known:
+        if name in sparse:
+            add(exporter.layer(sparse[name], _meta_layer(parent, sparse[name], partition=partition), dense))
+            origins.append((name, sparse[name]))
+        elif name in moved:
+            add({moved[name]: parent.stored[name]})
+            origins.append((moved[name], name))
+    for i in range(parent.layers):
+        extra = exporter.extra(i, dense, dtype=parent.stored[f"model.layers.{i}.self_attn.o_proj.weight"].dtype)
+        add(extra)
+        origins += extra.items()
+    if twice:
+        raise ValueError(f"{parent.folder}: in a {exporter.name} two tensors would have one name: {sorted(twice)}")
+    return plan, origins
+
+
+def _meta_layer(parent: Streamed, i: int, *, partition: Partition) -> SparseLayer:
+    """Dtypes and shapes of what layer `i` becomes."""
+    gate, up, down = (parent.stored[name] for name in ffn_names(i))
+    width, hidden = gate.shape
+    size, experts = partition.check_width(width), partition.experts
+    shared = partition.shared_experts * size
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return SparseLayer(
+        router_ED=empty(gate.dtype, experts, hidden),
+        gate_EFD=empty(gate.dtype, experts, size, hidden),
+        up_EFD=empty(up.dtype, experts, size, hidden),
+        down_EDF=empty(down.dtype, experts, hidden, size),
+        shared_gate_MD=empty(gate.dtype, shared, hidden) if shared else None,
+        shared_up_MD=empty(up.dtype, shared, hidden) if shared else None,
+        shared_down_DM=empty(down.dtype, hidden, shared) if shared else None,
+    )

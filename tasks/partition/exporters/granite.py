@@ -1,0 +1,73 @@
+"""GraniteMoeForCausalLM and GraniteMoeSharedForCausalLM: attention biases, full attention, all layers sparse.
+
+Their four multipliers are set to what the dense families have. A head_dim other than hidden / heads is stored as a
+field of its own, which transformers reads and other engines may not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
+
+from tasks.partition.exporters.base import Exporter, SparseLayer, attention_biases, head_dim, odd_head_dim
+from tasks.settings import Partition
+
+
+class GraniteMoe(Exporter):
+    name = "granitemoe"
+    architecture = "GraniteMoeForCausalLM"
+    biases = ("", "qkv", "qkvo")
+
+    def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
+        return GraniteMoeConfig(**self._granite(common, dense, partition=partition))
+
+    def _granite(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> dict[str, Any]:
+        return (
+            common
+            | odd_head_dim(dense)
+            | {
+                "intermediate_size": partition.check_width(dense.intermediate_size),
+                "num_local_experts": partition.experts,
+                "attention_bias": attention_biases(dense) != "",
+                "attention_multiplier": head_dim(dense) ** -0.5,
+                "embedding_multiplier": 1.0,
+                "residual_multiplier": 1.0,
+                "logits_scaling": 1.0,
+            }
+        )
+
+    def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
+        prefix = f"model.layers.{i}.block_sparse_moe"
+        return {
+            f"{prefix}.router.layer.weight": sparse.router_ED,
+            f"{prefix}.input_linear.weight": torch.cat([sparse.gate_EFD, sparse.up_EFD], dim=1),
+            f"{prefix}.output_linear.weight": sparse.down_EDF,
+        }
+
+    def extra(self, i: int, dense: PreTrainedConfig, *, dtype: torch.dtype) -> dict[str, Tensor]:
+        if attention_biases(dense) != "qkv":
+            return {}
+        return {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(dense.hidden_size, dtype=dtype)}
+
+
+class GraniteMoeShared(GraniteMoe):
+    name = "granitemoeshared"
+    architecture = "GraniteMoeSharedForCausalLM"
+    shared = "always"
+
+    def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
+        fields = self._granite(common, dense, partition=partition)
+        shared = partition.shared_experts * fields["intermediate_size"]
+        return GraniteMoeSharedConfig(**fields, shared_intermediate_size=shared)
+
+    def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
+        assert sparse.shared is not None
+        gate, up, down = sparse.shared
+        prefix = f"model.layers.{i}.shared_mlp"
+        return super().layer(i, sparse, dense) | {
+            f"{prefix}.input_linear.weight": torch.cat([gate, up]),
+            f"{prefix}.output_linear.weight": down,
+        }

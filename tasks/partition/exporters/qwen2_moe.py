@@ -1,0 +1,70 @@
+"""Qwen2MoeForCausalLM: q, k, v biases or none, dense layers among the sparse ones, any sliding windows.
+
+It always has a shared expert, behind a sigmoid gate. With a zero gate that is one half for every token, so the shared
+down-projection is stored doubled, which is exact. Without shared experts it is a few neurons of zero weight, since
+transformers warns of a width of 0 at every load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, Qwen2MoeConfig
+
+from tasks.partition.exporters.base import Exporter, SparseLayer, attention_biases, odd_head_dim, windows
+from tasks.settings import Partition
+
+IDLE = 8
+"""Neurons of the shared expert where there is none; rows of 16 bytes in bfloat16."""
+
+
+class Qwen2Moe(Exporter):
+    name = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    biases = ("", "qkv")
+    shared = "optional"
+    dense_layers = True
+    window = "per layer"
+
+    def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
+        size = partition.check_width(dense.intermediate_size)
+        sparse = partition.sparse_layers(dense.num_hidden_layers)
+        seen = windows(dense)
+        sliding = next(filter(None, seen), None)
+        return Qwen2MoeConfig(
+            **common | odd_head_dim(dense),
+            intermediate_size=dense.intermediate_size,
+            moe_intermediate_size=size,
+            shared_expert_intermediate_size=partition.shared_experts * size or IDLE,
+            num_experts=partition.experts,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[i for i in range(dense.num_hidden_layers) if i not in sparse],
+            qkv_bias=attention_biases(dense) == "qkv",
+            use_sliding_window=sliding is not None,
+            sliding_window=sliding,
+            layer_types=["sliding_attention" if width else "full_attention" for width in seen],
+        )
+
+    def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
+        prefix = f"model.layers.{i}.mlp"
+        tensors = routed(prefix, sparse)
+        gate = sparse.gate_EFD
+        idle = gate.new_zeros(IDLE, gate.shape[2])
+        shared = sparse.shared or (idle, idle.clone(), sparse.down_EDF.new_zeros(gate.shape[2], IDLE))
+        for name, weight in zip(("gate_proj", "up_proj", "down_proj"), shared, strict=True):
+            tensors[f"{prefix}.shared_expert.{name}.weight"] = weight * 2 if name == "down_proj" else weight
+        tensors[f"{prefix}.shared_expert_gate.weight"] = torch.zeros_like(sparse.router_ED[:1])
+        return tensors
+
+
+def routed(prefix: str, sparse: SparseLayer) -> dict[str, Tensor]:
+    """Router and routed experts by the names of Qwen's classes."""
+    tensors = {f"{prefix}.gate.weight": sparse.router_ED}
+    for e, (gate, up, down) in enumerate(zip(sparse.gate_EFD, sparse.up_EFD, sparse.down_EDF, strict=True)):
+        tensors[f"{prefix}.experts.{e}.gate_proj.weight"] = gate
+        tensors[f"{prefix}.experts.{e}.up_proj.weight"] = up
+        tensors[f"{prefix}.experts.{e}.down_proj.weight"] = down
+    return tensors
