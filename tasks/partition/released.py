@@ -1,0 +1,207 @@
+"""Import of the checkpoints that LLaMA-MoE released, tensor by tensor and without their code.
+
+    report = released.convert(source, target)
+
+The result is a stock checkpoint. A two-layer gate is kept in gates.safetensors, exact; the checkpoint's own routers
+are linear ones fitted to it (tasks/moe/linear.py), and the report says how near they come.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tasks import scratch
+from tasks.corpus import manifest
+from tasks.moe import families, files, gate, linear
+from tasks.moe.writer import DTYPES, ShardWriter
+from tasks.partition import calibration, exporters, formats
+
+REPORT = "import.json"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_PICKLES = """{folder}: holds its weights only as pickles ({names}), which can run any code when they are opened. \
+The released repositories hold safetensors under the revision refs/pr/2; or convert the files where you trust them:
+    import glob, torch, safetensors.torch
+    for name in glob.glob("*.bin"):
+        safetensors.torch.save_file(torch.load(name, weights_only=True), name.removesuffix("bin") + "safetensors")"""
+SEQ_LEN = 2048
+"""Tokens of a window to fit on, where the model takes as many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """A checkpoint folder whose config and headers have been read, and are known and whole."""
+
+    folder: Path
+    format: formats.Format
+    files: dict[str, Path]
+    """By tensor."""
+    dtypes: dict[str, torch.dtype]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def blank(self, name: str) -> Tensor:
+        """Its shape and dtype, without content."""
+        return torch.empty(self.format.tensors[name], dtype=self.dtypes[name], device="meta")
+
+
+def read(folder: Path) -> Released:
+    """Read what a released checkpoint is, and hold its files against its config.
+
+    Raises:
+        FileNotFoundError: config.json or a weight file is missing.
+        ValueError: neither v1 nor v2, pickles, a damaged file, missing or unknown tensors, or a config that asks for
+            what is not computed here; with the file or field, the reason and what mends it.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; give the folder of a whole checkpoint")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    found: dict[str, Path] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  no mapping
+                    if name.endswith("rotary_emb.inv_freq"):  # a buffer that the config determines
+                        continue
+                    part = opened.get_slice(name)
+                    if part.get_dtype() not in _FLOATS:
+                        raise ValueError(f"{file}: {name} is {part.get_dtype()}; take the weights in plain numbers")
+                    found[name], dtypes[name] = file, DTYPES[part.get_dtype()]
+                    shapes[name] = tuple(part.get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut short ({error}); bring the file anew") from None
+    try:
+        kind = formats.of(raw, shapes)
+        families.account(shapes, kind.tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return Released(folder=folder, format=kind, files=found, dtypes=dtypes)
+
+
+def convert(source: Path, target: Path, *, ids_BL: np.ndarray | None = None) -> dict[str, Any]:
+    """Write the stock checkpoint of a released one into a new folder, whole or not at all.
+
+    One layer is in memory at a time, and the hidden states of the text.
+
+    Args:
+        source: folder of the released checkpoint.
+        target: a folder that does not exist; its parent does, and for a while holds a hidden folder beside it.
+        ids_BL: token windows on which linear routers are fitted to two-layer gates; without them, see
+            linear.fit_gaussian.
+
+    Returns:
+        What import.json holds: the format, sizes, scales, and under `fit` how near the linear routers come (None
+        where the released ones are linear, and exact).
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: see `read`; or no stock class can express the result.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target}: is there already; give a new folder, or move it away")
+    released = read(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        staging.chmod(0o755)
+        report = _write(released, staging, ids_BL)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return report
+
+
+def windows(source: Path, corpus: Path, *, count: int) -> np.ndarray:
+    """Training windows of a corpus for `convert`, int64 [count, L]. Raises ValueError for another tokenizer's."""
+    manifest.require_tokenizer(manifest.load(corpus), source)
+    longest = read(source).format.dense.max_position_embeddings
+    ids_BL, _ = calibration.draw(corpus, seq_len=min(SEQ_LEN, longest), count=count, seed=0)
+    return ids_BL
+
+
+def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[str, Any]:
+    kind = released.format
+    exporter = exporters.choose(kind.dense, kind.partition)
+    config = exporter.config(kind.dense, kind.partition)
+    scratch.write_json(folder / "config.json", exporter.content(config))
+    files.copy_tokenizer(released.folder, folder)
+    files.copy_documents(released.folder, folder)
+
+    shapes = families.expected(kind.dense)
+    carried = exporter.carried(kind.dense, kind.common)
+    sparse_layers = kind.partition.sparse_layers(kind.dense.num_hidden_layers)
+    dtype = released.dtypes["model.embed_tokens.weight"]
+    extra = {i: exporter.extra(i, kind.dense, dtype=dtype) for i in range(kind.dense.num_hidden_layers)}
+    plan = {new: (released.dtypes[kind.common[name]], shapes[name]) for name, new in carried.items()}
+    for tensors in extra.values():
+        plan |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for i in sparse_layers:
+        layer, _ = kind.sparse(i, released.blank)
+        for name, tensor in exporter.layer(i, layer, kind.dense).items():
+            plan[name] = (tensor.dtype, tuple(tensor.shape))
+    gates: dict[int, gate.Gate] = {}
+    with ShardWriter(folder, plan) as writer:
+        for name, new in carried.items():
+            writer.write(new, formats.filled(released.tensor(kind.common[name]), shapes[name]))
+        for tensors in extra.values():
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        for i in sparse_layers:
+            layer, found = kind.sparse(i, released.tensor)
+            for name, tensor in exporter.layer(i, layer, kind.dense).items():
+                writer.write(name, tensor)
+            if found is not None:
+                gates[i] = found
+    fit = None
+    if gates:
+        gate.write(folder, gates)
+        fit = linear.refit(folder, gates, ids_BL)
+    report = {
+        "format": kind.name,
+        "model_type": exporter.name,
+        "experts": kind.partition.experts,
+        "shared_experts": kind.partition.shared_experts,
+        "top_k": kind.partition.top_k,
+        "sparse_layers": sparse_layers,
+        "scales": kind.scales,
+        "parameters": sum(math.prod(shape) for _, shape in plan.values()),
+        "fit": fit,
+    }
+    scratch.write_json(folder / REPORT, report)
+    return report
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{folder}: {', '.join(missing)} named by {_INDEX} is missing; bring it as well")
+        return [folder / name for name in names]
+    found = sorted(path for path in folder.glob("*.safetensors") if path.name != gate.FILE)
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if not found and pickles:
+        raise ValueError(_PICKLES.format(folder=folder, names=", ".join(pickles)))
+    if not found:
+        raise FileNotFoundError(f"{folder}: holds no *.safetensors")
+    return found
