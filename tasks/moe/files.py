@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-DOCUMENTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:

@@ -70,8 +70,14 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
     with ShardWriter(target, {name: (dtype, shape) for name, shape in wanted.items()}) as writer:
         for name in wanted:
             tensor = by_name[name]
-            weights = processor.process(dequantize(tensor.data, tensor.tensor_type), tensor.name).weights
-            writer.write(name, torch.tensor(weights, dtype=dtype))
+            try:
+                weights = dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                raise ValueError(
+                    f"{file.name}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package does "
+                    "not dequantise; take another quantisation of the model"
+                ) from None
+            writer.write(name, torch.tensor(processor.process(weights, tensor.name).weights, dtype=dtype))
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
     return config
 

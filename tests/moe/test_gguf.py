@@ -192,6 +192,12 @@ def test_a_gguf_with_a_tensor_too_many_is_refused_by_its_name(tmp_path):
         _build(tmp_path / "tiny.gguf", tmp_path)
 
 
+def test_a_tensor_that_cannot_be_dequantised_is_named_with_its_type(tmp_path):
+    _write(tmp_path / "tiny.gguf", extra={"blk.0.ffn_up.weight": np.zeros((64, 32), np.int32)})
+    with pytest.raises(sources.SourceError, match=r"blk\.0\.ffn_up\.weight is stored as I32"):
+        _build(tmp_path / "tiny.gguf", tmp_path)
+
+
 def test_a_gguf_of_another_architecture_is_refused(tmp_path):
     _write(tmp_path / "tiny.gguf", architecture="gpt2")
     with pytest.raises(sources.SourceError, match="architecture 'gpt2'; supported: llama, qwen2, qwen3"):
