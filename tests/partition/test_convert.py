@@ -1,0 +1,195 @@
+"""Slices against a literal loop, and the bookkeeping of a conversion: nothing lost, nothing twice, same bytes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tasks import settings
+from tasks.moe.streamed import Streamed
+from tasks.partition import exporters
+from tasks.partition.convert import convert, ffn, slices
+
+OPTIONS = settings.Partition(method="random", experts=6, top_k=2)
+
+
+def save_dense(folder, *, tied=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def run(source, target, *, options=OPTIONS, exporter=None, layer=None, **more):
+    parent = Streamed(source)
+
+    def cut(i):
+        experts = np.random.default_rng(i).permutation(24).reshape(options.experts, -1)
+        router = torch.randn(options.experts, 16, generator=torch.Generator().manual_seed(i))
+        return slices(*ffn(parent, i), experts, shared=0, scale=options.top_k, router_ED=router)
+
+    exporter = exporter or exporters.choose(parent.config, options)
+    convert(parent, target, exporter=exporter, partition=options, layer=layer or cut, **more)
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_slices_are_the_rows_and_scaled_columns_at_the_index(data):
+    shared, experts, size, hidden = (data.draw(st.integers(low, 4)) for low in (0, 1, 1, 1))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    width = data.draw(st.integers(1, 12))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    index = rng.integers(0, width, (shared + experts, size)).astype(np.int32)
+    generator = torch.Generator().manual_seed(int(rng.integers(99)))
+    gate, up = (torch.randn(width, hidden, generator=generator).to(dtype) for _ in range(2))
+    down = torch.randn(hidden, width, generator=generator).to(dtype)
+    refit = torch.randn(hidden, index.size, generator=generator) if data.draw(st.booleans()) else None
+    scales = torch.rand(experts, generator=generator) * 3 if data.draw(st.booleans()) else 1.7
+    router = torch.randn(experts, hidden, generator=generator)
+    found = slices(gate, up, down, index, shared=shared, scale=scales, router_ED=router, refit_DP=refit)
+    assert torch.equal(found.router_ED, router.to(dtype))
+    assert (found.shared is not None) == (shared > 0)
+    for e, row in enumerate(index):
+        for f, neuron in enumerate(row):
+            column = down[:, neuron] if refit is None else refit[:, e * size + f]
+            if e < shared:
+                place = e * size + f
+                rows = found.shared_gate_MD[place], found.shared_up_MD[place]
+                expected, column_found = column.to(dtype), found.shared_down_DM[:, place]
+            else:
+                rows = found.gate_EFD[e - shared, f], found.up_EFD[e - shared, f]
+                factor = scales if isinstance(scales, float) else scales[e - shared]
+                expected, column_found = (column.float() * factor).to(dtype), found.down_EDF[e - shared, :, f]
+            assert torch.equal(rows[0], gate[neuron])
+            assert torch.equal(rows[1], up[neuron])
+            assert torch.equal(column_found, expected)
+
+
+def test_the_same_parent_and_experts_give_the_same_bytes_in_shards(tmp_path):
+    save_dense(tmp_path / "dense")
+    for name in ("first", "second"):
+        run(tmp_path / "dense", tmp_path / name, shard_bytes=5000)
+    files = sorted(file.name for file in (tmp_path / "first").iterdir())
+    assert sum(name.endswith(".safetensors") for name in files) > 3
+    for name in files:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    loaded, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not any(notes.values())
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_everything_outside_of_the_ffns_is_the_parents_bit_for_bit(tmp_path):
+    save_dense(tmp_path / "dense")
+    run(tmp_path / "dense", tmp_path / "moe")
+    before, after = Streamed(tmp_path / "dense"), Streamed(tmp_path / "moe")
+    kept = {name for name in before.stored if ".mlp." not in name}
+    assert kept == {name for name in after.stored if "block_sparse_moe" not in name}
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in kept)
+
+
+def test_layers_are_asked_for_once_and_in_order_and_the_others_stay_dense(tmp_path):
+    save_dense(tmp_path / "dense")
+    asked = []
+    parent = Streamed(tmp_path / "dense")
+
+    def layer(i):
+        asked.append(i)
+        return slices(*ffn(parent, i), np.arange(24).reshape(6, 4), shared=0, scale=1.0)
+
+    options = OPTIONS.model_copy(update={"layers": [2, 0]})
+    run(tmp_path / "dense", tmp_path / "moe", options=options, layer=layer)
+    assert asked == [0, 2]
+    after = Streamed(tmp_path / "moe")
+    for mine, theirs in zip(ffn(after, 1), ffn(parent, 1), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_tokenizer_generation_config_model_card_and_licence_come_along(tmp_path):
+    save_dense(tmp_path / "dense")
+    names = ("tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+    for name in names:
+        (tmp_path / "dense" / name).write_text(name)
+    (tmp_path / "dense" / "model.py").write_text("raise SystemExit")
+    run(tmp_path / "dense", tmp_path / "moe")
+    assert {file.name for file in (tmp_path / "moe").iterdir()} == {
+        *names,
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    assert (tmp_path / "moe" / "NOTICE").read_text() == "NOTICE"
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["MixtralForCausalLM"], "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.3.mlp.up_proj.weight", "x"])
+def test_a_tensor_without_a_place_in_the_result_stops_the_conversion(name, tmp_path):
+    path = save_dense(tmp_path / "dense")
+    save_file(load_file(path) | {name: torch.ones(16)}, path)
+    with pytest.raises(
+        ValueError, match=rf"a mixtral of this config.json has no place for these tensors: \['{name}'\]"
+    ):
+        run(tmp_path / "dense", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_that_the_parent_lacks_stops_the_conversion(name, tmp_path):
+    path = save_dense(tmp_path / "dense")
+    content = load_file(path)
+    del content[name]
+    save_file(content, path)
+    with pytest.raises(ValueError, match=rf"tensors of a llama are missing: \['{name}'\]"):
+        run(tmp_path / "dense", tmp_path / "moe")
+
+
+def test_a_tied_head_may_be_stored_or_not(tmp_path):
+    path = save_dense(tmp_path / "dense", tied=True)
+    run(tmp_path / "dense", tmp_path / "without")
+    assert "lm_head.weight" not in Streamed(tmp_path / "without").stored
+    content = load_file(path)
+    save_file(content | {"lm_head.weight": content["model.embed_tokens.weight"].clone()}, path)
+    run(tmp_path / "dense", tmp_path / "with")
+    assert "lm_head.weight" in Streamed(tmp_path / "with").stored
+
+
+def test_two_tensors_at_one_name_stop_the_conversion(tmp_path):
+    class Clash(type(exporters.EXPORTERS["mixtral"])):
+        def carried(self, dense, names):
+            return super().carried(dense, names) | {"model.norm.weight": "model.embed_tokens.weight"}
+
+    save_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"two tensors would have one name: \['model.embed_tokens.weight'\]"):
+        run(tmp_path / "dense", tmp_path / "moe", exporter=Clash())
+
+
+def test_a_layer_of_another_shape_than_planned_stops_the_conversion(tmp_path):
+    save_dense(tmp_path / "dense")
+    parent = Streamed(tmp_path / "dense")
+
+    def layer(i):
+        return slices(*ffn(parent, i), np.arange(20).reshape(5, 4), shared=0, scale=1.0)
+
+    with pytest.raises(ValueError, match=r"block_sparse_moe.gate.weight' is torch.bfloat16 \[5, 16\], planned as"):
+        run(tmp_path / "dense", tmp_path / "moe", layer=layer)
+
+
+def test_a_result_is_never_written_over_another(tmp_path):
+    save_dense(tmp_path / "dense")
+    run(tmp_path / "dense", tmp_path / "moe")
+    with pytest.raises(FileExistsError):
+        run(tmp_path / "dense", tmp_path / "moe")
