@@ -1,4 +1,4 @@
-"""`moeforge`: run, plan, status, inspect, verify, doctor. Imports what a command needs only when it runs."""
+"""`moeforge`: run, plan, status, inspect, verify, import, doctor. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -160,6 +160,41 @@ def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's 
         if problems:
             fail(f"{path}: {len(problems)} problem{'s'[: len(problems) > 1]}")
         print(f"{path}: sound")
+
+
+@app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a released checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
+    corpus: Annotated[
+        Path | None, typer.Option("--corpus", help="Corpus on whose training windows linear routers are fitted.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="How many of them.")] = 32,
+) -> None:
+    """Turn a checkpoint that LLaMA-MoE released (v1 or v2) into a stock one, without its code.
+
+    Of a two-layer gate, the exact weights are kept beside it, and the routers are linear ones fitted to it.
+    """
+    from tasks.partition import released
+
+    with clear_errors():
+        try:
+            ids = released.windows(source, corpus, count=windows) if corpus else None
+            report = released.convert(source, target, ids_BL=ids)
+        except (ValueError, FileExistsError) as error:
+            fail(str(error))
+        print(
+            f"{source}: {report['format']}, {report['parameters']:,} parameters; {len(report['sparse_layers'])} layers"
+            f" of {report['experts']} experts, {report['top_k']} for each token, and {report['shared_experts']} shared"
+        )
+        if fit := report["fit"]:
+            text = f"{fit['tokens']:,} tokens of {corpus}" if corpus else "Gaussian inputs, for want of a --corpus"
+            worst = min(fit["layers"], key=lambda i: fit["layers"][i]["agreement"])
+            print(
+                f"linear routers fitted on {text}: they make {fit['mean']['agreement']:.1%} of the gates' choices "
+                f"(layer {worst}: {fit['layers'][worst]['agreement']:.1%}); the gates are in gates.safetensors"
+            )
+        print(f"{target}: a stock {report['model_type']} checkpoint")
 
 
 @app.command(epilog="Example: moeforge doctor")
