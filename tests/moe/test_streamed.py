@@ -106,6 +106,15 @@ def test_a_bfloat16_checkpoint_runs_in_float32_and_is_read_as_stored(tmp_path):
         assert torch.equal(streamed.tensor(name), tensor)
 
 
+def test_a_head_that_is_stored_beside_a_tied_embedding_is_the_one_in_use_as_in_transformers(tmp_path):
+    folder = save("llama, tied", tmp_path)
+    path = next(p for p in folder.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(p))
+    content = load_file(path)
+    save_file(content | {"lm_head.weight": content["model.embed_tokens.weight"].flip(0).contiguous()}, path)
+    found = Streamed(folder).nll(ids(), batch=3)
+    np.testing.assert_allclose(found, loss.window_nll(checkpoint.load(folder), ids(), batch=3), rtol=1e-6)
+
+
 def test_a_long_text_does_not_change_the_loss_at_the_chunks_border(tmp_path):
     streamed = Streamed(save("llama", tmp_path))
     whole = checkpoint.load(tmp_path)
