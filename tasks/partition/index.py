@@ -88,8 +88,13 @@ class Index:
                 f"its experts are {self.shared_experts} shared and {self.experts} routed ones, in its settings "
                 f"{options.shared_experts} and {options.experts}"
             )
+        try:
+            if self.expert_size != (size := options.check_width(width)):
+                found.append(f"its experts have {self.expert_size} neurons, by its settings {size}")
+        except ValueError as error:
+            found.append(str(error))
         for layer, experts_EF in self.layers.items():
-            found += [f"layer {layer} {text}" for text in law.problems(experts_EF, sizes=sizes, options=options)]
+            found += [f"layer {layer}: {text}" for text in law.problems(experts_EF, sizes=sizes, options=options)]
         return found
 
 
