@@ -14,6 +14,9 @@ def problems(layer_EF: np.ndarray, *, sizes: Sizes, options: settings.Partition)
     Every method's experts hold distinct neurons. Beyond that: importance with sharing inner lets experts overlap;
     moebert has `common_neurons` in all experts, and others in one or none; copy has every neuron in as many experts as
     there are copies; all others have every neuron exactly once.
+
+    Returns:
+        predicates without a subject ("is no partition of ..."), to be put behind "layer 3".
     """
     shape = (sizes.shared + sizes.experts, sizes.size)
     if layer_EF.shape != shape:
@@ -29,13 +32,10 @@ def problems(layer_EF: np.ndarray, *, sizes: Sizes, options: settings.Partition)
     times_N = np.bincount(layer_EF.reshape(-1), minlength=sizes.width)
     if options.method == "moebert":
         common = options.common_neurons or 0
-        if sizes.experts == 1:
-            return found
         everywhere = int((times_N == sizes.experts).sum())
-        if everywhere != common:
+        if everywhere != common and sizes.experts > 1:
             found.append(f"has {everywhere} neurons in all {sizes.experts} experts, but common_neurons = {common}")
-        elsewhere = np.flatnonzero((times_N > 1) & (times_N != sizes.experts))[:5].tolist()
-        if elsewhere:
+        if elsewhere := np.flatnonzero((times_N > 1) & (times_N != sizes.experts))[:5].tolist():
             found.append(f"has neurons in some experts, neither one nor all: {elsewhere}")
     elif options.sharing != "inner":
         copies = sizes.experts * sizes.size // sizes.width if options.method == "copy" else 1
