@@ -3,29 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from dense_models import dense_model
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
 from tasks.moe.streamed import Streamed
 from tasks.partition import gradients
 
 
-def qwen2():
+def dense(kind=LlamaForCausalLM, **options):
     torch.manual_seed(1)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    config = kind.config_class(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        **options,
+    )
+    return kind(config).eval()
 
 
 def scores(folder, ids, tmp_path, *, layers, clusters, seed=0):
@@ -59,11 +57,10 @@ def autograd(model, ids):
     return torch.stack([(h * h.grad).abs().detach() for h in kept])
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: dense_model(layers=3), lambda: dense_model(layers=3, tied=True, bias=True), qwen2]
-)
-def test_scores_are_those_of_autograd_through_the_whole_model(make, tmp_path):
-    model = make()
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen2ForCausalLM])
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_are_those_of_autograd_through_the_whole_model(kind, tied, tmp_path):
+    model = dense(kind, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "dense")
     ids = np.random.default_rng(0).integers(0, 64, (5, 100))
     found, cluster_BS = scores(tmp_path / "dense", ids, tmp_path, layers=[0, 2], clusters=3)
@@ -80,7 +77,7 @@ def test_scores_are_those_of_autograd_through_the_whole_model(make, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_windows_may_be_cut_into_any_batches(tmp_path, monkeypatch):
-    dense_model().save_pretrained(tmp_path / "dense")
+    dense().save_pretrained(tmp_path / "dense")
     ids = np.random.default_rng(0).integers(0, 64, (7, 70))
     one, clusters = scores(tmp_path / "dense", ids, tmp_path, layers=[1], clusters=4)
     two, same = scores(tmp_path / "dense", ids, tmp_path, layers=[1], clusters=4)
@@ -93,7 +90,7 @@ def test_the_same_seed_gives_the_same_bytes_and_windows_may_be_cut_into_any_batc
 
 
 def test_fewer_segments_than_clusters_are_refused_by_the_name_of_the_field(tmp_path):
-    dense_model().save_pretrained(tmp_path / "dense")
+    dense().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match=r"calibration_windows = 3: .* give 6 segments .* 7 text clusters"):
         scores(tmp_path / "dense", np.zeros((3, 100), dtype=np.int64), tmp_path, layers=[0], clusters=7)
     with pytest.raises(ValueError, match="at least two tokens"):
@@ -116,7 +113,7 @@ def texts(tiny_model, tiny_data):
 
 
 def test_texts_of_two_kinds_fall_into_two_clusters(tmp_path):
-    dense_model().save_pretrained(tmp_path / "dense")
+    dense().save_pretrained(tmp_path / "dense")
     kind = np.arange(12) % 2
     ids = np.random.default_rng(0).integers(0, 4, (12, 64)) + 4 * kind[:, None]
     _, cluster_BS = scores(tmp_path / "dense", ids, tmp_path, layers=[1], clusters=2)
