@@ -94,7 +94,7 @@ class Index:
         except ValueError as error:
             found.append(str(error))
         for layer, experts_EF in self.layers.items():
-            found += [f"layer {layer}: {text}" for text in law.problems(experts_EF, sizes=sizes, options=options)]
+            found += [f"layer {layer} {text}" for text in law.problems(experts_EF, sizes=sizes, options=options)]
         return found
 
 

@@ -111,7 +111,7 @@ def test_copies_perturbed_by_another_seed_are_told(write):
 @pytest.mark.parametrize(
     ("choice", "change", "told"),
     [
-        ("random", lambda found: found.layers[0][:1].__imul__(0), "layer 0: neurons twice in one expert: [0]"),
+        ("random", lambda found: found.layers[0][:1].__imul__(0), "layer 0 has experts with a neuron twice: [0]"),
         ("random", lambda found: found.scales.update({1: 2.5}), "down columns of experts [0, 1, 2, 3, 4]"),
         ("random", lambda found: found.layers.pop(1) is found.scales.pop(1), "by its settings [0, 1] become sparse"),
         ("random", lambda found: found.meta["settings"].update(top_k=3), "num_experts_per_tok = 2"),
