@@ -44,6 +44,11 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Streamed:
     """A checkpoint folder, dense or sparse, of which one layer at a time is in memory."""
@@ -73,7 +78,7 @@ class Streamed:
         if name not in self.stored:
             raise ValueError(f"{self.folder}: there is no tensor {name!r} in its safetensors files")
         entry = self.stored[name]
-        content = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        content = torch.empty(entry.size, dtype=torch.uint8)
         left, offset = content.numpy().data, entry.offset
         with open(entry.file, "rb", buffering=0) as file:
             while left:
@@ -84,8 +89,15 @@ class Streamed:
         return content.view(entry.dtype).reshape(entry.shape)
 
     def layer_names(self, i: int) -> list[str]:
-        """Names on disk of the tensors of layer `i`."""
+        """Names on disk of the tensors of layer `i`; none for a layer that is not there."""
         return [name for name in self.stored if name.startswith(f"model.layers.{i}.")]
+
+    def prefetch(self, i: int) -> None:
+        """Let the kernel read layer `i` into the page cache while other work goes on."""
+        for name in self.layer_names(i):
+            entry = self.stored[name]
+            with entry.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), entry.offset, entry.size, os.POSIX_FADV_WILLNEED)
 
     def block(self, i: int) -> nn.Module:
         """transformers' own decoder layer `i` in float32, in eval mode; the caller drops it.
@@ -190,6 +202,7 @@ class Streamed:
         hidden_BLD = self.embed(ids_BL)
         for i in range(self.layers):
             block = self.block(i)
+            self.prefetch(i + 1)
             if blocks is not None:
                 blocks(i, block)
             where = self.attention(i, hidden_BLD.shape[1])
@@ -269,6 +282,6 @@ def _header(path: Path) -> dict[str, Stored]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its header is not that of a safetensors file ({error!r}); bring it anew") from None
     for name, entry in found.items():
-        if entry.offset + math.prod(entry.shape) * entry.dtype.itemsize > total:
+        if entry.offset + entry.size > total:
             raise ValueError(f"{path}: ends within tensor {name!r} ({total} bytes are there); bring the file anew")
     return found

@@ -114,6 +114,7 @@ def convert(
     with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
         for target, origin in origins:
             if isinstance(origin, int):
+                parent.prefetch(origin + 1)
                 for name, tensor in exporter.layer(origin, layer(origin), parent.config).items():
                     writer.write(name, tensor)
             else:
