@@ -1,0 +1,356 @@
+"""Every split beside what bounds it and what others make of the same model, right after the split.
+
+    python -m tasks.partition.compare                       # the whole table
+    python -m tasks.partition.compare --only oracle peer    # rows whose name has one of these words in it
+
+Prints method x share of the FFN active: perplexity on held-out windows of every domain and its ratio to the dense
+parent's, identity error, seconds of construction, peak memory, and the speed of a converted layer. A row runs in a
+process of its own and its results are kept at once: run again, and only what is missing is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tasks import scratch
+from tasks.settings import Partition
+
+if TYPE_CHECKING:
+    from tasks.moe.streamed import Streamed
+    from tasks.partition.baselines import Build, Ffn
+
+SHARES = (25, 50, 75)
+SEQ_LEN = 512
+CALIBRATION = 42
+"""Training windows of SEQ_LEN tokens, the same ones for every row with the same seed."""
+_TOKENS = 1024  # of the timed forward pass
+SEEDED = {"random", "clustering", "coactivation", "activation, 64 experts", "activation, 64 experts, refit"}
+"""Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A row that is no settings of the stage."""
+
+    build: Build
+    seeded: bool = False
+    calibrated: bool = False
+    timed: bool = True
+    """False for oracles, which compute every neuron and then drop some."""
+
+
+def plain(share: int, seed: int) -> dict[str, Plain]:
+    """Bounds, pruning and peers with `share` per cent of the FFN active; for 100, the dense model as well."""
+    from tasks.partition import baselines, peers
+
+    if share == 100:
+        return {"dense": Plain(build=baselines.dense)}
+    part, top_k, half = share / 100, 8 * share // 100, 4 * share // 100
+
+    def llama_moe(split: Any, gate: Any) -> Plain:
+        build = peers.llama_moe(split, experts=8, top_k=top_k, gate=gate, seed=seed)
+        return Plain(build=build, seeded=True)
+
+    return {
+        "oracle: top neurons by activation": Plain(build=baselines.neuron_oracle(part), timed=False),
+        "oracle: top neurons by contribution": Plain(build=baselines.neuron_oracle(part, weighted=True), timed=False),
+        "static pruning": Plain(build=baselines.static(part), calibrated=True),
+        "static pruning, refit": Plain(build=baselines.static(part, refit=True), calibrated=True),
+        "peer: LLaMA-MoE random": llama_moe("random", "tanh"),
+        "peer: LLaMA-MoE random, linear gate": llama_moe("random", "linear"),
+        "peer: LLaMA-MoE clustering": llama_moe("clustering", "tanh"),
+        "peer: CMoE": Plain(build=peers.cmoe(experts=8 - half, shared=half, top_k=half), calibrated=True),
+    }
+
+
+def methods(width: int) -> dict[str, dict[int, Partition]]:
+    """The rows that the stage itself makes, by share of the FFN active, for an FFN of `width` neurons."""
+    quarter = {share: share // 25 for share in SHARES}
+    eighths = {share: {"experts": 8, "top_k": 2 * n} for share, n in quarter.items()}
+    shared = {share: {"experts": 8 - n, "top_k": n, "shared_experts": n} for share, n in quarter.items()}
+
+    def fine(total: int) -> dict[int, dict[str, int]]:
+        always = {25: total // 8, 50: total // 4, 75: total // 2}
+        return {
+            share: {"experts": total - s, "shared_experts": s, "top_k": total * share // 100 - s}
+            for share, s in always.items()
+        }
+
+    quarters = {
+        share: {
+            "experts": 4,
+            "top_k": 1,
+            "expert_size": width * n // 4,
+            "common_neurons": width * max(n, 2 * n - 2) // 6,
+        }
+        for share, n in quarter.items()
+    }
+
+    def row(method: str, sizes: dict[int, dict[str, int]], **options: Any) -> dict[int, Partition]:
+        common = {"method": method, "calibration_windows": CALIBRATION, **options}
+        return {share: Partition.model_validate({**common, **sizes[share]}) for share in SHARES}
+
+    return {
+        "random": row("random", eighths),
+        "clustering": row("clustering", eighths),
+        "coactivation": row("coactivation", eighths),
+        "importance": row("importance", eighths, sharing="none"),
+        "importance, inner sharing": row("importance", eighths, sharing="inner"),
+        "importance, inter sharing": row("importance", shared, sharing="inter"),
+        "moebert": row("moebert", quarters),
+        "peer: MoEBERT": row("moebert", quarters, router="random"),
+        "activation, 8 experts": row("activation", shared),
+        "activation, 64 experts": row("activation", fine(64)),
+        "activation, 128 experts": row("activation", fine(128)),
+        "activation, 64 experts, refit": row("activation", fine(64), down_proj="refit"),
+        "activation, 128 experts, refit": row("activation", fine(128), down_proj="refit"),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row at one share and seed."""
+
+    row: str
+    share: int
+    seed: int
+    model_dir: str
+    corpus_dir: str
+    windows: int
+    partition: dict[str, Any] | None = None
+    """Settings of the stage; None for rows that are none."""
+
+
+def jobs(model_dir: Path, corpus_dir: Path, *, windows: int, seeds: int, only: list[str]) -> Iterator[Job]:
+    """The dense parent, then every row whose name has one of the words `only` in it, or all."""
+    width = json.loads((model_dir / "config.json").read_text())["intermediate_size"]
+    where: Any = {"model_dir": str(model_dir), "corpus_dir": str(corpus_dir), "windows": windows}
+    yield Job(row="dense", share=100, seed=0, **where)
+    own = methods(width)
+    for name in [*plain(SHARES[0], 0), *own]:
+        if only and not any(word in name for word in only):
+            continue
+        seeded = name in SEEDED if name in own else plain(SHARES[0], 0)[name].seeded
+        for share in SHARES:
+            for seed in range(seeds if seeded else 1):
+                options = own[name][share].model_copy(update={"seed": seed}).model_dump() if name in own else None
+                yield Job(row=name, share=share, seed=seed, partition=options, **where)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The figures of one row, computed in this process, whose peak memory is one of them."""
+    import torch
+
+    from tasks.corpus import windows
+    from tasks.moe.streamed import Streamed
+
+    heldout = windows.heldout(Path(job.corpus_dir), seq_len=SEQ_LEN, count=job.windows)
+    parent = Streamed(Path(job.model_dir))
+    figures = _plain(job, parent, heldout) if job.partition is None else _method(job, parent, heldout)
+    counts = {name: len(ids) for name, ids in heldout.items()}
+    return {**figures, "heldout": counts, "threads": torch.get_num_threads()}
+
+
+def _plain(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[str, Any]:
+    from tasks.partition import baselines, calibration
+
+    row, text = plain(job.share, job.seed)[job.row], None
+    if row.calibrated:
+        text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=CALIBRATION, seed=job.seed)
+    found = baselines.measure(parent, heldout, row.build, calibration=text)
+    return {
+        "nats": found.nats,
+        "seconds": found.seconds,
+        "peak_mib": _peak_mib(),
+        "tokens_per_s": _speeds(parent, found.middle if row.timed else None),
+    }
+
+
+def _method(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[str, Any]:
+    import torch
+
+    from tasks.moe.streamed import Streamed
+    from tasks.partition import baselines, index
+    from tasks.partition.construct import construct
+
+    partition = Partition.model_validate(job.partition)
+    with scratch.workspace("compare", "row", inputs=asdict(job)) as folder:
+        start = time.perf_counter()
+        made = construct(
+            Path(job.model_dir),
+            Path(job.corpus_dir),
+            partition,
+            seq_len=SEQ_LEN,
+            folder=folder,
+            report=lambda *_: None,
+        )
+        seconds, peak = time.perf_counter() - start, _peak_mib()
+        sparse = Streamed(folder / "moe")
+        nll_B = sparse.nll(np.concatenate(list(heldout.values())), batch=4) / (SEQ_LEN - 1)
+        split = index.read(folder / "partition.safetensors")
+        bound = baselines.expert_oracle(split.layers, shared=split.shared_experts, top_k=partition.top_k)
+        block: Any = sparse.block(next(iter(split.layers)))
+        shutil.rmtree(folder / "moe")
+    parts = [part for name in ("mlp", "block_sparse_moe", "shared_mlp") if (part := getattr(block, name, None))]
+    return {
+        "nats": baselines.by_domain(nll_B, heldout),
+        "seconds": seconds,
+        "parts": made["seconds"],
+        "peak_mib": peak,
+        "identity_error": made["identity_error"],
+        "oracle_nats": baselines.measure(parent, heldout, bound).nats,
+        "tokens_per_s": _speeds(parent, lambda x_TD: torch.stack([part(x_TD[None])[0] for part in parts]).sum(0)),
+    }
+
+
+def _peak_mib() -> float:
+    """Peak of this process alone; what getrusage gives begins with its parent's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def _speeds(parent: Streamed, ffn: Ffn | None) -> list[float]:
+    """Tokens/s of one layer's forward pass: the dense FFN's, then `ffn`'s; the best of seven, taken in turns."""
+    import torch
+
+    block: Any = parent.block(parent.layers // 2)
+    x_TD = torch.randn(_TOKENS, parent.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    best = [float("inf")] * (1 if ffn is None else 2)
+    with torch.no_grad():
+        for turn in range(8):
+            for place, step in enumerate([block.mlp, ffn][: len(best)]):
+                start = time.perf_counter()
+                step(x_TD)
+                if turn:  # the first one warms up
+                    best[place] = min(best[place], time.perf_counter() - start)
+    return [_TOKENS / seconds for seconds in best]
+
+
+def complete(wanted: list[Job], results: Path, *, key: Any) -> list[dict[str, Any]]:
+    """The results of the jobs, from the file where they are there, else computed and appended to it.
+
+    A row that fails is reported and left out, and is tried again the next time.
+
+    Args:
+        key: what the results depend on besides the job.
+    """
+    kept: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
+    found = []
+    for number, job in enumerate(wanted, 1):
+        name = scratch.fingerprint([asdict(job), key])
+        title = f"[{number}/{len(wanted)}] {job.row}, {job.share} % active, seed {job.seed}"
+        if name not in kept:
+            _say(f"{title} ...")
+            start = time.perf_counter()
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                try:
+                    figures = pool.submit(run, job).result()
+                except Exception as error:  # whatever a row dies of, the others are still wanted
+                    _say(f"{title} failed: {type(error).__name__}: {error}")
+                    continue
+            kept[name] = {**asdict(job), **figures}
+            scratch.write_json(results, kept)
+            _say(f"{title}: perplexity {_perplexity(figures['nats']):.2f}, {time.perf_counter() - start:.0f} s")
+        found.append(kept[name])
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _perplexity(nats: dict[str, float]) -> float:
+    return float(np.exp(np.mean(list(nats.values()))))
+
+
+def table(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Two markdown tables: every row's figures, means over its seeds, and its perplexity on each domain."""
+    parent, *_ = (row for row in found if row["row"] == "dense")
+    dense, domains = _perplexity(parent["nats"]), list(parent["nats"])
+    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found:
+        grouped.setdefault((row["row"], row["share"]), []).append(row)
+    yield (
+        "| | FFN active | perplexity | × dense | seeds: × dense | experts by true energy: × dense | identity error | "
+        "construction, s | peak, MiB | layer, tokens/s | × dense layer |"
+    )
+    yield "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
+    for (name, share), rows in grouped.items():
+        ratios = [_perplexity(row["nats"]) / dense for row in rows]
+        bounds = [_perplexity(row["oracle_nats"]) / dense for row in rows if "oracle_nats" in row]
+        speeds = [row["tokens_per_s"] for row in rows if len(row["tokens_per_s"]) == 2]
+        cells = [
+            f"{share} %",
+            _mean([_perplexity(row["nats"]) for row in rows]),
+            _mean(ratios),
+            f"{_mean([min(ratios)])} to {_mean([max(ratios)])} ({len(rows)})" if len(rows) > 1 else "",
+            _mean(bounds) if bounds else "",
+            f"{max(row['identity_error'] for row in rows):.1e}" if "identity_error" in rows[0] else "",
+            f"{np.mean([row['seconds'] for row in rows]):.0f}",
+            f"{np.mean([row['peak_mib'] for row in rows]):.0f}",
+            f"{np.mean([own for _, own in speeds]):.0f}" if speeds else "",
+            f"{np.mean([own / full for full, own in speeds]):.2f}" if speeds else "",
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    yield f"| perplexity | FFN active | {' | '.join(domains)} |"
+    yield f"|---|---:|{'---:|' * len(domains)}"
+    for (name, share), rows in grouped.items():
+        each = [_mean([float(np.exp(row["nats"][domain])) for row in rows]) for domain in domains]
+        yield f"| {name} | {share} % | {' | '.join(each)} |"
+
+
+def _mean(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" if mean < 1000 else f"{mean:,.0f}"
+
+
+def main() -> int:
+    """Compute what is missing, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.partition.compare",
+        description="Perplexity right after the split, method by method, beside bounds, pruning and peers.",
+        epilog="The whole table takes about TIME on one core of a 2-core machine with the defaults.",
+    )
+    parser.add_argument("--model", default="smollm2-135m-q4", help="a dense model under data/models")
+    parser.add_argument("--corpus", default="wide", help="a corpus under data/corpora")
+    parser.add_argument("--windows", type=int, default=2, help=f"held-out windows of {SEQ_LEN} tokens per domain")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose name has one of these in it")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that depend on one")
+    parser.add_argument("--json", type=Path, default=scratch.ROOT / "compare.json", help="where the results are kept")
+    args = parser.parse_args()
+    model_dir, corpus_dir = Path("data/models") / args.model, Path("data/corpora") / args.corpus
+    try:
+        inputs = [scratch.digest(model_dir), scratch.digest(corpus_dir / "manifest.json")]
+        wanted = list(jobs(model_dir, corpus_dir, windows=args.windows, seeds=args.seeds, only=args.only))
+    except (ValueError, OSError) as error:
+        _say(f"compare: {error}")
+        return 1
+    found = complete(wanted, args.json, key=inputs)
+    if not found or found[0]["row"] != "dense":
+        _say("compare: the dense model could not be measured, so there is nothing to compare with")
+        return 1
+    counts = found[0]["heldout"].values()
+    print(
+        f"{args.model}, {sum(counts)} held-out windows of {SEQ_LEN} tokens from the {len(counts)} domains of "
+        f"{args.corpus}; perplexity is exp of the loss, which is the mean over the domains; {found[0]['threads']} "
+        "threads.\n"
+    )
+    print(*table(found), sep="\n")
+    return 0 if len(found) == len(wanted) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
