@@ -98,7 +98,7 @@ def dense_config(settings: Settings, model: str) -> dict[str, Any]:
             f"pipelines.yaml: models.{model}.shape is missing and {fetched} is not there yet; "
             "give its sizes under `shape`, or run `dvc repro model@" + model + "` first"
         )
-    return {"model_type": "llama", **shape.model_dump(exclude_none=True)}
+    return shape.model_dump(exclude_none=True)
 
 
 def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]:

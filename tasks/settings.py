@@ -41,8 +41,9 @@ class Frozen(BaseModel):
 
 
 class Shape(Frozen):
-    """Sizes of a LLaMA, for plans and checks before anything is downloaded; the names are those of config.json."""
+    """Family and sizes, for plans and checks before anything is downloaded; the names are those of config.json."""
 
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     hidden_size: Positive
     intermediate_size: Positive
     num_hidden_layers: Positive

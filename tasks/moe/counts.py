@@ -111,13 +111,6 @@ def flops_per_token(config: Any, *, seq_len: int) -> dict[str, int]:
     return {"forward": forward, "train": 3 * forward}
 
 
-def dense_config(shape: Shape) -> LlamaConfig:
-    """The LlamaConfig of a shape in pipelines.yaml; fields that the shape leaves out keep their defaults."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**shape.model_dump(exclude_none=True))
-
-
 def _object(config: Any) -> Any:
     """A config as transformers makes it, so that fields which are left out have the defaults of their class."""
     kind = config["model_type"] if isinstance(config, dict) else config.model_type

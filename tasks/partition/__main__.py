@@ -21,14 +21,11 @@ import numpy as np
 from tasks import scratch, settings
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedModel
-
-    from tasks.partition.index import Index
+    from tasks.moe.streamed import Streamed
 
 HELDOUT_WINDOWS = 2
 """Per domain, for the loss before and after; the evaluation measures on more."""
 _BATCH = 4
-_IDENTITY_TOKENS = 128  # per domain
 
 
 def run(pipeline: str) -> dict[str, Any]:
@@ -55,90 +52,56 @@ def run(pipeline: str) -> dict[str, Any]:
 
 
 def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Path) -> dict[str, Any]:
-    import torch
-
     from tasks.corpus import windows
-    from tasks.moe import checkpoint, counts
-    from tasks.partition import build, identity, index
+    from tasks.moe import counts
+    from tasks.moe.streamed import Streamed
+    from tasks.partition.construct import construct
+    from tasks.partition.progress import Progress
 
-    clock = _Clock()
     partition, seq_len = entry.partition, entry.pretrain.seq_len
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dense: Any = checkpoint.load(model_dir, device=device)
-    stored = dense.dtype
-    build.moe_config(dense.config, partition)  # refuses what cannot be built, before any work
-    dense = dense.float()  # fitted, tested and measured in float32, whatever the weights are stored in
     heldout = windows.heldout(corpus_dir, seq_len=seq_len, count=HELDOUT_WINDOWS)
-    dense_losses = _losses(dense, heldout)
-    clock.lap("dense loss")
-
-    split_index, routers, errors = _split(dense, corpus_dir, entry=entry, model_sha256=scratch.digest(model_dir))
-    index.write(split_index, work / "partition.safetensors")
-    clock.lap("split")
-
-    moe = build.convert(dense, split_index, routers, partition=partition).to(stored)
-    build.write(moe, work / "moe", tokenizer_from=model_dir)
-    del moe
-    clock.lap("write")
-
-    moe = checkpoint.load(work / "moe", dtype=torch.float32, device=device)  # what was written is what is judged
-    sample = np.concatenate([ids[:1, :_IDENTITY_TOKENS] for ids in heldout.values()])
-    error = identity.error(moe, dense, sample, scale=build.scale(partition))
-    identity.require(error, stored)
-    clock.lap("identity")
-    moe_losses = _losses(moe, heldout)
-    clock.lap("moe loss")
-    return {
-        "identity_error": error,
+    dense = Streamed(model_dir)
+    sparse_layers = partition.sparse_layers(dense.layers)
+    with Progress(len(sparse_layers), label="partition") as progress:
+        made = construct(
+            model_dir,
+            corpus_dir,
+            partition,
+            seq_len=seq_len,
+            folder=work,
+            report=progress.layer,
+        )
+    started = time.perf_counter()
+    moe = Streamed(work / "moe", device=_device())
+    dense_losses, moe_losses = (_losses(model, heldout) for model in (Streamed(model_dir, device=_device()), moe))
+    made["seconds"]["heldout loss"] = round(time.perf_counter() - started, 1)
+    width = dense.config.intermediate_size
+    active = (partition.top_k + partition.shared_experts) * partition.check_width(width) / width
+    return made | {
         "heldout_loss": moe_losses,
         "perplexity": _perplexity(moe_losses),
         "dense": {"heldout_loss": dense_losses, "perplexity": _perplexity(dense_losses)},
         "perplexity_ratio": _perplexity(moe_losses) / _perplexity(dense_losses),
         "heldout_windows": {domain: len(ids) for domain, ids in heldout.items()},
-        "layer_error": errors,
         "parameters": counts.parameters(moe.config),
-        "ffn_active": (partition.top_k + partition.shared_experts) / (partition.experts + partition.shared_experts),
-        "seconds": clock.laps,
+        "sparse_layers": sparse_layers,
+        "ffn_active": active,
     }
 
 
-def _split(
-    dense: LlamaForCausalLM, corpus_dir: Path, *, entry: settings.Pipeline, model_sha256: str
-) -> tuple[Index, list[Any], list[float]]:
-    from tasks.partition import build, calibration, split
-    from tasks.partition.index import Index
-    from tasks.partition.progress import Progress
+def _device() -> str:
+    import torch
 
-    partition, seq_len = entry.partition, entry.pretrain.seq_len
-    meta: dict[str, Any] = {
-        "method": partition.method,
-        "seed": partition.seed,
-        "scale": build.scale(partition),
-        "source": entry.model,
-        "source_sha256": model_sha256,
-        "settings": partition.model_dump(),
-        "calibration": [],
-    }
-    if partition.method == "random":
-        found = split.at_random(dense, partition)
-    else:
-        ids_BL, meta["calibration"] = calibration.draw(
-            corpus_dir, seq_len=seq_len, count=partition.calibration_windows, seed=partition.seed
-        )
-        meta["seq_len"] = seq_len
-        with Progress(dense.config.num_hidden_layers, label="partition") as progress:
-            found = split.by_activation(dense, ids_BL, partition=partition, report=progress.layer)
-    index = Index(layers=found.layers, shared_experts=partition.shared_experts, meta=meta)
-    return index, found.routers, found.errors
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _losses(model: PreTrainedModel, heldout: dict[str, np.ndarray]) -> dict[str, float]:
-    """Nats per predicted token of each domain."""
-    from tasks.moe.loss import window_nll
-
+def _losses(model: Streamed, heldout: dict[str, np.ndarray]) -> dict[str, float]:
+    """Nats per predicted token of each domain; each layer is read once for all of them."""
+    nats_B = model.nll(np.concatenate(list(heldout.values())), batch=_BATCH)
+    ends = np.cumsum([len(ids) for ids in heldout.values()])[:-1]
     return {
-        domain: float(window_nll(model, ids, batch=_BATCH).sum() / (ids.shape[0] * (ids.shape[1] - 1)))
-        for domain, ids in heldout.items()
+        domain: float(nats.sum() / (len(ids) * (ids.shape[1] - 1)))
+        for (domain, ids), nats in zip(heldout.items(), np.split(nats_B, ends), strict=True)
     }
 
 
@@ -147,16 +110,6 @@ def _perplexity(losses: dict[str, float]) -> float:
     from tasks.moe.loss import perplexity
 
     return perplexity(sum(losses.values()) / len(losses))
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = round(now - self._last, 1), now
 
 
 def main() -> int:

@@ -6,15 +6,12 @@ Shapes: B windows, L tokens each, T = B x L, D hidden, N neurons of the dense FF
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaMLP
+from tasks.moe.streamed import Streamed
 
 _BATCH = 4  # windows per attention call
 
@@ -43,35 +40,24 @@ def draw(corpus_dir: Path, *, seq_len: int, count: int, seed: int) -> tuple[np.n
 
 
 class States:
-    """The hidden states of all calibration windows, moved up through the model one layer at a time."""
+    """The hidden states of all calibration windows, moved up through a dense model one layer at a time."""
 
-    def __init__(self, model: LlamaForCausalLM, ids_BL: np.ndarray) -> None:
-        if model.config._attn_implementation != "sdpa":
-            raise ValueError(f"attention is {model.config._attn_implementation}; calibration needs sdpa for causality")
+    def __init__(self, model: Streamed, ids_BL: np.ndarray) -> None:
         self._model = model
-        ids = torch.from_numpy(ids_BL).to(model.device)
-        self._hidden_BLD = model.model.embed_tokens(ids).float()
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        self._rotary = model.model.rotary_emb(self._hidden_BLD, positions)
+        self.hidden_BLD = model.embed(torch.from_numpy(ids_BL))
+        """float32; all that is kept of the text."""
 
-    def attend(self, layer: int) -> torch.Tensor:
-        """Pass the attention of `layer`; return what its FFN reads, [T, D]."""
-        block = self._model.model.layers[layer]
-        for i in range(0, len(self._hidden_BLD), _BATCH):
-            hidden = self._hidden_BLD[i : i + _BATCH]
-            attended, _ = block.self_attn(
-                hidden_states=block.input_layernorm(hidden), position_embeddings=self._rotary, attention_mask=None
-            )
-            self._hidden_BLD[i : i + _BATCH] = hidden + attended
-        normed: torch.Tensor = block.post_attention_layernorm(self._hidden_BLD)
+    @torch.no_grad()
+    def attend(self, block: Any, layer: int) -> torch.Tensor:
+        """Pass the attention of `layer`, whose block is given; return what its FFN reads, [T, D]."""
+        where = self._model.attention(layer, self.hidden_BLD.shape[1])
+        for part in self.hidden_BLD.split(_BATCH):
+            attended, _ = block.self_attn(hidden_states=block.input_layernorm(part), **where)
+            part += attended
+        normed: torch.Tensor = block.post_attention_layernorm(self.hidden_BLD)
         return normed.flatten(0, 1)
 
-    def add(self, output_TD: torch.Tensor) -> None:
-        """Add the output of the layer's FFN, dense or converted."""
-        self._hidden_BLD += output_TD.view_as(self._hidden_BLD)
-
-
-def neurons(block: LlamaMLP, x_TD: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of a dense FFN, [T, N]."""
-    gate, up = block.gate_proj.weight, block.up_proj.weight
-    return F.silu(x_TD @ gate.T).mul_(x_TD @ up.T)
+    @property
+    def residual_TD(self) -> torch.Tensor:
+        """What the output of the FFN will be added to, and then is: a view."""
+        return self.hidden_BLD.flatten(0, 1)

@@ -8,7 +8,6 @@ Shapes: D hidden, N neurons (FFN width), S shared experts, E routed experts, F n
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from tasks.partition.exporters import Exporter, SparseLayer
 from tasks.settings import Partition
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_PAPERS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _ROWS = 16  # of down_proj at once: their float32 copies stay in the processor's cache
 
 
@@ -122,9 +120,7 @@ def convert(
     text = json.dumps(exporter.content(config), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n")
     files.copy_tokenizer(parent.folder, folder)
-    for pattern in _PAPERS:
-        for file in sorted(parent.folder.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+    files.copy_documents(parent.folder, folder)
 
 
 def _plan(

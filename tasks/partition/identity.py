@@ -153,13 +153,14 @@ def error(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, p
 def _turn_on(parts: Ffn, index: Index, *, layer: int, width: int) -> None:
     """Alter a sparse layer so that every expert takes part and every neuron that has a place counts once."""
     experts = len(parts.gate_EFD)
-    times_N = torch.from_numpy(index.times(layer, width=width)).to(parts.down_EDF)
+    times_N = torch.from_numpy(index.times(layer, width=width)).to(parts.down_EDF.device, torch.float64)
     place_PF = torch.from_numpy(index.layers[layer]).to(parts.down_EDF.device)
     parts.router.weight.data.zero_()
     parts.router.top_k = experts
     routed_EF, shared_M = place_PF[index.shared_experts :], place_PF[: index.shared_experts].reshape(-1)
-    parts.down_EDF.mul_((experts / index.scales[layer] / times_N[routed_EF])[:, None])
-    parts.shared_down_DM.div_(times_N[shared_M])
+    # In float64: a float32 factor would be off by the same rounding in every weight of every layer, which adds up.
+    parts.down_EDF.copy_(parts.down_EDF.double() * (experts / index.scales[layer] / times_N[routed_EF])[:, None])
+    parts.shared_down_DM.copy_(parts.shared_down_DM.double() / times_N[shared_M])
 
 
 def prove(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray) -> float:

@@ -1,16 +1,42 @@
-"""Linear routers: a random one, and one fitted in closed form to what each expert contributes.
+"""How a router starts: four ways, each a linear map from what the FFN reads to a logit per expert.
 
-Shapes: T tokens, D hidden, E experts, K experts per token.
+    random       N(0, 0.02), as LLaMA-MoE starts its gates
+    centroid     the mean gate row of an expert's neurons (MoEfication's first gate layer, arXiv 2110.01786)
+    analytical   the gate row of the neuron that stands for its expert best (CMoE, arXiv 2502.04416, section 4.3)
+    regression   ridge regression to each expert's log energy on calibration tokens
+
+Shapes: T tokens, D hidden, N neurons, E routed experts, F neurons per expert, K experts per token.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+
+from tasks.partition.layer import Layer
 
 INIT_STD = 0.02
 """Standard deviation of a random router's weights (LLaMA-MoE's gates)."""
 RIDGE = 0.01
 """Ridge penalty, as a share of the mean diagonal of the inputs' second moments."""
+
+
+def start(name: str, layer: Layer, routed_EF: np.ndarray, *, seed: int) -> torch.Tensor:
+    """Router weights [E, D] of one layer, not yet scaled.
+
+    Args:
+        name: random, centroid, analytical or regression; the last two need calibration tokens.
+        layer: the dense FFN.
+        routed_EF: neurons of the routed experts.
+        seed: of `random`.
+    """
+    if name == "random":
+        return random_weights(len(routed_EF), layer.gate_ND.shape[1], seed=seed, layer=layer.number).to(layer.gate_ND)
+    if name == "centroid":
+        return layer.gate_ND[torch.from_numpy(routed_EF).long()].mean(1)
+    if name == "analytical":
+        return layer.gate_ND[representatives(layer, routed_EF)]
+    return regression(layer, routed_EF)
 
 
 def random_weights(experts: int, hidden: int, *, seed: int, layer: int) -> torch.Tensor:
@@ -19,37 +45,51 @@ def random_weights(experts: int, hidden: int, *, seed: int, layer: int) -> torch
     return torch.randn(experts, hidden, generator=generator) * INIT_STD
 
 
-def fit(x_TD: torch.Tensor, energy_TE: torch.Tensor) -> torch.Tensor:
-    """Ridge regression from the FFN's input to each expert's log energy.
+def energies(h_TN: torch.Tensor, down_DN: torch.Tensor, routed_EF: np.ndarray) -> torch.Tensor:
+    """What each expert contributes to each token: the sum over its neurons of (h * norm of its down column)^2."""
+    place_P = torch.from_numpy(routed_EF).long().reshape(-1).to(h_TN.device)
+    energy_TN = (h_TN * down_DN.norm(dim=0)).square_()
+    return energy_TN.index_select(1, place_P).unflatten(1, routed_EF.shape).sum(2)
+
+
+def representatives(layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:
+    """For each expert the neuron whose energy goes with the expert's over the calibration tokens, int64 [E]."""
+    norm_N = layer.down_DN.norm(dim=0)
+    place_EF = torch.from_numpy(routed_EF).long().to(norm_N.device)
+    product_EF = torch.zeros(routed_EF.shape, device=norm_N.device)
+    square_N = torch.zeros_like(norm_N)
+    for _, h_TN in layer.chunks():
+        size_TN = (h_TN * norm_N).abs()
+        expert_TE = size_TN[:, place_EF.reshape(-1)].unflatten(1, routed_EF.shape).sum(2)
+        product_EF += (expert_TE.T @ size_TN).gather(1, place_EF)
+        square_N += size_TN.square().sum(0)
+    cosine_EF = product_EF / square_N[place_EF].sqrt().clamp_min(1e-12)
+    return place_EF.gather(1, cosine_EF.argmax(1, keepdim=True)).squeeze(1)
+
+
+def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Ridge regression from the FFN's input to each expert's log energy, [E, D].
 
     The target is centred over experts, since only the order within a token matters; the stock router classes have no
-    bias, so neither has this. Tokens weigh by the root of their mean energy: where the FFN does much, a wrong choice
-    costs much. On held-out text this lost less than regressing the energy, its root or the top-K membership.
+    bias, so neither has this (one changes nothing measurable). Tokens weigh by the root of their mean energy: where
+    the FFN does much, a wrong choice costs much. On held-out text this lost less than regressing the energy, its root
+    or the top-K membership, and as little as gradient steps on the energy that the choice drops.
 
     Args:
-        x_TD: what the FFN reads.
-        energy_TE: sum over an expert's neurons of (h * norm of its down_proj column) squared.
-
-    Returns:
-        weights [E, D], not yet scaled.
+        tokens: indices of the calibration tokens to use; all if absent.
     """
-    log_TE = (energy_TE + 1e-8).log()
-    target_TE = log_TE - log_TE.mean(1, keepdim=True)
-    weight_T1 = energy_TE.mean(1, keepdim=True).sqrt()
-    weighted_TD = x_TD * (weight_T1 / weight_T1.mean().clamp_min(1e-12))
-    moments_DD = weighted_TD.T @ x_TD / len(x_TD)
-    moments_DD.diagonal().add_(RIDGE * moments_DD.diagonal().mean())
-    solution_DE: torch.Tensor = torch.linalg.solve(moments_DD, weighted_TD.T @ target_TE / len(x_TD))
+    hidden = layer.gate_ND.shape[1]
+    moments_DD = layer.gate_ND.new_zeros(hidden, hidden)
+    target_DE = layer.gate_ND.new_zeros(hidden, len(routed_EF))
+    for x_TD, h_TN in layer.chunks(tokens):
+        energy_TE = energies(h_TN, layer.down_DN, routed_EF)
+        log_TE = (energy_TE + 1e-8).log()
+        weighted_TD = x_TD * energy_TE.mean(1, keepdim=True).sqrt()
+        moments_DD += weighted_TD.T @ x_TD
+        target_DE += weighted_TD.T @ (log_TE - log_TE.mean(1, keepdim=True))
+    moments_DD.diagonal().add_(RIDGE * moments_DD.diagonal().mean().clamp_min(1e-30))
+    solution_DE: torch.Tensor = torch.linalg.solve(moments_DD, target_DE)
     return solution_DE.T.contiguous()
-
-
-def scaled(weight_ED: torch.Tensor, x_TD: torch.Tensor, *, std: float) -> torch.Tensor:
-    """Centre over experts and scale so that the logits' standard deviation over tokens and experts is `std`.
-
-    Neither changes which experts are chosen; the second sets how far the chosen ones' softmax weights lie from 1/K.
-    """
-    centred_ED = weight_ED - weight_ED.mean(0, keepdim=True)
-    return centred_ED * (std / (x_TD @ centred_ED.T).std().clamp_min(1e-12))
 
 
 def chosen(weight_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,11 @@
-"""Tiny dense models of many kinds, and their splits."""
+"""Tiny dense models of many kinds, and single FFNs."""
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tasks.partition import index, split
+from tasks.moe.streamed import Streamed
+from tasks.partition.layer import Layer
 
 
 def dense_model(*, width=48, heads=4, kv_heads=2, tied=False, rope=None, bias=False, layers=2, head_dim=8, seed=0):
@@ -33,10 +34,19 @@ def sample(shape=(6, 40), seed=0):
     return np.random.default_rng(seed).integers(0, 64, shape)
 
 
-def splitting(dense, partition):
-    """The index and routers of a conversion, calibrated on random tokens."""
-    if partition.method == "random":
-        found = split.at_random(dense, partition)
-    else:
-        found = split.by_activation(dense, sample(), partition=partition, report=lambda text: None)
-    return index.Index(layers=found.layers, shared_experts=partition.shared_experts, meta={}), found
+def stored(folder, dense):
+    """The same as a checkpoint folder, to be read a layer at a time."""
+    dense.save_pretrained(folder)
+    return Streamed(folder)
+
+
+def ffn(*, tokens=600, hidden=16, width=48, seed=0):
+    """A random FFN and what it reads on some tokens."""
+    torch.manual_seed(seed)
+    return Layer(
+        number=0,
+        gate_ND=torch.randn(width, hidden),
+        up_ND=torch.randn(width, hidden),
+        down_DN=torch.randn(hidden, width),
+        x_TD=torch.randn(tokens, hidden),
+    )

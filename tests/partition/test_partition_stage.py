@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.partition import identity, index
+from tasks.partition import identity, index, verify
 
 RUN = Path("runs/tiny")
 
@@ -58,7 +58,7 @@ def test_the_stage_writes_a_checkpoint_that_verifies(prepared):
     assert metrics["perplexity"] > metrics["dense"]["perplexity"]
     assert metrics["ffn_active"] == 0.5
     assert f"{metrics['perplexity']:.2f}" in done.stdout
-    assert identity.verify_checkpoint(RUN / "moe", RUN / "partition.safetensors", Path("data/models/tiny")) == []
+    assert verify.verify_checkpoint(RUN / "moe", RUN / "partition.safetensors", Path("data/models/tiny")) == []
     made = index.read(RUN / "partition.safetensors")
     assert len(made.meta["calibration"]) == 16
     assert made.meta["method"] == "activation"
@@ -86,10 +86,10 @@ def test_experts_that_do_not_divide_the_ffn_end_with_the_numbers_that_do(prepare
 
 def test_a_conversion_that_fails_the_identity_test_writes_nothing(prepared):
     """The harm is done to the code, as a mistake would do it: up rows of the last expert lose their order."""
-    file = Path("tasks/partition/build.py")
-    good = "torch.cat([gate[routed_EF], up[routed_EF]], dim=1)"
+    file = Path("tasks/partition/convert.py")
+    good = "up_EFD=up_ND[routed_P]"
     assert good in file.read_text()
-    file.write_text(file.read_text().replace(good, "torch.cat([gate[routed_EF], up[routed_EF.flip(1)]], dim=1)"))
+    file.write_text(file.read_text().replace(good, "up_EFD=up_ND[routed_P.flip(0)]"))
     done = _partition()
     assert done.returncode == 1
     assert "identity test: with all experts on" in done.stderr

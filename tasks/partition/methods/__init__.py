@@ -22,22 +22,23 @@ if TYPE_CHECKING:
     from tasks.settings import Partition
 
 Split = Callable[[Layer, Sizes, "Partition"], np.ndarray]
+Needs = Literal["nothing", "weights", "activations", "gradients"]
 NAMES = ("random", "clustering", "coactivation", "importance", "moebert", "copy", "activation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method and what it needs: only the weights, the activations on calibration text, or gradients as well."""
+    """A method and what it looks at: nothing but sizes, the weights, activations on calibration text, or gradients."""
 
     name: str
     split: Split
-    needs: Literal["weights", "activations", "gradients"]
+    needs: Needs
 
 
 _METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, needs: Literal["weights", "activations", "gradients"]) -> Callable[[Split], Split]:
+def method(name: str, *, needs: Needs) -> Callable[[Split], Split]:
     """Register a split function under a name."""
 
     def register(split: Split) -> Split:

@@ -19,7 +19,7 @@ from tasks.partition.layer import Layer, Sizes
 from tasks.partition.methods import method
 
 
-@method("copy", needs="weights")
+@method("copy", needs="nothing")
 def split(layer: Layer, sizes: Sizes, options: settings.Partition) -> np.ndarray:
     """int32 [E, F]: contiguous slices of the FFN, copy after copy."""
     slices_GF = np.arange(sizes.width, dtype=np.int32).reshape(-1, sizes.size)

@@ -9,7 +9,7 @@ from tasks.partition.layer import Layer, Sizes
 from tasks.partition.methods import method
 
 
-@method("random", needs="weights")
+@method("random", needs="nothing")
 def split(layer: Layer, sizes: Sizes, options: settings.Partition) -> np.ndarray:
     """Cut the neurons into equal random sets, sorted within: int32 [E, F]."""
     order_N = np.random.default_rng([options.seed, layer.number]).permutation(sizes.width).astype(np.int32)

@@ -1,0 +1,271 @@
+"""The construction itself: a dense checkpoint becomes a sparse one and its index, layer by layer from the bottom.
+
+Each layer is fitted on what the already converted layers below hand it. One dense layer, its sparse form and the
+hidden states of the calibration text are in memory at once.
+
+Shapes: B windows, L tokens each, T = B x L, D hidden, N neurons, E routed experts, S shared, F neurons per expert.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks import scratch
+from tasks.moe import gate as gates
+from tasks.moe import linear
+from tasks.moe.gate import Gate
+from tasks.moe.streamed import Streamed
+from tasks.partition import calibration, convert, exporters, gradients, identity, index, methods, router
+from tasks.partition.converted import Converted, sum_of_weights
+from tasks.partition.exporters import SparseLayer
+from tasks.partition.index import Index
+from tasks.partition.layer import CHUNK, Layer, Sizes
+from tasks.partition.methods import copy
+from tasks.partition.progress import Progress
+from tasks.settings import Partition
+
+
+def construct(
+    model_dir: Path,
+    corpus_dir: Path,
+    partition: Partition,
+    *,
+    seq_len: int,
+    folder: Path,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write `folder`/moe and `folder`/partition.safetensors, and prove that nothing was lost.
+
+    Args:
+        model_dir: the dense parent.
+        corpus_dir: where calibration windows of `seq_len` tokens are drawn, if the settings need any.
+        partition: the settings.
+        seq_len: tokens per window.
+        folder: exists; holds neither result.
+        report: called for every layer with how it went.
+
+    Returns:
+        identity_error, dropped (share of neurons that the method leaves out), layer_error per sparse layer where there
+        was text, gates (how well linear routers fit them) and seconds per part.
+
+    Raises:
+        ValueError: no class can express the result, sizes do not fit, or a tensor is not accounted for.
+        IdentityError: the written checkpoint is not its parent, cut up.
+    """
+    laps: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def lap(name: str) -> None:
+        laps[name] = round(time.perf_counter() - started - sum(laps.values()), 1)
+
+    parent = Streamed(model_dir, device="cuda" if torch.cuda.is_available() else "cpu")
+    exporter = exporters.choose(parent.config, partition)
+    meta: dict[str, Any] = {
+        "method": partition.method,
+        "seed": partition.seed,
+        "source": model_dir.name,
+        "source_sha256": scratch.digest(model_dir),
+        "settings": partition.model_dump(),
+        "calibration": [],
+    }
+    ids_BL = None
+    if _needs_text(partition):
+        count = partition.calibration_windows
+        ids_BL, meta["calibration"] = calibration.draw(corpus_dir, seq_len=seq_len, count=count, seed=partition.seed)
+        meta["seq_len"] = seq_len
+    lap("reading")
+    builder = Builder(parent, partition, ids_BL, folder=folder, report=report)
+    lap("gradients")
+    convert.convert(parent, folder / "moe", exporter=exporter, partition=partition, layer=builder.layer)
+    made = Index(layers=builder.layers, scales=builder.scales, shared_experts=partition.shared_experts, meta=meta)
+    if problems := made.problems(parent.config.intermediate_size):
+        raise ValueError("; ".join(problems))
+    index.write(made, folder / "partition.safetensors")
+    fitted = None
+    if builder.gates:
+        gates.write(folder / "moe", builder.gates)
+        if partition.router == "random":
+            fitted = linear.refit(folder / "moe", builder.gates, ids_BL)
+    lap("construction")
+    moe = Streamed(folder / "moe", device=parent.device)  # what was written is what is judged
+    error = identity.prove(moe, parent, made, identity.sample_ids(model_dir))
+    lap("identity")
+    return {
+        "identity_error": error,
+        "dropped": made.dropped(parent.config.intermediate_size),
+        "layer_error": builder.errors,
+        "gates": fitted,
+        "seconds": laps,
+    }
+
+
+def _needs_text(partition: Partition) -> bool:
+    return (
+        methods.get(partition.method).needs in {"activations", "gradients"}
+        or partition.router in {"analytical", "regression"}
+        or partition.scale == "calibrated"
+        or partition.down_proj == "refit"
+    )
+
+
+class Builder:
+    """Makes one sparse layer after the other, and keeps what the index file needs."""
+
+    def __init__(
+        self,
+        parent: Streamed,
+        partition: Partition,
+        ids_BL: np.ndarray | None,
+        *,
+        folder: Path,
+        report: Callable[[str], None],
+    ) -> None:
+        self._parent, self._partition, self._report = parent, partition, report
+        width = parent.config.intermediate_size
+        self._sizes = Sizes(
+            width=width,
+            experts=partition.experts,
+            shared=partition.shared_experts,
+            size=partition.check_width(width),
+            top_k=partition.top_k,
+        )
+        self._router = partition.router or ("random" if ids_BL is None else "regression")
+        self._method = methods.get(partition.method)
+        self._importance: dict[int, np.ndarray] = {}
+        if self._method.needs == "gradients" and ids_BL is not None:
+            with Progress(parent.layers + 1, label="gradients") as progress:  # a forward pass, then layer by layer
+                self._importance, _ = gradients.importance(
+                    parent,
+                    ids_BL,
+                    layers=partition.sparse_layers(parent.layers),
+                    clusters=partition.experts,
+                    seed=partition.seed,
+                    scratch=folder,
+                    report=progress.layer,
+                )
+        self._states = None if ids_BL is None else calibration.States(parent, ids_BL)
+        self._passed = 0  # layers that the hidden states have passed
+        self.layers: dict[int, np.ndarray] = {}
+        self.scales: dict[int, float] = {}
+        self.gates: dict[int, Gate] = {}
+        self.errors: dict[str, float] = {}
+
+    @torch.no_grad()
+    def layer(self, i: int) -> SparseLayer:
+        """Layer `i`, which lies above all that were made before."""
+        stored = convert.ffn(self._parent, i)
+        layer = self._dense_layer(i, stored)
+        experts_EF = self._method.split(layer, self._sizes, self._partition)
+        router_ED = self._start_router(layer, experts_EF[self._sizes.shared :])
+        scale, down_DN, text = sum_of_weights(self._partition, self._sizes.width), None, "converted"
+        if layer.x_TD is None:
+            router_ED = self._sized_without_text(i, router_ED)
+        else:
+            ffn = Converted(layer, experts_EF, sizes=self._sizes, router_ED=router_ED, scale=scale)
+            self._fit(ffn)
+            self.errors[str(i)] = self._advance(layer, ffn)
+            router_ED, scale, text = ffn.router_ED, ffn.scale, f"{self.errors[str(i)]:.1%} of the FFN's output lost"
+            down_DN = ffn.down_DN if self._partition.down_proj == "refit" else None
+        self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
+        if self._partition.gate == "tanh":
+            experts, hidden = router_ED.shape
+            fresh = self._router == "random"
+            self.gates[i] = (
+                gates.start(experts, hidden, seed=self._partition.seed, layer=i)
+                if fresh
+                else gates.from_linear(router_ED.to(stored[0].dtype))
+            )
+        made = convert.slices(
+            *stored,
+            experts_EF,
+            shared=self._sizes.shared,
+            scale=self.scales[i],
+            router_ED=router_ED,
+            refit_DP=None if down_DN is None else down_DN[:, torch.from_numpy(experts_EF.reshape(-1)).long()],
+        )
+        self._report(text)
+        return self._perturbed(made, i)
+
+    def _dense_layer(self, i: int, stored: tuple[torch.Tensor, ...]) -> Layer:
+        """The FFN of layer `i` in float32, with what it reads if there is text."""
+        if self._states is None:
+            weights = stored if self._method.needs == "nothing" else tuple(weight.float() for weight in stored)
+            return Layer(number=i, gate_ND=weights[0], up_ND=weights[1], down_DN=weights[2])
+        for below in range(self._passed, i):  # dense layers
+            block: Any = self._parent.block(below)
+            x_TD = self._states.attend(block, below)
+            for part, x in zip(self._states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
+                part += block.mlp(x)
+        self._passed = i + 1
+        block = self._parent.block(i)
+        x_TD = self._states.attend(block, i)
+        importance = torch.from_numpy(self._importance[i]) if i in self._importance else None
+        return Layer(
+            number=i,
+            gate_ND=block.mlp.gate_proj.weight,
+            up_ND=block.mlp.up_proj.weight,
+            down_DN=block.mlp.down_proj.weight,
+            x_TD=x_TD,
+            importance_CN=importance,
+        )
+
+    def _start_router(self, layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:
+        router_ED = router.start(self._router, layer, routed_EF, seed=self._partition.seed).float()
+        if self._partition.method == "copy":  # top-k then picks whole copies
+            slices = self._sizes.width // self._sizes.size
+            router_ED = router_ED[copy.router_rows(len(router_ED), slices=slices) * slices]
+        return router_ED
+
+    def _sized_without_text(self, i: int, router_ED: torch.Tensor) -> torch.Tensor:
+        """Logits of the standard deviation `router_std` for inputs as RMSNorm leaves them: root mean square 1."""
+        norm_D = self._parent.tensor(f"model.layers.{i}.post_attention_layernorm.weight").float()
+        spread = (router_ED.cpu() * norm_D).square().sum(1).mean().sqrt()
+        return router_ED * (self._partition.router_std / spread.clamp_min(1e-12))
+
+    def _fit(self, ffn: Converted) -> None:
+        ffn.temper(std=self._partition.router_std)
+        if self._partition.scale == "calibrated":
+            ffn.calibrate()
+        if self._partition.down_proj == "refit":
+            ffn.refit()
+
+    def _advance(self, layer: Layer, ffn: Converted) -> float:
+        """Add the converted FFN's output to the hidden states; the share of the dense one's energy that is lost."""
+        assert self._states is not None
+        lost = total = 0.0
+        parts = self._states.residual_TD.split(CHUNK)
+        for part, (x_TD, h_TN) in zip(parts, layer.chunks(), strict=True):
+            dense_TD = h_TN @ layer.down_DN.T
+            sparse_TD = ffn.output(x_TD, h_TN)
+            part += sparse_TD
+            lost += (dense_TD - sparse_TD).square().sum().item()
+            total += dense_TD.square().sum().item()
+        return lost / max(total, 1e-30)
+
+    def _perturbed(self, made: SparseLayer, i: int) -> SparseLayer:
+        """Copies that differ, as `noise` and `reinitialise` say."""
+        if not self._partition.noise and not self._partition.reinitialise:
+            return made
+        scale = self.scales[i]
+        gate_EFD, up_EFD, down_EDF = copy.perturbed(
+            made.gate_EFD.float(),
+            made.up_EFD.float(),
+            made.down_EDF.float() / scale,
+            options=self._partition,
+            layer=i,
+        )
+        return SparseLayer(
+            router_ED=made.router_ED,
+            gate_EFD=gate_EFD.to(made.gate_EFD.dtype),
+            up_EFD=up_EFD.to(made.up_EFD.dtype),
+            down_EDF=(down_EDF * scale).to(made.down_EDF.dtype),
+            shared_gate_MD=made.shared_gate_MD,
+            shared_up_MD=made.shared_up_MD,
+            shared_down_DM=made.shared_down_DM,
+        )

@@ -1,0 +1,99 @@
+"""One converted FFN: weights of neurons, the router's size, the scale, the refit."""
+
+import numpy as np
+import pytest
+import torch
+from dense_models import ffn
+
+from tasks import settings
+from tasks.partition import router
+from tasks.partition.converted import Converted, sum_of_weights
+from tasks.partition.layer import Sizes
+
+EXPERTS = np.random.default_rng(0).permutation(48).reshape(8, 6).astype(np.int32)
+SIZES = Sizes(width=48, experts=6, shared=2, size=6, top_k=2)
+
+
+def _converted(layer, *, experts=EXPERTS, sizes=SIZES, scale=2.0):
+    router_ED = torch.randn(sizes.experts, 16, generator=torch.Generator().manual_seed(0))
+    return Converted(layer, experts, sizes=sizes, router_ED=router_ED, scale=scale)
+
+
+def _error(layer, ffn_):
+    return sum(((h @ layer.down_DN.T) - ffn_.output(x, h)).square().sum().item() for x, h in layer.chunks())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_neurons_weight_is_the_sum_over_the_experts_that_hold_it(overlap):
+    experts = np.stack([np.random.default_rng(i).permutation(48)[:6] for i in range(8)]) if overlap else EXPERTS
+    layer = ffn(tokens=20)
+    made = _converted(layer, experts=experts)
+    index, weights = router.chosen(made.router_ED, layer.x_TD, top_k=2)
+    expected = torch.zeros(20, 48)
+    for t in range(20):
+        expected[t, experts[:2].reshape(-1)] = 1
+        for expert, weight in zip(index[t], weights[t], strict=True):
+            expected[t, experts[2 + expert]] += 2 * weight
+    torch.testing.assert_close(made.coefficients(layer.x_TD, made.router_ED), expected)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"), [("unit", 2), ("paper", 4), ("mean", 8), ("variance", 4), ("calibrated", 2)]
+)
+def test_the_scale_is_what_the_routed_weights_sum_to(scale, expected):
+    assert sum_of_weights(settings.Partition(method="random", experts=8, top_k=2, scale=scale), 64) == expected
+
+
+def test_whole_copies_weigh_together_what_one_weighs():
+    """4 copies in 2 slices, 2 copies chosen: 4 experts of weight 1/4 each; times 2 they are the mean of two copies."""
+    assert sum_of_weights(settings.Partition(method="copy", experts=8, top_k=4, expert_size=24), 48) == 2
+
+
+def test_tempering_keeps_the_choice_and_gives_the_logits_their_spread():
+    layer = ffn()
+    made = _converted(layer)
+    before = router.chosen(made.router_ED, layer.x_TD, top_k=2)[0]
+    made.temper(std=1e-3)
+    assert torch.equal(router.chosen(made.router_ED, layer.x_TD, top_k=2)[0].sort(1)[0], before.sort(1)[0])
+    assert (layer.x_TD @ made.router_ED.T).square().mean().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_unequal_weights_add_little_to_the_error_however_large_the_spread_asked_for():
+    errors = {}
+    for std in (1e-6, 0.1, 10.0):
+        layer = ffn()
+        made = _converted(layer)
+        made.temper(std=std)
+        errors[std] = _error(layer, made)
+    assert errors[10.0] < 1.2 * errors[1e-6]
+    assert errors[0.1] < 1.2 * errors[1e-6]
+
+
+def test_a_calibrated_scale_is_the_best_one():
+    layer = ffn()
+    made = _converted(layer)
+    made.calibrate()
+    best, found = _error(layer, made), made.scale
+    for other in (0.99, 1.01):
+        made.scale = found * other
+        assert _error(layer, made) > best
+
+
+def test_a_refit_solves_the_penalised_least_squares():
+    layer = ffn(tokens=5000)
+    made = _converted(layer)
+    before = _error(layer, made)
+    ((x, h),) = list(_all(layer))
+    inputs = (h * made.coefficients(x, made.router_ED)).double()
+    penalty = 0.3 * inputs.square().sum(0).mean()
+    made.refit()
+    assert _error(layer, made) < 0.9 * before
+    change = (made.down_DN - layer.down_DN).double()
+    gradient = (inputs @ made.down_DN.double().T - h.double() @ layer.down_DN.double().T).T @ inputs
+    size = (penalty * change).abs().max().item()
+    torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
+
+
+def _all(layer):
+    parts = list(layer.chunks())
+    yield torch.cat([x for x, _ in parts]), torch.cat([h for _, h in parts])
