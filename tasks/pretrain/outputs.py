@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from tasks.pretrain.loop import Trainer
 
-FIT_TOKENS = 16
-"""Training tokens per input of a router on which linear routers are fitted to two-layer gates."""
+FIT_TOKENS = 8192
+"""Training tokens on which linear routers are fitted to two-layer gates."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -95,8 +95,7 @@ def _checkpoint(trainer: Trainer, weights: dict[str, torch.Tensor]) -> dict[str,
         return {}
     gate.write(folder, gates)
     batches = [trainer.loader.next().input_ids]  # what training would have read next
-    wanted = FIT_TOKENS * model.config.hidden_size
-    batches += [trainer.loader.next().input_ids for _ in range(wanted // batches[0].size)]
+    batches += [trainer.loader.next().input_ids for _ in range(FIT_TOKENS // batches[0].size)]
     return {"gate_fit": linear.refit(folder, gates, np.concatenate(batches))}
 
 
