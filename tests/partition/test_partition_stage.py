@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.partition import identity, index, verify
+from tasks.partition import index, verify
 
 RUN = Path("runs/tiny")
 
