@@ -56,6 +56,11 @@ def checkpoint(folder: Path, tokenizer: Path | None = None, **fields: Any) -> Pa
     return folder
 
 
+def test_its_help_has_an_example() -> None:
+    result = CliRunner().invoke(cli.app, ["import", "--help"])
+    assert "Example: moeforge import" in result.output
+
+
 def test_an_import_prints_what_it_read_how_well_the_routers_fit_and_where_it_wrote(tmp_path: Path) -> None:
     source, target = checkpoint(tmp_path / "source"), tmp_path / "new"
     result = CliRunner().invoke(cli.app, ["import", str(source), str(target)])

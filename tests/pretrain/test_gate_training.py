@@ -14,7 +14,7 @@ from tasks import scratch
 from tasks.moe import gate
 from tasks.pretrain import engine
 
-from .projects import stage, start, timeless, wait_for
+from .projects import stage, start, timeless, wait_for, workers
 
 
 def test_gates_are_free_of_weight_decay_like_routers() -> None:
@@ -32,15 +32,16 @@ def test_gates_are_free_of_weight_decay_like_routers() -> None:
 
 @pytest.mark.e2e
 def test_a_gated_run_killed_and_resumed_ends_with_the_same_gates_and_a_stock_checkpoint_fitted_to_them(
-    project: Path, tmp_path: Path
+    project: Path,
 ) -> None:
     moe = project / "runs/tiny/moe"
     router = gate.router(AutoModelForCausalLM.from_pretrained(moe))
     fresh = {layer: gate.start(*router.weight.shape, seed=0, layer=layer) for layer in range(2)}
     gate.write(moe, fresh)
     with start("tasks.pretrain", "tiny", cwd=project) as process:
-        wait_for(lambda: any(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-*")))
+        wait_for(lambda: any(project.glob(".scratch/pretrain-tiny/*/checkpoints/latest.json")))
         process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not workers(project), seconds=5)
     ended = []
     for _ in range(2):
         done = stage("tasks.pretrain", "tiny", cwd=project)
