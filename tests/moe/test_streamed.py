@@ -80,7 +80,10 @@ def test_blocks_hidden_states_logits_and_loss_are_those_of_the_whole_model(kind,
     if streamed.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
         whole.set_experts_implementation("moe_kernels")
     for i, layer in enumerate(whole.model.layers):
-        expected, found = layer.state_dict(), streamed.block(i).state_dict()
+        block = streamed.block(i)
+        attentions = layer.self_attn, block.self_attn
+        assert len({getattr(attention, "sliding_window", None) for attention in attentions}) == 1
+        expected, found = layer.state_dict(), block.state_dict()
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     text = torch.from_numpy(ids())

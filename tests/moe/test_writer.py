@@ -63,6 +63,16 @@ def test_what_it_writes_is_what_safetensors_reads(plan, shard_bytes, seed, tmp_p
         assert torch.equal(bits(found[name]), bits(tensor))
 
 
+def test_every_tensor_is_aligned_to_its_own_elements(tmp_path):
+    kinds = {"flag": torch.bool, "wide": torch.float64, "half": torch.bfloat16, "full": torch.float32}
+    write(tmp_path, tensors({name: (dtype, (3,)) for name, dtype in kinds.items()}))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for name, dtype in kinds.items():
+        assert (8 + size + header[name]["data_offsets"][0]) % dtype.itemsize == 0
+
+
 def test_the_order_of_writing_leaves_no_trace_in_the_bytes(tmp_path):
     content = tensors({f"layers.{i}.weight": (torch.bfloat16, (i + 1, 3)) for i in range(20)})
     for folder, order in {"forwards": list(content), "backwards": list(content)[::-1]}.items():
