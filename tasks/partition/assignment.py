@@ -36,7 +36,12 @@ def members(group_N: np.ndarray, *, size: int) -> np.ndarray:
 
 
 def kmeans(
-    rows_NP: np.ndarray, *, sizes_G: np.ndarray, generator: np.random.Generator, cosine: bool = False
+    rows_NP: np.ndarray,
+    *,
+    sizes_G: np.ndarray,
+    generator: np.random.Generator,
+    cosine: bool = False,
+    rounds: int = 100,
 ) -> np.ndarray:
     """Balanced k-means: Lloyd's rounds with `balanced` as their assignment, from a k-means++ start.
 
@@ -45,6 +50,7 @@ def kmeans(
         sizes_G: int, rows per cluster; they sum to N.
         generator: of the start; everything after it is determined.
         cosine: rows and centres are taken on the unit sphere (spherical k-means).
+        rounds: at most.
 
     Returns:
         cluster of each row, int64 [N]. The rounds end when no row moves or the total cost no longer falls.
@@ -54,16 +60,17 @@ def kmeans(
     squares_N = np.square(rows_NP).sum(1)
     centres_GP = rows_NP[_seeds(rows_NP, squares_N, count=len(sizes_G), generator=generator)]
     group_N, least = np.full(len(rows_NP), -1), np.inf
-    while True:
+    for _ in range(rounds):
         cost_NG = _distances(rows_NP, squares_N, centres_GP)
         found_N = balanced(cost_NG, sizes_G=sizes_G)
         total = cost_NG[np.arange(len(cost_NG)), found_N].sum()
         if total >= least or np.array_equal(found_N, group_N):
-            return group_N
+            break
         group_N, least = found_N, total
         centres_GP = np.stack([rows_NP[group_N == group].mean(0) for group in range(len(sizes_G))])
         if cosine:
             centres_GP = _unit(centres_GP)
+    return group_N
 
 
 def _seeds(rows_NP: np.ndarray, squares_N: np.ndarray, *, count: int, generator: np.random.Generator) -> list[int]:

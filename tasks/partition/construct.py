@@ -8,6 +8,7 @@ Shapes: B windows, L tokens each, T = B x L, D hidden, N neurons, E routed exper
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ def construct(
     fitted = None
     if builder.gates:
         gates.write(folder / "moe", builder.gates)
-        if partition.router == "random":
+        if builder.router == "random":  # and the gates are fresh; others choose as the routers do
             fitted = linear.refit(folder / "moe", builder.gates, ids_BL)
     lap("construction")
     moe = Streamed(folder / "moe", device=parent.device)  # what was written is what is judged
@@ -135,7 +136,7 @@ class Builder:
             size=partition.check_width(width),
             top_k=partition.top_k,
         )
-        self._router = partition.router or ("random" if ids_BL is None else "regression")
+        self.router = partition.router or ("random" if ids_BL is None else "regression")
         self._method = methods.get(partition.method)
         self._importance: dict[int, np.ndarray] = {}
         if self._method.needs == "gradients" and ids_BL is not None:
@@ -150,6 +151,9 @@ class Builder:
                     report=progress.layer,
                 )
         self._states = None if ids_BL is None else calibration.States(parent, ids_BL)
+        self._dense: calibration.States | None = None
+        if ids_BL is not None and partition.down_proj == "refit":
+            self._dense = calibration.States(parent, ids_BL)  # of the parent, which a refit follows
         self._passed = 0  # layers that the hidden states have passed
         self.layers: dict[int, np.ndarray] = {}
         self.scales: dict[int, float] = {}
@@ -159,64 +163,67 @@ class Builder:
     @torch.no_grad()
     def layer(self, i: int) -> SparseLayer:
         """Layer `i`, which lies above all that were made before."""
-        stored = convert.ffn(self._parent, i)
-        layer = self._dense_layer(i, stored)
-        experts_EF = self._method.split(layer, self._sizes, self._partition)
-        router_ED = self._start_router(layer, experts_EF[self._sizes.shared :])
-        scale, down_DN, text = sum_of_weights(self._partition, self._sizes.width), None, "converted"
-        if layer.x_TD is None:
-            router_ED = self._sized_without_text(i, router_ED)
-        else:
-            ffn = Converted(layer, experts_EF, sizes=self._sizes, router_ED=router_ED, scale=scale)
-            self._fit(ffn)
-            self.errors[str(i)] = self._advance(layer, ffn)
-            router_ED, scale, text = ffn.router_ED, ffn.scale, f"{self.errors[str(i)]:.1%} of the FFN's output lost"
-            down_DN = ffn.down_DN if self._partition.down_proj == "refit" else None
-        self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
-        if self._partition.gate == "tanh":
-            experts, hidden = router_ED.shape
-            fresh = self._router == "random"
-            self.gates[i] = (
-                gates.start(experts, hidden, seed=self._partition.seed, layer=i)
-                if fresh
-                else gates.from_linear(router_ED.to(stored[0].dtype))
-            )
-        made = convert.slices(
-            *stored,
-            experts_EF,
-            shared=self._sizes.shared,
-            scale=self.scales[i],
-            router_ED=router_ED,
-            refit_DP=None if down_DN is None else down_DN[:, torch.from_numpy(experts_EF.reshape(-1)).long()],
-        )
-        self._report(text)
-        return self._perturbed(made, i)
-
-    def _dense_layer(self, i: int, stored: tuple[torch.Tensor, ...]) -> Layer:
-        """The FFN of layer `i` in float32, with what it reads if there is text."""
+        partition, stored = self._partition, convert.ffn(self._parent, i)
+        for below in range(self._passed, i):
+            self._pass_dense(below)
+        self._passed = i + 1
+        scale, down_DN, text = sum_of_weights(partition, self._sizes.width), None, "converted"
         if self._states is None:
             weights = stored if self._method.needs == "nothing" else tuple(weight.float() for weight in stored)
-            return Layer(number=i, gate_ND=weights[0], up_ND=weights[1], down_DN=weights[2])
-        for below in range(self._passed, i):  # dense layers
-            block: Any = self._parent.block(below)
-            x_TD = self._states.attend(block, below)
-            for part, x in zip(self._states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
-                part += block.mlp(x)
-        self._passed = i + 1
-        block = self._parent.block(i)
-        x_TD = self._states.attend(block, i)
+            layer = Layer(number=i, gate_ND=weights[0], up_ND=weights[1], down_DN=weights[2])
+            experts_EF = self._method.split(layer, self._sizes, partition)
+            router_ED = self._sized_without_text(i, self._start_router(layer, experts_EF))
+        else:
+            layer, drift_TD = self._read(self._states, i)
+            experts_EF = self._method.split(layer, self._sizes, partition)
+            ffn = Converted(
+                layer, experts_EF, sizes=self._sizes, router_ED=self._start_router(layer, experts_EF), scale=scale
+            )
+            self._fit(ffn, self._states, drift_TD)
+            self.errors[str(i)] = _advance(self._states, layer, ffn)
+            router_ED, scale, text = ffn.router_ED, ffn.scale, f"{self.errors[str(i)]:.1%} of the FFN's output lost"
+            if drift_TD is not None:
+                down_DN = ffn.down_DN
+        self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
+        if partition.gate == "tanh":
+            fresh = gates.start(*router_ED.shape, seed=partition.seed, layer=i)
+            linear_gate = gates.from_linear(router_ED.to(stored[0].dtype))
+            self.gates[i] = fresh if self.router == "random" else linear_gate
+        self._report(text)
+        place_P = torch.from_numpy(experts_EF.reshape(-1)).long()
+        return self._sparse(
+            i, stored, router_ED=router_ED, refit_DP=None if down_DN is None else down_DN.cpu()[:, place_P]
+        )
+
+    def _read(self, states: calibration.States, i: int) -> tuple[Layer, torch.Tensor | None]:
+        """The FFN of layer `i` in float32 with what it reads, and how far the text has drifted from the parent."""
+        block: Any = self._parent.block(i)
         importance = torch.from_numpy(self._importance[i]) if i in self._importance else None
-        return Layer(
+        layer = Layer(
             number=i,
             gate_ND=block.mlp.gate_proj.weight,
             up_ND=block.mlp.up_proj.weight,
             down_DN=block.mlp.down_proj.weight,
-            x_TD=x_TD,
+            x_TD=states.attend(block, i),
             importance_CN=importance,
         )
+        if self._dense is None:
+            return layer, None
+        x_TD = self._dense.attend(block, i)
+        drift_TD = self._dense.residual_TD - states.residual_TD
+        _add(self._dense, block.mlp, x_TD)
+        return layer, drift_TD
 
-    def _start_router(self, layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:
-        router_ED = router.start(self._router, layer, routed_EF, seed=self._partition.seed).float()
+    def _pass_dense(self, i: int) -> None:
+        """Move the hidden states through a layer that stays dense."""
+        for states in (self._states, self._dense):
+            if states is not None:
+                block: Any = self._parent.block(i)
+                _add(states, block.mlp, states.attend(block, i))
+
+    def _start_router(self, layer: Layer, experts_EF: np.ndarray) -> torch.Tensor:
+        routed_EF = experts_EF[self._sizes.shared :]
+        router_ED = router.start(self.router, layer, routed_EF, seed=self._partition.seed).float()
         if self._partition.method == "copy":  # top-k then picks whole copies
             slices = self._sizes.width // self._sizes.size
             router_ED = router_ED[copy.router_rows(len(router_ED), slices=slices) * slices]
@@ -228,44 +235,57 @@ class Builder:
         spread = (router_ED.cpu() * norm_D).square().sum(1).mean().sqrt()
         return router_ED * (self._partition.router_std / spread.clamp_min(1e-12))
 
-    def _fit(self, ffn: Converted) -> None:
+    def _fit(self, ffn: Converted, states: calibration.States, drift_TD: torch.Tensor | None) -> None:
         ffn.temper(std=self._partition.router_std)
         if self._partition.scale == "calibrated":
             ffn.calibrate()
-        if self._partition.down_proj == "refit":
-            ffn.refit()
+        if drift_TD is not None:
+            # The next norm divides by the size of the hidden state, so an error counts in proportion to it.
+            weight_T = states.residual_TD.square().sum(1).clamp_min(1e-12).reciprocal()
+            ffn.refit(weight_T=weight_T / weight_T.mean(), drift_TD=drift_TD)
 
-    def _advance(self, layer: Layer, ffn: Converted) -> float:
-        """Add the converted FFN's output to the hidden states; the share of the dense one's energy that is lost."""
-        assert self._states is not None
-        lost = total = 0.0
-        parts = self._states.residual_TD.split(CHUNK)
-        for part, (x_TD, h_TN) in zip(parts, layer.chunks(), strict=True):
-            dense_TD = h_TN @ layer.down_DN.T
-            sparse_TD = ffn.output(x_TD, h_TN)
-            part += sparse_TD
-            lost += (dense_TD - sparse_TD).square().sum().item()
-            total += dense_TD.square().sum().item()
-        return lost / max(total, 1e-30)
-
-    def _perturbed(self, made: SparseLayer, i: int) -> SparseLayer:
-        """Copies that differ, as `noise` and `reinitialise` say."""
-        if not self._partition.noise and not self._partition.reinitialise:
+    def _sparse(
+        self,
+        i: int,
+        stored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        *,
+        router_ED: torch.Tensor,
+        refit_DP: torch.Tensor | None,
+    ) -> SparseLayer:
+        """The layer in the parent's dtypes; copies differ as `noise` and `reinitialise` say."""
+        partition, scale = self._partition, self.scales[i]
+        differ = bool(partition.noise or partition.reinitialise)
+        made = convert.slices(
+            *stored,
+            self.layers[i],
+            shared=self._sizes.shared,
+            scale=1.0 if differ else scale,
+            router_ED=router_ED.cpu(),
+            refit_DP=refit_DP,
+        )
+        if not differ:
             return made
-        scale = self.scales[i]
-        gate_EFD, up_EFD, down_EDF = copy.perturbed(
-            made.gate_EFD.float(),
-            made.up_EFD.float(),
-            made.down_EDF.float() / scale,
-            options=self._partition,
-            layer=i,
+        weights = (made.gate_EFD, made.up_EFD, made.down_EDF)
+        gate_EFD, up_EFD, down_EDF = copy.perturbed(*(w.float() for w in weights), options=partition, layer=i)
+        return dataclasses.replace(
+            made,
+            gate_EFD=gate_EFD.to(weights[0]),
+            up_EFD=up_EFD.to(weights[1]),
+            down_EDF=(down_EDF * scale).to(weights[2]),
         )
-        return SparseLayer(
-            router_ED=made.router_ED,
-            gate_EFD=gate_EFD.to(made.gate_EFD.dtype),
-            up_EFD=up_EFD.to(made.up_EFD.dtype),
-            down_EDF=(down_EDF * scale).to(made.down_EDF.dtype),
-            shared_gate_MD=made.shared_gate_MD,
-            shared_up_MD=made.shared_up_MD,
-            shared_down_DM=made.shared_down_DM,
-        )
+
+
+def _add(states: calibration.States, mlp: Any, x_TD: torch.Tensor) -> None:
+    for part, x in zip(states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
+        part += mlp(x)
+
+
+def _advance(states: calibration.States, layer: Layer, ffn: Converted) -> float:
+    """Add the converted FFN's output to the hidden states; the share of the dense one's energy that is lost."""
+    lost = total = 0.0
+    for part, (x_TD, h_TN) in zip(states.residual_TD.split(CHUNK), layer.chunks(), strict=True):
+        dense_TD, sparse_TD = h_TN @ layer.down_DN.T, ffn.output(x_TD, h_TN)
+        part += sparse_TD
+        lost += (dense_TD - sparse_TD).square().sum().item()
+        total += dense_TD.square().sum().item()
+    return lost / max(total, 1e-30)

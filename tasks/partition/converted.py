@@ -103,19 +103,25 @@ class Converted:
         if product > 0:
             self.scale *= product / square
 
-    def refit(self) -> None:
-        """Least squares of the down-projection on the dense FFN's output, given the router's choices.
+    def refit(self, *, weight_T: torch.Tensor, drift_TD: torch.Tensor) -> None:
+        """Least squares of the down-projection on what the layer should add, given the router's choices.
 
-        The penalty is on the change, so that what the calibration tokens say nothing of stays as it was.
+        That is the dense FFN's output, and what the layers below have lost already (`drift_TD`). The penalty is on the
+        change, so that what the calibration tokens say nothing of stays as it was.
+
+        Args:
+            weight_T: of each token's squared error; its mean is 1.
+            drift_TD: the dense model's hidden states less those of the converted one, before this FFN.
         """
         width, hidden = self._sizes.width, len(self.down_DN)
         moments_NN = self.down_DN.new_zeros(width, width)
         target_ND = self.down_DN.new_zeros(width, hidden)
-        for x_TD, h_TN in self._layer.chunks():
-            coefficient_TN = self.coefficients(x_TD, self.router_ED)
-            input_TN = h_TN * coefficient_TN
-            moments_NN += input_TN.T @ input_TN
-            target_ND += input_TN.T @ ((h_TN - input_TN) @ self.down_DN.T)
+        parts = zip(self._layer.chunks(), weight_T.split(CHUNK), drift_TD.split(CHUNK), strict=True)
+        for (x_TD, h_TN), weight, drift in parts:
+            input_TN = h_TN * self.coefficients(x_TD, self.router_ED)
+            weighted_TN = input_TN * weight[:, None]
+            moments_NN += weighted_TN.T @ input_TN
+            target_ND += weighted_TN.T @ ((h_TN - input_TN) @ self.down_DN.T + drift)
         moments_NN.diagonal().add_(RIDGE * moments_NN.diagonal().mean().clamp_min(1e-30))
         change_ND: torch.Tensor = torch.linalg.solve(moments_NN, target_ND)
         self.down_DN = self.down_DN + change_ND.T

@@ -41,6 +41,7 @@ class Layer:
     importance_CN: torch.Tensor | None = None
     """Sum over the tokens of each text cluster of |h dL/dh|, for methods that need gradients."""
     _cache: torch.Tensor | None = field(default=None, repr=False)
+    _energy: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -61,6 +62,16 @@ class Layer:
         places = torch.arange(len(x_TD), device=x_TD.device) if tokens is None else tokens
         for part in places.split(CHUNK):
             yield x_TD[part], self._cache[part] if self._cache is not None else self._neurons(x_TD[part])
+
+    @property
+    def energy_N(self) -> torch.Tensor:
+        """What each neuron contributes on average over the calibration tokens: (h * norm of its down column)^2."""
+        if self._energy is None:
+            norm_N, total_N = self.down_DN.norm(dim=0), torch.zeros_like(self.down_DN[0])
+            for _, h_TN in self.chunks():
+                total_N += (h_TN * norm_N).square_().sum(0)
+            self._energy = total_N / len(self.inputs)
+        return self._energy
 
     def _neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
         return F.silu(x_TD @ self.gate_ND.T).mul_(x_TD @ self.up_ND.T)

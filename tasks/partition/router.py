@@ -19,6 +19,8 @@ INIT_STD = 0.02
 """Standard deviation of a random router's weights (LLaMA-MoE's gates)."""
 RIDGE = 0.01
 """Ridge penalty, as a share of the mean diagonal of the inputs' second moments."""
+FLOOR = 0.5
+"""Added to an energy before its logarithm, as a share of the mean energy: how small a small one is does not matter."""
 
 
 def start(name: str, layer: Layer, routed_EF: np.ndarray, *, seed: int) -> torch.Tensor:
@@ -71,9 +73,9 @@ def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | No
     """Ridge regression from the FFN's input to each expert's log energy, [E, D].
 
     The target is centred over experts, since only the order within a token matters; the stock router classes have no
-    bias, so neither has this (one changes nothing measurable). Tokens weigh by the root of their mean energy: where
-    the FFN does much, a wrong choice costs much. On held-out text this lost less than regressing the energy, its root
-    or the top-K membership, and as little as gradient steps on the energy that the choice drops.
+    bias, so neither has this (one changes nothing: some direction of the inputs is all but constant). Tokens weigh by
+    the root of their mean energy: where the FFN does much, a wrong choice costs much. What else was tried, with
+    figures: docs/partition.md.
 
     Args:
         tokens: indices of the calibration tokens to use; all if absent.
@@ -81,9 +83,11 @@ def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | No
     hidden = layer.gate_ND.shape[1]
     moments_DD = layer.gate_ND.new_zeros(hidden, hidden)
     target_DE = layer.gate_ND.new_zeros(hidden, len(routed_EF))
+    place_EF = torch.from_numpy(routed_EF).long().to(layer.gate_ND.device)
+    floor = FLOOR * layer.energy_N[place_EF].sum(1).mean() + 1e-12
     for x_TD, h_TN in layer.chunks(tokens):
         energy_TE = energies(h_TN, layer.down_DN, routed_EF)
-        log_TE = (energy_TE + 1e-8).log()
+        log_TE = (energy_TE + floor).log()
         weighted_TD = x_TD * energy_TE.mean(1, keepdim=True).sqrt()
         moments_DD += weighted_TD.T @ x_TD
         target_DE += weighted_TD.T @ (log_TE - log_TE.mean(1, keepdim=True))

@@ -1,7 +1,9 @@
-"""Activation-based split with shared experts, after CMoE (arXiv 2502.04416).
+"""Experts of neurons that a linear router can choose together, with shared experts as in CMoE (arXiv 2502.04416).
 
-What CMoE does once, this does in turns: the router says which tokens drop an expert, and the neurons then move to
-where they are dropped with the least harm, into the shared experts if nothing else is good enough.
+A linear router is first fitted to every neuron for itself. Neurons that it scores alike become an expert, so that
+choosing experts loses little against choosing neurons. Then router and experts take turns: the router says which
+tokens drop an expert, and the neurons move to where they are dropped with the least harm, into the shared experts if
+nothing else is good enough.
 
 Shapes: T tokens, D hidden, N neurons of the dense FFN, E routed experts, G = E + 1 groups, the last being all shared
 neurons.
@@ -11,20 +13,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from tasks import settings
 from tasks.partition import assignment, router
 from tasks.partition.layer import Layer, Sizes
 from tasks.partition.methods import method
 
-ROUNDS = 2
-"""Turns of router and assignment; most of the gain comes with the first, and a fourth gives nothing."""
-_ROUND_TOKENS = 8192
+TURNS = 1
+"""Of router and experts; a second gains nothing."""
+_TURN_TOKENS = 8192
 _DAMPING = 0.5
 """Share of the cross terms that counts: all neurons move at once, and each for itself would overshoot."""
-_KMEANS_ROUNDS = 4
-_KMEANS_TOKENS = 4096
+_KMEANS_ROUNDS = 5
 
 
 @method("activation", needs="activations")
@@ -32,14 +32,10 @@ def split(layer: Layer, sizes: Sizes, options: settings.Partition) -> np.ndarray
     """int32 [shared + E, size]; the shared experts come first, the most active neurons first among them."""
     sizes_G = np.array([sizes.size] * sizes.experts + [sizes.size * sizes.shared])
     generator = np.random.default_rng(options.seed + layer.number)
-    norm_N = layer.down_DN.norm(dim=0)
-    mean_N = torch.zeros_like(norm_N)
-    for _, h_TN in layer.chunks():
-        mean_N += (h_TN * norm_N).square_().sum(0)
-    energy_N = mean_N.cpu().numpy()
+    energy_N = layer.energy_N.cpu().numpy()
     group_N = _first_groups(layer, energy_N, sizes_G=sizes_G, generator=generator)
-    some = torch.from_numpy(np.sort(generator.permutation(len(layer.inputs))[:_ROUND_TOKENS]))
-    for _ in range(ROUNDS if sizes.experts > sizes.top_k else 0):
+    some = torch.from_numpy(np.sort(generator.permutation(len(layer.inputs))[:_TURN_TOKENS]))
+    for _ in range(TURNS if sizes.experts > sizes.top_k else 0):
         weight_ED = router.regression(layer, _members(group_N, sizes), tokens=some)
         cost_NG = _costs(layer, weight_ED, group_N=group_N, top_k=sizes.top_k, tokens=some)
         group_N = assignment.balanced(cost_NG.double().cpu().numpy(), sizes_G=sizes_G)
@@ -58,21 +54,20 @@ def _members(group_N: np.ndarray, sizes: Sizes) -> np.ndarray:
 def _first_groups(
     layer: Layer, energy_N: np.ndarray, *, sizes_G: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """Shared: the neurons that contribute most. The rest: balanced spherical k-means on when they contribute."""
-    experts = len(sizes_G) - 1
+    """Shared: the neurons that contribute most. The rest: balanced k-means on their scores by a router of neurons.
+
+    With the inputs' second moments C C', the distance of two rows of the router times C is that of their scores over
+    the calibration tokens.
+    """
+    x_TD, experts = layer.inputs, len(sizes_G) - 1
     group_N = np.full(len(energy_N), experts)
     routed = np.sort(np.argsort(-energy_N, kind="stable")[sizes_G[-1] :])
-    tokens = torch.from_numpy(np.sort(generator.permutation(len(layer.inputs))[:_KMEANS_TOKENS]))
-    norm_N = layer.down_DN.norm(dim=0)
-    sizes_TN = [(h_TN * norm_N)[:, routed].abs_().sqrt_() for _, h_TN in layer.chunks(tokens)]
-    patterns_NT = F.normalize(torch.cat(sizes_TN).T, dim=1)
-    centres = patterns_NT[generator.choice(len(routed), experts, replace=False)]
-    for _ in range(_KMEANS_ROUNDS):
-        likeness = (patterns_NT @ centres.T).double().cpu().numpy()
-        cluster = assignment.balanced(-likeness, sizes_G=sizes_G[:-1])
-        sums = torch.zeros_like(centres).index_add_(0, torch.from_numpy(cluster).to(centres.device), patterns_NT)
-        centres = F.normalize(sums, dim=1)
-    group_N[routed] = cluster
+    moments_DD = x_TD.T @ x_TD / len(x_TD)
+    moments_DD.diagonal().add_(1e-6 * moments_DD.diagonal().mean())
+    rows_ND = router.regression(layer, routed[:, None]) @ torch.linalg.cholesky(moments_DD)
+    group_N[routed] = assignment.kmeans(
+        rows_ND.cpu().numpy(), sizes_G=sizes_G[:-1], generator=generator, rounds=_KMEANS_ROUNDS
+    )
     return group_N
 
 

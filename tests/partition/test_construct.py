@@ -1,0 +1,177 @@
+"""The whole construction, from one checkpoint folder to another, on tiny models of several families."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from dense_models import dense_model, sample, stored
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tasks import settings
+from tasks.moe import checkpoint, gate
+from tasks.moe.streamed import Streamed
+from tasks.partition import calibration, construct, identity, index, verify
+
+ACTIVATION = {"method": "activation", "experts": 6, "shared_experts": 2, "top_k": 2, "calibration_windows": 6}
+
+
+@pytest.fixture(autouse=True)
+def text(monkeypatch, tmp_path):
+    """Random tokens instead of a corpus and of the identity test's text: the tiny models have no tokenizer."""
+    monkeypatch.setattr(calibration, "draw", lambda *_, **__: (sample(), [("prose", 0)]))
+    monkeypatch.setattr(identity, "sample_ids", lambda _: sample((2, 40), seed=1))
+
+
+def make(folder, dense, *, corpus="absent", **options):
+    """Construct beside the dense folder; (report, index, the checkpoint's folder)."""
+    target = folder / f"made-{len(list(folder.iterdir()))}"
+    target.mkdir()
+    reports = []
+    found = construct.construct(
+        dense, folder / corpus, settings.Partition(**options), seq_len=40, folder=target, report=reports.append
+    )
+    made = index.read(target / "partition.safetensors")
+    assert len(reports) == len(made.layers)
+    return found, made, target / "moe"
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return stored(tmp_path / "dense", dense_model()).folder
+
+
+def test_the_error_reported_of_a_layer_is_that_of_the_written_checkpoint(tmp_path):
+    folder = stored(tmp_path / "dense", dense_model(layers=1)).folder
+    found, _, moe = make(tmp_path, folder, **ACTIVATION, router_std=0.5)
+    parent, child = Streamed(folder), Streamed(moe)
+    states = calibration.States(parent, sample())
+    block, sparse = parent.block(0), child.block(0)
+    with torch.no_grad():
+        x_TD = states.attend(block, 0)
+        wanted = block.mlp(x_TD)
+        given = (sparse.block_sparse_moe(x_TD[None]) + sparse.shared_mlp(x_TD[None]))[0]
+    error = ((wanted - given).square().sum() / wanted.square().sum()).item()
+    assert error == pytest.approx(found["layer_error"]["0"], rel=1e-3)
+
+
+def test_a_method_that_needs_no_text_needs_no_corpus(tmp_path, dense):
+    found, made, moe = make(tmp_path, dense, method="random", experts=8, top_k=2, router="centroid")
+    assert found["identity_error"] <= 1e-5
+    assert found["layer_error"] == {}
+    assert made.meta["calibration"] == []
+    assert verify.verify_checkpoint(moe, moe.parent / "partition.safetensors", dense) == []
+
+
+def test_a_router_without_text_has_the_spread_asked_for_on_normed_inputs(tmp_path, dense):
+    _, _, moe = make(tmp_path, dense, method="random", experts=48, top_k=2, router_std=0.3)
+    router = Streamed(moe).tensor("model.layers.1.block_sparse_moe.gate.weight")
+    x = torch.nn.functional.rms_norm(torch.randn(4000, 32), (32,))
+    assert (x @ router.T).std().item() == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_copies_are_chosen_whole_and_compute_what_the_dense_model_does(tmp_path, dense, top_k):
+    """Function preserved at the start (arXiv 2410.07524, section 4.2), with any number of whole copies."""
+    _, _, moe = make(tmp_path, dense, method="copy", experts=6, top_k=top_k, expert_size=24)
+    ids = torch.from_numpy(sample())
+    with torch.no_grad():
+        expected = checkpoint.load(dense)(input_ids=ids).logits
+        torch.testing.assert_close(checkpoint.load(moe)(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"noise": 0.1}, {"reinitialise": 0.5}])
+def test_perturbed_16_bit_copies_verify(tmp_path, options):
+    folder = stored(tmp_path / "dense", dense_model().to(torch.bfloat16)).folder
+    _, _, moe = make(tmp_path, folder, method="copy", experts=3, top_k=3, scale="variance", **options)
+    assert verify.verify_checkpoint(moe, moe.parent / "partition.safetensors", folder) == []
+
+
+def test_layers_that_stay_dense_hand_the_text_on(tmp_path):
+    """Layer 1 of 3 stays as it is: the errors of layer 2 are those on what layers 0 (sparse) and 1 (dense) give."""
+    folder = stored(tmp_path / "dense", dense_model(layers=3)).folder
+    found, made, moe = make(tmp_path, folder, **ACTIVATION, layers=[0, 2])
+    assert list(made.layers) == [0, 2] == [int(i) for i in found["layer_error"]]
+    assert json.loads((moe / "config.json").read_text())["mlp_only_layers"] == [1]
+    child = Streamed(moe)
+    with torch.no_grad():
+        parent_block, hidden = Streamed(folder).block(2), child.embed(torch.from_numpy(sample()))
+        for i in range(2):
+            hidden = child.block(i)(hidden, **child.attention(i, 40))
+        where, block = child.attention(2, 40), child.block(2)
+        hidden = hidden + block.self_attn(hidden_states=block.input_layernorm(hidden), **where)[0]
+        x = block.post_attention_layernorm(hidden)
+        wanted, given = parent_block.mlp(x), block.mlp(x)
+    error = ((wanted - given).square().sum() / wanted.square().sum()).item()
+    assert error == pytest.approx(found["layer_error"]["2"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("mistral", "granitemoeshared"), ("qwen2", "granitemoeshared"), ("qwen2", "qwen2_moe")]
+)
+def test_other_families_are_fitted_and_verify(tmp_path, family, target):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        sliding_window=None,
+    )
+    parent = stored(tmp_path / "dense", AutoModelForCausalLM.from_config(config).eval())
+    found, _, moe = make(tmp_path, parent.folder, **ACTIVATION, target=target, down_proj="refit", scale="calibrated")
+    assert json.loads((moe / "config.json").read_text())["model_type"] == target
+    assert found["identity_error"] <= 1e-5
+    assert verify.verify_checkpoint(moe, moe.parent / "partition.safetensors", parent.folder) == []
+
+
+@pytest.mark.parametrize("router", ["regression", "random"])
+def test_tanh_gates_stand_beside_a_checkpoint_whose_routers_choose_alike(tmp_path, dense, router):
+    found, _, moe = make(tmp_path, dense, **ACTIVATION, gate="tanh", router=router)
+    gates = gate.read(moe)
+    assert list(gates) == [0, 1]
+    x = torch.randn(200, 32)
+    linear = Streamed(moe).tensor("model.layers.1.block_sparse_moe.router.layer.weight")
+    mine, theirs = (x @ linear.T).topk(2)[1].sort()[0], gates[1].logits(x).topk(2)[1].sort()[0]
+    assert (mine == theirs).float().mean() > (0.99 if router == "regression" else 0.8)
+    assert (found["gates"] is None) == (router == "regression")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, dense):
+    def content(folder):
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+    one, two, other = (make(tmp_path, dense, **ACTIVATION, seed=seed)[2] for seed in (0, 0, 1))
+    assert content(one) == content(two)
+    assert content(one) != content(other)
+    assert (one.parent / "partition.safetensors").read_bytes() == (two.parent / "partition.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def prose(tiny_model, tiny_data):
+    with gzip.open(tiny_data / "prose.jsonl.gz", "rt") as file:
+        text = "".join(json.loads(line)["text"] for line in file)
+    return np.array(AutoTokenizer.from_pretrained(tiny_model)(text)["input_ids"][: 120 * 64]).reshape(120, 64)
+
+
+def test_on_a_trained_model_a_fit_loses_less_than_a_random_split_and_a_refit_least(
+    tmp_path, tiny_model, prose, monkeypatch
+):
+    monkeypatch.setattr(calibration, "draw", lambda *_, **__: (prose[:100], []))
+    monkeypatch.setattr(identity, "sample_ids", lambda _: prose[:1])
+    sizes = {"experts": 32, "top_k": 8}
+    kinds = {
+        "random": {"method": "random"},
+        "activation": {"method": "activation"},
+        "refit": {"method": "activation", "down_proj": "refit"},
+    }
+    losses = {"dense": Streamed(tiny_model).nll(prose[100:], batch=10).mean()}
+    for name, options in kinds.items():
+        moe = make(tmp_path, tiny_model, **options, **sizes)[2]
+        losses[name] = Streamed(moe).nll(prose[100:], batch=10).mean()
+    assert losses["dense"] < losses["refit"] < losses["activation"] < losses["random"]
