@@ -15,7 +15,7 @@ from flows import artifacts, cli, doctor
 from tasks.scratch import workspace
 from tests.flows.conftest import ROOT, moeforge, ran
 
-COMMANDS = ["run", "plan", "status", "inspect", "verify", "doctor"]
+COMMANDS = ["run", "plan", "status", "inspect", "verify", "import", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

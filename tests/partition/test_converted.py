@@ -79,17 +79,21 @@ def test_a_calibrated_scale_is_the_best_one():
         assert _error(layer, made) > best
 
 
-def test_a_refit_solves_the_penalised_least_squares():
+def test_a_refit_solves_the_penalised_weighted_least_squares():
     layer = ffn(tokens=5000)
     made = _converted(layer)
     before = _error(layer, made)
     ((x, h),) = list(_all(layer))
+    weight = torch.linspace(0.5, 1.5, 5000)
+    drift = 0.1 * torch.randn(5000, 16)
     inputs = (h * made.coefficients(x, made.router_ED)).double()
-    penalty = 0.3 * inputs.square().sum(0).mean()
-    made.refit()
+    weighted = inputs * weight[:, None]
+    penalty = 0.3 * (weighted * inputs).sum(0).mean()
+    made.refit(weight_T=weight, drift_TD=drift)
     assert _error(layer, made) < 0.9 * before
     change = (made.down_DN - layer.down_DN).double()
-    gradient = (inputs @ made.down_DN.double().T - h.double() @ layer.down_DN.double().T).T @ inputs
+    wanted = h.double() @ layer.down_DN.double().T + drift
+    gradient = (inputs @ made.down_DN.double().T - wanted).T @ weighted
     size = (penalty * change).abs().max().item()
     torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
 

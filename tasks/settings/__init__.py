@@ -8,20 +8,16 @@ allowed.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from tasks import sources
+from tasks.settings.fields import Frozen, Name, Positive, Sha256, Share
+from tasks.settings.partition import Partition
 
 FILE = Path("pipelines.yaml")
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="lower-case letters, digits, - and _")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
 
 
 class SettingsError(ValueError):
@@ -34,10 +30,6 @@ def _source(text: str) -> str:
 
 
 SourceText = Annotated[str, AfterValidator(_source)]
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Shape(Frozen):
@@ -118,143 +110,6 @@ class Mixture(Frozen):
         return self
 
 
-class Partition(Frozen):
-    """Expert construction (tasks/partition): which neurons form an expert, who routes to it, what it is scaled by."""
-
-    method: Literal["random", "clustering", "coactivation", "importance", "moebert", "copy", "activation"]
-    experts: Positive
-    """Routed experts E."""
-    top_k: Positive
-    """Routed experts per token, K."""
-    shared_experts: Annotated[int, Field(ge=0)] = 0
-    """Experts that every token passes."""
-    expert_size: Positive | None = None
-    """Neurons per expert; FFN width / (experts + shared_experts) if absent. Free where experts may share neurons."""
-    layers: Literal["all", "alternate"] | list[Annotated[int, Field(ge=0)]] = "all"
-    """Which layers become sparse; the others stay dense."""
-    target: Literal["auto", "mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe"] = "auto"
-    """Class of the result (its model_type); auto: the first that can express it."""
-    router: Literal["random", "centroid", "analytical", "regression"] | None = None
-    """How the router starts; regression where there is calibration text for the method anyway, else random."""
-    gate: Literal["linear", "tanh"] = "linear"
-    """tanh: train with the paper's two-layer gate, and fit a linear router to it on export."""
-    scale: Literal["unit", "paper", "mean", "variance", "calibrated"] = "unit"
-    """Sum of the routed weights, folded into down_proj: unit K (what the dense sum wants), paper E/K, mean E, variance
-    sqrt(K E), calibrated by least squares on the dense output, layer by layer."""
-    router_std: Annotated[float, Field(gt=0)] = 0.1
-    """Standard deviation of the router's logits over experts: small keeps the chosen weights near 1/K each."""
-    down_proj: Literal["keep", "refit"] = "keep"
-    """refit: least squares of the kept neurons' down-projection on the dense FFN's output."""
-    calibration_windows: Positive = 32
-    seed: int = 0
-
-    rows: list[Literal["gate", "up", "down"]] | None = None
-    """clustering: the weights of a neuron that are clustered; ["up"] if absent."""
-    metric: Literal["l2", "cosine"] | None = None
-    """clustering: l2 if absent."""
-    sharing: Literal["none", "inner", "inter"] | None = None
-    """importance: none deals every neuron once; inner lets experts overlap; inter needs shared_experts."""
-    common_neurons: Annotated[int, Field(ge=0)] | None = None
-    """moebert: the most important neurons, which every expert holds."""
-    noise: Annotated[float, Field(ge=0)] | None = None
-    """copy: standard deviation of noise on the copies, as a share of each weight matrix's own."""
-    reinitialise: Share | None = None
-    """copy: share of every copy's neurons that is drawn anew (Drop-Upcycling, arXiv 2502.19261)."""
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        if self.top_k > self.experts:
-            raise ValueError(
-                f"top_k = {self.top_k} is more than experts = {self.experts}; allowed: 1 to {self.experts}"
-            )
-        for field, method in _METHOD_OPTIONS.items():
-            if getattr(self, field) is not None and self.method != method:
-                raise ValueError(f"`{field}` is an option of method `{method}`, not of `{self.method}`")
-        if self.shared_experts and not self.may_share:
-            raise ValueError(
-                f"method `{self.method}` has no shared experts; set shared_experts: 0, or method activation, or "
-                "importance with sharing: inter"
-            )
-        if self.sharing == "inter" and not self.shared_experts:
-            raise ValueError("sharing: inter needs shared_experts >= 1, which take what most experts want")
-        if isinstance(self.layers, list) and len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers = {self.layers} names a layer twice")
-        return self
-
-    @property
-    def may_share(self) -> bool:
-        return self.method == "activation" or self.sharing == "inter"
-
-    @property
-    def may_overlap(self) -> bool:
-        """True if a neuron may stand in several experts or in none, which makes expert_size free."""
-        return self.method in {"moebert", "copy"} or self.sharing == "inner"
-
-    def sparse_layers(self, layers: int) -> list[int]:
-        """The layers, of so many, that become sparse. Raises ValueError for one that is not there."""
-        if self.layers == "all":
-            return list(range(layers))
-        if self.layers == "alternate":
-            return list(range(1, layers, 2))
-        if wrong := [layer for layer in self.layers if layer >= layers]:
-            raise ValueError(f"partition.layers: {wrong} are not there; the model has layers 0 to {layers - 1}")
-        return sorted(self.layers)
-
-    def check_width(self, width: int) -> int:
-        """Neurons per expert for an FFN of `width`. Raises ValueError listing the sizes that fit."""
-        if self.method == "copy":
-            return self._check_copies(width)
-        if self.may_overlap:
-            return self._check_overlap(width)
-        total = self.experts + self.shared_experts
-        if width % total:
-            fits = [n for n in range(2, min(width, 257)) if width % n == 0]
-            raise ValueError(
-                f"experts + shared_experts = {self.experts} + {self.shared_experts} = {total} does not divide "
-                f"the FFN width {width}; totals that do: {', '.join(map(str, fits))}"
-            )
-        if self.expert_size not in (None, width // total):
-            raise ValueError(
-                f"expert_size = {self.expert_size}, but method `{self.method}` places every neuron once: "
-                f"{width} / {total} = {width // total}; leave expert_size out"
-            )
-        return width // total
-
-    def _check_copies(self, width: int) -> int:
-        """A copy may be cut into slices (arXiv 2410.07524, granular upcycling); whole copies are routed together."""
-        size = self.expert_size or width
-        slices = width // size if size and width % size == 0 else 0
-        if not slices or self.experts % slices or self.top_k % slices:
-            fits = [width // n for n in range(1, width + 1) if width % n == self.experts % n == self.top_k % n == 0]
-            raise ValueError(
-                f"expert_size = {size}: copies of an FFN of {width} neurons are cut into width / expert_size slices, "
-                f"which must divide experts = {self.experts} and top_k = {self.top_k}; sizes that do: "
-                f"{', '.join(map(str, fits))}"
-            )
-        return size
-
-    def _check_overlap(self, width: int) -> int:
-        size = self.expert_size or width // self.experts
-        common = self.common_neurons or 0
-        largest = common + (width - common) // self.experts if self.method == "moebert" else width
-        if not common < size <= largest:
-            raise ValueError(
-                f"expert_size = {size}: method `{self.method}` with experts = {self.experts} and common_neurons = "
-                f"{common} takes {common + 1} to {largest} of the {width} neurons"
-            )
-        return size
-
-
-_METHOD_OPTIONS = {
-    "rows": "clustering",
-    "metric": "clustering",
-    "sharing": "importance",
-    "common_neurons": "moebert",
-    "noise": "copy",
-    "reinitialise": "copy",
-}
-
-
 class Pretrain(Frozen):
     """Continual pre-training (tasks/pretrain)."""
 
@@ -320,7 +175,7 @@ class Evaluate(Frozen):
     windows: Positive = 8
     """Held-out windows of seq_len tokens per domain."""
     batch: Positive = 4
-    tasks: list[Task] = []
+    tasks: list[Task] = Field(default_factory=list)
 
 
 class Pipeline(Frozen):
@@ -344,7 +199,7 @@ class Settings(Frozen):
     models: dict[Name, Model]
     corpora: dict[Name, Corpus]
     pipelines: dict[Name, Pipeline]
-    deployments: list[dict[str, Any]] = []
+    deployments: list[dict[str, Any]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _references(self) -> Self:
@@ -428,19 +283,3 @@ def _allowed(loc: tuple[int | str, ...]) -> list[str]:
 def _known(field: str, name: Any, defined: dict[str, Any]) -> None:
     if name not in defined:
         raise ValueError(f"{field} = {name!r} is not defined; defined: {', '.join(defined) or 'none'}")
-
-
-def main() -> int:
-    """Print the names that a settings file defines, or its faults."""
-    try:
-        settings = load(*sys.argv[1:2])
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    for section in ("models", "corpora", "pipelines"):
-        print(f"{section}: {', '.join(getattr(settings, section))}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
