@@ -48,7 +48,7 @@ def test_the_projects_own_settings_are_valid() -> None:
     ("where", "value", "message"),
     [
         ("pipelines.demo.pretrain.learning_rat", 1, "pretrain.learning_rat = 1: unknown key; allowed here: tokens"),
-        ("models.smollm2-135m-q4.shape.hidden", 1, "shape.hidden = 1: unknown key; allowed here: model_type, hidden_size, inter"),
+        ("models.smollm2-135m-q4.shape.hidden", 1, "shape.hidden = 1: unknown key; allowed here: model_type, h"),
         ("pipeline", {}, "pipeline: unknown key"),
         ("pipelines.demo.pretrain.batch", "two", "pretrain.batch = 'two': Input should be a valid integer"),
         ("pipelines.demo.pretrain.batch", 2.5, "pipelines.demo.pretrain.batch = 2.5: Input should be a valid integer"),

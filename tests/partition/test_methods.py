@@ -102,12 +102,12 @@ def test_another_seed_and_another_layer_give_other_experts(kind):
 def test_the_needs_of_every_method_are_known():
     needs = {name: methods.get(name).needs for name in methods.NAMES if name != "activation"}
     assert needs == {
-        "random": "weights",
+        "random": "nothing",
         "clustering": "weights",
         "coactivation": "activations",
         "importance": "gradients",
         "moebert": "gradients",
-        "copy": "weights",
+        "copy": "nothing",
     }
 
 
