@@ -16,7 +16,7 @@ import multiprocessing
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,14 +135,16 @@ class Job:
     """Settings of the stage; None for rows that are none."""
 
 
-def jobs(model_dir: Path, corpus_dir: Path, *, windows: int, seeds: int, only: list[str]) -> Iterator[Job]:
-    """The dense parent, then every row whose name has one of the words `only` in it, or all."""
+def jobs(
+    model_dir: Path, corpus_dir: Path, *, windows: int, seeds: int, only: list[str], shares: Sequence[int] = SHARES
+) -> Iterator[Job]:
+    """The dense parent, then every row whose name has one of the words `only` in it, or all, share by share."""
     width = json.loads((model_dir / "config.json").read_text())["intermediate_size"]
     where: Any = {"model_dir": str(model_dir), "corpus_dir": str(corpus_dir), "windows": windows}
     yield Job(row="dense", share=100, seed=0, **where)
     own = methods(width)
     names = [name for name in [*plain(SHARES[0], 0), *own] if not only or any(word in name for word in only)]
-    for share in SHARES:
+    for share in shares:
         for name in names:
             seeded = name in SEEDED if name in own else plain(share, 0)[name].seeded
             for seed in range(seeds if seeded else 1):
@@ -331,13 +333,16 @@ def main() -> int:
     parser.add_argument("--corpus", default="wide", help="a corpus under data/corpora")
     parser.add_argument("--windows", type=int, default=2, help=f"held-out windows of {SEQ_LEN} tokens per domain")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose name has one of these in it")
+    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, choices=SHARES, help="per cent of the FFN")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that depend on one")
     parser.add_argument("--json", type=Path, default=scratch.ROOT / "compare.json", help="where the results are kept")
     args = parser.parse_args()
     model_dir, corpus_dir = Path("data/models") / args.model, Path("data/corpora") / args.corpus
     try:
         inputs = [scratch.digest(model_dir), scratch.digest(corpus_dir / "manifest.json")]
-        wanted = list(jobs(model_dir, corpus_dir, windows=args.windows, seeds=args.seeds, only=args.only))
+        wanted = list(
+            jobs(model_dir, corpus_dir, windows=args.windows, seeds=args.seeds, only=args.only, shares=args.shares)
+        )
     except (ValueError, OSError) as error:
         _say(f"compare: {error}")
         return 1
