@@ -189,7 +189,7 @@ def _method(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[
     from tasks.partition.construct import construct
 
     partition = Partition.model_validate(job.partition)
-    with scratch.workspace("compare", "row", inputs=asdict(job)) as folder:
+    with scratch.workspace("compare", scratch.fingerprint(asdict(job)), inputs=asdict(job)) as folder:
         start = time.perf_counter()
         made = construct(
             Path(job.model_dir),
@@ -205,7 +205,7 @@ def _method(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[
         split = index.read(folder / "partition.safetensors")
         bound = baselines.expert_oracle(split.layers, shared=split.shared_experts, top_k=partition.top_k)
         block: Any = sparse.block(next(iter(split.layers)))
-        shutil.rmtree(folder / "moe")
+    shutil.rmtree(folder.parent)
     parts = [part for name in ("mlp", "block_sparse_moe", "shared_mlp") if (part := getattr(block, name, None))]
     return {
         "nats": baselines.by_domain(nll_B, heldout),
