@@ -157,16 +157,19 @@ def _activations(config: dict[str, Any], train: Pretrain, *, width: int) -> int:
 
 def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any], sparse: dict[str, Any]) -> int:
     """Forward passes outside training: references, calibration, held-out evaluation during and after training."""
+    from tasks.partition.construct import needs_text
+
     domains, train, judge = len(settings.corpus(pipeline.corpus).domains), pipeline.pretrain, pipeline.evaluate
 
     def forward(config: dict[str, Any], *, windows: int, seq_len: int) -> int:
         return windows * seq_len * counts.flops_per_token(config, seq_len=seq_len)["forward"]
 
+    calibration = pipeline.partition.calibration_windows if needs_text(pipeline.partition) else 0
     references = pipeline.mixture.windows * domains if pipeline.mixture.method == "reference_loss" else 0
     evaluations = (train.steps // train.eval_every + 1) * train.eval_windows * domains
     return (
         forward(dense, windows=references, seq_len=judge.seq_len)
-        + forward(dense, windows=pipeline.partition.calibration_windows, seq_len=train.seq_len)
+        + forward(dense, windows=calibration, seq_len=train.seq_len)
         + forward(sparse, windows=evaluations, seq_len=train.seq_len)
         + forward(dense, windows=judge.windows * domains, seq_len=judge.seq_len)
         + 2 * forward(sparse, windows=judge.windows * domains, seq_len=judge.seq_len)

@@ -76,7 +76,7 @@ def construct(
         "calibration": [],
     }
     ids_BL = None
-    if _needs_text(partition):
+    if needs_text(partition):
         count = partition.calibration_windows
         ids_BL, meta["calibration"] = calibration.draw(corpus_dir, seq_len=seq_len, count=count, seed=partition.seed)
         meta["seq_len"] = seq_len
@@ -106,7 +106,8 @@ def construct(
     }
 
 
-def _needs_text(partition: Partition) -> bool:
+def needs_text(partition: Partition) -> bool:
+    """True if calibration windows are drawn."""
     return (
         methods.get(partition.method).needs in {"activations", "gradients"}
         or partition.router in {"analytical", "regression"}

@@ -108,3 +108,21 @@ def test_kill_9_leaves_the_last_result_and_the_next_run_writes_the_same_bytes(pr
     shutil.rmtree(RUN)
     assert _partition().returncode == 0
     assert _digests() == before
+
+
+@pytest.mark.e2e
+def test_a_model_of_which_every_other_layer_is_sparse_trains_with_tanh_gates_and_is_judged(prepared):
+    _edit(
+        "{method: activation, experts: 12, shared_experts: 4, top_k: 4, calibration_windows: 16}",
+        "{method: activation, experts: 12, shared_experts: 4, top_k: 4, calibration_windows: 16, layers: alternate, "
+        "down_proj: refit, gate: tanh}",
+    )
+    for stage in ("tasks.mixture", "tasks.partition", "tasks.pretrain", "tasks.evaluate"):
+        done = subprocess.run([sys.executable, "-m", stage, "tiny"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    config = json.loads((RUN / "trained/config.json").read_text())
+    assert (config["model_type"], config["mlp_only_layers"]) == ("qwen2_moe", [0])
+    assert list(json.loads((RUN / "partition.json").read_text())["layer_error"]) == ["1"]
+    assert json.loads((RUN / "pretrain.json").read_text())["gate_fit"]["mean"]["agreement"] > 0.8
+    loads = json.loads((RUN / "routing.json").read_text())["trained"]
+    assert {len(load) for load in loads.values()} == {1}  # sparse layers
