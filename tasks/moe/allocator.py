@@ -18,3 +18,10 @@ def keep_buffers() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _TWO_GIB)
+
+
+def release() -> None:
+    """Give back what is free at this moment, before something as large as a layer comes into memory."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

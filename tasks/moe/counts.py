@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-
     pass
 
 DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")

@@ -105,6 +105,7 @@ class Streamed:
         Raises:
             ValueError: a tensor of the layer is missing, has another shape, or does not belong to it.
         """
+        allocator.release()
         width = self.config.hidden_size
         state = {"model.embed_tokens.weight": torch.zeros(1, width), "lm_head.weight": torch.zeros(1, width)}
         state["model.norm.weight"] = torch.zeros(width)
@@ -129,6 +130,8 @@ class Streamed:
             shown = str(problems).replace("model.layers.0.", prefix)
             raise ValueError(f"{self.folder}: layer {i} is not that of a {self.config.model_type} model: {shown}")
         layer: nn.Module = model.model.layers[0]
+        del model, state
+        allocator.release()
         return layer.to(self.device)
 
     def _one_layer(self, i: int) -> PreTrainedConfig:

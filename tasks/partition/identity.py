@@ -121,23 +121,23 @@ def error(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, p
     """
 
     def all_on(layer: int, block: nn.Module) -> None:
-        block.double()
+        _widen(block)
         if layer in index.layers:
             _turn_on(ffn(block, index), index, layer=layer, width=dense.config.intermediate_size)
 
     def reference(layer: int, block: Any) -> None:
-        block.double()
+        _widen(block)
         if layer not in index.layers:
             return
         times_N = torch.from_numpy(index.times(layer, width=dense.config.intermediate_size))
         if parent_weights:
             block.mlp.down_proj.weight.data[:, times_N.to(block.mlp.down_proj.weight.device) == 0] = 0
             return
-        written = ffn(moe.block(layer).double(), index).side_by_side(index.scales[layer])
+        written = ffn(moe.block(layer), index).side_by_side(index.scales[layer])
         place_P = torch.from_numpy(index.layers[layer]).reshape(-1)
-        written[2].div_(times_N[place_P].to(written[2]))
         for name, weight in zip(("gate_proj", "up_proj", "down_proj"), written, strict=True):
-            getattr(block.mlp, name).weight = nn.Parameter(weight, requires_grad=False)
+            getattr(block.mlp, name).weight = nn.Parameter(weight.double(), requires_grad=False)
+        block.mlp.down_proj.weight.data.div_(times_N[place_P].to(block.mlp.down_proj.weight))
 
     ids = torch.from_numpy(ids_BL)
     with torch.no_grad():
@@ -151,6 +151,20 @@ def error(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, p
                 return float("inf")
             difference, largest = max(difference, worst), max(largest, expected.abs().max().item())
     return difference / largest if largest else float("inf")
+
+
+def _widen(block: nn.Module) -> None:
+    """Let the FFN of a block compute in float64; all else is the same in both models, and gives the same numbers.
+
+    Experts run by transformers' own loop, which needs no second copy of all their weights.
+    """
+    for module in block.modules():
+        if type(module).__name__.endswith("Experts"):
+            module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    for name in ("mlp", "block_sparse_moe", "shared_mlp"):
+        part: nn.Module | None = getattr(block, name, None)
+        if part is not None:
+            part.double().register_forward_pre_hook(lambda _module, inputs: (inputs[0].double(),))
 
 
 def _turn_on(parts: Ffn, index: Index, *, layer: int, width: int) -> None:
