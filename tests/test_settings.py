@@ -59,7 +59,11 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.demo.pretrain.micro_batch", 3, "batch = 2 is not a multiple of micro_batch x processes = 3"),
         ("pipelines.demo.pretrain.warmup_steps", 48, "warmup_steps = 48 leaves none of the 48 steps"),
         ("pipelines.demo.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
-        ("pipelines.demo.partition.top_k", 49, "partition: top_k = 49 is more than experts = 48; allowed: 1 to 48"),
+        ("pipelines.demo.partition.top_k", 145, "top_k = 145 is more than experts = 144; allowed: 1 to 144"),
+        ("pipelines.demo.partition.noise", 0.1, "`noise` is an option of method `copy`, not of `activation`"),
+        ("pipelines.demo.partition.layers", [1, 1], "layers = [1, 1] names a layer twice"),
+        ("pipelines.demo.partition.layers", [3, 30], "layers: [30] are not there; the model has layers 0 to 29"),
+        ("pipelines.demo.partition.expert_size", 9, "expert_size = 9, but method `activation` places every neuron"),
         ("pipelines.demo.partition.method", "random", "partition: method `random` has no shared experts"),
         ("pipelines.demo.mixture.method", "explicit", "pipelines.demo.mixture: method `explicit` needs `weights`"),
         ("pipelines.demo.mixture.method", "uniform", "pipelines.demo: pretrain.dynamic needs reference losses"),
@@ -85,8 +89,8 @@ def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str,
 
 
 def test_experts_that_do_not_divide_the_ffn_list_the_numbers_that_do() -> None:
-    found = fault(changed("pipelines.demo.partition.experts", 47))
-    assert "experts + shared_experts = 47 + 16 = 63 does not divide the FFN width 1536" in found
+    found = fault(changed("pipelines.demo.partition.experts", 145))
+    assert "experts + shared_experts = 145 + 48 = 193 does not divide the FFN width 1536" in found
     assert "96, 128" in found
 
 
@@ -99,6 +103,21 @@ def test_a_width_is_accepted_exactly_if_all_experts_are_of_one_size(width: int, 
         assert width % (experts + shared)
     else:
         assert size * (experts + shared) == width
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"method": "copy", "experts": 8, "top_k": 2, "expert_size": 100}, "sizes that do: 768, 384"),
+        ({"method": "copy", "experts": 8, "top_k": 4, "expert_size": 96}, "sizes that do: 768, 384, 192"),
+        ({"method": "moebert", "experts": 4, "top_k": 1, "common_neurons": 256, "expert_size": 600}, "257 to 384 of"),
+        ({"method": "importance", "sharing": "inner", "experts": 4, "top_k": 1, "expert_size": 769}, "1 to 768 of"),
+    ],
+)
+def test_a_size_that_a_method_cannot_make_lists_those_that_it_can(options: dict[str, Any], fits: str) -> None:
+    with pytest.raises(ValueError, match="expert_size = ") as caught:
+        settings.Partition.model_validate(options).check_width(768)
+    assert fits in str(caught.value)
 
 
 def test_all_mistakes_are_told_at_once() -> None:

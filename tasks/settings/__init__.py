@@ -214,6 +214,7 @@ class Settings(Frozen):
             if shape := self.models[pipeline.model].shape:
                 try:
                     pipeline.partition.check_width(shape.intermediate_size)
+                    pipeline.partition.sparse_layers(shape.num_hidden_layers)
                 except ValueError as error:
                     raise ValueError(f"pipelines.{name}.partition: {error}") from None
         for i, deployment in enumerate(self.deployments):

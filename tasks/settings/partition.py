@@ -88,7 +88,7 @@ class Partition(Frozen):
         if self.layers == "alternate":
             return list(range(1, layers, 2))
         if wrong := [layer for layer in self.layers if layer >= layers]:
-            raise ValueError(f"partition.layers: {wrong} are not there; the model has layers 0 to {layers - 1}")
+            raise ValueError(f"layers: {wrong} are not there; the model has layers 0 to {layers - 1}")
         return sorted(self.layers)
 
     def check_width(self, width: int) -> int:
