@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.flows.test_import import checkpoint
 
 LINES = [
     line.partition("#")[0].strip()
@@ -25,6 +26,7 @@ PROGRAMS = {"moeforge": "flows.cli", "dvc": "dvc"}
 @pytest.mark.e2e
 def test_the_readmes_commands_run_in_their_order(tiny_repo: Path) -> None:
     shutil.copytree(ROOT / "recipes", tiny_repo / "recipes")
+    checkpoint(tiny_repo / "released/LLaMA-MoE-v1-3_5B-4_16")
     assert {command.split()[1] for command in COMMANDS} >= {"run", "plan", "status", "inspect", "verify", "doctor"}
     said = {}
     for command in [*COMMANDS, "dvc metrics show", "dvc metrics diff", "dvc plots show"]:
@@ -41,3 +43,4 @@ def test_the_readmes_commands_run_in_their_order(tiny_repo: Path) -> None:
     assert "bits_per_byte" in said["dvc metrics show"]
     assert (tiny_repo / "runs/tiny/model/README.md").is_file()
     assert (tiny_repo / "dvc_plots/index.html").is_file()
+    assert "MixtralForCausalLM" in (tiny_repo / "llama-moe/config.json").read_text()

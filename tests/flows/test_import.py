@@ -43,7 +43,7 @@ def checkpoint(folder: Path, tokenizer: Path | None = None, **fields: Any) -> Pa
             experts = f"{layer}.mlp.calculator.experts.weight"
             tensors |= {f"{experts}_{part}.{e}": weight(SIZE, HIDDEN) for part in ("gate", "up")}
             tensors[f"{experts}_down.{e}"] = weight(HIDDEN, SIZE)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     config = {
         "model_type": "llama_moe", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": EXPERTS * SIZE,
