@@ -38,6 +38,7 @@ CALIBRATION = 28
 _TOKENS = 1024  # of the timed forward pass
 SEEDED = {"random", "clustering", "activation, 64 experts"}
 """Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
+_FINE = ((64, "keep"), (192, "keep"), (384, "keep"), (768, "keep"), (64, "refit"), (384, "refit"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +113,13 @@ def methods(width: int) -> dict[str, dict[int, Partition]]:
         "moebert": row("moebert", quarters),
         "peer: MoEBERT": row("moebert", quarters, router="random"),
         "activation, 8 experts": row("activation", shared),
-        "activation, 64 experts": row("activation", fine(64)),
-        "activation, 192 experts": row("activation", fine(192)),
-        "activation, 384 experts": row("activation", fine(384)),
-        "activation, 768 experts": row("activation", fine(768)),
-        "activation, 64 experts, refit": row("activation", fine(64), down_proj="refit"),
-        "activation, 384 experts, refit": row("activation", fine(384), down_proj="refit"),
+        **{
+            f"activation, {total} experts{', refit' if down_proj == 'refit' else ''}": row(
+                "activation", fine(total), down_proj=down_proj
+            )
+            for total, down_proj in _FINE
+            if width % total == 0
+        },
     }
 
 
