@@ -61,7 +61,8 @@ def kmeans(
     centres_GP = rows_NP[_seeds(rows_NP, squares_N, count=len(sizes_G), generator=generator)]
     group_N, least = np.full(len(rows_NP), -1), np.inf
     for _ in range(rounds):
-        cost_NG = _distances(rows_NP, squares_N, centres_GP)
+        # On the sphere the angle counts: by distance, a centre of length zero would be nearer than any other.
+        cost_NG = -(rows_NP @ centres_GP.T) if cosine else _distances(rows_NP, squares_N, centres_GP)
         found_N = balanced(cost_NG, sizes_G=sizes_G)
         total = cost_NG[np.arange(len(cost_NG)), found_N].sum()
         if total >= least or np.array_equal(found_N, group_N):

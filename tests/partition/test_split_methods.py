@@ -222,7 +222,7 @@ def test_balanced_k_means_ends_where_no_assignment_to_its_own_centres_is_better(
     centres = np.stack([rows[found == group].mean(0) for group in range(groups)])
     if cosine:
         centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
-    cost = np.square(rows[:, None] - centres).sum(2)
+    cost = -(rows @ centres.T) if cosine else np.square(rows[:, None] - centres).sum(2)
     best = assignment.balanced(cost, sizes_G=sizes)
     everyone = np.arange(len(rows))
     assert cost[everyone, found].sum() <= cost[everyone, best].sum() + 1e-9
