@@ -179,15 +179,20 @@ class Streamed:
     @torch.no_grad()
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Final norm, output head, logits scaling: float32 [B, L, V]."""
-        return self._head()(hidden_BLD)
+        return self.head()(hidden_BLD)
 
-    def _head(self) -> Callable[[Tensor], Tensor]:
+    def norm(self) -> nn.Module:
+        """The final norm, in float32 on the device."""
+        norm = copy.deepcopy(self._norm)
+        norm.load_state_dict({"weight": self.tensor("model.norm.weight").to(self.device, torch.float32)}, assign=True)
+        return norm.requires_grad_(False)
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """What gives the logits: final norm, output head, scaling; gradients pass through it."""
         name = "lm_head.weight"
         if self.config.tie_word_embeddings and name not in self.stored:
             name = "model.embed_tokens.weight"
-        weight_VD = self.tensor(name).to(self.device, torch.float32)
-        norm = copy.deepcopy(self._norm)
-        norm.load_state_dict({"weight": self.tensor("model.norm.weight").to(self.device, torch.float32)}, assign=True)
+        weight_VD, norm = self.tensor(name).to(self.device, torch.float32), self.norm()
         scaling = getattr(self.config, "logits_scaling", 1.0)
         return lambda hidden: F.linear(norm(hidden.to(self.device)), weight_VD) / scaling
 
@@ -221,7 +226,7 @@ class Streamed:
             raise ValueError(f"windows have the shape {ids_BL.shape}; needed: [B, L] with L >= 2")
         ids = torch.from_numpy(np.ascontiguousarray(ids_BL)).to(self.device)
         hidden_BLD = self.forward(ids, batch=batch)[:, :-1]
-        head = self._head()
+        head = self.head()
         total_B = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
         for total, hidden, target in zip(*(x.split(batch) for x in (total_B, hidden_BLD, ids[:, 1:])), strict=True):
             for h, t in zip(hidden.split(_CHUNK, dim=1), target.split(_CHUNK, dim=1), strict=True):

@@ -107,7 +107,7 @@ def _clusters(parent: Streamed, hidden_BLD: Tensor, *, clusters: int, seed: int)
 
     The mean over all segments is taken off first: final states share one large direction, which tells no text apart.
     """
-    norm = _norm(parent)
+    norm = parent.norm()
     means = [norm(part).mean(1) for part in hidden_BLD.split(SEGMENT, dim=1)]
     rows_PD = torch.stack(means, dim=1).flatten(0, 1).cpu().numpy()
     count, more = divmod(len(rows_PD), clusters)
@@ -120,22 +120,14 @@ def _clusters(parent: Streamed, hidden_BLD: Tensor, *, clusters: int, seed: int)
     return cluster_P.reshape(len(hidden_BLD), -1)
 
 
-def _norm(parent: Streamed) -> Callable[[Tensor], Tensor]:
-    weight_D = parent.tensor("model.norm.weight").to(parent.device, torch.float32)
-    return lambda hidden: F.rms_norm(hidden, weight_D.shape, weight_D, parent.config.rms_norm_eps)
-
-
 def _loss_gradient(parent: Streamed, hidden_BLD: Tensor, ids_BL: Tensor) -> Tensor:
     """Gradient of the mean cross-entropy in the hidden states before the final norm, written over them."""
-    name = "lm_head.weight"
-    if parent.config.tie_word_embeddings and name not in parent.stored:
-        name = "model.embed_tokens.weight"
-    weight_VD, norm = parent.tensor(name).to(parent.device, torch.float32), _norm(parent)
+    head = parent.head()
     predicted = ids_BL[:, 1:].numel()
     for hidden_LD, target_L in zip(hidden_BLD[:, :-1], ids_BL[:, 1:], strict=True):
         for hidden, target in zip(hidden_LD.split(_POSITIONS), target_L.split(_POSITIONS), strict=True):
             leaf = hidden.clone().requires_grad_()
-            loss = F.cross_entropy(F.linear(norm(leaf), weight_VD), target, reduction="sum") / predicted
+            loss = F.cross_entropy(head(leaf), target, reduction="sum") / predicted
             hidden.copy_(torch.autograd.grad(loss, leaf)[0])
     hidden_BLD[:, -1] = 0  # nothing is predicted from the last token
     return hidden_BLD
