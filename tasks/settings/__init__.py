@@ -11,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from tasks import sources
-from tasks.settings.fields import Frozen, Name, Positive, Sha256, Share
+from tasks.settings.corpus import Corpus, SourceText
+from tasks.settings.corpus import Domain as Domain  # callers say settings.Domain
+from tasks.settings.fields import Frozen, Name, Positive, Sha256
 from tasks.settings.partition import Partition
 
 FILE = Path("pipelines.yaml")
@@ -22,14 +23,6 @@ FILE = Path("pipelines.yaml")
 
 class SettingsError(ValueError):
     """pipelines.yaml is not valid; the message lists every fault."""
-
-
-def _source(text: str) -> str:
-    sources.parse(text)
-    return text
-
-
-SourceText = Annotated[str, AfterValidator(_source)]
 
 
 class Shape(Frozen):
@@ -54,40 +47,6 @@ class Model(Frozen):
     license: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     shape: Shape | None = None
-
-
-class Domain(Frozen):
-    """One domain of a corpus."""
-
-    source: SourceText
-    format: Literal["text", "jsonl", "parquet", "mediawiki"]
-    license: str
-    sha256: Sha256 | None = None
-    sdist: bool = False
-    """Let pip prepare a source distribution, which runs the package's own setup.py."""
-    text_field: str = "text"
-    heldout: Share | None = None
-    """Overrides the corpus-wide share of documents held out."""
-
-
-class Corpus(Frozen):
-    """Domains, tokenised with one model's tokenizer."""
-
-    model: Name
-    seed: int = 0
-    heldout: Share = 0.01
-    max_bad: Share = 0.001
-    """Share of unreadable records above which a domain fails."""
-    shard_tokens: Positive = 1 << 26
-    domains: Annotated[dict[Name, Domain], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _columns(self) -> Self:
-        if taken := sorted({"mean", "step", "tokens"} & set(self.domains)):
-            raise ValueError(
-                f"domains.{taken[0]}: the metrics files have a column of that name; call the domain another"
-            )
-        return self
 
 
 class Mixture(Frozen):

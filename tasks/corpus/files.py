@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all, and stay when the power fails."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+TMP = ".tmp-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside `path` that takes its name when the block ends without an error, and is deleted otherwise.
+
+    Reaches the disk before it gets its name, and the name before this returns. Any number of writers may write the
+    same bytes at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}{TMP}{uuid.uuid4().hex}")
+    try:
+        with staging.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left behind. Nobody else may write there meanwhile."""
+    for orphan in folder.rglob(f"*{TMP}*"):
+        orphan.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""The section `corpora`: where text comes from, what is dropped, and how it becomes shards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from tasks import sources
+from tasks.settings.fields import Frozen, Name, Positive, Sha256, Share
+from tasks.settings.filters import Filter
+
+
+def _source(text: str) -> str:
+    sources.parse(text)
+    return text
+
+
+SourceText = Annotated[str, AfterValidator(_source)]
+
+
+class Domain(Frozen):
+    """One domain of a corpus."""
+
+    source: SourceText
+    format: Literal["text", "jsonl", "parquet", "mediawiki", "dataset", "megatron"]
+    license: str
+    sha256: Sha256 | None = None
+    sdist: bool = False
+    """Let pip prepare a source distribution, which runs the package's own setup.py."""
+    text_field: str = "text"
+    subset: str | None = None
+    """dataset: the configuration of a dataset that has several."""
+    split: str | None = None
+    """dataset: `train` if absent."""
+    heldout: Share | None = None
+    """Overrides the corpus-wide share of documents held out."""
+    filters: list[Filter] | None = None
+    """Overrides the corpus-wide filters; [] applies none."""
+
+    @model_validator(mode="after")
+    def _dataset(self) -> Self:
+        if self.format != "dataset" and (field := next((f for f in ("subset", "split") if getattr(self, f)), None)):
+            raise ValueError(f"`{field}` is an option of format `dataset`, not of `{self.format}`")
+        if self.source.startswith("hub:") and self.format != "dataset":
+            raise ValueError(f"source {self.source!r} is a dataset on the hub: set format: dataset")
+        return self
+
+
+class NearDuplicates(Frozen):
+    """MinHash-LSH on word n-grams: documents that share all `rows` minima of any of `bands` bands are one cluster.
+
+    Two documents of Jaccard similarity s meet with probability 1 - (1 - s^rows)^bands: 0.5 at s = 0.69, 0.92 at 0.8
+    with the defaults, which are FineWeb's.
+    """
+
+    bands: Annotated[int, Field(gt=0, le=256)] = 14
+    rows: Annotated[int, Field(gt=0, le=64)] = 8
+    ngram: Positive = 5
+    action: Literal["drop", "group"] = "drop"
+    """drop: keep a cluster's first document. group: keep all, on the same side of the hold-out."""
+
+
+class Items(Frozen):
+    """Evaluation items whose text may not be trained on: JSON lines, every string of a record is looked at."""
+
+    name: Name
+    source: SourceText
+    sha256: Sha256 | None = None
+
+
+class Decontaminate(Frozen):
+    """Drop documents that share a word n-gram with an evaluation item (13: GPT-3, arXiv 2005.14165, appendix C)."""
+
+    items: Annotated[list[Items], Field(min_length=1)]
+    ngram: Positive = 13
+
+
+class Corpus(Frozen):
+    """Domains, tokenised with one model's tokenizer. Of equal documents the domain named first keeps its own."""
+
+    model: Name
+    seed: int = 0
+    heldout: Share = 0.01
+    max_bad: Share = 0.001
+    """Share of unreadable records above which a domain fails."""
+    max_record_bytes: Positive = 1 << 26
+    """Records (a line, a file, a row) larger than this are bad: nothing may fill the memory."""
+    separators: Literal["eos", "bos", "bos_eos"] = "eos"
+    """Control tokens around each document."""
+    shard_tokens: Positive = 1 << 25
+    task_bytes: Positive = 1 << 28
+    """Input of one task, the unit of work that processes and machines share; what cannot be cut is one task."""
+    filters: list[Filter] = Field(default_factory=list)
+    keep_rejects: bool = False
+    """Keep the text of filtered documents beside the reason."""
+    near_duplicates: NearDuplicates | None = None
+    decontaminate: Decontaminate | None = None
+    domains: Annotated[dict[Name, Domain], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if taken := sorted({"mean", "step", "tokens"} & set(self.domains)):
+            raise ValueError(
+                f"domains.{taken[0]}: the metrics files have a column of that name; call the domain another"
+            )
+        return self
+
+    def filters_of(self, domain: str) -> list[Filter]:
+        """The filters that apply to a domain, in order."""
+        own = self.domains[domain].filters
+        return self.filters if own is None else own
+
+    def heldout_of(self, domain: str) -> float:
+        """Share of a domain's documents that is held out."""
+        own = self.domains[domain].heldout
+        return self.heldout if own is None else own
