@@ -2,7 +2,7 @@
 
 | column    | type                      |                                                                     |
 |-----------|---------------------------|---------------------------------------------------------------------|
-| input_ids | large_list<uint16|uint32> | EOS included; uint16 if the vocabulary fits                         |
+| input_ids | large_list<uint16|uint32> | separators included; uint16 if the vocabulary fits                  |
 | doc_id    | fixed_size_binary(16)     | xxh3-128 of the normalised text                                     |
 | source    | dictionary<int32, string> | file the document came from                                         |
 | row       | uint64                    | its line, row or page there                                         |
@@ -14,75 +14,140 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from tasks.corpus import files
+
 FORMAT = "moeforge-shard-1"
 FIRST_IDS = 32
-TMP = ".tmp-"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A tokenised document."""
+class Part:
+    """Tokenised documents on their way into one shard, in the order they were read; ids are referenced, not copied."""
 
-    ids: NDArray[Any]
-    doc_id: bytes
-    source: str
-    row: int
-    text_bytes: int
+    def __init__(self) -> None:
+        self.text_bytes = self.tokens = 0
+        self._ids: list[NDArray[Any]] = []
+        self._offsets: list[NDArray[np.int64]] = []
+        self._doc_ids: list[NDArray[np.uint8]] = []
+        self._rows: list[NDArray[np.uint64]] = []
+        self._names: dict[str, int] = {}
+        self._sources: list[int] = []
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return len(self._sources)
+
+    def append(
+        self,
+        ids: NDArray[Any],
+        offsets: NDArray[np.int64],
+        *,
+        doc_ids: NDArray[np.uint8],
+        sources: Sequence[str],
+        rows: NDArray[np.uint64],
+        text_bytes: int,
+    ) -> None:
+        """Add n documents.
+
+        Args:
+            ids: uint16 or uint32, flat, of the shard's own dtype; document i is `ids[offsets[i]:offsets[i + 1]]`.
+            offsets: [n + 1], not falling; they need not begin at 0, so a slice of a batch's offsets is enough.
+            doc_ids: [n, 16].
+            sources: the file of each document.
+            rows: [n], where each stands in its file.
+            text_bytes: UTF-8 bytes of all n texts together.
+
+        Raises:
+            ValueError: the lengths don't agree.
+        """
+        n = len(offsets) - 1
+        if not n == len(doc_ids) == len(sources) == len(rows):
+            raise ValueError(f"{n} documents, {len(doc_ids)} doc_ids, {len(sources)} sources and {len(rows)} rows")
+        self._ids.append(ids)
+        self._offsets.append(offsets)
+        self._doc_ids.append(doc_ids)
+        self._rows.append(rows)
+        self._sources += [self._names.setdefault(name, len(self._names)) for name in sources]
+        self.tokens += int(offsets[-1] - offsets[0])
+        self.text_bytes += int(text_bytes)
+
+    def batch(self, order: NDArray[np.int64], *, dtype: type[np.unsignedinteger]) -> pa.RecordBatch:
+        """The documents as the record batch of a shard, `order[i]` (int64 [documents]) in place i.
+
+        Raises:
+            TypeError: ids of another type than `dtype`.
+        """
+        if other := {ids.dtype for ids in self._ids} - {np.dtype(dtype)}:
+            raise TypeError(f"ids are {other.pop()}, not {np.dtype(dtype)}")
+        starts = np.concatenate([offsets[:-1] for offsets in self._offsets])
+        lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])[order]
+        ends = np.concatenate([[0], lengths.cumsum()])
+        home = np.repeat(np.arange(len(self._ids)), [len(offsets) - 1 for offsets in self._offsets])
+        flat = np.empty(self.tokens, dtype=dtype)
+        pieces = zip(home[order].tolist(), starts[order].tolist(), ends[:-1].tolist(), lengths.tolist(), strict=True)
+        for chunk, start, place, length in pieces:
+            flat[place : place + length] = self._ids[chunk][start : start + length]
+        doc_ids = np.concatenate(self._doc_ids)[order]
+        names = pa.array(list(self._names), pa.string()).take(pa.array(np.array(self._sources, dtype=np.int64)[order]))
+        arrays = {
+            "input_ids": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat)),
+            "doc_id": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(16), len(doc_ids), [None, pa.py_buffer(np.ascontiguousarray(doc_ids))]
+            ),
+            "source": names.dictionary_encode(),
+            "row": pa.array(np.concatenate(self._rows)[order], pa.uint64()),
+        }
+        return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
 
 
-def write(path: Path, rows: list[Row], *, dtype: type[np.unsignedinteger], metadata: dict[str, str]) -> dict[str, Any]:
+def write(
+    path: Path, part: Part, *, order: NDArray[np.int64], dtype: type[np.unsignedinteger], metadata: dict[str, str]
+) -> dict[str, Any]:
     """Write a shard and then its sidecar; return the sidecar. A reader finds the old files, the new ones, or none.
 
-    `metadata` goes into the schema; its `task_key` names everything that the shard's bytes depend on.
+    Memory: the ids of the part once more. `metadata` goes into the schema; its `task_key` names everything that the
+    shard's bytes depend on.
     """
-    flat = np.concatenate([row.ids for row in rows])
-    lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    arrays = {
-        "input_ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat)),
-        "doc_id": pa.array([row.doc_id for row in rows], pa.binary(16)),
-        "source": pa.array([row.source for row in rows]).dictionary_encode(),
-        "row": pa.array([row.row for row in rows], pa.uint64()),
-    }
-    if flat.dtype != dtype:
-        raise TypeError(f"{path}: ids are {flat.dtype}, not {dtype}")
-    facts = {**metadata, "documents": str(len(rows)), "tokens": str(len(flat))}
-    batch = pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+    batch = part.batch(order, dtype=dtype)
+    facts = {**metadata, "documents": str(batch.num_rows), "tokens": str(part.tokens)}
     batch = batch.replace_schema_metadata(facts)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    content = memoryview(sink.getvalue())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, content)
+    with files.replacing(path) as file:
+        sink = _Hashed(file)
+        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
+            writer.write_batch(batch)
+    ids, doc_ids = flat_ids(batch), batch.column("doc_id")
     sidecar = {
         "path": str(Path(*path.parts[-3:])),
-        "size": len(content),
-        "documents": len(rows),
-        "tokens": len(flat),
-        "text_bytes": sum(row.text_bytes for row in rows),
-        "min_id": int(flat.min()),
-        "max_id": int(flat.max()),
-        "first_ids": flat[:FIRST_IDS].tolist(),
-        "first_doc_id": rows[0].doc_id.hex(),
-        "last_doc_id": rows[-1].doc_id.hex(),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "xxh3_128": xxhash.xxh3_128_hexdigest(content),
+        "size": sink.size,
+        "documents": batch.num_rows,
+        "tokens": len(ids),
+        "text_bytes": part.text_bytes,
+        "min_id": int(ids.min()),
+        "max_id": int(ids.max()),
+        "first_ids": ids[:FIRST_IDS].tolist(),
+        "first_doc_id": doc_ids[0].as_py().hex(),
+        "last_doc_id": doc_ids[-1].as_py().hex(),
+        "sha256": sink.sha256.hexdigest(),
+        "xxh3_128": sink.xxh3_128.hexdigest(),
         "task_key": metadata["task_key"],
     }
-    _replace(sidecar_of(path), memoryview((json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode()))
+    write_sidecar(path, sidecar)
     return sidecar
+
+
+def write_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
+    """Commit the shard at `path`."""
+    with files.replacing(sidecar_of(path)) as file:
+        file.write((json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode())
 
 
 def committed(path: Path, task_key: str) -> dict[str, Any] | None:
@@ -96,14 +161,8 @@ def committed(path: Path, task_key: str) -> dict[str, Any] | None:
 
 
 def sidecar_of(path: Path) -> Path:
-    """part-00000.arrow -> part-00000.json"""
+    """part-00000-000.arrow -> part-00000-000.json"""
     return path.with_suffix(".json")
-
-
-def sweep(folder: Path) -> None:
-    """Delete what writers that were killed left behind."""
-    for orphan in folder.rglob(f"*{TMP}*"):
-        orphan.unlink()
 
 
 def open_shard(path: Path) -> pa.RecordBatch:
@@ -125,15 +184,25 @@ def flat_ids(batch: pa.RecordBatch) -> NDArray[Any]:
     return batch.column("input_ids").values.to_numpy(zero_copy_only=True)
 
 
-def _replace(path: Path, content: memoryview) -> None:
-    staging = path.with_name(f".{path.name}{TMP}{uuid.uuid4().hex}")
-    with staging.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk before the sidecar does
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def offsets(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    """Where each document begins in the flat ids, and where the last ends: int64 [documents + 1], from the map."""
+    return batch.column("input_ids").offsets.to_numpy(zero_copy_only=True)
+
+
+class _Hashed:
+    """A file that knows the size and the digests of what was written to it."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.size = 0
+        self.sha256, self.xxh3_128 = hashlib.sha256(), xxhash.xxh3_128()
+
+    def write(self, content: Any) -> int:
+        """Write bytes or a buffer."""
+        view = memoryview(content)
+        self.sha256.update(view)
+        self.xxh3_128.update(view)
+        self.size += view.nbytes
+        return self._file.write(view)
