@@ -1,74 +1,169 @@
-"""Text to token ids, by the tokenizer of a model directory (Hugging Face `tokenizers`).
+"""Text to token ids, by the tokenizer of a model directory.
 
 What stands in a document is text: a document that contains `<|endoftext|>` or `</s>` gets the ids of those characters,
-never the special id. EOS follows each document; there is no BOS. Other backends can stand behind `Encoder`.
+never the special id. The separators around a document are the corpus's choice; nothing else adds a token.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tasks.corpus import backends
+
+BATCH_CHARACTERS = 1 << 22
+"""A call to the backend gets about this much text, or one longer document: its results are large objects."""
 
 
 class TokenizerError(ValueError):
     """A model directory whose tokenizer cannot be used; the message names the file."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """A tokenizer ready for corpus text.
+class BackendMismatch(TokenizerError):
+    """A backend gave other ids than the reference while the corpus was made."""
 
-    `fingerprint` is `<sha256 of the canonical tokenizer.json>/eos=<id>/<flags>/<backend version>`.
+
+class Encoder:
+    """A tokenizer ready for corpus text. Made by `load_encoder`; one thread uses it at a time.
+
+    `fingerprint` is `<sha256 of the canonical tokenizer.json>/eos=<id>[/bos=<id>]/<flags>`: what decides the ids. The
+    backend is not in it.
     """
 
-    backend: Any
-    fingerprint: str
-    vocab_size: int
-    eos_token_id: int
+    def __init__(
+        self,
+        backend: backends.Backend,
+        *,
+        reference: backends.Reference,
+        digest: str,
+        vocab_size: int,
+        eos_token_id: int,
+        bos_token_id: int | None,
+        separators: str,
+        probed: int = 0,
+    ) -> None:
+        self.reference = reference
+        self.backend_name = backend.name
+        self.vocab_size = vocab_size
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self.checks = {"probed": probed, "sampled": 0}
+        self._backend = backend
+        self._bos, self._eos = separators != "eos", separators != "bos"
+        bos, flag = (f"/bos={bos_token_id}", "") if self._bos else ("", ",no-bos")
+        self.fingerprint = f"{digest}/eos={eos_token_id}{bos}/specials-as-text{flag}{'' if self._eos else ',no-eos'}"
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
         """The narrowest unsigned type that holds every id."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """Ids of each text, EOS appended. The backend may use every core; the result doesn't depend on it."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eos_token_id], dtype=self.dtype) for encoding in encodings]
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Ids of the texts with their separators: `dtype` [tokens], and where each text starts, int64 [texts + 1].
+
+        The backend may use every core; the result doesn't depend on it.
+        """
+        parts = [self._backend.encode(batch) for batch in _batches(texts)]
+        return self._separate([ids for ids, _ in parts], [np.diff(offsets) for _, offsets in parts])
+
+    def wrap(self, ids: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The same of documents that are ids already; a separator that a document has in its place is not doubled.
+
+        Raises:
+            TokenizerError: an id outside the vocabulary.
+        """
+        documents = [self._bare(np.asarray(document)) for document in ids]
+        for document in documents:
+            if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self.vocab_size:
+                raise TokenizerError(
+                    f"id {int(document.max() if document.min() >= 0 else document.min())} in a tokenised document is "
+                    f"outside the vocabulary of {self.vocab_size}: it was made with another tokenizer"
+                )
+        return self._separate(documents, [np.array([len(document) for document in documents], dtype=np.int64)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens shown."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        return self.reference.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _bare(self, ids: NDArray[Any]) -> NDArray[Any]:
+        start = int(self._bos and len(ids) > 0 and ids[0] == self.bos_token_id)
+        stop = len(ids) - int(self._eos and len(ids) > start and ids[-1] == self.eos_token_id)
+        return ids[start:stop]
+
+    def _separate(
+        self, ids: list[NDArray[Any]], sizes: list[NDArray[np.int64]]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *sizes])
+        lengths[1:] += self._bos + self._eos
+        offsets = np.cumsum(lengths)
+        out = np.empty(offsets[-1], dtype=self.dtype)
+        text = np.ones(len(out), dtype=bool)
+        if self._bos:
+            out[offsets[:-1]], text[offsets[:-1]] = self.bos_token_id, False
+        if self._eos:
+            out[offsets[1:] - 1], text[offsets[1:] - 1] = self.eos_token_id, False
+        out[text] = np.concatenate([np.zeros(0, dtype=self.dtype), *ids], casting="unsafe", dtype=self.dtype)
+        return out, offsets
 
 
-def load_encoder(model_dir: Path) -> Encoder:
-    """Open the tokenizer of a model directory. Raises TokenizerError naming the file that lacks something."""
-    import tokenizers
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Consecutive runs of texts of about BATCH_CHARACTERS; a longer text stands alone."""
+    start, size = 0, 0
+    for i, text in enumerate(texts):
+        if size and size + len(text) > BATCH_CHARACTERS:
+            yield texts[start:i]
+            start, size = i, 0
+        size += len(text)
+    if start < len(texts):
+        yield texts[start:]
 
+
+def load_encoder(
+    model_dir: Path,
+    *,
+    separators: str = "eos",
+    backend: Literal["auto", "reference"] = "reference",
+) -> Encoder:
+    """Open the tokenizer of a model directory.
+
+    Args:
+        separators: `eos` after each document, `bos` before each, or `bos_eos`.
+        backend: `auto` takes the fastest that is installed and agrees with the reference.
+
+    Raises:
+        TokenizerError: a file lacks something, or a separator has no token.
+    """
     raw = _tokenizer_json(model_dir)
-    backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
-    backend.encode_special_tokens = True  # specials in a document are text
-    eos = _eos(model_dir, backend)
-    identity = hashlib.sha256(json.dumps(raw, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
-    flags = "specials-as-text,no-bos"
+    reference = backends.Reference(raw)
+    eos, bos = _control(model_dir, "eos", reference), _control(model_dir, "bos", reference)
+    if eos is None or (bos is None and separators != "eos"):
+        name, mend = ("eos", "ends a document") if eos is None else ("bos", "starts one, or set `separators: eos`")
+        raise TokenizerError(
+            f"{model_dir / 'tokenizer_config.json'}: {name}_token is not in the vocabulary, and config.json has no "
+            f"{name}_token_id; name the token that {mend}"
+        )
+    rows = _json(model_dir / "config.json").get("vocab_size", 0)
+    identity = json.dumps(raw, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return Encoder(
-        backend=backend,
-        fingerprint=f"{identity.hexdigest()}/eos={eos}/{flags}/tokenizers-{tokenizers.__version__}",
-        vocab_size=max(backend.get_vocab_size(with_added_tokens=True), _config(model_dir).get("vocab_size", 0)),
+        reference,
+        reference=reference,
+        digest=hashlib.sha256(identity.encode()).hexdigest(),
+        vocab_size=max(reference.tokenizer.get_vocab_size(with_added_tokens=True), rows),
         eos_token_id=eos,
+        bos_token_id=bos,
+        separators=separators,
     )
 
 
 def same_ids(a: str, b: str) -> bool:
-    """Whether two fingerprints mean the same vocabulary, merges and flags, whatever version of the backend ran."""
-    return a.rpartition("/")[0] == b.rpartition("/")[0]
+    """Whether two fingerprints mean the same vocabulary, merges and EOS, whatever separators a corpus has."""
+    return a.split("/")[:2] == b.split("/")[:2]
 
 
 def token_bytes(model_dir: Path) -> NDArray[np.int64]:
@@ -82,9 +177,9 @@ def token_bytes(model_dir: Path) -> NDArray[np.int64]:
     raw = _tokenizer_json(model_dir)
     encoder = load_encoder(model_dir)
     kinds = set(_kinds(raw.get("pre_tokenizer"))) | set(_kinds(raw.get("decoder")))
-    added = encoder.backend.get_added_tokens_decoder()
+    added = encoder.reference.tokenizer.get_added_tokens_decoder()
     sizes = np.zeros(encoder.vocab_size, dtype=np.int64)
-    for token, i in encoder.backend.get_vocab(with_added_tokens=True).items():
+    for token, i in encoder.reference.tokenizer.get_vocab(with_added_tokens=True).items():
         if i in added:
             sizes[i] = 0 if added[i].special else len(added[i].content.encode())
         elif "ByteLevel" in kinds:
@@ -119,21 +214,15 @@ def _tokenizer_json(model_dir: Path) -> dict[str, Any]:
     return {**json.loads(path.read_text()), "truncation": None, "padding": None}
 
 
-def _config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
+def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _eos(model_dir: Path, backend: Any) -> int:
-    path = model_dir / "tokenizer_config.json"
-    token = json.loads(path.read_text()).get("eos_token") if path.exists() else None
+def _control(model_dir: Path, name: str, reference: backends.Reference) -> int | None:
+    """Id of the tokenizer's `eos` or `bos` token, else the model's."""
+    token = _json(model_dir / "tokenizer_config.json").get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and (found := backend.token_to_id(token)) is not None:
+    if token is not None and (found := reference.tokenizer.token_to_id(token)) is not None:
         return found
-    ids = _config(model_dir).get("eos_token_id")
-    first = ids[0] if isinstance(ids, list) else ids
-    if first is None:
-        raise TokenizerError(
-            f"{path}: eos_token = {token!r} is not in the vocabulary; name the token that ends a document"
-        )
-    return first
+    ids = _json(model_dir / "config.json").get(f"{name}_token_id")
+    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
