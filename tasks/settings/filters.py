@@ -1,12 +1,20 @@
-"""The filters of a corpus: a model each, told apart by `rule`; tasks/corpus/filters applies them."""
+"""The filters of a corpus: a model each, told apart by `rule`; tasks/corpus/filters applies them, docs/filters.md says
+what they drop.
+
+They are made for prose. A knob that may be None is off then.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tasks.settings.fields import Frozen, Positive
+
+Above0 = Annotated[float, Field(gt=0)]
+Share1 = Annotated[float, Field(gt=0, le=1)]
+"""A share, 1 included. 0 is not: datatrove takes it for "off"."""
 
 
 class Length(Frozen):
@@ -23,4 +31,104 @@ class Length(Frozen):
         return self
 
 
-Filter = Length
+class GopherQuality(Frozen):
+    """Gopher's quality rules (arXiv 2112.11446, appendix A1.1), by datatrove's GopherQualityFilter, its defaults."""
+
+    rule: Literal["gopher_quality"]
+    min_doc_words: Positive = 50
+    max_doc_words: Positive | None = 100_000
+    min_avg_word_length: Above0 | None = 3.0
+    max_avg_word_length: Above0 | None = 10.0
+    max_symbol_word_ratio: Share1 | None = 0.1
+    max_bullet_lines_ratio: Share1 | None = 0.9
+    max_ellipsis_lines_ratio: Share1 | None = 0.3
+    max_non_alpha_words_ratio: Share1 | None = 0.8
+    """datatrove's name; it is the least share of words with a letter in them."""
+    min_stop_words: Positive | None = 2
+    stop_words: list[str] | None = None
+    """English ones if absent: the, be, to, of, and, that, have, with."""
+
+
+class GopherRepetition(Frozen):
+    """Gopher's repetition rules (arXiv 2112.11446, table A1), by datatrove's GopherRepetitionFilter, its defaults."""
+
+    rule: Literal["gopher_repetition"]
+    dup_line_frac: Share1 | None = 0.3
+    dup_para_frac: Share1 | None = 0.3
+    dup_line_char_frac: Share1 | None = 0.2
+    dup_para_char_frac: Share1 | None = 0.2
+    top_n_grams: dict[Positive, Share1] = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
+    """n: largest share of the characters in the commonest n-gram of words."""
+    dup_n_grams: dict[Positive, Share1] = Field(default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1})
+    """n: largest share of the characters in repeated n-grams of words."""
+
+
+class C4Quality(Frozen):
+    """C4's rules (arXiv 1910.10683, section 2.2), by datatrove's C4QualityFilter, its defaults.
+
+    A verdict only: lines that C4 would cut out do not count as text here, but a document that is kept is kept whole.
+    """
+
+    rule: Literal["c4_quality"]
+    min_num_sentences: Positive = 5
+    """In lines that count."""
+    filter_no_terminal_punct: bool = True
+    """Lines without . ? ! or a quotation mark at their end do not count."""
+    min_words_per_line: Positive = 3
+    max_word_length: Positive = 1000
+    filter_javascript: bool = True
+    filter_policy: bool = True
+    """Lines on cookies, terms of use and the like do not count."""
+    filter_lorem_ipsum: bool = True
+    filter_curly_bracket: bool = True
+
+
+class FineWebQuality(Frozen):
+    """FineWeb's own rules (arXiv 2406.17557, section 3.6), by datatrove's FineWebQualityFilter, its defaults."""
+
+    rule: Literal["fineweb_quality"]
+    line_punct_thr: Share1 = 0.12
+    """Least share of lines that end in punctuation."""
+    line_punct_exclude_zero: bool = False
+    short_line_thr: Share1 = 0.67
+    """Largest share of lines of at most short_line_length characters."""
+    short_line_length: Positive = 30
+    char_duplicates_ratio: Share1 = 0.01
+    """Largest share of characters in repeated lines."""
+    new_line_ratio: Above0 = 0.3
+    """Most line breaks per word."""
+
+
+class Language(Frozen):
+    """Documents in another language than these, or in none for sure, by py3langid's model of 139 languages."""
+
+    rule: Literal["language"]
+    languages: Annotated[list[str], Field(min_length=1)]
+    """ISO 639-1 codes, or 639-3 where there is none."""
+    min_score: Annotated[float, Field(ge=0, le=1)] = 0.5
+    chars: Positive = 2000
+    """Only so many characters of the start are looked at."""
+
+
+class Fluency(Frozen):
+    """Text that is not running words of a language, judged by the frequencies of its words."""
+
+    rule: Literal["fluency"]
+    language: str = "en"
+    min_zipf: Above0 = 4.0
+    """Least mean over the words of log10 of the word's occurrences per 10^9 words; an unknown word counts 0."""
+
+
+class Advertisement(Frozen):
+    """English advertisements, by phrases that sell, prices, numbers to call and links."""
+
+    rule: Literal["advertisement"]
+    max_per_100_words: Above0 = 3.0
+    min_hits: Positive = 3
+    """Documents with fewer hits are kept at any density."""
+
+
+Filter = Annotated[
+    Length | GopherQuality | GopherRepetition | C4Quality | FineWebQuality | Language | Fluency | Advertisement,
+    Field(discriminator="rule"),
+]

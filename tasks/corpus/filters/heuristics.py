@@ -1,0 +1,77 @@
+"""The rules of Gopher, C4 and FineWeb: datatrove's own classes, with our splitter in place of spaCy's.
+
+datatrove takes a WordTokenizer in place of a language's name, and imports neither spaCy nor NLTK then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from tasks.corpus.filters.words import sentence_spans, words
+from tasks.settings import filters as rules
+
+_LARGE = 1 << 20
+
+
+def gopher_quality(rule: rules.GopherQuality) -> Callable[[str], str | None]:
+    from datatrove.pipeline.filters import GopherQualityFilter
+
+    return _judge(GopherQualityFilter(**_knobs(rule), language=splitter()), prefix="gopher_")
+
+
+def gopher_repetition(rule: rules.GopherRepetition) -> Callable[[str], str | None]:
+    from datatrove.pipeline.filters import GopherRepetitionFilter
+
+    knobs = _knobs(rule)
+    for name in ("top_n_grams", "dup_n_grams"):
+        knobs[name] = tuple(sorted(knobs[name].items()))
+    return _judge(GopherRepetitionFilter(**knobs, language=splitter()))
+
+
+def c4_quality(rule: rules.C4Quality) -> Callable[[str], str | None]:
+    from datatrove.pipeline.filters import C4QualityFilter
+
+    return _judge(C4QualityFilter(**_knobs(rule), language=splitter()))
+
+
+def fineweb_quality(rule: rules.FineWebQuality) -> Callable[[str], str | None]:
+    from datatrove.pipeline.filters import FineWebQualityFilter
+
+    return _judge(FineWebQualityFilter(**_knobs(rule), language=splitter()))
+
+
+@cache
+def splitter() -> Any:
+    """Our splitter as datatrove's WordTokenizer: one for all filters, since datatrove caches splits by it."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Splitter(WordTokenizer):
+        def word_tokenize(self, text: str) -> list[str]:
+            return words(text)
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            return [text[start:end].strip() for start, end in sentence_spans(text)]
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            return sentence_spans(text)
+
+    return Splitter()
+
+
+def _knobs(rule: rules.Frozen) -> dict[str, Any]:
+    return rule.model_dump(exclude={"rule"})
+
+
+def _judge(filtering: Any, *, prefix: str = "") -> Callable[[str], str | None]:
+    from datatrove.data import Document
+    from datatrove.utils.text import split_into_parts
+
+    def judge(text: str) -> str | None:
+        result = filtering.filter(Document(text=text, id=""))
+        if len(text) > _LARGE:
+            split_into_parts.cache_clear()  # it would hold the words of the last five texts
+        return None if result is True else result[1].removeprefix(prefix)
+
+    return judge
