@@ -1,7 +1,8 @@
-"""Counters that units at work leave in a shared folder, and one display of them: live or, without a terminal, lines."""
+"""Counters that units at work leave in a shared folder, and one display of them: live on a terminal, else lines."""
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import threading
@@ -153,21 +154,15 @@ class Tally:
 
     def rate(self, domain: str, phase: str | None = None) -> float | None:
         """Input bytes per second of this run, in one phase or over all; None before there is a figure."""
-        chosen = [sums for (name, of), sums in self.sums.items() if name == domain and phase in (None, of)]
+        chosen = self._of(domain, phase)
         seconds = sum(sums.until - sums.began for sums in chosen if sums.began is not None)
         return max(sums.fresh for sums in chosen) / seconds if seconds > 0 else None
 
-    def _of(self, domain: str) -> list[Sums]:
-        return [sums for (name, _), sums in self.sums.items() if name == domain]
+    def _of(self, domain: str, phase: str | None = None) -> list[Sums]:
+        return [sums for (name, of), sums in self.sums.items() if name == domain and phase in (None, of)]
 
     def _read(self) -> None:
-        try:
-            names = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.endswith(".json"))
-        except OSError:  # not there yet, or not now
-            return
-        for name in names:
-            if name in self._closed:
-                continue
+        for name in sorted(set(glob.glob("*.json", root_dir=self._folder)) - self._closed):
             try:
                 unit = Snapshot.model_validate_json((self._folder / name).read_bytes())
             except (OSError, ValueError):  # vanished or half-written: the next look may find it whole
@@ -185,7 +180,7 @@ class Display:
 
     def __init__(self, folder: Path, *, domains: list[str]) -> None:
         self._domains = domains
-        self._tally = Tally(folder, time.monotonic())
+        self.tally = Tally(folder, time.monotonic())
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="corpus display", daemon=True)
@@ -198,8 +193,7 @@ class Display:
             from rich.live import Live
 
             # stdout is left alone: it may be a file or a pipe, and rich would send it to the terminal.
-            console = Console(stderr=True)
-            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
+            self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=False)
 
     def __enter__(self) -> Self:
         if self._live:
@@ -210,7 +204,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._tally.poll(time.monotonic())
+        self.tally.poll(time.monotonic())
         if self._live:
             with suppress(OSError, ValueError):
                 self._live.stop()
@@ -220,14 +214,24 @@ class Display:
     def phase(self, name: str, units: int) -> None:
         """A phase begins, of so many units, those that an earlier run finished among them."""
         with self._lock:
-            self._tally.poll(time.monotonic())
+            self.tally.poll(time.monotonic())
             self._phase, self._units, self._began = name, units, time.monotonic()
-            self._done_before = self._tally.done(name)
-            resumed = f", {self._done_before:,} of them done before" if self._done_before else ""
+            self._done_before = self.tally.done(name)
             if self._live:
                 self._refresh()
             else:
-                self.say(f"{name}: {units:,} units{resumed}")
+                before = f", {self._done_before:,} of them done before" if self._done_before else ""
+                self.say(f"{name}: {units:,} units{before}")
+
+    def look(self) -> None:
+        """Read the meters and show them; the display's thread does it once a second."""
+        with self._lock:
+            self.tally.poll(time.monotonic())
+            if self._live:
+                self._refresh()
+            elif self._phase and time.monotonic() - self._printed >= EVERY:
+                self._printed = time.monotonic()
+                self._print()
 
     def say(self, text: str) -> None:
         """Print a line above the display."""
@@ -239,26 +243,19 @@ class Display:
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL):
-            with self._lock:
-                self._tally.poll(time.monotonic())
-                if self._live:
-                    self._refresh()
-                elif self._phase and time.monotonic() - self._printed >= EVERY:
-                    self._printed = time.monotonic()
-                    self._print()
+            self.look()
 
     def _print(self) -> None:
         """Where the phase is, and the domains in which something changed since the last time."""
-        done, eta = self._tally.done(self._phase), self._eta()
+        done, eta = self.tally.done(self._phase), self._eta()
         self.say(f"{self._phase}: {done:,} of {self._units:,} units{f', {eta} to go' if eta else ''}")
         for domain in self._started():
-            line = self._line(domain, self._phase)
-            if line != self._lines.get(domain):
+            if (line := self._line(domain, self._phase)) != self._lines.get(domain):
                 self._lines[domain] = line
                 self.say(f"  {line}")
 
     def _started(self) -> list[str]:
-        return [domain for domain in self._domains if any(name == domain for name, _ in self._tally.sums)]
+        return [domain for domain in self._domains if any(name == domain for name, _ in self.tally.sums)]
 
     def _line(self, domain: str, phase: str | None) -> str:
         files, documents, tokens, rate, dropped = self._cells(domain, phase)
@@ -266,18 +263,17 @@ class Display:
         return text + (f", {rate} MB/s" if rate else "") + (f"; dropped {dropped}" if dropped else "")
 
     def _cells(self, domain: str, phase: str | None) -> list[str]:
-        tally = self._tally
-        rate, records = tally.rate(domain, phase), tally.largest(domain, "documents")
-        worst = tally.dropped(domain).most_common(SHOWN) if records else []
+        rate, records = self.tally.rate(domain, phase), self.tally.largest(domain, "documents")
+        worst = self.tally.dropped(domain).most_common(SHOWN) if records else []
         return [
-            *(f"{tally.largest(domain, counter):,}" for counter in ("files", "documents", "tokens")),
+            *(f"{self.tally.largest(domain, counter):,}" for counter in ("files", "documents", "tokens")),
             "" if rate is None else f"{rate / 1e6:.1f}",
             ", ".join(f"{rule} {count / records:.1%}" for rule, count in worst),
         ]
 
     def _eta(self) -> str:
         """Time left by the units that this run finished; "" before the first."""
-        done = self._tally.done(self._phase)
+        done = self.tally.done(self._phase)
         fresh = done - self._done_before
         if fresh <= 0 or done >= self._units:
             return ""
@@ -290,14 +286,13 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False)
-        table.add_column("domain", no_wrap=True)
+        table = Table("domain", box=None, pad_edge=False)
         for title in ("files", "documents", "tokens", "MB/s"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("dropped", no_wrap=True, overflow="ellipsis", ratio=1)
         for domain in self._domains:
             table.add_row(domain, *self._cells(domain, self._phase))
-        done = self._tally.done(self._phase)
+        done = self.tally.done(self._phase)
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             Text(self._phase),

@@ -1,54 +1,265 @@
+"""Meters in a shared folder, their sums, and the display of both kinds, in a process that a terminal looks at."""
+
 from __future__ import annotations
 
 import os
 import pty
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tasks.corpus import progress
-from tasks.corpus.build import Built
+from tasks.corpus import files, progress
+from tasks.corpus.progress import Display, Meter, Snapshot, Tally
 
 ROOT = Path(__file__).parents[2]
-BUILT = Built(
-    splits={"train": [{"tokens": 1000}], "heldout": [{"tokens": 234}]},
-    rules={"read": 10, "bad": 1, "empty": 0, "kept": 9},
-    bad={"invalid JSON": "1, the first in a.jsonl, row 3: torn"},
-    encoded_tokens=1234,
-    seconds=2.0,
+WORK = """
+import sys
+from pathlib import Path
+from tasks.corpus import progress
+progress.POLL = 0.05
+with progress.Display(Path(sys.argv[1]), domains=["code", "books"]) as display:
+    display.phase("scan", 2)
+    meter = progress.Meter(Path(sys.argv[1]), phase="scan", domain="code", task=0)
+    meter.add(1, documents=200, bytes=5)
+    meter.rules["length.too_short"] += 3
+    meter.close()
+    display.say("[code] bad: torn.jsonl, row 3")
+    display.phase("tokenise", 2)
+print("the corpus")
+"""
+
+
+def snapshot(folder: Path, name: str) -> Snapshot:
+    return Snapshot.model_validate_json((folder / name).read_bytes())
+
+
+def meter(folder: Path, *, phase: str = "scan", domain: str = "code", task: int = 0) -> Meter:
+    return Meter(folder, phase=phase, domain=domain, task=task)
+
+
+def test_a_meter_writes_when_it_begins_once_a_second_and_when_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = 0.0, []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    counting = meter(tmp_path, task=7)
+    seen.append(snapshot(tmp_path, "scan-code-00007.json").documents)
+    for quarter in range(1, 10):
+        now = quarter / 4
+        counting.add(documents=1)
+        seen.append(snapshot(tmp_path, "scan-code-00007.json").documents)
+    counting.rules["empty"] += 2
+    counting.close()
+    assert seen == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    last = snapshot(tmp_path, "scan-code-00007.json")
+    assert (last.done, last.documents, last.rules) == (True, 9, {"empty": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-code-00007.json"]
+
+
+def test_what_a_killed_meter_leaves_is_found_by_a_sweep_and_by_no_display(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            meter(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert Tally(tmp_path, 0.0).sums == {}
+    files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_meter_that_cannot_write_lets_the_work_go_on(tmp_path: Path) -> None:
+    counting = meter(tmp_path / "gone")
+    for path in (tmp_path / "gone").iterdir():
+        path.unlink()
+    (tmp_path / "gone").rmdir()
+    counting.add(documents=1)
+    counting.close()
+    assert not (tmp_path / "gone").exists()
+
+
+counters = st.fixed_dictionaries({name: st.integers(0, 10**12) for name in ("files", "documents", "tokens", "bytes")})
+units = st.tuples(st.sampled_from(["scan", "tokenise"]), st.sampled_from(["code", "books"]), counters, st.booleans())
+
+
+@given(st.lists(units, max_size=8))
+def test_a_tally_sums_each_domain_and_phase(
+    tmp_path_factory: pytest.TempPathFactory, made: list[tuple[str, str, dict[str, int], bool]]
+) -> None:
+    folder = tmp_path_factory.mktemp("meters")
+    tally = Tally(folder, 0.0)
+    expected: dict[tuple[str, str], Counter[str]] = {}
+    for task, (phase, domain, counts, done) in enumerate(made):
+        unit = Snapshot(phase=phase, domain=domain, task=task, attempt=str(task), done=done, **counts)  # type: ignore[arg-type]
+        (folder / f"{phase}-{domain}-{task:05}.json").write_text(unit.model_dump_json())
+        total = expected.setdefault((domain, phase), Counter())
+        total.update({"fresh" if key == "bytes" else key: n for key, n in counts.items()} | {"done": int(done)})
+    for now in (1.0, 2.0):  # a second look changes nothing
+        tally.poll(now)
+        names = ("files", "documents", "tokens", "fresh", "done")
+        assert {key: {n: getattr(sums, n) for n in names} for key, sums in tally.sums.items()} == {
+            key: {n: total[n] for n in names} for key, total in expected.items()
+        }
+
+
+def test_what_earlier_runs_did_counts_but_not_in_the_rate(tmp_path: Path) -> None:
+    before = meter(tmp_path, task=0)
+    before.add(documents=10, bytes=10**9)
+    before.close()
+    killed = meter(tmp_path, task=1)
+    killed.add(documents=5, bytes=10**9)
+    killed._write()
+    going_on = meter(tmp_path, task=2)  # on another machine, all the while
+    going_on.add(documents=1, bytes=1000)
+    going_on._write()
+
+    tally = Tally(tmp_path, 100.0)
+    assert tally.done("scan") == 1
+    assert tally.largest("code", "documents") == 16
+    assert tally.rate("code", "scan") is None
+    again = meter(tmp_path, task=1)
+    again.add(documents=2, bytes=3000)
+    again.close()
+    going_on.add(documents=1, bytes=1000)
+    going_on.close()
+    tally.poll(104.0)
+    assert tally.done("scan") == 3
+    assert tally.largest("code", "documents") == 14
+    assert tally.rate("code", "scan") == 4000 / 4.0
+    tally.poll(200.0)  # the rate is that of the time in which something moved
+    assert tally.rate("code", "scan") == 4000 / 4.0
+
+
+def test_the_rate_of_a_run_leaves_out_the_time_between_its_phases(tmp_path: Path) -> None:
+    tally = Tally(tmp_path, 0.0)
+    for phase, now in (("scan", 2.0), ("tokenise", 50.0)):
+        tally.poll(now - 2.0)
+        counting = meter(tmp_path, phase=phase)
+        counting.add(documents=10, bytes=8000)
+        counting.close()
+        tally.poll(now)
+    assert tally.rate("code", "tokenise") == 4000
+    assert tally.rate("code") == 2000  # 8000 bytes of input, each seen in two phases of two seconds
+
+
+def test_rules_add_up_over_phases_and_what_is_no_drop_is_left_out(tmp_path: Path) -> None:
+    for phase, rules in (("scan", {"read": 10, "empty": 2, "bad": 0}), ("tokenise", {"duplicate": 3, "kept": 5})):
+        counting = meter(tmp_path, phase=phase)
+        counting.add(documents=10)
+        counting.rules.update(rules)
+        counting.close()
+    assert Tally(tmp_path, 0.0).dropped("code") == {"empty": 2, "duplicate": 3}
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"phase": "scan", "domain": "co', "[]", "null", '{"documents": "many"}', "\0"]
 )
+def test_a_file_that_is_half_written_is_passed_over_until_it_is_whole(tmp_path: Path, content: str) -> None:
+    whole = Snapshot(phase="scan", domain="code", task=0, attempt="a", documents=3).model_dump_json()
+    path = tmp_path / "scan-code-00000.json"
+    path.write_text(content)
+    tally = Tally(tmp_path, 0.0)
+    assert tally.sums == {}
+    path.write_text(whole)
+    tally.poll(1.0)
+    assert tally.largest("code", "documents") == 3
+    path.write_text(content)
+    tally.poll(2.0)
+    path.unlink()
+    tally.poll(3.0)
+    tmp_path.rmdir()
+    tally.poll(4.0)
+    assert tally.largest("code", "documents") == 3
 
 
 def test_without_a_terminal_there_are_plain_lines_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.Progress(["code"]) as shown:
-        report = shown.reporter("code")
-        for second in range(25):
+    monkeypatch.setattr(progress, "POLL", 1e9)  # the thread sleeps; the test looks
+    with Display(tmp_path, domains=["code", "books"]) as display:
+        display.phase("scan", 4)
+        counting = meter(tmp_path)
+        for second in range(1, 26):
             now = float(second)
-            report(second, second * 100)
-        shown.done("code", BUILT)
+            counting.add(documents=50, bytes=2_000_000)
+            counting.rules["empty"] += 1
+            if second == 12:
+                counting.close()
+                counting = meter(tmp_path, task=1)
+            display.look()
+        display.say("code: bad: torn")
+        display.phase("tokenise", 3)
     assert capsys.readouterr().err.splitlines() == [
-        "code: 11 documents, 1,100 tokens …",
-        "code: 22 documents, 2,200 tokens …",
-        "code: 1,234 tokens in 2.0 s; records: 10 read, 1 bad, 9 kept",
-        "code: bad: 1, the first in a.jsonl, row 3: torn",
+        "scan: 4 units",
+        "scan: 0 of 4 units",
+        "  code: 0 files, 500 documents, 0 tokens, 2.0 MB/s; dropped empty 1.8%",
+        "scan: 1 of 4 units, 0:01:00 to go",
+        "  code: 0 files, 1,000 documents, 0 tokens, 2.0 MB/s; dropped empty 1.9%",
+        "code: bad: torn",
+        "tokenise: 3 units",
+        "code: 0 files, 1,250 documents, 0 tokens, 2.0 MB/s; dropped empty 1.9%",
     ]
 
 
-def test_on_a_terminal_there_is_one_live_display() -> None:
-    code = (
-        "from tests.corpus.test_progress import BUILT; from tasks.corpus.progress import Progress\n"
-        "with Progress(['code', 'books']) as shown:\n"
-        "    shown.reporter('code')(5, 6789); shown.done('code', BUILT)\n"
-    )
+def test_units_of_an_earlier_run_are_named_and_give_no_time_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(progress, "POLL", 1e9)
+    meter(tmp_path, task=0).close()
+    with Display(tmp_path, domains=["code"]) as display:
+        display.phase("scan", 2)
+        display.look()
+    assert capsys.readouterr().err.splitlines()[:2] == ["scan: 2 units, 1 of them done before", "scan: 1 of 2 units"]
+
+
+def test_a_display_whose_stderr_is_closed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "stderr").open("w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Display(tmp_path / "meters", domains=["code"]) as display:
+            stderr.close()
+            monkeypatch.setattr(sys, "stderr", stderr)
+            display.phase("scan", 1)
+            meter(tmp_path / "meters").close()
+            display.say("text")
+            display.look()
+
+
+def test_the_thread_looks_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "POLL", 0.001)
+    with Display(tmp_path, domains=["code"]) as display:
+        meter(tmp_path).close()
+        for _ in range(10_000):
+            if display.tally.done("scan"):
+                return
+            time.sleep(0.001)
+    pytest.fail("the thread saw nothing")
+
+
+def test_on_a_terminal_there_is_one_live_display_and_stdout_stays_where_it_is(tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=terminal, env=environment)
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env=environment,
+    )
     os.close(terminal)
     output = b""
     while True:
@@ -60,9 +271,11 @@ def test_on_a_terminal_there_is_one_live_display() -> None:
             break
         output += block
     os.close(controller)
-    assert process.wait() == 0
+    assert process.communicate()[0] == b"the corpus\n"
+    assert process.returncode == 0
     text = output.decode()
-    assert "6,789 tokens" in text
-    assert "✓ code" in text
-    assert "a.jsonl, row 3: torn" in text
     assert "\x1b[?25l" in text  # the cursor is hidden while it is live
+    assert "0/2 units" in text
+    assert "[code] bad: torn.jsonl, row 3" in text
+    assert "length.too_short 1.5%" in text
+    assert "code: 1 files, 200 documents, 0 tokens" in text.rsplit("\x1b[?25h", 1)[1]
