@@ -1,22 +1,50 @@
-"""Batches of token ids for one rank. The gather is a copy out of mapped files, so nothing is prefetched."""
+"""Batches of token ids for one rank, gathered by one thread ahead of their use.
+
+B = rows of the rank (batch / world_size), L = seq_len.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.sampler import Sampler
+from tasks.corpus.packing import Packing
+from tasks.corpus.prefetch import Ahead
+from tasks.corpus.sampler import Position, Sampler, Slot
 from tasks.corpus.windows import Windows
+
+IGNORED = -100  # torch's cross_entropy and transformers leave such labels out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's part of a global batch: `input_ids` int64 [batch / world_size, seq_len] and each row's origin."""
+    """One rank's part of a global batch.
+
+    Segments are what attends only to itself: rows, or with `mask_documents` the documents in them; then the padding
+    that ends a row is one, too.
+
+    Attributes:
+        input_ids: int64 [B, L].
+        labels: int64 [B, L], `input_ids` with -100 at padding and, with `mask_documents`, at the first token of each
+            segment, which only another document could predict. Not shifted: models do that.
+        position_ids: int64 [B, L], from 0 in each segment; None without `mask_documents`.
+        cu_seqlens: int32 [segments + 1], where segments start in the B * L tokens, and B * L.
+        max_seqlen: tokens of the longest segment.
+        domains, windows: each row's origin.
+    """
 
     input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    position_ids: NDArray[np.int64] | None
+    cu_seqlens: NDArray[np.int32]
+    max_seqlen: int
     domains: list[str]
     windows: list[int]
 
@@ -24,31 +52,131 @@ class Batch:
 class Loader:
     """Rank r of W gets slots[r::W] of each global batch; all ranks run the same sampler.
 
-    The state to save is the sampler's, taken after the last batch that was used.
+    `sampler` stands at the last batch that `next` gave, however many are ready ahead of it: its state is the one to
+    save, and its weights or state may be set at any time, upon which what was ready is made anew.
+
+    Args:
+        packing: how documents fill windows; the sampler's.
+        mask_documents: no token sees, or is predicted from, another document than its own.
+        prefetch: batches made ahead by a thread; 0 makes each when it is asked for.
 
     Raises:
-        ValueError: the batch isn't a multiple of world_size, or rank is outside it.
+        ValueError: the batch isn't a multiple of world_size, rank is outside it, or the sampler was made for other
+            windows.
     """
 
-    def __init__(self, corpus_dir: Path, sampler: Sampler, *, seq_len: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        corpus_dir: Path,
+        sampler: Sampler,
+        *,
+        seq_len: int,
+        rank: int,
+        world_size: int,
+        packing: Packing = "concat",
+        mask_documents: bool = False,
+        prefetch: int = 2,
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank = {rank} is not one of 0 to {world_size - 1}")
         if sampler.batch % world_size:
             raise ValueError(f"batch = {sampler.batch} is not a multiple of world_size = {world_size}")
+        if sampler.packing != packing:
+            raise ValueError(
+                f"the sampler is of packing = {sampler.packing!r} and the loader of {packing!r}; give both the same"
+            )
+        windows = {d: Windows(corpus_dir, d, "train", seq_len=seq_len, packing=packing) for d in sampler.domains}
+        if sampler.windows != (found := {domain: len(some) for domain, some in windows.items()}):
+            raise ValueError(
+                f"the sampler is for windows = {sampler.windows}, and {corpus_dir} has {found} of {seq_len} tokens; "
+                "make it with `train_windows` of this corpus and seq_len"
+            )
         self.sampler = sampler
-        self._rank, self._world_size = rank, world_size
-        self._windows = {d: Windows(corpus_dir, d, "train", seq_len=seq_len) for d in sampler.domains}
+        self._gather = _Gather(windows, seq_len=seq_len, mine=slice(rank, None, world_size), mask=mask_documents)
+        self._prefetch = prefetch
+        self._ahead: Ahead[tuple[Position, Batch]] | None = None
 
     def next(self) -> Batch:
-        """The rank's part of the next global batch."""
-        slots = self.sampler.next()[self._rank :: self._world_size]
+        """The rank's part of the next global batch. After an error the sampler stands where it stood."""
+        batch = self._made_ahead() if self._prefetch else self._gather(self.sampler.peek())
+        self.sampler.skip()
+        return batch
+
+    def close(self) -> None:
+        """End the thread. `next` may still be called, and starts another."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _made_ahead(self) -> Batch:
+        """A batch is good if it was made for the position at which the sampler stands; else all are made anew."""
+        try:
+            if self._ahead is not None:
+                position, batch = self._ahead.get()
+                if position == self.sampler.position:
+                    return batch
+                self.close()
+            self._ahead = Ahead(_batches(copy.deepcopy(self.sampler), self._gather), depth=self._prefetch)
+            return self._ahead.get()[1]
+        except BaseException:
+            self.close()
+            raise
+
+
+def train_windows(
+    corpus_dir: Path, domains: list[str], *, seq_len: int, packing: Packing = "concat"
+) -> dict[str, int]:
+    """Training windows of each domain: what `Sampler` takes as `windows`."""
+    return {d: len(Windows(corpus_dir, d, "train", seq_len=seq_len, packing=packing)) for d in domains}
+
+
+class _Gather:
+    """Slots of a global batch to the rank's Batch."""
+
+    def __init__(self, windows: Mapping[str, Windows], *, seq_len: int, mine: slice, mask: bool) -> None:
+        self._windows, self._seq_len, self._mine, self._mask = windows, seq_len, mine, mask
+
+    def __call__(self, slots: list[Slot]) -> Batch:
+        mine, length = slots[self._mine], self._seq_len
+        ids_BL = np.empty((len(mine), length), dtype=np.int64)
+        padded, segments = [], []
+        for row, (domain, window) in enumerate(mine):
+            starts, tokens = self._windows[domain].fill(ids_BL[row], window)
+            segments.append(starts + np.int32(row * length))
+            if tokens < length:
+                padded.append((row, tokens))
+                segments.append(np.array([row * length + tokens], dtype=np.int32))
+        labels_BL = ids_BL.copy()
+        for row, tokens in padded:
+            labels_BL[row, tokens:] = IGNORED
+        total, position_BL = len(mine) * length, None
+        rows = [np.arange(0, total, length, dtype=np.int32)]
+        cu_seqlens = np.concatenate([*(segments if self._mask else rows), np.array([total], dtype=np.int32)])
+        lengths = np.diff(cu_seqlens)
+        if self._mask:
+            labels_BL.reshape(-1)[cu_seqlens[:-1]] = IGNORED
+            position_BL = np.arange(total, dtype=np.int64).reshape(-1, length)
+            position_BL -= np.repeat(cu_seqlens[:-1], lengths).reshape(-1, length)
         return Batch(
-            input_ids=np.stack([self._windows[domain][window] for domain, window in slots]),
-            domains=[domain for domain, _ in slots],
-            windows=[window for _, window in slots],
+            input_ids=ids_BL,
+            labels=labels_BL,
+            position_ids=position_BL,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=int(lengths.max()),
+            domains=[domain for domain, _ in mine],
+            windows=[window for _, window in mine],
         )
 
 
-def train_windows(corpus_dir: Path, domains: list[str], *, seq_len: int) -> dict[str, int]:
-    """Training windows of each domain: what `Sampler` takes as `windows`."""
-    return {domain: len(Windows(corpus_dir, domain, "train", seq_len=seq_len)) for domain in domains}
+def _batches(sampler: Sampler, gather: _Gather) -> Iterator[tuple[Position, Batch]]:
+    while True:
+        yield sampler.position, gather(sampler.peek())
+        sampler.skip()

@@ -18,33 +18,43 @@ from typing import Any, Self
 import numpy as np
 
 from tasks.corpus import permutation
+from tasks.corpus.packing import Packing
 from tasks.corpus.weights import ONE, quantise
 
 VERSION = 1
 Slot = tuple[str, int]
+Position = tuple[int, ...]
 
 
 class Sampler:
     """Global batches of (domain, window) slots.
 
     Args:
-        windows: windows that each domain has (`len(Windows(...))`).
+        windows: windows that each domain has (`train_windows`).
         weights: share of each domain in a batch, normalised here.
         seed: other seeds, other orders.
         batch: slots per global batch.
         corpus_sha256: `Manifest.sha256`, so that a state isn't continued on another corpus.
+        packing: what the windows were made with, so that a state isn't continued on others.
 
     Raises:
         ValueError: domains of `windows` and `weights` differ, or a domain with a weight has no window.
     """
 
     def __init__(
-        self, windows: Mapping[str, int], *, weights: Mapping[str, float], seed: int, batch: int, corpus_sha256: str
+        self,
+        windows: Mapping[str, int],
+        *,
+        weights: Mapping[str, float],
+        seed: int,
+        batch: int,
+        corpus_sha256: str,
+        packing: Packing = "concat",
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch = {batch} must be at least 1")
         self.domains = list(windows)
-        self.seed, self.batch, self.corpus_sha256 = seed, batch, corpus_sha256
+        self.seed, self.batch, self.corpus_sha256, self.packing = seed, batch, corpus_sha256, packing
         self.step = 0
         self._windows = list(windows.values())
         self._cursor = [0] * len(windows)  # windows served
@@ -75,20 +85,41 @@ class Sampler:
         """The weights in use."""
         return {domain: weight / ONE for domain, weight in zip(self.domains, self._weights, strict=True)}
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """Windows of each domain."""
+        return dict(zip(self.domains, self._windows, strict=True))
+
+    @property
+    def position(self) -> Position:
+        """What decides the batches to come: at equal positions a sampler gives the same."""
+        return (self.step, *self._cursor, *self._residual, *self._weights)
+
     def next(self) -> list[Slot]:
         """The next global batch, [batch] of (domain, window index)."""
-        ordered: list[Slot] = []
-        for i, count in enumerate(self._apportion()):
-            ordered.extend((self.domains[i], window) for window in self._draw(i, count))
+        slots = self.peek()
+        self.skip()
+        return slots
+
+    def peek(self) -> list[Slot]:
+        """What `next` would give."""
+        counts, _ = self._apportion()
+        ordered = [(self.domains[i], window) for i, count in enumerate(counts) for window in self._draw(i, count)]
         order = permutation.shuffled(self.batch, round_keys=permutation.key(self.seed, "slots", self.step))
+        return [ordered[place] for place in order.tolist()]
+
+    def skip(self) -> None:
+        """Leave the next batch behind without drawing it."""
+        counts, self._residual = self._apportion()
+        self._cursor = [cursor + count for cursor, count in zip(self._cursor, counts, strict=True)]
         self.step += 1
-        return [ordered[place] for place in order]
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as JSON values."""
         return {
             "version": VERSION,
             "corpus_sha256": self.corpus_sha256,
+            "packing": self.packing,
             "seed": self.seed,
             "batch": self.batch,
             "step": self.step,
@@ -103,13 +134,15 @@ class Sampler:
         """Continue after the batch at which `state` was taken.
 
         Raises:
-            ValueError: the state is of another corpus, seed, batch, sequence length or format; nothing is changed.
+            ValueError: the state is of another corpus, packing, seed, batch, sequence length or format; nothing is
+                changed.
         """
         ours = self.state()
+        saved = {"packing": "concat", **state}  # states were saved without it while there was no other
         for field, mend in _FIXED.items():
-            if state.get(field) != ours[field]:
+            if saved.get(field) != ours[field]:
                 raise ValueError(
-                    f"cannot resume the sampler: {field} is {ours[field]!r} now and was {state.get(field)!r} "
+                    f"cannot resume the sampler: {field} is {ours[field]!r} now and was {saved.get(field)!r} "
                     f"in the saved state; {mend}"
                 )
         self.step = state["step"]
@@ -117,15 +150,24 @@ class Sampler:
         self._weights = list(state["weights"])
 
     @classmethod
-    def load(cls, state: Mapping[str, Any], *, windows: Mapping[str, int], corpus_sha256: str) -> Self:
+    def load(
+        cls, state: Mapping[str, Any], *, windows: Mapping[str, int], corpus_sha256: str, packing: Packing = "concat"
+    ) -> Self:
         """A sampler that continues from `state` on the corpus at hand. Raises ValueError as `restore` does."""
         weights = {domain: weight / ONE for domain, weight in zip(state["domains"], state["weights"], strict=True)}
-        sampler = cls(windows, weights=weights, seed=state["seed"], batch=state["batch"], corpus_sha256=corpus_sha256)
+        sampler = cls(
+            windows,
+            weights=weights,
+            seed=state["seed"],
+            batch=state["batch"],
+            corpus_sha256=corpus_sha256,
+            packing=packing,
+        )
         sampler.restore(state)
         return sampler
 
-    def _apportion(self) -> list[int]:
-        """Slots of each domain in this batch; updates the residuals.
+    def _apportion(self) -> tuple[list[int], list[int]]:
+        """Slots of each domain in this batch, and the residuals after it.
 
         A domain's j-th slot may be served once its claim exceeds j - 1 and must be once it reaches j. Serving the
         earliest of these deadlines first keeps all of them (unit jobs on `batch` machines; Tijdeman 1980 shows that
@@ -140,8 +182,7 @@ class Sampler:
         for _ in range(-left):  # only right after a change of weights: put off the slots that are least overdue
             i = min((i for i, n in enumerate(counts) if n), key=lambda i: (claims[i] - counts[i] * ONE, i))
             counts[i] -= 1
-        self._residual = [claim - n * ONE for claim, n in zip(claims, counts, strict=True)]
-        return counts
+        return counts, [claim - n * ONE for claim, n in zip(claims, counts, strict=True)]
 
     def _deadline(self, i: int, claim: int) -> int:
         """Batches until the slot that domain i has claimed in part is claimed in full."""
@@ -151,21 +192,21 @@ class Sampler:
     def _draw(self, i: int, count: int) -> list[int]:
         """The next `count` windows of domain i, in the order of its epochs."""
         found: list[int] = []
-        n = self._windows[i]
+        n, cursor = self._windows[i], self._cursor[i]
         while count:
-            epoch, start = divmod(self._cursor[i], n)
+            epoch, start = divmod(cursor, n)
             taken = min(count, n - start)
             places = np.arange(start, start + taken, dtype=np.uint64)
             round_keys = permutation.key(self.seed, self.domains[i], epoch)
             found.extend(permutation.permute(places, n, round_keys=round_keys).tolist())
-            self._cursor[i] += taken
-            count -= taken
+            cursor, count = cursor + taken, count - taken
         return found
 
 
 _FIXED = {
     "version": "it was saved by another version of the sampler: start the run again",
     "corpus_sha256": "the corpus changed: train on the one the run began with, or start the run again",
+    "packing": "set it back, or start the run again",
     "seed": "set it back, or start the run again",
     "batch": "set it back, or start the run again",
     "domains": "the corpus has other domains: start the run again",

@@ -2,54 +2,96 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus import manifest, shards
+from tasks import scratch
+from tasks.corpus import manifest, packing, shards
+from tasks.corpus.packing import Packing
 
 Split = Literal["train", "heldout"]
 
 
-class Windows:
-    """Whole, non-overlapping windows of `seq_len` tokens of a split's concatenated documents.
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A row of a batch.
 
-    `len()` counts them; `[i]` gives int64 [seq_len]. Windows run across documents and shards; what is left at the end
-    of the split is not served.
+    `ids` int64 [seq_len]; the first `tokens` of them are text, the rest is padding (EOS). `starts` int32 [n] says
+    where documents, or what was cut off from them, start inside the window; the first is 0.
+    """
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int32]
+    tokens: int
+
+
+class Windows:
+    """Whole, non-overlapping windows of `seq_len` tokens of a split.
+
+    `len()` counts them; `[i]` gives int64 [seq_len], `window(i)` also where documents start.
+
+    packing:
+        concat: documents one after the other; windows run across documents and shards, and what is left at the end
+        of the split is not served.
+        best_fit: documents whole (`packing.pack`), every token served, windows padded with EOS. The bins are kept
+        under `.scratch/packing/<manifest sha256>`.
 
     Raises:
         ValueError: an unknown domain, or a shard whose size isn't the manifest's.
         IndexError: a window that isn't there.
     """
 
-    def __init__(self, corpus_dir: Path, domain: str, split: Split, *, seq_len: int) -> None:
-        domains = manifest.load(corpus_dir).domains
-        if domain not in domains:
-            raise ValueError(f"{corpus_dir}: has no domain {domain!r}; it has {', '.join(domains)}")
-        entry: manifest.SplitManifest = getattr(domains[domain], split)
-        self.seq_len = seq_len
+    def __init__(
+        self, corpus_dir: Path, domain: str, split: Split, *, seq_len: int, packing: Packing = "concat"
+    ) -> None:
+        corpus = manifest.load(corpus_dir)
+        if domain not in corpus.domains:
+            raise ValueError(f"{corpus_dir}: has no domain {domain!r}; it has {', '.join(corpus.domains)}")
+        entry: manifest.SplitManifest = getattr(corpus.domains[domain], split)
+        self.seq_len, self.packing = seq_len, packing
         self._where = f"{corpus_dir}: {domain}/{split}"
-        self._parts = [_map(corpus_dir, shard) for shard in entry.shards]
-        self._ends = np.cumsum([len(part) for part in self._parts])
-        self._count = entry.tokens // seq_len
+        self._pad = corpus.eos_token_id
+        self._text = _Text(corpus_dir, entry)
+        key = {"corpus": corpus.sha256, "domain": domain, "split": split, "seq_len": str(seq_len)}
+        self._bins = _bins(self._text, key=key, seq_len=seq_len) if packing == "best_fit" else None
+        self._count = entry.tokens // seq_len if self._bins is None else len(self._bins)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self.window(index).ids
+
+    def window(self, index: int) -> Window:
+        """Window `index` with its document starts."""
+        ids = np.empty(self.seq_len, dtype=np.int64)
+        starts, tokens = self.fill(ids, index)
+        return Window(ids=ids, starts=starts, tokens=tokens)
+
+    def fill(self, out: NDArray[np.int64], index: int) -> tuple[NDArray[np.int32], int]:
+        """Write window `index` to `out` int64 [seq_len]; its `starts` and `tokens`, as in `Window`."""
         if not 0 <= index < self._count:
             raise IndexError(f"{self._where} has {self._count} windows of {self.seq_len} tokens; there is no {index}")
-        out = np.empty(self.seq_len, dtype=np.int64)
-        start, filled = index * self.seq_len, 0
-        part = int(np.searchsorted(self._ends, start, side="right"))
-        offset = start - (int(self._ends[part - 1]) if part else 0)
-        while filled < self.seq_len:
-            piece = self._parts[part][offset : offset + self.seq_len - filled]
-            out[filled : filled + len(piece)] = piece
-            filled, part, offset = filled + len(piece), part + 1, 0
-        return out
+        if self._bins is None:
+            begin = index * self.seq_len
+            self._text.copy(begin, out)
+            return self._text.starts(begin, begin + self.seq_len), self.seq_len
+        pieces = slice(self._bins.offsets[index], self._bins.offsets[index + 1])
+        lengths = self._bins.length[pieces]
+        ends = lengths.cumsum(dtype=np.int32)
+        filled = 0
+        for begin, end in zip(self._bins.start[pieces].tolist(), ends.tolist(), strict=True):
+            self._text.copy(begin, out[filled:end])
+            filled = end
+        out[filled:] = self._pad
+        return ends - lengths, filled
 
 
 def heldout(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
@@ -73,10 +115,55 @@ def heldout(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[
     return found
 
 
-def _map(corpus_dir: Path, shard: manifest.Shard) -> NDArray[Any]:
-    ids = shards.flat_ids(shards.open_shard(corpus_dir / shard.path))
-    if len(ids) != shard.tokens:
-        raise ValueError(
-            f"{corpus_dir / shard.path}: has {len(ids)} tokens, its manifest {shard.tokens}; make the corpus again"
-        )
-    return ids
+class _Text:
+    """The documents of a split one after the other: token positions count on across shards."""
+
+    def __init__(self, corpus_dir: Path, entry: manifest.SplitManifest) -> None:
+        self._ids, self._offsets = [], []  # of each shard
+        for shard in entry.shards:
+            column = shards.open_shard(corpus_dir / shard.path).column("input_ids")
+            self._ids.append(column.values.to_numpy(zero_copy_only=True))
+            self._offsets.append(column.offsets.to_numpy(zero_copy_only=True))
+            if len(self._ids[-1]) != shard.tokens:
+                raise ValueError(
+                    f"{corpus_dir / shard.path}: has {len(self._ids[-1])} tokens, its manifest {shard.tokens}; "
+                    "make the corpus again"
+                )
+        self._ends = list(accumulate(len(ids) for ids in self._ids))
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, int32 [documents]."""
+        return np.concatenate([np.diff(offsets).astype(np.int32) for offsets in self._offsets])
+
+    def copy(self, begin: int, out: NDArray[np.int64]) -> None:
+        """Write the tokens from position `begin` on to `out` int64 [n]."""
+        filled = 0
+        for shard, a, b in self._ranges(begin, begin + len(out)):
+            out[filled : filled + b - a] = self._ids[shard][a:b]
+            filled += b - a
+
+    def starts(self, begin: int, end: int) -> NDArray[np.int32]:
+        """Where documents start in [begin, end), counted from `begin`; 0 is always among them."""
+        found: list[NDArray[Any]] = []
+        filled = 0
+        for shard, a, b in self._ranges(begin, end):
+            offsets = self._offsets[shard]
+            low, high = np.searchsorted(offsets, (a, b))
+            found.append(offsets[low:high] + (filled - a))
+            filled += b - a
+        starts = np.concatenate(found).astype(np.int32)
+        return starts if len(starts) and not starts[0] else np.concatenate([np.zeros(1, dtype=np.int32), starts])
+
+    def _ranges(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, from, to) of the pieces of shards that make up the positions from begin to end."""
+        shard = bisect_right(self._ends, begin)
+        while begin < end:
+            before = self._ends[shard] - len(self._ids[shard])
+            stop = min(end, self._ends[shard])
+            yield shard, begin - before, stop - before
+            begin, shard = stop, shard + 1
+
+
+def _bins(text: _Text, *, key: dict[str, str], seq_len: int) -> packing.Bins:
+    path = scratch.ROOT / "packing" / key["corpus"] / f"{key['domain']}-{key['split']}-{seq_len}.arrow"
+    return packing.cached(path, lambda: packing.pack(text.lengths(), seq_len=seq_len), key=key)

@@ -127,8 +127,8 @@ def test_each_window_is_served_once_per_epoch(n: int, batch: int, seed: int) -> 
 
 def test_epochs_seeds_and_domains_have_their_own_orders() -> None:
     def epochs(seed: int, name: str) -> list[list[int]]:
-        one = Sampler({name: 50}, weights={name: 1.0}, seed=seed, batch=50, corpus_sha256="")
-        return [one._draw(0, 50) for _ in range(2)]
+        one = Sampler({name: 50}, weights={name: 1.0}, seed=seed, batch=1, corpus_sha256="")
+        return [[one.next()[0][1] for _ in range(50)] for _ in range(2)]
 
     orders = [*epochs(0, "a"), *epochs(1, "a"), *epochs(0, "b")]
     assert len({tuple(order) for order in orders}) == 6

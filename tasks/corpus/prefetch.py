@@ -1,0 +1,58 @@
+"""Items made ahead of their use by one thread of this process."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Draws from `source` in a thread, at most `depth` items ahead of `get`.
+
+    The thread ends with `close`, with an error of the source, or when this object is garbage; so `source` must not
+    refer to whoever holds this.
+    """
+
+    def __init__(self, source: Iterator[T], *, depth: int) -> None:
+        self._ready: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+        self._free = threading.Semaphore(depth)
+        stop = threading.Event()
+        self._thread = threading.Thread(
+            target=_draw, args=(source, self._ready, self._free, stop), name="prefetch", daemon=True
+        )
+        self._thread.start()
+        self._end = weakref.finalize(self, _end, stop, self._free)
+
+    def get(self) -> T:
+        """The next item; raises what the source raised in its place."""
+        item, error = self._ready.get()
+        if error is not None:
+            raise error
+        self._free.release()
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """End the thread and wait for it. What it had made is dropped."""
+        self._end()
+        self._thread.join()
+
+
+def _draw(source: Iterator[T], ready: SimpleQueue, free: threading.Semaphore, stop: threading.Event) -> None:
+    try:
+        while True:
+            free.acquire()
+            if stop.is_set():
+                return
+            ready.put((next(source), None))
+    except BaseException as error:  # raised again where the item was wanted
+        ready.put((None, error))
+
+
+def _end(stop: threading.Event, free: threading.Semaphore) -> None:
+    stop.set()
+    free.release()
