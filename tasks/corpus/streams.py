@@ -1,6 +1,6 @@
 """Decompression by file name that notices a stream cut short.
 
-fsspec picks the codec by the name's ending; its zstd reader ends quietly at a missing tail, so zstd is read here.
+fsspec picks the codec by the name's ending; its zstd reader ends quietly at a missing tail, Arrow's does not.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from typing import IO, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 BLOCK = 1 << 20
-
-
-class TruncatedError(EOFError):
-    """A compressed file ends before its stream does."""
-
-
-class _ZstdError(OSError):
-    """A zstd frame that cannot be decoded."""
 
 
 CORRUPT = (EOFError, OSError, zlib.error, lzma.LZMAError)
@@ -42,17 +39,39 @@ def guard(file: IO[bytes], path: str) -> IO[bytes]:
     return io.BufferedReader(_Guarded(file, path), BLOCK)
 
 
+@contextmanager
+def guarded_open(fs: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    """Open a file of a store; failing to, and its failures while it is read, are ReadErrors."""
+    try:
+        opened = fs.open(path, "rb")
+    except _STORE_FAILED as error:
+        raise _read_error(path, error) from error
+    with opened, guard(opened, path) as file:
+        yield file
+
+
 def codec_of(path: str) -> str | None:
     """gzip, zstd, bz2, xz, … by the name's ending; None for a plain file."""
-    return infer_compression(path)
+    return "zstd" if path.endswith((".zst", ".zstd")) else infer_compression(path)
 
 
 def decompress(file: IO[bytes], path: str) -> IO[bytes]:
-    """The bytes of a file, decompressed if its name says so."""
+    """The bytes of a file, decompressed if its name says so, a bounded number at a time."""
     codec = codec_of(path)
+    if codec is None:
+        return file
     if codec == "zstd":
-        return io.BufferedReader(_Zstd(file), BLOCK)
-    return compr[codec](file, mode="rb") if codec else file
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(file, "zstd"), BLOCK)
+    return io.BufferedReader(compr[codec](file, mode="rb"), BLOCK)
+
+
+def _read_error(path: str, error: Exception) -> ReadError:
+    return ReadError(
+        f"{path}: reading failed ({type(error).__name__}: {error}); run again, finished parts are kept. "
+        "If it fails again, the downloaded archive under .scratch/sources is damaged: delete it"
+    )
 
 
 class _Guarded(io.RawIOBase):
@@ -75,47 +94,6 @@ class _Guarded(io.RawIOBase):
         try:
             content = self._file.read(len(buffer))
         except _STORE_FAILED as error:
-            raise ReadError(
-                f"{self._path}: reading failed ({type(error).__name__}: {error}); run again, finished parts are kept. "
-                "If it fails again, the downloaded archive under .scratch/sources is damaged: delete it"
-            ) from error
+            raise _read_error(self._path, error) from error
         buffer[: len(content)] = content
         return len(content)
-
-
-class _Zstd(io.RawIOBase):
-    """A zstd file of one or more frames; raises TruncatedError at a missing tail."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        import zstandard
-
-        self._file = file
-        self._zstandard = zstandard
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            if not self._input and not (block := self._file.read(BLOCK)):
-                if self._frame is not None:
-                    raise TruncatedError("the zstd stream ends before its end marker")
-                return 0
-            self._input = self._input or block
-            if self._frame is None:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._output = memoryview(self._frame.decompress(self._input))
-            except self._zstandard.ZstdError as error:
-                raise _ZstdError(str(error)) from error
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        view = memoryview(buffer).cast("B")
-        n = min(len(view), len(self._output))
-        view[:n] = self._output[:n]
-        self._output = self._output[n:]
-        return n

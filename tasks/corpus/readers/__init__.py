@@ -1,0 +1,45 @@
+"""Documents out of files and datasets, piece by piece: `open_reader(domain, cache).tasks(…)`, `.read(piece)`.
+
+A record that cannot be read is a Reject under the rule it breaks, and reading goes on; only a file that cannot be
+used at all raises. Whether that was too many is judged per domain.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.corpus.readers.base import Piece, Reader, Records
+from tasks.corpus.readers.jsonl import JsonlReader
+from tasks.corpus.readers.mediawiki import MediawikiReader
+from tasks.corpus.readers.parquet import ParquetReader
+from tasks.corpus.readers.text import TextReader
+
+if TYPE_CHECKING:
+    from tasks.settings import Domain
+
+__all__ = ["READERS", "Piece", "Reader", "Records", "open_reader"]
+
+READERS: dict[str, type[Reader]] = {
+    "text": TextReader,
+    "jsonl": JsonlReader,
+    "parquet": ParquetReader,
+    "mediawiki": MediawikiReader,
+}
+"""The reader of each format; what it needs beyond the standard library is imported when it reads."""
+
+
+def open_reader(domain: Domain, cache: Path, *, max_record_bytes: int, check: bool = True) -> Reader:
+    """The reader of a domain.
+
+    Args:
+        domain: its settings.
+        cache: folder of downloaded archives.
+        max_record_bytes: records (a line, file, row or page) larger than this are rejected as over-long.
+        check: compare the sha256 of the source with the settings' (once is enough for many workers).
+
+    Raises:
+        SourceError: the source cannot be had or is not what was pinned.
+        CorpusError: it is no source of this format.
+    """
+    return READERS[domain.format](domain, cache, max_record_bytes=max_record_bytes, check=check)

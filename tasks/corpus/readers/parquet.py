@@ -1,0 +1,79 @@
+"""Parquet: one column of strings, cut into ranges of row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from tasks.corpus import streams
+from tasks.corpus.readers.base import FileReader, Piece, Records, cuts
+from tasks.corpus.readers.column import BATCH_BYTES, column_records
+from tasks.corpus.records import CorpusError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+    from numpy.typing import NDArray
+
+    from tasks.settings import Domain
+
+
+class ParquetReader(FileReader):
+    """The column `text_field`; the others are not read."""
+
+    is_decompressed = False
+
+    def __init__(self, domain: Domain, cache: Path, *, max_record_bytes: int, check: bool) -> None:
+        super().__init__(domain, cache, max_record_bytes=max_record_bytes, check=check)
+        self._group_sizes: dict[str, NDArray[np.int64]] = {}
+
+    def pieces(self, name: str, *, task_bytes: int) -> list[Piece]:
+        if not self.is_cuttable(name, task_bytes=task_bytes):
+            return [Piece(name)]
+        return [Piece(name, start, stop) for start, stop in cuts(self._sizes(name), task_bytes=task_bytes)]
+
+    def size(self, piece: Piece) -> int:
+        if piece.stop is None:
+            return self.bytes_of[piece.path]
+        return int(self._sizes(piece.path)[piece.start : piece.stop].sum())
+
+    def records(self, file: IO[bytes], piece: Piece) -> Records:
+        name = piece.path
+        row = 0
+        with self._table(file, name) as table:
+            groups = list(range(table.num_row_groups))[piece.start : piece.stop]
+            decoded = sum(self._chunk(table, i).total_uncompressed_size for i in groups)
+            rows = sum(table.metadata.row_group(i).num_rows for i in groups)
+            batch_rows = max(1, min(1024, BATCH_BYTES * rows // max(decoded, 1)))
+            for batch in table.iter_batches(batch_size=batch_rows, row_groups=groups, columns=[self.field]):
+                yield from column_records(batch.column(0), name, self.field, first=row, most=self.max_record_bytes)
+                row += len(batch)
+        return row
+
+    def _sizes(self, name: str) -> NDArray[np.int64]:
+        """Compressed bytes of the column in each row group."""
+        if name not in self._group_sizes:
+            with self.open(name) as file, self._table(file, name) as table:
+                sizes = [self._chunk(table, i).total_compressed_size for i in range(table.num_row_groups)]
+            self._group_sizes[name] = np.array(sizes, dtype=np.int64)
+        return self._group_sizes[name]
+
+    def _chunk(self, table: pq.ParquetFile, group: int) -> pq.ColumnChunkMetaData:
+        columns = table.schema.names
+        return table.metadata.row_group(group).column(columns.index(self.field))
+
+    @contextmanager
+    def _table(self, file: IO[bytes], name: str) -> Iterator[pq.ParquetFile]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(file, buffer_size=streams.BLOCK)
+            if self.field not in (names := table.schema_arrow.names):
+                raise CorpusError(f"{name}: has no column {self.field!r}; set text_field to one of {names}")
+            yield table
+        except (pa.ArrowException, OSError) as error:  # its index is at the end, so nothing of it can be trusted
+            raise CorpusError(f"{name}: not a readable parquet file ({error}); fetch it again") from error

@@ -1,0 +1,27 @@
+"""Text: a file is a document."""
+
+from __future__ import annotations
+
+from typing import IO
+
+from tasks.corpus import streams
+from tasks.corpus.readers.base import FileReader, Piece, Records
+from tasks.corpus.records import Document, Reject
+
+
+class TextReader(FileReader):
+    """Files of UTF-8, with or without a byte order mark."""
+
+    def records(self, file: IO[bytes], piece: Piece) -> Records:
+        name = piece.path
+        try:
+            content = file.read(self.max_record_bytes + 1)
+            if len(content) > self.max_record_bytes:
+                yield self.over_long(name, 0)
+            else:
+                yield Document(text=content.decode("utf-8-sig"), source=name, row=0)
+        except UnicodeDecodeError as error:
+            yield Reject(rule="invalid UTF-8", source=name, row=0, detail=str(error))
+        except streams.CORRUPT as error:
+            yield Reject(rule="corrupt stream", source=name, row=0, detail=str(error))
+        return 1
