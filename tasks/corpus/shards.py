@@ -27,6 +27,8 @@ from tasks.corpus import files
 
 FORMAT = "moeforge-shard-1"
 FIRST_IDS = 32
+METADATA = ("domain", "split", "tokenizer", "eos_token_id", "task_key")
+"""What the schema of a shard names, beside others."""
 
 
 class Part:
@@ -147,7 +149,12 @@ def write(
 def write_sidecar(path: Path, sidecar: dict[str, Any]) -> None:
     """Commit the shard at `path`."""
     with files.replacing(sidecar_of(path)) as file:
-        file.write((json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode())
+        file.write(sidecar_bytes(sidecar))
+
+
+def sidecar_bytes(sidecar: dict[str, Any]) -> bytes:
+    """What stands in a sidecar."""
+    return (json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode()
 
 
 def committed(path: Path, task_key: str) -> dict[str, Any] | None:
@@ -187,6 +194,23 @@ def flat_ids(batch: pa.RecordBatch) -> NDArray[Any]:
 def offsets(batch: pa.RecordBatch) -> NDArray[np.int64]:
     """Where each document begins in the flat ids, and where the last ends: int64 [documents + 1], from the map."""
     return batch.column("input_ids").offsets.to_numpy(zero_copy_only=True)
+
+
+def doc_ids(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+    """Ids of all documents of a shard, [documents, 16], straight from the map."""
+    column = batch.column("doc_id")
+    raw = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    return raw[16 * column.offset : 16 * (column.offset + len(column))].reshape(-1, 16)
+
+
+def require_shard(batch: pa.RecordBatch, path: Path) -> None:
+    """Raise ValueError if a batch lacks the columns or the metadata of a shard, or holds no document."""
+    if missing := {"input_ids", "doc_id", "source", "row"} - set(batch.schema.names):
+        raise ValueError(f"{path}: no shard, it lacks the columns {', '.join(sorted(missing))}")
+    if missing := set(METADATA) - {key.decode() for key in batch.schema.metadata or {}}:
+        raise ValueError(f"{path}: no shard, its schema lacks the metadata {', '.join(sorted(missing))}")
+    if batch.num_rows == 0:
+        raise ValueError(f"{path}: holds no document")
 
 
 class _Hashed:

@@ -1,0 +1,318 @@
+"""Check that a corpus is whole: every byte of it, against its manifest and against itself.
+
+    python -m tasks.corpus.verify data/corpora/NAME      # a line for each thing that is wrong; exit 1 if there is one
+
+The manifest holds the sha256 of all other files. It has none itself: it is held against the metrics beside the corpus
+(data/corpora/NAME.json, which git keeps), the sidecars, the verdicts and what the shards hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from numpy.typing import NDArray
+
+from tasks import scratch
+from tasks.corpus import manifest, shards
+
+SPLITS = ("train", "heldout")
+PART = re.compile(r"part-(\d{5,})-(\d{3})\.arrow")
+SORTED_AT_ONCE = 1 << 24  # document ids looked at together: about 0.7 GB
+BLOCK = 1 << 20
+
+Kind = Literal["manifest", "shard", "sidecar", "records", "foreign"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a file of a corpus; `shard` is the manifest's entry for a shard or a sidecar."""
+
+    kind: Kind
+    path: Path
+    text: str
+    shard: manifest.Shard | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
+
+
+def verify_corpus(corpus_dir: Path) -> list[str]:
+    """Everything that is wrong with a corpus, each line beginning with its file; empty if nothing is."""
+    return [str(problem) for problem in problems(corpus_dir)]
+
+
+def verify_shard(path: Path) -> list[str]:
+    """Everything that is wrong with one shard of a corpus and its sidecar; empty if nothing is."""
+    corpus_dir = path.parent.parent.parent
+    found = _load(corpus_dir)
+    if isinstance(found, Problem):
+        return [str(found)]
+    listed = {corpus_dir / shard.path: (domain, split, shard) for domain, split, shard in _shards(found)}
+    if path not in listed:
+        return [f"{path}: foreign file, the manifest doesn't list it"]
+    domain, split, shard = listed[path]
+    return [str(problem) for problem in _shard_problems(path, shard, found, place=(domain, split))]
+
+
+def problems(corpus_dir: Path) -> Iterator[Problem]:
+    """Everything that is wrong with a corpus.
+
+    Reads every byte: hashes and sizes of all files, ids against the vocabulary, separators around each document,
+    counts, documents that stand twice, and files that the manifest doesn't list. Memory doesn't grow with the corpus.
+    """
+    found = _load(corpus_dir)
+    if isinstance(found, Problem):
+        yield found
+        return
+    yield from _manifest_problems(corpus_dir, found)
+    expected = {corpus_dir / manifest.FILE}
+    sound = []
+    for domain, split, shard in _shards(found):
+        path = corpus_dir / shard.path
+        expected |= {path, shards.sidecar_of(path)}
+        broken = list(_shard_problems(path, shard, found, place=(domain, split)))
+        yield from broken
+        if not any(problem.kind == "shard" for problem in broken):
+            sound.append(path)
+    yield from _repeated(sound)
+    for name, domain_entry in found.domains.items():
+        expected |= {corpus_dir / path for path in domain_entry.files}
+        yield from _record_problems(corpus_dir, name, domain_entry)
+    for path in sorted(corpus_dir.rglob("*")):
+        if path not in expected and not path.is_dir():
+            yield Problem(kind="foreign", path=path, text="foreign file, the manifest doesn't list it")
+
+
+def _load(corpus_dir: Path) -> manifest.Manifest | Problem:
+    path = corpus_dir / manifest.FILE
+    try:
+        return manifest.load(corpus_dir)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = str(error).removeprefix(f"{path}: ")
+        return Problem(kind="manifest", path=path, text=text if isinstance(error, ValueError) else f"damaged: {text}")
+
+
+def _shards(found: manifest.Manifest) -> Iterator[tuple[str, str, manifest.Shard]]:
+    for name, domain in found.domains.items():
+        for split in SPLITS:
+            for shard in getattr(domain, split).shards:
+                yield name, split, shard
+
+
+def _manifest_problems(corpus_dir: Path, found: manifest.Manifest) -> Iterator[Problem]:
+    path = corpus_dir / manifest.FILE
+    metrics = corpus_dir.with_name(f"{corpus_dir.name}.json")
+    if metrics.exists() and (known := _sha256_in(metrics)) != found.sha256:
+        yield Problem(
+            kind="manifest",
+            path=path,
+            text=f"sha256 is {found.sha256}, {metrics} says {known}; one of them is damaged or of another run",
+        )
+    for name, domain in found.domains.items():
+        for split in SPLITS:
+            part: manifest.SplitManifest = getattr(domain, split)
+            totals = tuple(sum(getattr(s, key) for s in part.shards) for key in ("documents", "tokens", "text_bytes"))
+            if totals != (part.documents, part.tokens, part.bytes):
+                yield Problem(
+                    kind="manifest",
+                    path=path,
+                    text=f"the {split} shards of {name} hold {totals} documents, tokens and text bytes, "
+                    f"not {(part.documents, part.tokens, part.bytes)}",
+                )
+
+
+def _sha256_in(metrics: Path) -> str:
+    try:
+        return str(json.loads(metrics.read_bytes())["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"nothing that can be read ({error!r})"
+
+
+def _shard_problems(
+    path: Path, shard: manifest.Shard, found: manifest.Manifest, *, place: tuple[str, str]
+) -> Iterator[Problem]:
+    """What is wrong with a shard and its sidecar; `place` is the domain and the split that list it."""
+    if Path(shard.path).parts[:-1] != place or not PART.fullmatch(path.name):
+        text = f"lists {shard.path} as a {place[1]} shard of {place[0]}, whose name is another"
+        yield Problem(kind="manifest", path=path.parent.parent.parent / manifest.FILE, text=text)
+        return
+    for text in _sidecar_texts(shards.sidecar_of(path), shard):
+        yield Problem(kind="sidecar", path=shards.sidecar_of(path), text=text, shard=shard)
+    for text in _file_texts(path, shard) or _content_texts(path, shard, found, place=place):
+        yield Problem(kind="shard", path=path, text=text, shard=shard)
+
+
+def _sidecar_texts(path: Path, shard: manifest.Shard) -> Iterator[str]:
+    if missing := _missing(path):
+        yield missing
+        return
+    content, expected = path.read_bytes(), shards.sidecar_bytes(dataclasses.asdict(shard))
+    if content == expected:
+        return
+    try:
+        written, listed = json.loads(content), json.loads(expected)
+        differ = [key for key in listed if written.get(key) != listed[key]]
+    except (ValueError, AttributeError) as error:
+        yield f"damaged: {error}"
+    else:
+        yield f"differs from the manifest in {', '.join(differ) or 'its layout, or has more fields'}"
+
+
+def _file_texts(path: Path, shard: manifest.Shard) -> list[str]:
+    """What the file alone tells, without a look at what is in it."""
+    if missing := _missing(path):
+        return [missing]
+    if (size := path.stat().st_size) != shard.size:
+        return [f"{size} bytes, the manifest says {shard.size}; it was cut short or replaced"]
+    sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            sha256.update(block)
+            xxh3.update(block)
+    digests = {"sha256": sha256.hexdigest(), "xxh3_128": xxh3.hexdigest()}
+    return [
+        f"{name} is {digest}, the manifest says {getattr(shard, name)}"
+        for name, digest in digests.items()
+        if digest != getattr(shard, name)
+    ]
+
+
+def _content_texts(
+    path: Path, shard: manifest.Shard, found: manifest.Manifest, *, place: tuple[str, str]
+) -> Iterator[str]:
+    """What is wrong behind right hashes: then the code that wrote it was, or somebody wrote both."""
+    try:
+        batch = shards.open_shard(path)
+        shards.require_shard(batch, path)
+        batch.validate(full=True)
+    except (ValueError, pa.ArrowInvalid) as error:
+        yield str(error).removeprefix(f"{path}: ")
+        return
+    ids, offsets, doc_ids = shards.flat_ids(batch), shards.offsets(batch), shards.doc_ids(batch)
+    if (offsets[0], offsets[-1]) != (0, len(ids)) or (np.diff(offsets) == 0).any():
+        yield "documents don't cover its ids, or one has none"
+        return
+    facts = {
+        "documents": batch.num_rows,
+        "tokens": len(ids),
+        "min_id": int(ids.min()),
+        "max_id": int(ids.max()),
+        "first_ids": tuple(ids[: shards.FIRST_IDS].tolist()),
+        "first_doc_id": doc_ids[0].tobytes().hex(),
+        "last_doc_id": doc_ids[-1].tobytes().hex(),
+    }
+    for name, value in facts.items():
+        if value != getattr(shard, name):
+            yield f"{name} is {value}, the manifest says {getattr(shard, name)}"
+    if ids.dtype != np.dtype(found.dtype):
+        yield f"ids are {ids.dtype}, the manifest says {found.dtype}"
+    if facts["max_id"] >= found.vocab_size:
+        yield f"id {facts['max_id']} is outside the vocabulary of {found.vocab_size}"
+    if "eos" in found.separators:
+        yield from _separator_texts(ids[offsets[1:] - 1], found.eos_token_id, where="end with EOS")
+    if "bos" in found.separators:
+        yield from _separator_texts(ids[offsets[:-1]], found.bos_token_id, where="begin with BOS")
+    metadata = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
+    expected = {"tokenizer": found.tokenizer, "domain": place[0], "split": place[1], "task_key": shard.task_key}
+    for name, text in expected.items():
+        if metadata[name] != text:
+            yield f"{name} in its schema is {metadata[name]}, the manifest says {text}"
+
+
+def _separator_texts(found: NDArray[Any], token: int | None, *, where: str) -> Iterator[str]:
+    wrong = np.flatnonzero(found != token)
+    if len(wrong):
+        yield f"{len(wrong)} documents don't {where} ({token}), the first at row {wrong[0]}"
+
+
+def _repeated(paths: Sequence[Path]) -> Iterator[Problem]:
+    """Documents that stand twice. Ids are sorted a share at a time, so that memory doesn't grow with the corpus."""
+    sizes = [shards.open_shard(path).num_rows for path in paths]
+    begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    passes = -(-int(begins[-1]) // SORTED_AT_ONCE)
+    for share in range(passes):
+        keys, places = [], []
+        for begin, path in zip(begins, paths, strict=False):
+            words = shards.doc_ids(shards.open_shard(path)).view("<u8")
+            mine = np.flatnonzero(words[:, 0] % np.uint64(passes) == share)
+            keys.append(words[mine])
+            places.append(begin + mine)
+        words, place = np.concatenate(keys), np.concatenate(places)
+        order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal ids stay in the order of their places
+        words, place = words[order], place[order]
+        again = np.flatnonzero((words[1:] == words[:-1]).all(axis=1)) + 1
+        later, earlier = (np.searchsorted(begins, place[i], side="right") - 1 for i in (again, again - 1))
+        for home in np.unique(later):
+            mine = np.flatnonzero(later == home)
+            first = mine[np.argmin(place[again[mine]])]
+            row, other = place[again[first]] - begins[home], paths[earlier[first]]
+            text = f"{len(mine)} documents stand in the corpus before, the first at row {row} in {other}"
+            yield Problem(kind="shard", path=paths[home], text=text)
+
+
+def _record_problems(corpus_dir: Path, name: str, domain: manifest.DomainManifest) -> Iterator[Problem]:
+    """What is wrong with verdicts and rejects, and whether the verdicts give the counts of the manifest."""
+    counts: Counter[str] = Counter()
+    is_whole = True
+    for path, sha256 in ((corpus_dir / path, sha256) for path, sha256 in domain.files.items()):
+        text = _missing(path)
+        if not text and (digest := scratch.digest(path)) != sha256:
+            text = f"sha256 is {digest}, the manifest says {sha256}"
+        if text:
+            is_whole = False
+            yield Problem(kind="records", path=path, text=text)
+        elif path.suffix == ".arrow":
+            counts += _verdict_counts(path)
+    if not is_whole:
+        return
+    rules = Counter(read=counts.total(), kept=counts["train"] + counts["heldout"])
+    for verdict, count in counts.items():
+        if verdict not in SPLITS:
+            rules["bad" if verdict.startswith("bad: ") else verdict] += count
+    if rules != Counter(domain.rules):  # a Counter: rules that dropped nothing don't matter
+        text = f"rules of {name} are {domain.rules}, the verdicts say {dict(rules)}"
+        yield Problem(kind="manifest", path=corpus_dir / manifest.FILE, text=text)
+
+
+def _verdict_counts(path: Path) -> Counter[str]:
+    with pa.memory_map(str(path)) as source:
+        column = pa.ipc.open_file(source).read_all().column("verdict")
+    return Counter({str(entry["values"]): entry["counts"] for entry in pc.value_counts(column).to_pylist()})
+
+
+def _missing(path: Path) -> str:
+    if path.exists():
+        return ""
+    return f"missing (a link to {path.readlink()}, where nothing is)" if path.is_symlink() else "missing"
+
+
+def main() -> int:
+    """Print what is wrong; 1 if anything is."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.corpus.verify", description=__doc__.split("\n")[0])
+    parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
+    corpus = parser.parse_args().corpus
+    is_whole = True
+    for problem in problems(corpus):
+        is_whole = False
+        print(problem, flush=True)
+    if is_whole:
+        print(f"{corpus}: whole")
+    return int(not is_whole)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
