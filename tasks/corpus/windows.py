@@ -32,6 +32,19 @@ class Window:
     tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a stretch of a window comes from: `tokens` tokens from token `start` on of document `row` of a shard.
+
+    `shard` is relative to the corpus, as in the manifest.
+    """
+
+    shard: str
+    row: int
+    start: int
+    tokens: int
+
+
 class Windows:
     """Whole, non-overlapping windows of `seq_len` tokens of a split.
 
@@ -83,7 +96,7 @@ class Windows:
             begin = index * self.seq_len
             self._text.copy(begin, out)
             return self._text.starts(begin, begin + self.seq_len), self.seq_len
-        pieces = slice(self._bins.offsets[index], self._bins.offsets[index + 1])
+        pieces = slice(*self._bins.offsets[index : index + 2])
         lengths = self._bins.length[pieces]
         ends = lengths.cumsum(dtype=np.int32)
         filled = 0
@@ -92,6 +105,14 @@ class Windows:
             filled = end
         out[filled:] = self._pad
         return ends - lengths, filled
+
+    def origins(self, index: int) -> list[Origin]:
+        """The documents of window `index`, one for each of its `starts`."""
+        if self._bins is None:
+            return self._text.origins(index * self.seq_len, (index + 1) * self.seq_len)
+        pieces = slice(*self._bins.offsets[index : index + 2])
+        ranges = zip(self._bins.start[pieces].tolist(), self._bins.length[pieces].tolist(), strict=True)
+        return [origin for begin, length in ranges for origin in self._text.origins(begin, begin + length)]
 
 
 def heldout(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
@@ -119,11 +140,12 @@ class _Text:
     """The documents of a split one after the other: token positions count on across shards."""
 
     def __init__(self, corpus_dir: Path, entry: manifest.SplitManifest) -> None:
-        self._ids, self._offsets = [], []  # of each shard
+        self._paths = [shard.path for shard in entry.shards]
+        self._ids, self._offsets = [], []
         for shard in entry.shards:
-            column = shards.open_shard(corpus_dir / shard.path).column("input_ids")
-            self._ids.append(column.values.to_numpy(zero_copy_only=True))
-            self._offsets.append(column.offsets.to_numpy(zero_copy_only=True))
+            batch = shards.open_shard(corpus_dir / shard.path)
+            self._ids.append(shards.flat_ids(batch))
+            self._offsets.append(shards.offsets(batch))
             if len(self._ids[-1]) != shard.tokens:
                 raise ValueError(
                     f"{corpus_dir / shard.path}: has {len(self._ids[-1])} tokens, its manifest {shard.tokens}; "
@@ -153,6 +175,18 @@ class _Text:
             filled += b - a
         starts = np.concatenate(found).astype(np.int32)
         return starts if len(starts) and not starts[0] else np.concatenate([np.zeros(1, dtype=np.int32), starts])
+
+    def origins(self, begin: int, end: int) -> list[Origin]:
+        """The documents of the positions [begin, end)."""
+        found = []
+        for shard, a, b in self._ranges(begin, end):
+            offsets = self._offsets[shard]
+            first, last = int(np.searchsorted(offsets, a, side="right")) - 1, int(np.searchsorted(offsets, b))
+            for row in range(first, last):
+                low, high = int(offsets[row]), int(offsets[row + 1])
+                tokens = min(high, b) - max(low, a)
+                found.append(Origin(shard=self._paths[shard], row=row, start=max(a - low, 0), tokens=tokens))
+        return found
 
     def _ranges(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(shard, from, to) of the pieces of shards that make up the positions from begin to end."""
