@@ -1,0 +1,66 @@
+"""MinHash-LSH signatures (Broder 1997; bands as in FineWeb, arXiv 2406.17557, section 3.4).
+
+Shingles are word n-grams (tasks/corpus/words.py), with every digit as 0. Minima are rensa's R-MinHash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from rensa import RMinHash
+
+from tasks.corpus import words
+
+_SEED = 1
+
+
+class Signer:
+    """Signs texts with `bands` x `rows` minima over shingles of `ngram` words; the same on every machine."""
+
+    def __init__(self, bands: int, rows: int, *, ngram: int) -> None:
+        self.bands_count, self.rows, self.ngram = bands, rows, ngram
+
+    def bands(self, texts: Sequence[str]) -> NDArray[np.uint64]:
+        """Per text a hash of each band's minima, uint64 [n, bands]; two texts meet where one column is equal."""
+        signatures = self.signatures(texts).reshape(len(texts), self.bands_count, self.rows)
+        out = np.zeros((len(texts), self.bands_count), dtype=np.uint64)
+        for row in range(self.rows):
+            out = words.mix(out + signatures[:, :, row])
+        return out
+
+    def signatures(self, texts: Sequence[str]) -> NDArray[np.uint32]:
+        """The minima, uint32 [n, bands * rows]. The share of equal ones estimates the Jaccard similarity."""
+        size = self.bands_count * self.rows
+        if not texts:
+            return np.empty((0, size), dtype=np.uint32)
+        shingles, offsets = self.shingles(texts)
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, size, _SEED)
+        return np.array(matrix.to_rows(), dtype=np.uint32)
+
+    def shingles(self, texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Hashes of all shingles, flat uint64, and where each text's begin and end in them, uint64 [n + 1].
+
+        A text of fewer words than `ngram` is one shingle; one without a word is a shingle of its characters.
+        """
+        split = words.split(texts, digits=False)
+        count = np.diff(split.offsets)
+        grams = words.ngrams(split.hashes, self.ngram)
+        short = count < self.ngram
+        sizes = np.where(short, 1, count - self.ngram + 1)
+        offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.uint64)
+        inside = np.ones(len(split.hashes), dtype=bool)  # where an n-gram of one text begins
+        ends = split.offsets[1:]
+        for back in range(1, self.ngram):
+            inside[(ends - back)[count >= back]] = False
+        out = np.empty(int(offsets[-1]), dtype=np.uint64)
+        whole = np.ones(len(out), dtype=bool)
+        whole[offsets[:-1][short].astype(np.int64)] = False
+        out[whole] = grams[inside[: len(grams)]]
+        for i in np.flatnonzero(short):
+            first, last = split.offsets[i], split.offsets[i + 1]
+            gram = words.ngrams(split.hashes[first:last], last - first)
+            out[int(offsets[i])] = gram[0] if len(gram) and count[i] else xxhash.xxh3_64_intdigest(texts[i].encode())
+        return out, offsets
