@@ -78,6 +78,8 @@ def _csv(columns: tuple[str, ...], rows: list[list[Any]]) -> str:
 def _numbers(record: Record, prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for key, value in record.items():
+        if key == "sampler":  # a state to replay batches from, not a curve
+            continue
         if isinstance(value, dict):
             found += _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and key not in {"step", "tokens"}:

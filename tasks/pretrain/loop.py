@@ -1,7 +1,4 @@
-"""The training loop.
-
-Shapes: B windows of one forward pass, L tokens of a window, V vocabulary.
-"""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import checkpoint, schedule
+from tasks.pretrain import checkpoint, objective, schedule
 from tasks.pretrain import engine as engines
 from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError, code_version
@@ -58,6 +55,7 @@ class Trainer:
         self.history: list[tuple[int, dict[str, float]]] = [(0, self.weights)]
         self.sampler, self.loader = _batches(job, self.weights, place=place, corpus_sha256=corpus.sha256)
         self.windows_seen = dict.fromkeys(self.domains, 0)
+        self.predicted = 0
         self.load_before: list[list[int]] = []
         self.load_after: list[list[int]] = []
         self.seconds = {"steps": 0.0, "total": 0.0}
@@ -112,7 +110,10 @@ class Trainer:
         losses, balances = [], []
         for start in range(0, len(batch.input_ids), params.micro_batch):
             mark = time.perf_counter()
-            loss_B, balance = self._forward(batch.input_ids[start : start + params.micro_batch])
+            rows = slice(start, start + params.micro_batch)
+            loss_B, balance = objective.losses(
+                engine, batch, rows=rows, device=self.place.device, balance=params.balance_loss > 0
+            )
             losses.append(loss_B.detach())
             balances.append(balance.detach().expand_as(loss_B))
             forward = time.perf_counter()
@@ -130,37 +131,25 @@ class Trainer:
             raise TrainingError(self._not_finite("gradient norm", found["slots"]))
         self._record(found, lr=lr, norm=norm, timing={"seconds": time.perf_counter() - begun, **spent})
 
-    def _forward(self, ids_BL: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of each window (nats per predicted token, fp32) and the load-balancing loss (0 if it has no weight)."""
-        import torch
-        import torch.nn.functional as F
-
-        ids = torch.from_numpy(ids_BL).to(self.place.device)
-        wanted = self.params.balance_loss > 0
-        out = self.engine(input_ids=ids, output_router_logits=wanted, use_cache=False)
-        target_BL = F.pad(ids[:, 1:], (0, 1), value=-100)  # all L rows: slicing the logits would copy them
-        nats = F.cross_entropy(out.logits.float().flatten(0, 1), target_BL.flatten(), reduction="none")
-        loss_B = nats.view_as(ids).sum(1) / (ids.shape[1] - 1)
-        return loss_B, out.aux_loss if wanted else loss_B.new_zeros(())
-
     def _collect(self, batch: Any, losses: list[torch.Tensor], balances: list[torch.Tensor]) -> dict[str, Any]:
         """The whole batch's losses on every rank, in slot order; raises TrainingError if one is not finite."""
         import torch
 
         mine = slice(self.place.rank, None, self.place.world_size)
-        table = torch.zeros(4, self.params.batch, dtype=torch.float64)
+        table = torch.zeros(5, self.params.batch, dtype=torch.float64)
         table[0, mine] = torch.cat(losses).double().cpu()
         table[1, mine] = torch.cat(balances).double().cpu()
         table[2, mine] = torch.tensor([self.domains.index(domain) for domain in batch.domains], dtype=torch.float64)
         table[3, mine] = torch.tensor(batch.windows, dtype=torch.float64)
+        table[4, mine] = torch.from_numpy(objective.predicted(batch.labels)).double()
         table = table.to(self.place.device)
         torch.distributed.all_reduce(table)
-        loss, balance, domain, window = table.cpu().numpy()
+        loss, balance, domain, window, predicted = table.cpu().numpy()
         slots = [(self.domains[int(d)], int(w)) for d, w in zip(domain, window, strict=True)]
         bad = ~np.isfinite(loss + balance)
         if bad.any():
             raise TrainingError(self._not_finite("loss", [slot for slot, b in zip(slots, bad, strict=True) if b]))
-        return {"loss": loss, "balance": balance, "slots": slots}
+        return {"loss": loss, "balance": balance, "slots": slots, "predicted": int(predicted.sum())}
 
     def _not_finite(self, what: str, slots: list[tuple[str, int]]) -> str:
         last = checkpoint.find(self._checkpoints)
@@ -175,6 +164,7 @@ class Trainer:
 
     def _record(self, found: dict[str, Any], *, lr: float, norm: float, timing: dict[str, float]) -> None:
         self.seconds["steps"] += timing["seconds"]
+        self.predicted += found["predicted"]
         domains = np.array([domain for domain, _ in found["slots"]])
         per_domain = {}
         for domain in self.domains:
@@ -190,6 +180,7 @@ class Trainer:
                 "kind": "step",
                 "step": self.step,
                 "tokens": self.step * self.tokens_per_step,
+                "predicted": found["predicted"],
                 "loss": loss,
                 "balance": float(found["balance"].mean()),
                 "grad_norm": norm,
@@ -223,7 +214,8 @@ class Trainer:
             tokens = self.step * self.tokens_per_step
             timing = {"seconds": time.perf_counter() - begun}
             record = {"kind": "heldout", "step": self.step, "tokens": tokens, "mean": mean, "losses": losses}
-            self.log.write({**record, "weights": self.weights, "timing": timing})
+            record |= {"weights": self.weights, "sampler": self.sampler.state()}
+            self.log.write({**record, "timing": timing})
             shown = "  ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
             self._progress.say(f"held out at step {self.step}: mean {mean:.4f}  {shown}")
         return load.tolist()
@@ -252,6 +244,7 @@ class Trainer:
             "weights": self.weights,
             "history": self.history,
             "windows_seen": self.windows_seen,
+            "predicted": self.predicted,
             "load_before": self.load_before,
             "load_after": self.load_after,
             "seconds": self.seconds,
@@ -275,7 +268,7 @@ class Trainer:
         self.sampler.restore(state["sampler"])
         self.step, self.weights, self.seconds = state["step"], state["weights"], state["seconds"]
         self.history = [(step, weights) for step, weights in state["history"]]
-        self.windows_seen = state["windows_seen"]
+        self.windows_seen, self.predicted = state["windows_seen"], state["predicted"]
         self.load_before, self.load_after = state["load_before"], state["load_after"]
         self.resumed_from = {"step": self.step, "code": state["code"]}
         if self.place.rank == 0:
@@ -293,7 +286,22 @@ def _batches(job: Job, weights: dict[str, float], *, place: Place, corpus_sha256
     from tasks.corpus.sampler import Sampler
 
     params = job.params
-    windows = train_windows(job.corpus, list(weights), seq_len=params.seq_len)
-    sampler = Sampler(windows, weights=weights, seed=params.seed, batch=params.batch, corpus_sha256=corpus_sha256)
-    loader = Loader(job.corpus, sampler, seq_len=params.seq_len, rank=place.rank, world_size=place.world_size)
+    windows = train_windows(job.corpus, list(weights), seq_len=params.seq_len, packing=params.packing)
+    sampler = Sampler(
+        windows,
+        weights=weights,
+        seed=params.seed,
+        batch=params.batch,
+        corpus_sha256=corpus_sha256,
+        packing=params.packing,
+    )
+    loader = Loader(
+        job.corpus,
+        sampler,
+        seq_len=params.seq_len,
+        rank=place.rank,
+        world_size=place.world_size,
+        packing=params.packing,
+        mask_documents=params.mask_documents,
+    )
     return sampler, loader

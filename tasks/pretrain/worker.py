@@ -41,8 +41,9 @@ def run(job: Job) -> None:
         config = engines.configuration(job.params, world_size=world_size, dtype=dtype)
         engine = engines.build(model, job.params, config=config)
         trainer = Trainer(job, engine=engine, place=Place(rank=rank, world_size=world_size, device=device))
-        trainer.run()
-        outputs.write(trainer, config=config)
+        with trainer.loader:
+            trainer.run()
+            outputs.write(trainer, config=config)
         torch.distributed.barrier()
     finally:
         engines.close()

@@ -75,6 +75,10 @@ class Pretrain(Frozen):
     tokens: Positive
     """Training tokens; rounded up to whole steps of batch x seq_len."""
     seq_len: Positive
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How documents fill the windows: end to end and cut anywhere, or whole where they fit, with padding behind."""
+    mask_documents: bool = False
+    """Attention, positions and loss stop at document boundaries."""
     batch: Positive
     """Sequences per optimizer step, over all processes."""
     micro_batch: Positive = 1
