@@ -90,8 +90,7 @@ class Windows:
 
     def fill(self, out: NDArray[np.int64], index: int) -> tuple[NDArray[np.int32], int]:
         """Write window `index` to `out` int64 [seq_len]; its `starts` and `tokens`, as in `Window`."""
-        if not 0 <= index < self._count:
-            raise IndexError(f"{self._where} has {self._count} windows of {self.seq_len} tokens; there is no {index}")
+        self._check(index)
         if self._bins is None:
             begin = index * self.seq_len
             self._text.copy(begin, out)
@@ -108,11 +107,16 @@ class Windows:
 
     def origins(self, index: int) -> list[Origin]:
         """The documents of window `index`, one for each of its `starts`."""
+        self._check(index)
         if self._bins is None:
             return self._text.origins(index * self.seq_len, (index + 1) * self.seq_len)
         pieces = slice(*self._bins.offsets[index : index + 2])
         ranges = zip(self._bins.start[pieces].tolist(), self._bins.length[pieces].tolist(), strict=True)
         return [origin for begin, length in ranges for origin in self._text.origins(begin, begin + length)]
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self._count:
+            raise IndexError(f"{self._where} has {self._count} windows of {self.seq_len} tokens; there is no {index}")
 
 
 def heldout(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
