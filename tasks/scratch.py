@@ -25,13 +25,14 @@ class BusyError(RuntimeError):
 
 
 @contextmanager
-def workspace(stage: str, name: str, *, inputs: Any = None) -> Iterator[Path]:
-    """Yield the scratch folder of one unit of work, held exclusively until the block ends.
+def workspace(stage: str, name: str, *, inputs: Any = None, shared: bool = False) -> Iterator[Path]:
+    """Yield the scratch folder of one unit of work, held until the block ends.
 
     Args:
         stage: the stage's name, such as `pretrain`.
         name: what it works on: a model, corpus or pipeline.
         inputs: JSON-able parameters and digests; work begun with other inputs is not found again, and is deleted.
+        shared: let others that say so hold it at the same time; nothing is deleted then.
 
     Raises:
         BusyError: another process holds it. The lock dies with its process, so kill -9 leaves none behind.
@@ -40,7 +41,7 @@ def workspace(stage: str, name: str, *, inputs: Any = None) -> Iterator[Path]:
     base.mkdir(parents=True, exist_ok=True)
     with (base / "lock").open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise BusyError(
@@ -51,7 +52,7 @@ def workspace(stage: str, name: str, *, inputs: Any = None) -> Iterator[Path]:
         lock.write(str(os.getpid()))
         lock.flush()
         folder = base / fingerprint(inputs)
-        for old in base.iterdir():
+        for old in [] if shared else list(base.iterdir()):
             if old.is_dir() and old != folder:
                 shutil.rmtree(old)
         folder.mkdir(exist_ok=True)

@@ -19,13 +19,19 @@ CORPORA = Path("data/corpora")
 
 
 def fingerprints(corpus: settings.Corpus) -> dict[str, str]:
-    """One string per domain that changes when its bytes do. Raises SourceError naming the domain."""
+    """One string per domain, and per file of evaluation items, that changes when its bytes do.
+
+    Raises:
+        SourceError: names the domain or the items.
+    """
+    items = corpus.decontaminate.items if corpus.decontaminate else []
+    parts = {f"domain {name}": domain for name, domain in corpus.domains.items()}
     found = {}
-    for name, domain in corpus.domains.items():
+    for name, part in {**parts, **{f"items {item.name}": item for item in items}}.items():
         try:
-            found[name] = sources.fingerprint(domain.source, sha256=domain.sha256)
+            found[name] = sources.fingerprint(part.source, sha256=part.sha256)
         except (sources.SourceError, OSError) as error:
-            raise sources.SourceError(f"domain {name}: {error}") from error
+            raise sources.SourceError(f"{name}: {error}") from error
     return found
 
 
@@ -38,13 +44,13 @@ def check(name: str, corpus: settings.Corpus) -> dict[str, str]:
     """The fingerprints of a corpus, after seeing that they are those the `sources` stage wrote.
 
     Raises:
-        SourceError: there are none, or the sources changed since; names the domains.
+        SourceError: there are none, or the sources changed since; names them.
     """
     path = sources_file(name)
     if not path.exists():
         raise sources.SourceError(f"{path}: not found; run `python -m tasks.corpus.fingerprint {name}` first")
     written, found = json.loads(path.read_text()), fingerprints(corpus)
-    changed = [domain for domain in {**written, **found} if written.get(domain) != found.get(domain)]
+    changed = [part for part in {**written, **found} if written.get(part) != found.get(part)]
     if changed:
         raise sources.SourceError(
             f"{path}: sources changed since they were fingerprinted ({', '.join(changed)}); run again with --refresh"
@@ -63,8 +69,8 @@ def main() -> int:
         print(f"corpus {name}: {error}", file=sys.stderr)
         return 1
     scratch.write_json(sources_file(name), found)
-    for domain, text in found.items():
-        print(f"{domain}: {text}")
+    for part, text in found.items():
+        print(f"{part}: {text}")
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.corpus import encoder
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
 
 
@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitManifest:
-    """The shards of a split, in order. `bytes` counts the UTF-8 bytes of its texts; `tokens` includes one EOS each."""
+    """The shards of a split, in order. `bytes` counts the UTF-8 bytes of its texts; `tokens` includes the separators."""
 
     shards: tuple[Shard, ...]
     documents: int
@@ -45,13 +45,17 @@ class SplitManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainManifest:
-    """One domain. `rules` counts records: read, kept, and those dropped by each rule."""
+    """One domain. `rules` counts records: read, kept, and those dropped by each rule.
+
+    `files` are verdicts and rejects (tokenise.py): path in the corpus -> sha256.
+    """
 
     train: SplitManifest
     heldout: SplitManifest
     rules: dict[str, int]
     license: str
     source: str
+    files: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,8 @@ class Manifest:
     tokenizer: str
     vocab_size: int
     eos_token_id: int
+    bos_token_id: int | None
+    separators: str
     dtype: str
     seed: int
     domains: dict[str, DomainManifest]

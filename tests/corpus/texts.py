@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tasks.corpus import __main__ as stage
-from tasks.corpus import fingerprint
+from tasks.corpus import fingerprint, stage
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "wizards", "brew", "Köln", "東京", "🙂", "7"]
 
@@ -26,8 +25,8 @@ def jsonl(path: Path, texts: list[str], **more: Any) -> str:
     return f"dir:{path}"
 
 
-def run(name: str = "tiny") -> dict[str, Any]:
-    """Both stages, in this process."""
+def run(name: str = "tiny", *, workers: int = 1) -> dict[str, Any]:
+    """Both stages; in this process, if there is one worker."""
     sys.argv = ["fingerprint", name]
     assert fingerprint.main() == 0
-    return stage.make(name)
+    return stage.make(name, run=stage.processes(workers))

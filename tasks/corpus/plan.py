@@ -1,0 +1,95 @@
+"""What there is to do for a corpus: its sources cut into tasks, and the units of work over them.
+
+Work lies in `.scratch/corpus-NAME/FINGERPRINT/`, which every process and machine that takes part must see:
+
+    plan.json                                the settings, the tasks, the inputs' key
+    scan/DOMAIN/00000-000.arrow, .json …     documents of task 0 (spool.py), and its account 00000.json
+    fates/DOMAIN/00000.npy, .json            what becomes of each of them (resolve.py)
+    tokenised/corpus/DOMAIN/…, done/DOMAIN/  shards and what is published with them (tokenise.py)
+    progress/                                counters of each unit
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tasks import scratch, settings, sources
+from tasks.corpus import readers
+from tasks.corpus.readers import Piece
+
+FILE = "plan.json"
+SOURCES = scratch.ROOT / "sources"
+Phase = Literal["scan", "resolve", "tokenise"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of work: a task of a domain in a phase; `resolve` is one unit over all domains."""
+
+    phase: Phase
+    domain: str
+    task: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """`tasks` are the pieces of input of each task, per domain in order of priority; `key` names all inputs."""
+
+    name: str
+    key: str
+    corpus: settings.Corpus
+    tasks: dict[str, list[tuple[Piece, ...]]]
+
+    def units(self, phase: Phase) -> list[Unit]:
+        """The units of a phase, which may run in any order and anywhere."""
+        if phase == "resolve":
+            return [Unit(phase=phase, domain="", task=0)]
+        return [Unit(phase=phase, domain=d, task=i) for d, tasks in self.tasks.items() for i in range(len(tasks))]
+
+
+def tasks_of(corpus: settings.Corpus) -> dict[str, list[tuple[Piece, ...]]]:
+    """The tasks of each domain. Downloads packages and checks digests; raises SourceError naming the domain."""
+    found = {}
+    for name, domain in corpus.domains.items():
+        try:
+            reader = readers.open_reader(domain, SOURCES, max_record_bytes=corpus.max_record_bytes)
+            found[name] = reader.tasks(task_bytes=corpus.task_bytes)
+        except sources.SourceError as error:
+            raise sources.SourceError(f"domain {name}: {error}") from error
+    return found
+
+
+def open_plan(work: Path, name: str, *, corpus: settings.Corpus, inputs: Any) -> Plan:
+    """The plan of the work folder, made if it isn't there yet."""
+    path = work / FILE
+    if not path.exists():
+        tasks = {
+            domain: [[dataclasses.asdict(piece) for piece in task] for task in tasks]
+            for domain, tasks in tasks_of(corpus).items()
+        }
+        key = scratch.fingerprint(inputs)
+        # Domains as pairs: their order is their priority, and write_json sorts keys.
+        domains = list(corpus.domains)
+        written = {"name": name, "key": key, "corpus": corpus.model_dump(), "domains": domains, "tasks": tasks}
+        scratch.write_json(path, written)
+    return load(work)
+
+
+def load(work: Path) -> Plan:
+    """Read the plan of a work folder. Raises FileNotFoundError with the mend: it isn't seen from here."""
+    path = work / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.absolute()}: not found; every worker must run in the project's root, on a file system they share"
+        )
+    raw = json.loads(path.read_text())
+    order = raw["domains"]
+    corpus = raw["corpus"]
+    corpus["domains"] = {domain: corpus["domains"][domain] for domain in order}
+    tasks = {domain: [tuple(Piece(**piece) for piece in task) for task in raw["tasks"][domain]] for domain in order}
+    return Plan(name=raw["name"], key=raw["key"], corpus=settings.Corpus(**corpus), tasks=tasks)

@@ -1,0 +1,159 @@
+"""The second phase, one process: duplicates over all domains, the hold-out, and whether too much was bad.
+
+Writes `fates/DOMAIN/TASK.npy`, uint8 [documents of the task], indices into FATES, and beside it the number that each
+piece's rows begin at. A cluster of near-duplicates lies on one side of the hold-out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks import scratch
+from tasks.corpus import dedup, files, scan, spool
+from tasks.corpus.plan import Plan
+from tasks.corpus.records import CorpusError
+
+SPLITS = ("train", "heldout")
+FATES = (*SPLITS, "duplicate", "near_duplicate")
+FILE = "resolved.json"
+MILLION = 10**6
+
+
+def fate_of(work: Path, domain: str, *, task: int) -> tuple[NDArray[np.uint8], list[int]]:
+    """Fates of a task's documents, uint8 [documents], and the row at which each of its pieces begins."""
+    path = _path(work, domain, task)
+    return np.load(path, allow_pickle=False), json.loads(path.with_suffix(".json").read_text())
+
+
+def resolved(work: Path) -> dict[str, Any]:
+    """Per domain: records by rule, and the bad ones by rule with the first example."""
+    return json.loads((work / FILE).read_text())
+
+
+def resolve(work: Path, plan: Plan) -> None:
+    """Decide what becomes of every document.
+
+    Raises:
+        CorpusError: a domain has too many bad records, or nothing for one of its splits.
+    """
+    tasks = {domain: _accounts(work, plan, domain) for domain in plan.tasks}
+    starts = {domain: _row_starts(plan, domain, accounts) for domain, accounts in tasks.items()}
+    found = {domain: _counts(plan, domain, tasks[domain], starts=starts[domain]) for domain in plan.tasks}
+    for domain, counts in found.items():
+        _judge_bad(domain, counts, max_bad=plan.corpus.max_bad)
+    chunks = [path for domain in plan.tasks for path in _chunks(work, domain, tasks[domain])]
+    area = work / "resolve"
+    shutil.rmtree(area, ignore_errors=True)
+    area.mkdir()
+    decision = dedup.decide(chunks, near=plan.corpus.near_duplicates, scratch=area)
+    sizes = [sum(account["documents"] for account in tasks[domain]) for domain in plan.tasks]
+    shares = np.array([plan.corpus.heldout_of(domain) for domain in plan.tasks])
+    ends, start = np.cumsum(sizes), 0
+    for domain in plan.tasks:
+        kept: Counter[str] = Counter()
+        for task, account in enumerate(tasks[domain]):
+            place = slice(start, start := start + account["documents"])
+            share = shares[np.searchsorted(ends, decision.first[place], side="right")]
+            fate = _fates(decision.fate[place], decision.key[place], share)
+            kept.update(dict(zip(FATES, np.bincount(fate, minlength=len(FATES)).tolist(), strict=True)))
+            path = _path(work, domain, task)
+            scratch.write_json(path.with_suffix(".json"), starts[domain][task])
+            with files.replacing(path) as file:
+                np.save(file, fate, allow_pickle=False)
+        _add_kept(domain, found[domain]["rules"], kept, plan=plan)
+    scratch.write_json(work / FILE, found)
+    shutil.rmtree(area)
+
+
+def _fates(fate: NDArray[np.uint8], key: NDArray[np.uint8], share: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Held out by the key alone, so that neither order nor shards nor other documents matter."""
+    low = np.ascontiguousarray(key[:, :8]).view("<u8")[:, 0]
+    is_heldout = (low % MILLION) < share * MILLION
+    return np.where(fate == dedup.KEPT, is_heldout, fate + len(SPLITS) - dedup.DUPLICATE).astype(np.uint8)
+
+
+def _path(work: Path, domain: str, task: int) -> Path:
+    return work / "fates" / domain / f"{task:05d}.npy"
+
+
+def _accounts(work: Path, plan: Plan, domain: str) -> list[dict[str, Any]]:
+    found = [spool.account(scan.folder(work, domain), task) for task in range(len(plan.tasks[domain]))]
+    if missing := [task for task, account in enumerate(found) if account is None]:
+        raise CorpusError(f"domain {domain}: {len(missing)} tasks are not scanned, the first is {missing[0]}")
+    return [account for account in found if account is not None]
+
+
+def _chunks(work: Path, domain: str, accounts: list[dict[str, Any]]) -> list[Path]:
+    folder = scan.folder(work, domain)
+    return [
+        path
+        for task, account in enumerate(accounts)
+        for path in spool.chunk_paths(folder, task, chunks=account["chunks"])
+    ]
+
+
+def _row_starts(plan: Plan, domain: str, accounts: list[dict[str, Any]]) -> list[list[int]]:
+    """The row in its file at which each piece of each task begins."""
+    seen: dict[str, int] = {}
+    starts: list[list[int]] = []
+    for pieces, account in zip(plan.tasks[domain], accounts, strict=True):
+        starts.append([])
+        for piece, rows in zip(pieces, account["rows"], strict=True):
+            starts[-1].append(seen.get(piece.path, 0))
+            seen[piece.path] = seen.get(piece.path, 0) + rows
+    return starts
+
+
+def _counts(
+    plan: Plan, domain: str, accounts: list[dict[str, Any]], *, starts: list[list[int]]
+) -> dict[str, dict[str, Any]]:
+    rules: Counter[str] = Counter(read=0, bad=0, empty=0)
+    bad: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for account, begin in zip(accounts, starts, strict=True):
+        rules["read"] += account["records"]
+        rules.update(account["rules"])
+        bad.update(account["bad"])
+        for rule, (piece, source, row, detail) in account["examples"].items():
+            examples.setdefault(rule, f"{source}, row {begin[piece] + row}: {detail}")
+    rules["bad"] = bad.total()
+    return {"rules": dict(rules), "bad": {rule: f"{n}, the first in {examples[rule]}" for rule, n in bad.items()}}
+
+
+def _judge_bad(domain: str, counts: dict[str, dict[str, Any]], *, max_bad: float) -> None:
+    bad, read = counts["rules"]["bad"], counts["rules"]["read"]
+    if bad > max_bad * read:
+        rules = "; ".join(f"{rule}: {text}" for rule, text in counts["bad"].items())
+        raise CorpusError(
+            f"domain {domain}: {bad} of {read} records are bad ({bad / read:.2%}), max_bad allows {max_bad:.2%}. "
+            f"{rules}. Mend the file, correct `format` or `text_field`, or raise `max_bad`"
+        )
+
+
+def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: Plan) -> None:
+    rules["duplicate"] = kept["duplicate"]
+    if plan.corpus.near_duplicates:
+        rules["near_duplicate"] = kept["near_duplicate"]
+    rules["kept"] = kept["train"] + kept["heldout"]
+    for split in SPLITS:
+        if kept[split]:
+            continue
+        if not rules["kept"]:
+            mend = (
+                "Check `source`, `format`, `text_field` and `filters`, and whether an earlier domain holds the same "
+                "texts"
+            )
+        else:
+            mend = f"{'Raise' if split == 'heldout' else 'Lower'} `heldout`, or give the domain more documents"
+        counts = ", ".join(f"{n} {rule}" for rule, n in rules.items() if n)
+        raise CorpusError(
+            f"domain {domain}: no document for the {split} split (records: {counts}; heldout = "
+            f"{plan.corpus.heldout_of(domain)}). {mend}"
+        )

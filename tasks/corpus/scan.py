@@ -1,0 +1,130 @@
+"""The first phase: a task's records are read, judged one by one, and the documents kept for the tokenizer."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from tasks.corpus import contamination, encoder, filters, minhash, readers, spool
+from tasks.corpus.plan import SOURCES, Plan
+from tasks.corpus.progress import Meter
+from tasks.corpus.records import CorpusError, Document, Record, Reject
+
+
+def doc_id(text: str) -> bytes:
+    """xxh3-128 of a text after NFC and with every run of whitespace as one space."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return xxhash.xxh3_128_digest(" ".join(text.split()).encode())
+
+
+def folder(work: Path, domain: str) -> Path:
+    """Where the chunks of a domain lie."""
+    return work / "scan" / domain
+
+
+def scan(work: Path, plan: Plan, *, domain: str, task: int, meter: Meter, encode: encoder.Encoder) -> None:
+    """Scan one task; goes on after the last committed chunk. Raises CorpusError or SourceError naming the domain."""
+    try:
+        _Scan(work, plan, domain=domain, task=task, encode=encode).run(meter)
+    except CorpusError as error:
+        raise CorpusError(f"domain {domain}: {error}") from error
+
+
+class _Scan:
+    def __init__(self, work: Path, plan: Plan, *, domain: str, task: int, encode: encoder.Encoder) -> None:
+        corpus = plan.corpus
+        self.corpus, self.task, self.encode = corpus, task, encode
+        self.folder = folder(work, domain)
+        self.pieces = plan.tasks[domain][task]
+        self.reader = readers.open_reader(
+            corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False
+        )
+        self.judge = filters.build(corpus.filters_of(domain))
+        self.items = contamination.Items.load(corpus.decontaminate, SOURCES) if corpus.decontaminate else None
+        near = corpus.near_duplicates
+        self.signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram) if near else None
+        self.rows: list[int] = []
+        self._piece = 0
+
+    def run(self, meter: Meter) -> None:
+        chunks = spool.committed(self.folder, self.task)
+        skip = sum(chunk["records"] for chunk in chunks)
+        for done in chunks:
+            meter.rules.update({**done["rules"], **done["bad"]})
+            meter.add(documents=done["records"])
+        chunk = spool.Chunk()
+        for number, record in enumerate(self._records(meter)):
+            if number < skip:
+                continue
+            self._take(record, number=number, chunk=chunk)
+            if chunk.is_full:
+                chunks.append(self._commit(chunk, index=len(chunks), meter=meter))
+                chunk = spool.Chunk()
+        if chunk.records:
+            chunks.append(self._commit(chunk, index=len(chunks), meter=meter))
+        spool.finish(self.folder, self.task, chunks=chunks, rows=self.rows)
+
+    def _records(self, meter: Meter) -> Iterator[Record]:
+        for index, piece in enumerate(self.pieces):
+            self._piece = index
+            self.rows.append((yield from self.reader.read(piece)))
+            meter.add(files=1)
+
+    def _take(self, record: Record, *, number: int, chunk: spool.Chunk) -> None:
+        if isinstance(record, Reject):
+            chunk.reject(record, record=number, piece=self._piece)
+            return
+        document = self._decoded(record) if record.ids is not None else record
+        reject, kept_text = self._judged(document)
+        if reject is None:
+            try:
+                identity = doc_id(document.text)
+            except UnicodeEncodeError as error:  # markup can name half of a surrogate pair
+                reject = Reject(rule="invalid text", source=record.source, row=record.row, detail=str(error))
+            else:
+                chunk.document(document, record=number, piece=self._piece, doc_id=identity)
+                return
+        chunk.reject(reject, record=number, piece=self._piece, text=kept_text)
+
+    def _judged(self, document: Document) -> tuple[Reject | None, str | None]:
+        """Why a document is dropped, and its text if that is to be kept."""
+        text = document.text
+
+        def reject(rule: str, detail: str = "") -> Reject:
+            return Reject(rule=rule, source=document.source, row=document.row, detail=detail, bad=False)
+
+        if not text or text.isspace():
+            return reject("empty"), None
+        if rule := self.judge(document):
+            return reject(rule), text if self.corpus.keep_rejects else None
+        if self.items and (hit := self.items.hit(text)):
+            return reject("contaminated", f"{hit.item}: {hit.ngram}"), None
+        return None, None
+
+    def _decoded(self, document: Document) -> Document:
+        """A document that came tokenised: its text is what the tokenizer gives back, without separators."""
+        ids = document.ids
+        assert ids is not None
+        if len(ids) and ids.max() >= self.encode.vocab_size:
+            raise CorpusError(
+                f"{document.source}, document {document.row}: id {ids.max()} is outside the vocabulary of "
+                f"{self.encode.vocab_size}; the file was made with another tokenizer"
+            )
+        if len(ids) and ids[0] == self.encode.bos_token_id:
+            ids = ids[1:]
+        if len(ids) and ids[-1] == self.encode.eos_token_id:
+            ids = ids[:-1]
+        text = self.encode.decode(ids.tolist())
+        return Document(text=text, source=document.source, row=document.row, ids=ids)
+
+    def _commit(self, chunk: spool.Chunk, *, index: int, meter: Meter) -> dict[str, object]:
+        texts = chunk.documents["text"]
+        bands = self.signer.bands(texts) if self.signer else None
+        account = spool.commit(self.folder, self.task, index=index, chunk=chunk, bands=bands)
+        meter.rules.update({**account["rules"], **account["bad"]})
+        meter.add(documents=chunk.records, bytes=chunk.chars)
+        return account

@@ -1,0 +1,173 @@
+"""Documents between the scan and the tokenizer, in files small enough to hold in memory.
+
+A task's records lie in chunks. `00000-000.arrow` holds the documents of chunk 0 of task 0, `00000-000.rejects.arrow`
+the records that gave none, and `00000-000.json`, written last, commits both. `00000.json` says that the task is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tasks import scratch
+from tasks.corpus import files
+from tasks.corpus.records import Document, Reject
+
+CHUNK_CHARS = 1 << 24  # characters of text in a chunk: bounds the memory of scan and tokenise
+CHUNK_RECORDS = 1 << 17
+
+_PLACE: list[tuple[str, pa.DataType]] = [
+    ("record", pa.uint64()),  # number in the task
+    ("piece", pa.uint32()),
+    ("source", pa.string()),
+    ("row", pa.uint64()),  # counted from the piece's first
+]
+DOCUMENTS = pa.schema(
+    [*_PLACE, ("text", pa.large_string()), ("doc_id", pa.binary(16)), ("ids", pa.large_list(pa.uint32()))]
+)
+REJECTS = pa.schema(
+    [*_PLACE, ("rule", pa.string()), ("bad", pa.bool_()), ("detail", pa.string()), ("text", pa.large_string())]
+)
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+@dataclass
+class Chunk:
+    """Records of a task, as they come: a column each, by name."""
+
+    documents: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in DOCUMENTS.names})
+    rejects: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in REJECTS.names})
+    chars: int = 0
+
+    @property
+    def records(self) -> int:
+        return len(self.documents["record"]) + len(self.rejects["record"])
+
+    @property
+    def is_full(self) -> bool:
+        return self.chars >= CHUNK_CHARS or self.records >= CHUNK_RECORDS
+
+    def document(self, document: Document, *, record: int, piece: int, doc_id: bytes) -> None:
+        self._place(self.documents, document, record=record, piece=piece)
+        self.documents["text"].append(document.text)
+        self.documents["doc_id"].append(doc_id)
+        self.documents["ids"].append(document.ids)
+        self.chars += len(document.text)
+
+    def reject(self, reject: Reject, *, record: int, piece: int, text: str | None = None) -> None:
+        self._place(self.rejects, reject, record=record, piece=piece)
+        for name, value in (("rule", reject.rule), ("bad", reject.bad), ("detail", reject.detail), ("text", text)):
+            self.rejects[name].append(value)
+        self.chars += len(text or "")
+
+    @staticmethod
+    def _place(columns: dict[str, list[Any]], found: Document | Reject, *, record: int, piece: int) -> None:
+        for name, value in (("record", record), ("piece", piece), ("source", found.source), ("row", found.row)):
+            columns[name].append(value)
+
+
+def commit(folder: Path, task: int, *, index: int, chunk: Chunk, bands: NDArray[np.uint64] | None) -> dict[str, Any]:
+    """Write a chunk and its account, which is returned: records, documents and records by rule."""
+    stem = f"{task:05d}-{index:03d}"
+    table = pa.table(chunk.documents, schema=DOCUMENTS)
+    if bands is not None:
+        width = 8 * bands.shape[1]
+        packed = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(width), len(bands), [None, pa.py_buffer(np.ascontiguousarray(bands, dtype="<u8"))]
+        )
+        table = table.append_column("bands", packed)
+    _write(folder / f"{stem}.arrow", table)
+    _write(folder / f"{stem}.rejects.arrow", pa.table(chunk.rejects, schema=REJECTS))
+    rejects = chunk.rejects
+    bad = Counter(rule for rule, is_bad in zip(rejects["rule"], rejects["bad"], strict=True) if is_bad)
+    rules = Counter(rule for rule, is_bad in zip(rejects["rule"], rejects["bad"], strict=True) if not is_bad)
+    account = {
+        "records": chunk.records,
+        "documents": len(table),
+        "rules": dict(rules),
+        "bad": dict(bad),
+        "examples": _examples(chunk.rejects),
+    }
+    scratch.write_json(folder / f"{stem}.json", account)
+    return account
+
+
+def committed(folder: Path, task: int) -> list[dict[str, Any]]:
+    """Accounts of the chunks of a task that are there, without a gap from the first."""
+    found: list[dict[str, Any]] = []
+    while (path := folder / f"{task:05d}-{len(found):03d}.json").exists():
+        found.append(json.loads(path.read_text()))
+    return found
+
+
+def finish(folder: Path, task: int, *, chunks: list[dict[str, Any]], rows: list[int]) -> None:
+    """Write the account of a whole task; `rows` are the rows of each of its pieces."""
+    total: dict[str, Counter[str]] = {"rules": Counter(), "bad": Counter()}
+    examples: dict[str, list[Any]] = {}
+    for chunk in chunks:
+        for kind, counts in total.items():
+            counts.update(chunk[kind])
+        examples = {**chunk["examples"], **examples}
+    account = {
+        "chunks": len(chunks),
+        "records": sum(chunk["records"] for chunk in chunks),
+        "documents": sum(chunk["documents"] for chunk in chunks),
+        **{kind: dict(counts) for kind, counts in total.items()},
+        "examples": examples,
+        "rows": rows,
+    }
+    scratch.write_json(folder / f"{task:05d}.json", account)
+
+
+def account(folder: Path, task: int) -> dict[str, Any] | None:
+    """The account of a task; None if it isn't whole."""
+    path = folder / f"{task:05d}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def chunk_paths(folder: Path, task: int, *, chunks: int) -> list[Path]:
+    """The document files of a task, in order."""
+    return [folder / f"{task:05d}-{index:03d}.arrow" for index in range(chunks)]
+
+
+def documents(path: Path) -> pa.Table:
+    """The documents of a chunk."""
+    return _read(path)
+
+
+def rejects(path: Path) -> pa.Table:
+    """The records of a chunk that gave no document; `path` is its document file."""
+    return _read(path.with_suffix(".rejects.arrow"))
+
+
+def _examples(rejects: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The first bad record of each rule: [piece, source, row, detail]."""
+    found: dict[str, list[Any]] = {}
+    for i, rule in enumerate(rejects["rule"]):
+        if rejects["bad"][i]:
+            found.setdefault(rule, [rejects[name][i] for name in ("piece", "source", "row", "detail")])
+    return found
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with files.replacing(path) as file, pa.ipc.new_file(file, table.schema, options=_COMPRESSED) as writer:
+        writer.write_table(table)
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
+        return file.read_all()
+
+
+def batches(folder: Path, task: int, *, chunks: int) -> Iterator[pa.Table]:
+    """The documents of a task, chunk by chunk."""
+    for path in chunk_paths(folder, task, chunks=chunks):
+        yield documents(path)

@@ -1,0 +1,231 @@
+"""From a corpus entry to its shards: the three phases, by whatever runs their units, and what is published.
+
+`make` is the stage. `prepare` does all of it but the publishing, so that any number of machines may do the work and
+the stage, run afterwards, finds it done. Units may be killed at any point, run twice or run at once: their results
+are functions of the plan, and appear by a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tasks import scratch, settings, sources
+from tasks.corpus import encoder, files, fingerprint, outputs, plan, progress, resolve, scan, spool, streams, tokenise
+from tasks.corpus.plan import Phase, Plan, Unit
+from tasks.corpus.records import CorpusError
+
+MODELS = Path("data/models")
+FAILURES = (
+    settings.SettingsError,
+    sources.SourceError,
+    encoder.TokenizerError,
+    CorpusError,
+    streams.ReadError,
+    scratch.BusyError,
+    OSError,
+)
+"""What a person can mend; anything else is a fault of this program and shows its traceback."""
+
+Runner = Callable[[Callable[[Unit], None], list[Unit]], None]
+"""Calls a picklable function with every unit, in any order, anywhere, and raises if a call does."""
+
+
+def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
+    """Make corpus `name` of pipelines.yaml; returns its metrics.
+
+    Args:
+        name: its key in the settings.
+        run: what runs the units; processes on this machine if None.
+
+    Raises:
+        FAILURES: what was finished is kept for the next run.
+    """
+    with _workspace(name) as (work, todo):
+        out = _phases(work, todo, run=run or processes())
+        metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(work), encode=_encoder(todo, work))
+        shutil.rmtree(work)
+    return metrics
+
+
+def prepare(name: str, *, run: Runner) -> None:
+    """Everything but the publishing. Raises FAILURES."""
+    with _workspace(name) as (work, todo):
+        _phases(work, todo, run=run)
+
+
+def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
+    """Run the units index, index + count, … of a phase, beside others that run theirs; returns how many there were.
+
+    Raises:
+        FAILURES: also if the phase before is not finished.
+    """
+    with _workspace(name, shared=phase != "resolve") as (work, todo):
+        before = plan.PHASES[: plan.PHASES.index(phase)]
+        for earlier in before:
+            if missing := _pending(work, todo, earlier):
+                raise CorpusError(
+                    f"phase {phase} of corpus {name} needs phase {earlier}, of which {len(missing)} units are not "
+                    f"done; run --phase {earlier} first"
+                )
+        mine = [unit for i, unit in enumerate(todo.units(phase)) if i % count == index]
+        for unit in mine:
+            run_unit(str(work), unit)
+    return len(mine)
+
+
+def run_unit(work: str, unit: Unit) -> None:
+    """Run one unit, unless it is done; a function of the plan in the work folder."""
+    todo, folder = plan.load(Path(work)), Path(work)
+    if _is_done(folder, unit):
+        return
+    meter = progress.Meter(folder / "progress", phase=unit.phase, domain=unit.domain, task=unit.task)
+    with contextlib.closing(meter):
+        if unit.phase == "scan":
+            scan.scan(folder, todo, domain=unit.domain, task=unit.task, meter=meter, encode=_encoder(todo, folder))
+        elif unit.phase == "resolve":
+            resolve.resolve(folder, todo)
+        else:
+            _tokenise(folder, todo, unit=unit, meter=meter)
+
+
+def processes(workers: int | None = None) -> Runner:
+    """Units in up to `workers` processes of this machine, one for each core by default."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = workers or cores
+
+    def run(function: Callable[[Unit], None], units: list[Unit]) -> None:
+        count = min(limit, len(units))
+        if count <= 1:
+            for unit in units:
+                function(unit)
+            return
+        threads = {"RAYON_NUM_THREADS": str(max(1, cores // count))}  # read by tokenizers when a process starts
+        with _environment(threads):
+            _run_in_pool(function, units, workers=count)
+
+    return run
+
+
+def _run_in_pool(function: Callable[[Unit], None], units: list[Unit], *, workers: int) -> None:
+    spawn = multiprocessing.get_context("spawn")  # a tokenizer's threads don't survive a fork
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+        futures = [pool.submit(function, unit) for unit in units]
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BrokenProcessPool:
+            raise CorpusError(
+                "a worker process was killed, perhaps for want of memory; run again with fewer --workers. "
+                "Finished parts are kept"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _environment(changed: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update({name: value for name, value in changed.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]]:
+    """The work folder of a corpus and its plan, held until the block ends."""
+    corpus = settings.load().corpus(name)
+    found = fingerprint.check(name, corpus)
+    encode = encoder.load_encoder(MODELS / corpus.model, separators=corpus.separators)
+    # As pairs: the order of the domains is their priority.
+    domains = [[domain, entry.model_dump()] for domain, entry in corpus.domains.items()]
+    rest = corpus.model_dump(exclude={"domains"})
+    inputs = {"corpus": rest, "domains": domains, "sources": found, "tokenizer": encode.fingerprint}
+    # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
+    here = Path(__file__).parent
+    code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
+    with scratch.workspace("corpus", name, inputs=[inputs, code], shared=shared) as work:
+        if not shared:
+            files.sweep(work)
+        yield work, plan.open_plan(work, name, corpus=corpus, inputs=inputs)
+
+
+def _phases(work: Path, todo: Plan, *, run: Runner) -> Path:
+    """Run what isn't done; returns the folder that holds the result."""
+    with progress.Display(work / "progress", domains=list(todo.tasks)) as display:
+        for phase in plan.PHASES:
+            while units := _pending(work, todo, phase):  # twice, if a fast tokenizer turned out to be wrong
+                display.phase(phase, len(units))
+                run(functools.partial(run_unit, str(work)), units)
+    return _out(work)
+
+
+def _pending(work: Path, todo: Plan, phase: Phase) -> list[Unit]:
+    return [unit for unit in todo.units(phase) if not _is_done(work, unit)]
+
+
+def _is_done(work: Path, unit: Unit) -> bool:
+    if unit.phase == "scan":
+        return spool.account(scan.folder(work, unit.domain), unit.task) is not None
+    if unit.phase == "resolve":
+        return (work / resolve.FILE).exists()
+    return tokenise.finished(_out(work), unit.domain, task=unit.task) is not None
+
+
+def _tokenise(work: Path, todo: Plan, *, unit: Unit, meter: progress.Meter) -> None:
+    def attempt() -> None:
+        encode = _encoder(todo, work)
+        tokenise.tokenise(work, todo, out=_out(work), domain=unit.domain, task=unit.task, encode=encode, meter=meter)
+
+    try:
+        attempt()
+    except encoder.BackendMismatch as error:
+        warnings.warn(f"{error}; everything is tokenised by the reference instead", stacklevel=2)
+        scratch.write_json(_distrust(work), {"domain": unit.domain, "task": unit.task, "error": str(error)})
+        attempt()
+
+
+def _distrust(work: Path) -> Path:
+    """Where it is written that the fast tokenizer was found to be wrong."""
+    return work / "distrust.json"
+
+
+def _out(work: Path) -> Path:
+    """Shards of a fast tokenizer that proved wrong are left where they are, and nothing is taken from there."""
+    return work / ("tokenised-by-reference" if _distrust(work).exists() else "tokenised")
+
+
+def _encoder(todo: Plan, work: Path) -> encoder.Encoder:
+    backend = "reference" if _distrust(work).exists() else "auto"
+    return _load_encoder(MODELS / todo.corpus.model, todo.corpus.separators, backend)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_encoder(model_dir: Path, separators: str, backend: Any) -> encoder.Encoder:
+    return encoder.load_encoder(model_dir, separators=separators, backend=backend)
