@@ -1,9 +1,9 @@
-"""`moeforge inspect` and `moeforge verify`: what lies at a path, told by the room that wrote it.
+"""`moeforge inspect`, `verify` and `repair`: what lies at a path, told by the room that wrote it.
 
 | path | inspect | verify |
 |---|---|---|
-| shard (*.arrow) | counts, provenance, first tokens as text | through its corpus |
-| corpus (folder with manifest.json) | counts and rules per domain, licences, first tokens | hashes, sizes, ids, EOS |
+| shard (*.arrow) | counts, provenance, first tokens as text | against its corpus's manifest |
+| corpus (folder with manifest.json) | counts and rules per domain, licences, first tokens | every byte; repair mends |
 | mixture.json | weights beside the uniform and the proportional ones | weights are positive and sum to 1 |
 | partition.safetensors | method, seed, sizes, first indices | with its checkpoint |
 | checkpoint (folder with config.json) | class, sizes, tensors, licence | finite; runs/*/moe: the identity test |
@@ -66,14 +66,13 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def verify(path: Path) -> list[str]:
     """What is wrong at a path; empty if it is sound. Raises ArtifactError if it cannot be told."""
-    from tasks.corpus.inspect import verify_corpus
+    from tasks.corpus import verify as corpus
 
     match kind(path):
         case "shard":
-            corpus = path.parent.parent.parent
-            return [problem for problem in verify_corpus(corpus) if problem.startswith(str(path))]
+            return corpus.verify_shard(path)
         case "corpus":
-            return verify_corpus(path)
+            return corpus.verify_corpus(path)
         case "mixture":
             return list(_mixture_problems(path))
         case "partition":
@@ -82,6 +81,15 @@ def verify(path: Path) -> list[str]:
             return [*_tensor_problems(path), *_identity(path)]
         case _:
             return list(_tensor_problems(path))
+
+
+def repair(path: Path) -> list[str]:
+    """Mend a corpus, saying what was done; returns what is wrong still. Raises ArtifactError for anything else."""
+    from tasks.corpus.repair import repair as mend
+
+    if (what := kind(path)) != "corpus":
+        raise ArtifactError(f"{path}: a {what} cannot be repaired, only a corpus; run the stage that made it again")
+    return mend(path)
 
 
 def _mixture(path: Path) -> dict[str, Any]:

@@ -82,8 +82,13 @@ class Part:
         self.tokens += int(offsets[-1] - offsets[0])
         self.text_bytes += int(text_bytes)
 
-    def batch(self, order: NDArray[np.int64], *, dtype: type[np.unsignedinteger]) -> pa.RecordBatch:
-        """The documents as the record batch of a shard, `order[i]` (int64 [documents]) in place i.
+    def batch(
+        self, order: NDArray[np.int64], *, dtype: type[np.unsignedinteger], metadata: dict[str, str]
+    ) -> pa.RecordBatch:
+        """The documents as the record batch of a shard, document `order[i]` (int64 [documents]) in place i.
+
+        Memory: the ids once more. `metadata` goes into the schema; its `task_key` names everything that the shard's
+        bytes depend on.
 
         Raises:
             TypeError: ids of another type than `dtype`.
@@ -108,7 +113,35 @@ class Part:
             "source": names.dictionary_encode(),
             "row": pa.array(np.concatenate(self._rows)[order], pa.uint64()),
         }
-        return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+        facts = {**metadata, "documents": str(self.documents), "tokens": str(self.tokens)}
+        return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays)).replace_schema_metadata(facts)
+
+
+class Hashed:
+    """A file that knows the size and the digests of what was written to it."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.size = 0
+        self.sha256, self.xxh3_128 = hashlib.sha256(), xxhash.xxh3_128()
+
+    def write(self, content: Any) -> int:
+        """Write bytes or a buffer."""
+        view = memoryview(content)
+        self.sha256.update(view)
+        self.xxh3_128.update(view)
+        self.size += view.nbytes
+        return self._file.write(view)
+
+
+def write_batch(file: IO[bytes], batch: pa.RecordBatch) -> Hashed:
+    """Write the bytes of a shard, without a copy of them."""
+    sink = Hashed(file)
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink
 
 
 def write(
@@ -116,16 +149,11 @@ def write(
 ) -> dict[str, Any]:
     """Write a shard and then its sidecar; return the sidecar. A reader finds the old files, the new ones, or none.
 
-    Memory: the ids of the part once more. `metadata` goes into the schema; its `task_key` names everything that the
-    shard's bytes depend on.
+    Arguments as of `Part.batch`.
     """
-    batch = part.batch(order, dtype=dtype)
-    facts = {**metadata, "documents": str(batch.num_rows), "tokens": str(part.tokens)}
-    batch = batch.replace_schema_metadata(facts)
+    batch = part.batch(order, dtype=dtype, metadata=metadata)
     with files.replacing(path) as file:
-        sink = _Hashed(file)
-        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
-            writer.write_batch(batch)
+        sink = write_batch(file, batch)
     ids, doc_ids = flat_ids(batch), batch.column("doc_id")
     sidecar = {
         "path": str(Path(*path.parts[-3:])),
@@ -211,22 +239,3 @@ def require_shard(batch: pa.RecordBatch, path: Path) -> None:
         raise ValueError(f"{path}: no shard, its schema lacks the metadata {', '.join(sorted(missing))}")
     if batch.num_rows == 0:
         raise ValueError(f"{path}: holds no document")
-
-
-class _Hashed:
-    """A file that knows the size and the digests of what was written to it."""
-
-    closed = False
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.size = 0
-        self.sha256, self.xxh3_128 = hashlib.sha256(), xxhash.xxh3_128()
-
-    def write(self, content: Any) -> int:
-        """Write bytes or a buffer."""
-        view = memoryview(content)
-        self.sha256.update(view)
-        self.xxh3_128.update(view)
-        self.size += view.nbytes
-        return self._file.write(view)

@@ -34,7 +34,8 @@ PART = re.compile(r"part-(\d{5,})-(\d{3})\.arrow")
 SORTED_AT_ONCE = 1 << 24  # document ids looked at together: about 0.7 GB
 BLOCK = 1 << 20
 
-Kind = Literal["manifest", "shard", "sidecar", "records", "foreign"]
+Kind = Literal["manifest", "shard", "content", "sidecar", "records", "foreign"]
+"""shard: the file isn't the manifest's; content: it is, and yet wrong. records: verdicts or rejects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def problems(corpus_dir: Path) -> Iterator[Problem]:
         expected |= {path, shards.sidecar_of(path)}
         broken = list(_shard_problems(path, shard, found, place=(domain, split)))
         yield from broken
-        if not any(problem.kind == "shard" for problem in broken):
+        if not any(problem.path == path for problem in broken):
             sound.append(path)
     yield from _repeated(sound)
     for name, domain_entry in found.domains.items():
@@ -95,6 +96,14 @@ def problems(corpus_dir: Path) -> Iterator[Problem]:
     for path in sorted(corpus_dir.rglob("*")):
         if path not in expected and not path.is_dir():
             yield Problem(kind="foreign", path=path, text="foreign file, the manifest doesn't list it")
+
+
+def number_of(shard: manifest.Shard) -> tuple[int, int]:
+    """The task that made a shard, and which of the task's shards it is. Raises ValueError for another name."""
+    match = PART.fullmatch(Path(shard.path).name)
+    if not match:
+        raise ValueError(f"{shard.path}: not called part-TASK-NUMBER.arrow")
+    return int(match[1]), int(match[2])
 
 
 def _load(corpus_dir: Path) -> manifest.Manifest | Problem:
@@ -152,8 +161,9 @@ def _shard_problems(
         return
     for text in _sidecar_texts(shards.sidecar_of(path), shard):
         yield Problem(kind="sidecar", path=shards.sidecar_of(path), text=text, shard=shard)
-    for text in _file_texts(path, shard) or _content_texts(path, shard, found, place=place):
-        yield Problem(kind="shard", path=path, text=text, shard=shard)
+    texts = _file_texts(path, shard)
+    for text in texts or _content_texts(path, shard, found, place=place):
+        yield Problem(kind="shard" if texts else "content", path=path, text=text, shard=shard)
 
 
 def _sidecar_texts(path: Path, shard: manifest.Shard) -> Iterator[str]:
@@ -261,7 +271,7 @@ def _repeated(paths: Sequence[Path]) -> Iterator[Problem]:
             first = mine[np.argmin(place[again[mine]])]
             row, other = place[again[first]] - begins[home], paths[earlier[first]]
             text = f"{len(mine)} documents stand in the corpus before, the first at row {row} in {other}"
-            yield Problem(kind="shard", path=paths[home], text=text)
+            yield Problem(kind="content", path=paths[home], text=text)
 
 
 def _record_problems(corpus_dir: Path, name: str, domain: manifest.DomainManifest) -> Iterator[Problem]:
