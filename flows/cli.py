@@ -162,6 +162,20 @@ def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's 
         print(f"{path}: sound")
 
 
+@app.command(epilog="Example: moeforge repair data/corpora/demo")
+def repair(path: Annotated[Path, typer.Argument(help="A corpus.")]) -> None:
+    """Make broken shards and sidecars of a corpus again, byte for byte. Exit 1 if something is wrong still."""
+    from flows import artifacts
+
+    with clear_errors():
+        left = artifacts.repair(path)
+        for problem in left:
+            print(problem)
+        if left:
+            fail(f"{path}: {len(left)} problem{'s'[: len(left) > 1]} left")
+        print(f"{path}: sound")
+
+
 @app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a released checkpoint.")],
