@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SYNTAX = "hub:ORG/NAME@REVISION, pypi:NAME==VERSION/PATH, npm:NAME==VERSION/PATH, dir:PATH or an fsspec URL"
 _PACKAGE = re.compile(r"(?P<name>(?:@\w[\w.-]*/)?\w[\w.-]*)==(?P<version>\w[\w.+-]*)/(?P<path>.+)")
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<version>[\w.-]+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAR = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2"}
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -56,8 +57,8 @@ class Source:
 
     @property
     def is_pinned(self) -> bool:
-        """True if the text alone fixes the bytes (a released package version or a hub revision)."""
-        return self.kind in {"hub", "pypi", "npm"}
+        """True if the text alone fixes the bytes (a released package version or a commit of the hub)."""
+        return self.kind in {"pypi", "npm"} or (self.kind == "hub" and bool(_COMMIT.fullmatch(self.version)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,15 @@ def parse(text: str) -> Source:
     return Source(text=text, kind=kind, name=parts["name"], version=parts["version"], path=parts.get("path") or "")
 
 
+def require_commit(source: Source) -> None:
+    """Raise SourceError unless a dataset of the hub is pinned to a commit: branches and tags can move."""
+    if not source.is_pinned:
+        raise SourceError(
+            f"source {source.text!r}: {source.version!r} can move; write the commit it stands for, 40 hex digits "
+            f"(`git ls-remote https://huggingface.co/datasets/{source.name} {source.version}` prints it)"
+        )
+
+
 def fetch(text: str, cache: Path, *, sha256: str | None = None, sdist: bool = False) -> Fetched:
     """Bring the files of a package, folder or URL within reach and check their digest.
 
@@ -126,7 +136,9 @@ def fetch(text: str, cache: Path, *, sha256: str | None = None, sdist: bool = Fa
     elif source.kind in {"dir", "url"}:
         fetched = _open_store(source)
     else:
-        raise SourceError(f"source {text!r}: a hub id names a model, not files")
+        raise SourceError(
+            f"source {text!r}: a hub id names a model or a dataset, not files; a dataset has format: dataset"
+        )
     if not fetched.paths:
         raise SourceError(f"source {text!r} matches no file; check its path or glob")
     try:
@@ -148,8 +160,13 @@ def fingerprint(text: str, *, sha256: str | None = None) -> str:
 
     Pinned sources stand for themselves, local files are hashed, remote ones give what their store knows
     (size and ETag or modification time).
+
+    Raises:
+        SourceError: as `fetch`, and if a hub dataset is not pinned to a commit.
     """
     source = parse(text)
+    if source.kind == "hub":
+        require_commit(source)
     if sha256 is not None or source.is_pinned:
         return f"{text}#{sha256 or ''}"
     fetched = fetch(text, Path())

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import io
 import lzma
-import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +25,6 @@ CORRUPT = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What reading a damaged stream raises (gzip.BadGzipFile is an OSError)."""
 
 
-_STORE_FAILED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
-
-
 class ReadError(RuntimeError):
     """A store or archive failed while a file was read: nothing is known about the records, so none is counted bad."""
 
@@ -40,14 +35,28 @@ def guard(file: IO[bytes], path: str) -> IO[bytes]:
 
 
 @contextmanager
-def guarded_open(fs: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
-    """Open a file of a store; failing to, and its failures while it is read, are ReadErrors."""
+def guarded_open(fs: AbstractFileSystem, path: str, *, sequential: bool = False) -> Iterator[IO[bytes]]:
+    """Open a file of a store; failing to, and its failures while it is read, are ReadErrors.
+
+    `sequential`: it is read once from its start, which a web server can serve without knowing byte ranges.
+    """
+    options = {"block_size": 0} if sequential and "http" in fs.protocol else {}
     try:
-        opened = fs.open(path, "rb")
-    except _STORE_FAILED as error:
+        opened = fs.open(path, "rb", **options)
+    except Exception as error:  # every store has errors of its own
         raise _read_error(path, error) from error
     with opened, guard(opened, path) as file:
         yield file
+
+
+def has_ranges(fs: AbstractFileSystem, path: str) -> bool:
+    """Whether a web server gives the end of a file without the rest."""
+    with fs.open(path, "rb") as file:
+        try:
+            file.seek(-1, io.SEEK_END)
+            return len(file.read(1)) == 1
+        except ValueError:  # what fsspec raises for a server that sends the whole file
+            return False
 
 
 def codec_of(path: str) -> str | None:
@@ -93,7 +102,7 @@ class _Guarded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             content = self._file.read(len(buffer))
-        except _STORE_FAILED as error:
+        except Exception as error:  # every store has errors of its own
             raise _read_error(self._path, error) from error
         buffer[: len(content)] = content
         return len(content)

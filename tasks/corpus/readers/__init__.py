@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.corpus.readers.base import Piece, Reader, Records
+from tasks.corpus.readers.dataset import DatasetReader
 from tasks.corpus.readers.jsonl import JsonlReader
 from tasks.corpus.readers.mediawiki import MediawikiReader
+from tasks.corpus.readers.megatron import MegatronReader
 from tasks.corpus.readers.parquet import ParquetReader
 from tasks.corpus.readers.text import TextReader
 
@@ -25,6 +27,8 @@ READERS: dict[str, type[Reader]] = {
     "jsonl": JsonlReader,
     "parquet": ParquetReader,
     "mediawiki": MediawikiReader,
+    "dataset": DatasetReader,
+    "megatron": MegatronReader,
 }
 """The reader of each format; what it needs beyond the standard library is imported when it reads."""
 

@@ -91,12 +91,12 @@ class FileReader(Reader):
         if self.is_decompressed and streams.codec_of(name) and not self.bytes_of[name]:  # gzip takes it for whole
             yield Reject(rule="corrupt stream", source=name, row=0, detail="a compressed file of 0 bytes")
             return 1
-        with self.open(name) as raw:
+        with self.open(name, sequential=self.is_decompressed and piece == Piece(name)) as raw:
             return (yield from self.records(streams.decompress(raw, name) if self.is_decompressed else raw, piece))
 
-    def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
+    def open(self, name: str, *, sequential: bool = False) -> AbstractContextManager[IO[bytes]]:
         """A file as its store has it."""
-        return streams.guarded_open(self.fs, self.files[name])
+        return streams.guarded_open(self.fs, self.files[name], sequential=sequential)
 
     @abstractmethod
     def records(self, file: IO[bytes], piece: Piece) -> Records:
@@ -108,8 +108,10 @@ class FileReader(Reader):
         return Reject(rule="over-long record", source=name, row=row, detail=detail)
 
     def is_cuttable(self, name: str, *, task_bytes: int) -> bool:
-        """Whether a file is larger than a task and can be opened in its middle (members of archives can, slowly)."""
-        return not isinstance(self.fs, AbstractArchiveFileSystem) and self.bytes_of[name] > task_bytes
+        """Whether a file is larger than a task, and its store opens it in its middle (archives do, but slowly)."""
+        if self.bytes_of[name] <= task_bytes or isinstance(self.fs, AbstractArchiveFileSystem):
+            return False
+        return "http" not in self.fs.protocol or streams.has_ranges(self.fs, self.files[name])
 
 
 def grouped(sized: Iterable[tuple[Piece, int]], *, task_bytes: int) -> list[tuple[Piece, ...]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tasks.corpus import streams
 from tasks.corpus.readers.base import FileReader, Piece, Records, cuts
-from tasks.corpus.readers.column import BATCH_BYTES, column_records
+from tasks.corpus.readers.column import column_records
 from tasks.corpus.records import CorpusError
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tasks.settings import Domain
+
+
+BATCH_BYTES = 1 << 22
+"""About what a batch of rows should hold."""
 
 
 class ParquetReader(FileReader):
@@ -49,7 +53,9 @@ class ParquetReader(FileReader):
             rows = sum(table.metadata.row_group(i).num_rows for i in groups)
             batch_rows = max(1, min(1024, BATCH_BYTES * rows // max(decoded, 1)))
             for batch in table.iter_batches(batch_size=batch_rows, row_groups=groups, columns=[self.field]):
-                yield from column_records(batch.column(0), name, self.field, first=row, most=self.max_record_bytes)
+                yield from column_records(
+                    batch.column(0), name, field=self.field, first=row, most=self.max_record_bytes
+                )
                 row += len(batch)
         return row
 
