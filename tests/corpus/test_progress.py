@@ -1,4 +1,4 @@
-"""Meters in a shared folder, their sums, and the display of both kinds, in a process that a terminal looks at."""
+"""Meters in a shared folder, and the display of them: plain lines, and on a terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import pty
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tasks.corpus import files, progress
-from tasks.corpus.progress import Display, Meter, Snapshot, Tally
+from tasks.corpus.counters import Counters, Snapshot
+from tasks.corpus.progress import Display, Meter
 
 ROOT = Path(__file__).parents[2]
 WORK = """
@@ -73,7 +71,7 @@ def test_what_a_killed_meter_leaves_is_found_by_a_sweep_and_by_no_display(
         with pytest.raises(KeyboardInterrupt):
             meter(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    assert Tally(tmp_path, 0.0).sums == {}
+    assert Counters(tmp_path, 0.0).sums == {}
     files.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -88,98 +86,10 @@ def test_a_meter_that_cannot_write_lets_the_work_go_on(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-counters = st.fixed_dictionaries({name: st.integers(0, 10**12) for name in ("files", "documents", "tokens", "bytes")})
-units = st.tuples(st.sampled_from(["scan", "tokenise"]), st.sampled_from(["code", "books"]), counters, st.booleans())
-
-
-@given(st.lists(units, max_size=8))
-def test_a_tally_sums_each_domain_and_phase(
-    tmp_path_factory: pytest.TempPathFactory, made: list[tuple[str, str, dict[str, int], bool]]
-) -> None:
-    folder = tmp_path_factory.mktemp("meters")
-    tally = Tally(folder, 0.0)
-    expected: dict[tuple[str, str], Counter[str]] = {}
-    for task, (phase, domain, counts, done) in enumerate(made):
-        unit = Snapshot(phase=phase, domain=domain, task=task, attempt=str(task), done=done, **counts)  # type: ignore[arg-type]
-        (folder / f"{phase}-{domain}-{task:05}.json").write_text(unit.model_dump_json())
-        total = expected.setdefault((domain, phase), Counter())
-        total.update({"fresh" if key == "bytes" else key: n for key, n in counts.items()} | {"done": int(done)})
-    for now in (1.0, 2.0):  # a second look changes nothing
-        tally.poll(now)
-        names = ("files", "documents", "tokens", "fresh", "done")
-        assert {key: {n: getattr(sums, n) for n in names} for key, sums in tally.sums.items()} == {
-            key: {n: total[n] for n in names} for key, total in expected.items()
-        }
-
-
-def test_what_earlier_runs_did_counts_but_not_in_the_rate(tmp_path: Path) -> None:
-    before = meter(tmp_path, task=0)
-    before.add(documents=10, bytes=10**9)
-    before.close()
-    killed = meter(tmp_path, task=1)
-    killed.add(documents=5, bytes=10**9)
-    killed._write()
-    going_on = meter(tmp_path, task=2)  # on another machine, all the while
-    going_on.add(documents=1, bytes=1000)
-    going_on._write()
-
-    tally = Tally(tmp_path, 100.0)
-    assert tally.done("scan") == 1
-    assert tally.largest("code", "documents") == 16
-    assert tally.rate("code", "scan") is None
-    again = meter(tmp_path, task=1)
-    again.add(documents=2, bytes=3000)
-    again.close()
-    going_on.add(documents=1, bytes=1000)
-    going_on.close()
-    tally.poll(104.0)
-    assert tally.done("scan") == 3
-    assert tally.largest("code", "documents") == 14
-    assert tally.rate("code", "scan") == 4000 / 4.0
-    tally.poll(200.0)  # the rate is that of the time in which something moved
-    assert tally.rate("code", "scan") == 4000 / 4.0
-
-
-def test_the_rate_of_a_run_leaves_out_the_time_between_its_phases(tmp_path: Path) -> None:
-    tally = Tally(tmp_path, 0.0)
-    for phase, now in (("scan", 2.0), ("tokenise", 50.0)):
-        tally.poll(now - 2.0)
-        counting = meter(tmp_path, phase=phase)
-        counting.add(documents=10, bytes=8000)
-        counting.close()
-        tally.poll(now)
-    assert tally.rate("code", "tokenise") == 4000
-    assert tally.rate("code") == 2000  # 8000 bytes of input, each seen in two phases of two seconds
-
-
-def test_rules_add_up_over_phases_and_what_is_no_drop_is_left_out(tmp_path: Path) -> None:
-    for phase, rules in (("scan", {"read": 10, "empty": 2, "bad": 0}), ("tokenise", {"duplicate": 3, "kept": 5})):
-        counting = meter(tmp_path, phase=phase)
-        counting.add(documents=10)
-        counting.rules.update(rules)
-        counting.close()
-    assert Tally(tmp_path, 0.0).dropped("code") == {"empty": 2, "duplicate": 3}
-
-
-@pytest.mark.parametrize(
-    "content", ["", '{"phase": "scan", "domain": "co', "[]", "null", '{"documents": "many"}', "\0"]
-)
-def test_a_file_that_is_half_written_is_passed_over_until_it_is_whole(tmp_path: Path, content: str) -> None:
-    whole = Snapshot(phase="scan", domain="code", task=0, attempt="a", documents=3).model_dump_json()
-    path = tmp_path / "scan-code-00000.json"
-    path.write_text(content)
-    tally = Tally(tmp_path, 0.0)
-    assert tally.sums == {}
-    path.write_text(whole)
-    tally.poll(1.0)
-    assert tally.largest("code", "documents") == 3
-    path.write_text(content)
-    tally.poll(2.0)
-    path.unlink()
-    tally.poll(3.0)
-    tmp_path.rmdir()
-    tally.poll(4.0)
-    assert tally.largest("code", "documents") == 3
+def test_a_meter_whose_block_fails_stays_open(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), meter(tmp_path):
+        raise KeyboardInterrupt
+    assert not snapshot(tmp_path, "scan-code-00000.json").done
 
 
 def test_without_a_terminal_there_are_plain_lines_now_and_then(
@@ -220,7 +130,7 @@ def test_units_of_an_earlier_run_are_named_and_give_no_time_to_go(
     monkeypatch.setattr(progress, "POLL", 1e9)
     meter(tmp_path, task=0).close()
     with Display(tmp_path, domains=["code"]) as display:
-        display.phase("scan", 2)
+        display.phase("scan", 2, before=1)
         display.look()
     assert capsys.readouterr().err.splitlines()[:2] == ["scan: 2 units, 1 of them done before", "scan: 1 of 2 units"]
 
@@ -244,7 +154,7 @@ def test_the_thread_looks_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with Display(tmp_path, domains=["code"]) as display:
         meter(tmp_path).close()
         for _ in range(10_000):
-            if display.tally.done("scan"):
+            if display.counters.finished("scan"):
                 return
             time.sleep(0.001)
     pytest.fail("the thread saw nothing")
