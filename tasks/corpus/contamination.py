@@ -7,7 +7,7 @@ would be found in any text, cannot be looked for, and are counted in `Items.shor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tasks.corpus.records import CorpusError
 from tasks.settings import corpus as settings
 
 LEAST = 8
-_FILTER_BITS = 20
+_FILTER_BITS = 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,64 +36,84 @@ class Hit:
 class Items:
     """The n-grams of evaluation items. `short` counts the strings too short to be looked for."""
 
-    def __init__(self, labels: list[str], texts: list[str], *, ngram: int) -> None:
+    def __init__(self, labels: Sequence[str], texts: Sequence[str], *, ngram: int) -> None:
         """`texts[i]` is looked for under the name `labels[i]`."""
         self._labels, self._words = labels, words.split(texts)
         counts = np.diff(self._words.offsets)
-        self.short = int((counts < min(ngram, LEAST)).sum())
-        self._tables = {}
-        for size in range(min(ngram, LEAST), ngram + 1):
-            chosen = counts >= size if size == ngram else counts == size
-            if chosen.any():
-                self._tables[size] = _Table(self._words, chosen, size=size)
+        least = min(ngram, LEAST)
+        self.short = int((counts < least).sum())
+        left = np.repeat(self._words.offsets[1:], counts) - np.arange(len(self._words.hashes))
+        grams = words.ngrams(self._words.hashes, ngram)
+        places = np.flatnonzero(left[: len(grams)] >= ngram)
+        places = places[np.unique(grams[places], return_index=True)[1]]
+        whole = self._words.offsets[:-1][(counts >= least) & (counts < ngram)]  # found by their first words
+        self._tables = (
+            _Table(self._words, places, size=ngram, lengths=np.full(len(places), ngram)),
+            _Table(self._words, whole, size=least, lengths=left[whole]),
+        )
 
     @classmethod
     def load(cls, decontaminate: settings.Decontaminate, cache: Path) -> Items:
         """Read the items of the settings; archives are kept in `cache`.
 
         Raises:
-            SourceError: a source cannot be had. CorpusError: a line of it is not JSON.
+            SourceError: a source cannot be had.
+            CorpusError: a line of it is not JSON.
         """
         found = [pair for items in decontaminate.items for pair in _read(items, cache)]
         return cls([label for label, _ in found], [text for _, text in found], ngram=decontaminate.ngram)
 
     def hit(self, text: str) -> Hit | None:
-        """An item that the text holds, or an n-gram of one; the longest, and of those the first in the text."""
-        found = words.split([text])
-        for size, table in reversed(self._tables.items()):
-            for here, there in table.candidates(found.hashes):
-                ngram = found.text(here, size)
-                if ngram == self._words.text(there, size):
-                    item = int(self._words.offsets.searchsorted(there, side="right")) - 1
-                    return Hit(item=self._labels[item], ngram=ngram)
+        """The first n-gram in a text that an item has too, or else the first item that is shorter and whole in it."""
+        return self.hits([text])[0]
+
+    def hits(self, texts: Sequence[str]) -> list[Hit | None]:
+        """`hit` of each text; many texts at once take less time."""
+        out: list[Hit | None] = [None] * len(texts)
+        for start, end in words.batches(texts):
+            found = words.split(texts[start:end])
+            for table in self._tables:
+                for here, candidates in table.candidates(found.hashes):
+                    text = int(found.offsets.searchsorted(here, side="right")) - 1
+                    if out[start + text] is None:
+                        room = int(found.offsets[text + 1]) - here
+                        out[start + text] = self._match(found, here, room=room, candidates=candidates)
+        return out
+
+    def _match(self, found: words.Words, here: int, *, room: int, candidates: list[list[int]]) -> Hit | None:
+        for there, length in candidates:
+            if length <= room and found.text(here, length) == self._words.text(there, length):
+                item = int(self._words.offsets.searchsorted(there, side="right")) - 1
+                return Hit(item=self._labels[item], ngram=self._words.text(there, length))
         return None
 
 
 class _Table:
-    """The runs of `size` words within the chosen texts, by hash."""
+    """Places in the items' words by the hash of the `size` words there; lengths[i] words from places[i] are sought."""
 
-    def __init__(self, split: words.Words, chosen: NDArray[np.bool_], *, size: int) -> None:
-        self._size = size
-        inside = np.repeat(chosen, np.diff(split.offsets))
-        for end in split.offsets[1:]:
-            inside[max(end - size + 1, 0) : end] = False
-        places = np.flatnonzero(inside)
-        hashes, at = np.unique(words.ngrams(split.hashes, size)[places], return_index=True)
-        self._hashes, self._places = hashes, places[at]
-        self._filter = np.zeros(1 << _FILTER_BITS, dtype=bool)
-        self._filter[self._short(hashes)] = True
+    def __init__(
+        self, split: words.Words, places: NDArray[np.int64], *, size: int, lengths: NDArray[np.int64]
+    ) -> None:
+        hashes = words.ngrams(split.hashes, size)[places]
+        order = np.argsort(hashes, kind="stable")
+        self._size, self._hashes, self._sought = size, hashes[order], np.column_stack([places, lengths])[order]
+        self._bits = min(max(8 * len(hashes), 2).bit_length(), _FILTER_BITS)  # one in eight of other words passes
+        self._maybe = np.zeros(1 << self._bits, dtype=bool)
+        self._maybe[self._leading(hashes)] = True
 
-    def candidates(self, hashes: words.Hashes) -> Iterator[tuple[int, int]]:
-        """Where in a text, and where in the items' words, runs of equal hash begin."""
+    def candidates(self, hashes: words.Hashes) -> Iterator[tuple[int, list[list[int]]]]:
+        """A place in texts; places in the items' words, and how many words are to be equal from there on."""
+        if not len(self._hashes):
+            return
         grams = words.ngrams(hashes, self._size)
-        for here in np.flatnonzero(self._filter[self._short(grams)]):
-            at = int(self._hashes.searchsorted(grams[here]))
-            if at < len(self._hashes) and self._hashes[at] == grams[here]:
-                yield int(here), int(self._places[at])
+        here = np.flatnonzero(self._maybe[self._leading(grams)])
+        first = self._hashes.searchsorted(grams[here])
+        last = self._hashes.searchsorted(grams[here], side="right")
+        for i in np.flatnonzero(first < last):
+            yield int(here[i]), self._sought[first[i] : last[i]].tolist()
 
-    @staticmethod
-    def _short(hashes: words.Hashes) -> NDArray[np.int64]:
-        return (hashes >> np.uint64(64 - _FILTER_BITS)).astype(np.int64)
+    def _leading(self, hashes: words.Hashes) -> NDArray[np.int64]:
+        return (hashes >> np.uint64(64 - self._bits)).astype(np.int64)
 
 
 def _read(items: settings.Items, cache: Path) -> Iterator[tuple[str, str]]:

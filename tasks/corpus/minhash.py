@@ -21,24 +21,24 @@ class Signer:
     """Signs texts with `bands` x `rows` minima over shingles of `ngram` words; the same on every machine."""
 
     def __init__(self, bands: int, rows: int, *, ngram: int) -> None:
-        self.bands_count, self.rows, self.ngram = bands, rows, ngram
+        self.size, self.rows, self.ngram = bands * rows, rows, ngram
 
     def bands(self, texts: Sequence[str]) -> NDArray[np.uint64]:
         """Per text a hash of each band's minima, uint64 [n, bands]; two texts meet where one column is equal."""
-        signatures = self.signatures(texts).reshape(len(texts), self.bands_count, self.rows)
-        out = np.zeros((len(texts), self.bands_count), dtype=np.uint64)
+        minima = self.signatures(texts).reshape(len(texts), self.size // self.rows, self.rows)
+        out = np.zeros(minima.shape[:2], dtype=np.uint64)
         for row in range(self.rows):
-            out = words.mix(out + signatures[:, :, row])
+            out = words.mix(out + minima[:, :, row].astype(np.uint64))
         return out
 
     def signatures(self, texts: Sequence[str]) -> NDArray[np.uint32]:
         """The minima, uint32 [n, bands * rows]. The share of equal ones estimates the Jaccard similarity."""
-        size = self.bands_count * self.rows
-        if not texts:
-            return np.empty((0, size), dtype=np.uint32)
-        shingles, offsets = self.shingles(texts)
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, size, _SEED)
-        return np.array(matrix.to_rows(), dtype=np.uint32)
+        out = np.empty((len(texts), self.size), dtype=np.uint32)
+        for start, end in words.batches(texts):
+            shingles, offsets = self.shingles(texts[start:end])
+            matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, self.size, _SEED)
+            out[start:end] = matrix.to_rows()
+        return out
 
     def shingles(self, texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Hashes of all shingles, flat uint64, and where each text's begin and end in them, uint64 [n + 1].

@@ -1,14 +1,14 @@
 """The words of texts as 64-bit hashes, for MinHash and for decontamination, at 100 MB per CPU-second.
 
-A word is a run of letters, digits and combining marks after NFKC and case folding, as `str.isalnum` and Unicode's
-category M have it; all else separates. Characters of scripts written without spaces are a word each.
+A word is a run of letters, digits and combining marks (`str.isalnum`, Unicode's category M) after NFKC and simple case
+folding; all else separates. Characters of scripts written without spaces are words of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
+_BATCH_CHARS = 1 << 18  # what stays in the cache
 _SPACE = ord(" ")
 _STRIDE = 8
 _LONG = 64  # bytes; longer words, mostly encoded data, are hashed one by one
-_MULTIPLY = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD))  # golden ratio, MurmurHash3's finaliser
+_MULTIPLY = (0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD)  # golden ratio, MurmurHash3's finaliser
 _HALF = np.uint64(32)
 _MASKS = np.array([(1 << 8 * n) - 1 for n in range(_STRIDE + 1)], dtype=np.uint64)
-# Thai to Tibetan's end is left out: Tibetan separates syllables. Lao, Myanmar, Khmer, kana, Han and its extensions.
-_ALONE = (
+_ALONE = 1 << 24
+_SCRIPTS = 0x20000  # above are ideographs, and characters of no script
+# Thai and Lao, Myanmar, Khmer, kana, Han with its extensions
+_UNSPACED = (
     (0x0E00, 0x0F00),
     (0x1000, 0x10A0),
     (0x1780, 0x1800),
@@ -71,21 +74,35 @@ def split(texts: Sequence[str], *, digits: bool = True) -> Words:
     )
 
 
+def batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Runs of texts, (first, end) each, that `split` does fastest; a long text is a run of its own."""
+    start = size = 0
+    for i, text in enumerate(texts):
+        if size and size + len(text) > _BATCH_CHARS:
+            yield start, i
+            start, size = i, 0
+        size += len(text)
+    if start < len(texts):
+        yield start, len(texts)
+
+
 def ngrams(hashes: Hashes, n: int) -> Hashes:
     """A hash for every run of n words, uint64 [max(words - n + 1, 0)]."""
-    count = max(len(hashes) - n + 1, 0)
-    out = np.full(count, n, dtype=np.uint64)
-    for k in range(n):
-        out *= _MULTIPLY[0]
-        out += hashes[k : k + count]
-    return mix(out)
+    if len(hashes) < n:
+        return np.empty(0, dtype=np.uint64)
+    width = 1
+    while width < n:  # two runs of `width` make one of twice as many words; the last two may overlap
+        step = min(width, n - width)
+        hashes = hashes[:-step] * np.uint64(pow(_MULTIPLY[0], width, 1 << 64)) + hashes[step:]
+        width += step
+    return mix(hashes + np.uint64(n))
 
 
 def mix(values: Hashes) -> Hashes:
     """Spread every bit over all 64, in place: a bijection."""
     for multiplier in _MULTIPLY:
         values ^= values >> _HALF
-        values *= multiplier
+        values *= np.uint64(multiplier)
     values ^= values >> _HALF
     return values
 
@@ -122,25 +139,28 @@ def _plain(text: str) -> bytes:
     """UTF-8 in which only spaces and other ASCII separate words."""
     if text.isascii():
         return text.encode()
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    kind = _kinds()[codes]
-    codes = np.where(kind == 0, _SPACE, codes)
-    if (kind == 2).any():
-        copies = np.where(kind == 2, 3, 1)
-        middle = np.cumsum(copies) - copies + (kind == 2)
+    text = unicodedata.normalize("NFKC", text)
+    codes = _folded()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+    alone = codes >= _ALONE
+    if alone.any():
+        copies = np.where(alone, 3, 1)  # a space on either side
         spread = np.full(copies.sum(), _SPACE, dtype="<u4")
-        spread[middle] = codes
+        spread[copies.cumsum() - copies + alone] = codes & (_ALONE - 1)
         codes = spread
-    return codes.astype("<u4", copy=False).tobytes().decode("utf-32-le").encode()
+    return codes.tobytes().decode("utf-32-le").encode()
 
 
 @functools.cache
-def _kinds() -> NDArray[np.uint8]:
-    """Per code point: 0 separates, 1 is part of a word, 2 is a word by itself."""
-    kinds = np.zeros(0x110000, dtype=np.uint8)
-    last = 0x1FFFF  # letters of scripts; above it are ideographs, and characters for private use
-    kinds[: last + 1] = [c.isalnum() or unicodedata.category(c)[0] == "M" for c in map(chr, range(last + 1))]
-    for first, stop in _ALONE:
-        kinds[first:stop] = 2
-    return kinds
+def _folded() -> NDArray[np.uint32]:
+    """Per code point its lower case (full folding where that is one), or a space; ones that stand alone + _ALONE."""
+    scripts = [chr(code) for code in range(_SCRIPTS)]
+    folded = np.full(0x110000, _SPACE, dtype="<u4")
+    folded[:_SCRIPTS] = [
+        ord(next(form for form in (char.casefold(), char.lower(), char) if len(form) == 1))
+        if char.isalnum() or unicodedata.category(char)[0] == "M"
+        else _SPACE
+        for char in scripts
+    ]
+    for first, stop in _UNSPACED:
+        folded[first:stop] = np.arange(first, stop) + _ALONE
+    return folded
