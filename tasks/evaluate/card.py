@@ -69,7 +69,7 @@ def text(results: Results) -> str:
         basis=summary.basis(results.evaluation),
         perplexity=f"{results.evaluation['trained']['perplexity']['mean']:.2f}",
         snippet=SNIPPET,
-        domains=results.corpus.domains,
+        domains=results.corpus_metrics["domains"],
         license=results.model.license,
         tokens=f"{results.pretrain['tokens']:,}",
     )

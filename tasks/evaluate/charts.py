@@ -1,7 +1,7 @@
-"""Inline SVG charts without a library: lines, dots on a scale, a heat map. Colours are the page's CSS classes.
+"""Inline SVG charts without a library: lines, dots on a scale, bars, histograms, a heat map.
 
-Every function returns markup that stands alone in a page; all text is escaped. Series are classes `s0` to
-`s7`, models `m0` to `m2`, heat levels `h0` to `h8`.
+Colours are the page's CSS classes. Every function returns markup that stands alone in a page; all text is escaped.
+Series are classes `s0` to `s7`, models `m0` to `m2`, heat levels `h0` to `h8`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ LEVELS = 9
 _WIDTH, _HEIGHT = 480, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 38
 _ROW = 34
+_NAMES = 112  # width of the column of row names
 
 
 def lines(
@@ -89,21 +90,16 @@ def dots(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
     """
     values = [value for row in rows.values() for value in row.values()]
     scale = ticks(0.0, max(values), count=6)
-    left, right, height = 112, 24, len(rows) * _ROW + 30
+    height = len(rows) * _ROW + 30
 
     def px(value: float) -> float:
-        return left + value / scale[-1] * (_WIDTH - left - right)
+        return _NAMES + value / scale[-1] * (_WIDTH - _NAMES - 24)
 
-    bottom = height - 26
-    parts = []
-    for tick in scale:
-        parts.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="4" y2="{bottom}"/>')
-        parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{height - 8}">{number(tick)}</text>')
+    parts = _scale([(px(tick), number(tick)) for tick in scale], height=height)
     for i, (name, row) in enumerate(rows.items()):
         y = i * _ROW + _ROW / 2 + 4
         low, high = min(row.values()), max(row.values())
-        shown = name if len(name) <= 13 else name[:12] + "…"
-        parts.append(f'<text class="end" x="{left - 10}" y="{y + 4:.1f}">{escape(shown)}</text>')
+        parts.append(_name(name, y=y + 4))
         parts.append(f'<line class="span" x1="{px(low):.1f}" x2="{px(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         for j, (series, value) in enumerate(row.items()):
             title = f"<title>{escape(name)}, {escape(series)}: {value:.3f}</title>"
@@ -111,6 +107,75 @@ def dots(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
     keys = [(series, f"m{j}") for j, series in enumerate(next(iter(rows.values())))]
     chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
     return f'<p class="unit">{escape(label)}</p>{chart}{legend(keys)}'
+
+
+def bars(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
+    """One row per name: its series end to end from 0, and their sum in figures.
+
+    Args:
+        rows: {row: {series: value >= 0}}.
+        label: what is measured, with its unit.
+    """
+    scale = ticks(0.0, max(sum(row.values()) for row in rows.values()), count=5)
+    height = len(rows) * _ROW + 30
+
+    def px(value: float) -> float:
+        return _NAMES + value / scale[-1] * (_WIDTH - _NAMES - 60)
+
+    parts = _scale([(px(tick), number(tick)) for tick in scale], height=height)
+    for i, (name, row) in enumerate(rows.items()):
+        y, at = i * _ROW + 12, 0.0
+        parts.append(_name(name, y=y + 13))
+        for j, (series, value) in enumerate(row.items()):
+            title = f"<title>{escape(name)}, {escape(series)}: {value:,}</title>"
+            width = px(at + value) - px(at)
+            parts.append(f'<rect class="s{j}" x="{px(at):.2f}" y="{y}" width="{width:.2f}" height="18">{title}</rect>')
+            at += value
+        parts.append(f'<text x="{px(at) + 6:.1f}" y="{y + 13}">{number(float(f"{at:.3g}"))}</text>')
+    keys = [(series, f"s{j}") for j, series in enumerate(next(iter(rows.values())))]
+    chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
+    return f'<p class="unit">{escape(label)}</p>{chart}{legend(keys)}'
+
+
+def histograms(rows: Mapping[str, Mapping[int, int]], *, label: str) -> str:
+    """One row per name: how its total spreads over powers of two, heights on one scale for all rows.
+
+    Args:
+        rows: {row: {k: how many of 2^k to 2^(k+1) - 1}}; rows that count nothing are left out.
+        label: what the buckets measure.
+
+    Returns:
+        markup, "" if there is nothing to draw.
+    """
+    shares = {
+        name: {k: count / sum(row.values()) for k, count in row.items() if count}
+        for name, row in rows.items()
+        if any(row.values())
+    }
+    if not shares:
+        return ""
+    powers = [k for row in shares.values() for k in row]
+    low, high, top = min(powers), max(powers) + 1, max(max(row.values()) for row in shares.values())
+    height = len(shares) * _ROW + 30
+
+    def px(k: float) -> float:
+        return _NAMES + (k - low) / (high - low) * (_WIDTH - _NAMES - 24)
+
+    step = -(-(high - low) // 9)
+    parts = _scale([(px(k), _binary(k)) for k in range(low, high + 1, step)], height=height)
+    for i, (name, row) in enumerate(shares.items()):
+        base = (i + 1) * _ROW + 2
+        parts.append(_name(name, y=base - 4))
+        parts.append(f'<line class="axis" x1="{_NAMES}" x2="{px(high):.1f}" y1="{base}" y2="{base}"/>')
+        for k, share in sorted(row.items()):
+            tall = share / top * (_ROW - 6)
+            title = f"<title>{escape(name)}, {1 << k:,} to {(2 << k) - 1:,}: {rows[name][k]:,} ({share:.1%})</title>"
+            parts.append(
+                f'<rect class="s0" x="{px(k) + 0.5:.2f}" y="{base - tall:.2f}" width="{px(k + 1) - px(k) - 1:.2f}" '
+                f'height="{tall:.2f}">{title}</rect>'
+            )
+    chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
+    return f'<p class="unit">{escape(label)}; the tallest bar is {top:.0%} of its row</p>{chart}'
 
 
 def heat_map(grid: Sequence[Sequence[float]], *, top: float, label: str) -> str:
@@ -165,6 +230,26 @@ def number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{suffix}"
     return f"{value:g}"
+
+
+def _binary(k: int) -> str:
+    """2^k as a tick's text: 2^12 is 4k."""
+    return f"{1 << k % 10}{('', 'k', 'M', 'G', 'T')[k // 10]}"
+
+
+def _scale(marks: Sequence[tuple[float, str]], *, height: int) -> list[str]:
+    """Vertical grid lines of a chart of rows, each with its text below: [(x, text)]."""
+    return [
+        f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 26}"/>'
+        f'<text class="mid" x="{x:.1f}" y="{height - 8}">{text}</text>'
+        for x, text in marks
+    ]
+
+
+def _name(name: str, *, y: float) -> str:
+    """A row's name beside it, cut to fit the column."""
+    shown = name if len(name) <= 13 else name[:12] + "…"
+    return f'<text class="end" x="{_NAMES - 10}" y="{y:.1f}">{escape(shown)}</text>'
 
 
 def _svg(body: str, *, width: int, height: int, label: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.evaluate import card, charts, summary
+from tasks.evaluate import card, charts, corpus, summary
 from tasks.evaluate.results import Results
 from tasks.pretrain.job import code_version
 
@@ -51,7 +51,7 @@ def context(results: Results) -> dict[str, Any]:
         "training_charts": training_charts(results),
         "heat_maps": heat_maps(results),
         "specialisation": specialisation(results),
-        "corpus": corpus(results),
+        "corpus": corpus.section(results),
         "mixture": mixture(results),
         "licences": licences(results),
         "perplexity": f"{evaluation['trained']['perplexity']['mean']:.2f}",
@@ -230,27 +230,6 @@ def specialisation(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def corpus(results: Results) -> list[dict[str, str]]:
-    """The corpus table."""
-    rows = []
-    for domain, entry in results.corpus_metrics["domains"].items():
-        rules = [
-            f"{count:,} {rule}" for rule, count in entry["rules"].items() if count and rule not in {"read", "kept"}
-        ]
-        rows.append(
-            {
-                "domain": domain,
-                "documents": f"{sum(entry['documents'].values()):,}",
-                "train": f"{entry['tokens']['train']:,}",
-                "heldout": f"{entry['tokens']['heldout']:,}",
-                "weight": f"{results.mixture['weights'][domain]:.3f} → {results.pretrain['weights'][domain]:.3f}",
-                "epochs": f"{results.pretrain['domain_epochs'].get(domain, 0.0):.3f}",
-                "rules": f"dropped: {', '.join(rules) or 'none'}",
-            }
-        )
-    return rows
-
-
 def mixture(results: Results) -> str:
     """How the starting weights came about."""
     references = results.mixture.get("evidence", {}).get("reference_losses") or {}
@@ -262,12 +241,8 @@ def mixture(results: Results) -> str:
 
 
 def licences(results: Results) -> list[dict[str, str]]:
-    """Model, domains and local tasks with their licences and sources."""
+    """Model and local tasks with their licences and sources; those of the domains stand in the corpus section."""
     rows = [{"what": results.pipeline.model, "license": results.model.license, "source": results.model.source}]
-    rows += [
-        {"what": f"corpus: {name}", "license": domain.license, "source": domain.source}
-        for name, domain in results.corpus.domains.items()
-    ]
     rows += [
         {"what": f"task: {task.name}", "license": task.license or "as on the hub", "source": task.source or "hub"}
         for task in results.pipeline.evaluate.tasks

@@ -34,6 +34,8 @@ class Results:
     heldout: dict[str, Points]
     weights: dict[str, Points]
     """Domain weights during training; empty where they stood still."""
+    lengths: dict[str, dict[int, int]]
+    """{domain: {k: documents of 2^k to 2^(k+1) - 1 tokens}}."""
 
 
 def read(name: str) -> Results:
@@ -47,6 +49,7 @@ def read(name: str) -> Results:
             raise FileNotFoundError(f"{path}: not there; the {stage} stage writes it: `moeforge run {name}`")
         return parse(path.read_text())
 
+    corpora = Path("data/corpora")
     heldout = load(run / "heldout.csv", "pretrain", _rows)
     log = load(run / "training" / "log.jsonl", "pretrain", lambda text: [json.loads(x) for x in text.splitlines()])
     return Results(
@@ -54,7 +57,7 @@ def read(name: str) -> Results:
         pipeline=pipeline,
         model=config.model(pipeline.model),
         corpus=config.corpus(pipeline.corpus),
-        corpus_metrics=load(Path("data/corpora") / f"{pipeline.corpus}.json", "corpus"),
+        corpus_metrics=load(corpora / f"{pipeline.corpus}.json", "corpus"),
         mixture=load(run / "mixture.json", "mixture"),
         partition=load(run / "partition.json", "partition"),
         pretrain=load(run / "pretrain.json", "pretrain"),
@@ -66,11 +69,19 @@ def read(name: str) -> Results:
         if heldout
         else {},
         weights=_weights(log),
+        lengths=load(corpora / f"{pipeline.corpus}.lengths.csv", "corpus", _lengths),
     )
 
 
 def _rows(text: str) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
+
+
+def _lengths(text: str) -> dict[str, dict[int, int]]:
+    buckets: dict[str, dict[int, int]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        buckets.setdefault(row["domain"], {})[int(row["tokens_from"]).bit_length() - 1] = int(row["documents"])
+    return buckets
 
 
 def _curve(rows: list[dict[str, float]], column: str) -> Points:

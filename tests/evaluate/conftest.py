@@ -65,11 +65,23 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
         name: {
             "documents": {"train": 1432 * (i + 1), "heldout": 44 * (i + 1)},
             "tokens": {"train": 2_817_345 // (i + 1), "heldout": 91_233 // (i + 1)},
-            "rules": {"read": 1521, "empty": 3, "bad": 0, "duplicate": 42 * i, "kept": 1476},
+            "rules": {"read": 2000, "empty": 3, "bad": 0, "duplicate": 42 * i, "kept": 1997 - 42 * i},
+            "bytes_per_token": 3.1415,
+            "license": entry.license,
+            "source": entry.source,
         }
-        for i, name in enumerate(domains)
+        for i, (name, entry) in enumerate(settings.load(root / "pipelines.yaml").corpora["demo"].domains.items())
     }
-    dump(root / "data" / "corpora" / "demo.json", {"domains": corpus})
+    encoder = {"backend": "fastokens", "probed": 12_345, "sampled": 678}
+    dump(root / "data" / "corpora" / "demo.json", {"domains": corpus, "encoder": encoder})
+    buckets = [
+        f"{name},{2**k},{round(500 * math.exp(-((k - 9 - i) ** 2) / 4))},0"
+        for i, name in enumerate(domains)
+        for k in range(4, 18)
+    ]
+    (root / "data" / "corpora" / "demo.lengths.csv").write_text(
+        "domain,tokens_from,documents,tokens\n" + "\n".join(buckets) + "\n"
+    )
     weights = dict.fromkeys(domains, 1 / len(domains))
     moved = {name: weight * (1 + 0.4 * (i - 1.5)) for i, (name, weight) in enumerate(weights.items())}
     evidence = {"reference_losses": domains} if dynamic else {}

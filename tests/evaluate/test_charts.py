@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -63,3 +64,63 @@ def test_every_cell_of_a_heat_map_is_painted_once(rows: int, columns: int, data:
 def test_dots_are_well_formed_and_one_for_each_value(rows: dict[str, dict[str, float]]) -> None:
     circles = parse(charts.dots(rows, label="bits & bytes")).findall(".//circle")
     assert len(circles) == 2 * len(rows)
+
+
+tokens = st.integers(0, 10**13)
+
+
+@given(st.dictionaries(label, st.fixed_dictionaries({"a<b": tokens, "&": tokens}), min_size=1, max_size=9))
+def test_bars_lie_end_to_end_from_zero_and_are_as_long_as_the_numbers_say(rows: dict[str, dict[str, int]]) -> None:
+    drawn = [number_attributes(rect) for rect in parse(charts.bars(rows, label="tokens & more")).findall(".//rect")]
+    values = [value for row in rows.values() for value in row.values()]
+    assert len(drawn) == len(values)
+    longest = max(max(rect["width"] for rect in drawn), 1e-9)
+    for rect, value in zip(drawn, values, strict=True):
+        assert abs(rect["width"] / longest - value / max(*values, 1)) < 0.01 or rect["width"] < 0.02
+    for first, second in zip(drawn[::2], drawn[1::2], strict=True):
+        assert first["x"] == charts._NAMES
+        assert abs(second["x"] - first["x"] - first["width"]) < 0.02
+        assert second["x"] + second["width"] <= charts._WIDTH - 59
+
+
+def test_a_bar_says_its_sum() -> None:
+    texts = [text.text for text in parse(charts.bars({"code": {"a": 2_817_345, "b": 91_233}}, label="t")).iter("text")]
+    assert texts[-2:] == ["code", "2.91M"]
+
+
+buckets = st.dictionaries(st.integers(0, 40), st.integers(0, 10**9), max_size=8)
+
+
+@given(st.dictionaries(label, buckets, max_size=5))
+def test_histograms_draw_each_bucket_between_its_powers_and_as_high_as_its_share(
+    rows: dict[str, dict[int, int]],
+) -> None:
+    markup = charts.histograms(rows, label="tokens & more")
+    full = {name: {k: n for k, n in row.items() if n} for name, row in rows.items()}
+    shares = [(k, n / sum(row.values())) for row in full.values() for k, n in sorted(row.items())]
+    if not shares:
+        assert markup == ""
+        return
+    drawn = [number_attributes(rect) for rect in parse(markup).findall(".//rect")]
+    assert len(drawn) == len(shares)
+    low, high = min(k for k, _ in shares), max(k for k, _ in shares) + 1
+    step = (charts._WIDTH - charts._NAMES - 24) / (high - low)
+    for rect, (k, share) in zip(drawn, shares, strict=True):
+        assert abs(rect["x"] - charts._NAMES - (k - low) * step) < 0.6
+        assert abs(rect["width"] - step) < 1.1
+        assert abs(rect["height"] - share / max(s for _, s in shares) * (charts._ROW - 6)) < 0.01
+        assert abs((rect["y"] + rect["height"] - 2) / charts._ROW % 1 - 0.5) > 0.49  # stands on its row's line
+    marks = [text for text in parse(markup).iter("text") if text.attrib["class"] == "mid"]
+    assert 2 <= len(marks) <= 10
+    gaps = [float(b.attrib["x"]) - float(a.attrib["x"]) for a, b in itertools.pairwise(marks)]
+    assert min(gaps) > 30  # no two labels touch
+
+
+def test_the_axis_of_a_histogram_is_written_in_powers_of_two() -> None:
+    markup = charts.histograms({"code": {9: 1, 10: 3}}, label="tokens")
+    assert [text.text for text in parse(markup).iter("text") if text.attrib["class"] == "mid"] == ["512", "1k", "2k"]
+    assert "<title>code, 1,024 to 2,047: 3 (75.0%)</title>" in markup
+
+
+def number_attributes(rect: ElementTree.Element) -> dict[str, float]:
+    return {key: float(rect.attrib[key]) for key in ("x", "y", "width", "height")}

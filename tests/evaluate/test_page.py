@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.evaluate import card, page, report, summary
+from tasks.evaluate import card, corpus, page, report, summary
 from tasks.evaluate import results as results_module
 from tasks.evaluate.results import Results
 
@@ -76,8 +76,8 @@ def test_the_page_shows_the_figures_of_the_evaluation(results: Results) -> None:
 
 
 def test_text_from_the_files_is_escaped(finished: Path) -> None:
-    settings = Path("pipelines.yaml").read_text().replace("BSD-3-Clause", "<script>alert(1)</script>&")
-    Path("pipelines.yaml").write_text(settings)
+    metrics = Path("data/corpora/demo.json")
+    metrics.write_text(metrics.read_text().replace("BSD-3-Clause", "<script>alert(1)</script>&"))
     html = page.render(results_module.read("demo"))
     assert "<script>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in html
@@ -100,7 +100,7 @@ def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finish
         evaluation[model]["tasks"] = {}
     path.write_text(json.dumps(evaluation))
     text = Page(page.render(results_module.read("demo"))).text
-    assert "hellaswag_100" not in text.split("Sources and licences")[0]
+    assert "hellaswag_100" not in text.split("Other sources and licences")[0]
     assert "won back" not in text
 
 
@@ -153,3 +153,33 @@ def test_the_table_for_the_terminal_needs_no_heavy_import(finished: Path) -> Non
 def test_a_table_before_the_evaluation_says_how_to_get_one(finished: Path) -> None:
     with pytest.raises(FileNotFoundError, match="`moeforge run other` writes it"):
         summary.read("other")
+
+
+def test_the_corpus_section_shows_each_domain_what_it_lost_and_two_charts(results: Results) -> None:
+    html = page.render(results)
+    text = " ".join(re.sub("<[^>]*>", " ", html.split("<h2>Corpus</h2>")[1].split("<h2>")[0]).split())
+    assert "code pypi:sympy==1.14.0/sympy/**/*.py BSD-3-Clause 1,432 / 44 2,817,345 / 91,233" in text
+    assert "Tokenised by fastokens, compared with the reference tokenizer on 12,345 probes and 678 documents" in text
+    assert (
+        "records read 2,000 2,000 2,000 2,000 empty 0.1% 0.1% 0.1% 0.1% duplicate – 2.1% 4.2% 6.3% kept 99.9%" in text
+    )
+    assert "bad" not in text.split("records read")[1]
+    assert html.count("512 to 1,023: ") == len(results.corpus.domains)
+    shares = re.findall(r'<td class="n">([\d.]+)%</td><td class="n">3\.14</td>', html)
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
+
+
+def test_a_domain_without_records_has_no_shares() -> None:
+    entries = {"code": {"rules": {"read": 0, "kept": 0}}, "books": {"rules": {"read": 4, "empty": 1, "kept": 3}}}
+    assert corpus.drops(entries) == [
+        ("records read", ["0", "4"]),
+        ("empty", ["–", "25.0%"]),
+        ("kept", ["–", "75.0%"]),
+    ]
+
+
+def test_lengths_are_read_as_powers_of_two(finished: Path) -> None:
+    Path("data/corpora/demo.lengths.csv").write_text(
+        "domain,tokens_from,documents,tokens\ncode,1,2,2\ncode,512,3,1800\n"
+    )
+    assert results_module.read("demo").lengths == {"code": {0: 2, 9: 3}}
