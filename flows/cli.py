@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -139,13 +139,33 @@ def status() -> None:
         show(plan_view.status(settings.load()))
 
 
-@app.command(epilog="Examples: moeforge inspect data/corpora/demo; moeforge inspect runs/demo/trained")
-def inspect(path: Annotated[Path, typer.Argument(help="A shard, corpus, mixture, partition or checkpoint.")]) -> None:
+@app.command(
+    epilog="Examples: moeforge inspect data/corpora/demo; moeforge inspect runs/demo/trained; "
+    "moeforge inspect runs/demo --step 7"
+)
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A shard, corpus, mixture, partition or checkpoint; a run for --step.")],
+    step: Annotated[
+        int | None, typer.Option("--step", metavar="N", help="Show the documents that step N of a run saw.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="With --step: whole texts and ids, not beginnings.")] = False,
+) -> None:
     """Show what is in a file or folder of the pipeline: counts, decoded text, where it comes from."""
     from flows import artifacts
 
     with clear_errors():
-        print(json.dumps(artifacts.inspect(path), indent=2, ensure_ascii=False))
+        found = artifacts.inspect(path) if step is None else _step(path, step, full=full)
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def _step(run: Path, number: int, *, full: bool) -> dict[str, Any]:
+    from tasks.pretrain import inspect as pretrain
+    from tasks.pretrain.job import TrainingError
+
+    try:
+        return pretrain.step(run, number, full=full)
+    except (TrainingError, ValueError) as error:
+        fail(str(error))
 
 
 @app.command(epilog="Examples: moeforge verify data/corpora/demo; moeforge verify runs/demo/moe")

@@ -12,6 +12,8 @@ from typing import Any
 from tasks import scratch
 from tasks.settings import Pretrain
 
+JOB = "job.json"
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, what is kept and what to try."""
@@ -32,7 +34,7 @@ class Job:
     def write(self) -> Path:
         """Write workspace/job.json, which `read` reads."""
         fields = {name: str(getattr(self, name)) for name in ("pipeline", "corpus", "model", "mixture", "workspace")}
-        path = self.workspace / "job.json"
+        path = self.workspace / JOB
         scratch.write_json(path, {**fields, "params": self.params.model_dump()})
         return path
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import checkpoint, objective, schedule
+from tasks.pretrain import batches, checkpoint, objective, schedule
 from tasks.pretrain import engine as engines
 from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError, code_version
@@ -19,9 +19,6 @@ from tasks.pretrain.progress import Progress
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
-
-    from tasks.corpus.loader import Loader
-    from tasks.corpus.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,9 @@ class Trainer:
         self.domains = list(corpus.domains)
         self.weights: dict[str, float] = mixture["weights"]
         self.history: list[tuple[int, dict[str, float]]] = [(0, self.weights)]
-        self.sampler, self.loader = _batches(job, self.weights, place=place, corpus_sha256=corpus.sha256)
+        self.sampler, self.loader = batches.draw(
+            job, self.weights, corpus_sha256=corpus.sha256, rank=place.rank, world_size=place.world_size
+        )
         self.windows_seen = dict.fromkeys(self.domains, 0)
         self.predicted = 0
         self.load_before: list[list[int]] = []
@@ -279,29 +278,3 @@ class Trainer:
                     "the run is not the one that either alone would give"
                 )
         return int(state["log_bytes"])
-
-
-def _batches(job: Job, weights: dict[str, float], *, place: Place, corpus_sha256: str) -> tuple[Sampler, Loader]:
-    from tasks.corpus.loader import Loader, train_windows
-    from tasks.corpus.sampler import Sampler
-
-    params = job.params
-    windows = train_windows(job.corpus, list(weights), seq_len=params.seq_len, packing=params.packing)
-    sampler = Sampler(
-        windows,
-        weights=weights,
-        seed=params.seed,
-        batch=params.batch,
-        corpus_sha256=corpus_sha256,
-        packing=params.packing,
-    )
-    loader = Loader(
-        job.corpus,
-        sampler,
-        seq_len=params.seq_len,
-        rank=place.rank,
-        world_size=place.world_size,
-        packing=params.packing,
-        mask_documents=params.mask_documents,
-    )
-    return sampler, loader

@@ -13,7 +13,7 @@ import numpy as np
 from tasks import scratch
 from tasks.pretrain import engine as engines
 from tasks.pretrain import log
-from tasks.pretrain.job import Job
+from tasks.pretrain.job import JOB, Job
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
     training = job.workspace / "training"
     scratch.write_json(training / "deepspeed.json", config)
     scratch.write_json(training / "expert_load.json", {"before": trainer.load_before, "after": trainer.load_after})
+    shutil.copyfile(job.workspace / JOB, training / JOB)
     records = log.read(training / "log.jsonl", "heldout")
     (job.workspace / "loss.csv").write_text(log.loss_csv(log.read(training / "log.jsonl", "step")))
     (job.workspace / "heldout.csv").write_text(log.heldout_csv(records))
@@ -114,6 +115,7 @@ def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "steps": params.steps,
         "tokens": tokens,
+        "predicted_tokens": trainer.predicted,
         "domain_tokens": seen,
         "domain_epochs": {domain: seen[domain] / corpus.domains[domain].train.tokens for domain in seen},
         "tokens_per_second": speed,
