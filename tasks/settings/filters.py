@@ -105,27 +105,34 @@ class Language(Frozen):
     rule: Literal["language"]
     languages: Annotated[list[str], Field(min_length=1)]
     """ISO 639-1 codes, or 639-3 where there is none."""
+    among: list[str] | None = None
+    """The languages that are told apart; all 139 if absent."""
     min_score: Annotated[float, Field(ge=0, le=1)] = 0.5
     chars: Positive = 2000
     """Only so many characters of the start are looked at."""
 
 
 class Fluency(Frozen):
-    """Text that is not running words of a language, judged by the frequencies of its words."""
+    """Text that is not running words of a language."""
 
     rule: Literal["fluency"]
     language: str = "en"
-    min_zipf: Above0 = 4.0
+    """A code of wordfreq's; not Chinese, Japanese or Korean, whose words spaces do not divide."""
+    min_zipf: Annotated[float, Field(ge=0)] = 4.2
     """Least mean over the words of log10 of the word's occurrences per 10^9 words; an unknown word counts 0."""
+    min_function_words: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Least share of the language's 50 commonest words."""
+    max_misplaced: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """English only: most articles, per word, before a word that cannot follow one; one of them never counts."""
 
 
 class Advertisement(Frozen):
-    """English advertisements, by phrases that sell, prices, numbers to call and links."""
+    """English advertisements, by prices, numbers to call and phrases that sell."""
 
     rule: Literal["advertisement"]
-    max_per_100_words: Above0 = 3.0
-    min_hits: Positive = 3
-    """Documents with fewer hits are kept at any density."""
+    max_per_100_words: Annotated[float, Field(ge=0)] = 1.0
+    min_kinds: Positive = 2
+    """Documents with fewer kinds of signs are kept at any number of them."""
 
 
 Filter = Annotated[

@@ -11,25 +11,32 @@ from tasks.settings.filters import Language
 
 
 def judge(rule: Language) -> Callable[[str], str | None]:
-    identifier = _identifier()
+    identifier = _identifier(None if rule.among is None else tuple(rule.among))
     if unknown := sorted(set(rule.languages) - set(identifier.labels)):
         raise CorpusError(
-            f"filters: rule `language`, languages = {unknown}: py3langid does not know them; it knows "
+            f"filters: rule `language`, languages = {unknown}: not told apart; the languages that are: "
             f"{', '.join(sorted(identifier.labels))}"
         )
     wanted = frozenset(rule.languages)
 
     def language(text: str) -> str | None:
         found, score = identifier.classify(text[: rule.chars])
-        if found not in wanted:
-            return found
-        return "uncertain" if score < rule.min_score else None
+        if score < rule.min_score:
+            return "uncertain"
+        return None if found in wanted else str(found)
 
     return language
 
 
 @cache
-def _identifier() -> Any:
+def _identifier(among: tuple[str, ...] | None) -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    try:
+        identifier.set_languages(among)
+    except ValueError as error:
+        raise CorpusError(
+            f"filters: rule `language`, among = {list(among or ())}: {error}; known: {', '.join(identifier.labels)}"
+        ) from None
+    return identifier

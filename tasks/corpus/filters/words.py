@@ -1,6 +1,8 @@
 """Words and sentences by regular expressions: what every rule that counts words counts.
 
-The thresholds of the rules hold for this splitter and no other, so it is frozen: a test lists its splits.
+The rules' thresholds were set with spaCy's or NLTK's words, where every bracket and quotation mark is one. These are
+near to spaCy's English ones (docs/filters.md gives the agreement), the same for every language, and need no package.
+The thresholds hold for this splitter and no other, so it is frozen: a test lists its splits.
 """
 
 from __future__ import annotations
@@ -8,16 +10,24 @@ from __future__ import annotations
 import regex
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_SPACED_WORD = regex.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")
-_WORD = regex.compile(rf"[{_UNSPACED}]|[\w--[{_UNSPACED}]]+(?:['’][\w--[{_UNSPACED}]]+)*|[^\w\s]+", regex.VERSION1)
+_SIGNS = r"['’]\w+|\.{2,}|-{2,}|[^\w\s]|_"
+_SPACED_WORDS = regex.compile(rf"(?:https?://|www\.)\S+|[^\W_]\w*(?:[.,@/]\w+)*|{_SIGNS}")
 _HAS_UNSPACED = regex.compile(f"[{_UNSPACED}]")
-_SENTENCE_END = regex.compile(r"[.?!…]+[\"'”’»)\]]*(?=\s)|[。？！｡]+[」』”’）]*|[।॥۔؟]+(?=\s)")
+_LETTER = rf"[\w--[{_UNSPACED}]]"
+_WORDS = regex.compile(
+    rf"(?:https?://|www\.)[\S--[{_UNSPACED}]]+|[{_UNSPACED}]|[\w--[_{_UNSPACED}]]{_LETTER}*(?:[.,@/]{_LETTER}+)*|"
+    + _SIGNS.replace(r"\w+", f"{_LETTER}+"),
+    regex.VERSION1,
+)
+_SENTENCE_END = regex.compile(r"(?<![.?!…])[.?!…]++[\"'”’»)\]]*+(?=\s)|[。？！｡]+[」』”’）]*|[।॥۔؟]+")
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters, marks and digits, with inner apostrophes; runs of other signs; and the single characters of
-    scripts that put no space between words."""
-    pattern = _WORD if _HAS_UNSPACED.search(text) else _SPACED_WORD
+    """Words, numbers, addresses, contracted endings and single signs (runs of dots or dashes are one) in their order.
+
+    Scripts that put no space between words give single characters. Together they are the text without its whitespace.
+    """
+    pattern = _WORDS if _HAS_UNSPACED.search(text) else _SPACED_WORDS
     found: list[str] = pattern.findall(text)
     return found
 
