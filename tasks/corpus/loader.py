@@ -81,6 +81,8 @@ class Loader:
             raise ValueError(f"rank = {rank} is not one of 0 to {world_size - 1}")
         if sampler.batch % world_size:
             raise ValueError(f"batch = {sampler.batch} is not a multiple of world_size = {world_size}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch = {prefetch} must be at least 0")
         if sampler.packing != packing:
             raise ValueError(
                 f"the sampler is of packing = {sampler.packing!r} and the loader of {packing!r}; give both the same"
@@ -91,14 +93,13 @@ class Loader:
                 f"the sampler is for windows = {sampler.windows}, and {corpus_dir} has {found} of {seq_len} tokens; "
                 "make it with `train_windows` of this corpus and seq_len"
             )
-        self.sampler = sampler
+        self.sampler, self.prefetch = sampler, prefetch
         self._gather = _Gather(windows, seq_len=seq_len, mine=slice(rank, None, world_size), mask=mask_documents)
-        self._prefetch = prefetch
         self._ahead: Ahead[tuple[Position, Batch]] | None = None
 
     def next(self) -> Batch:
         """The rank's part of the next global batch. After an error the sampler stands where it stood."""
-        batch = self._made_ahead() if self._prefetch else self._gather(self.sampler.peek())
+        batch = self._made_ahead() if self.prefetch else self._gather(self.sampler.peek())
         self.sampler.skip()
         return batch
 
@@ -124,7 +125,7 @@ class Loader:
                 if position == self.sampler.position:
                     return batch
                 self.close()
-            self._ahead = Ahead(_batches(copy.deepcopy(self.sampler), self._gather), depth=self._prefetch)
+            self._ahead = Ahead(_batches(copy.deepcopy(self.sampler), self._gather), depth=self.prefetch)
             return self._ahead.get()[1]
         except BaseException:
             self.close()
@@ -145,35 +146,37 @@ class _Gather:
         self._windows, self._seq_len, self._mine, self._mask = windows, seq_len, mine, mask
 
     def __call__(self, slots: list[Slot]) -> Batch:
-        mine, length = slots[self._mine], self._seq_len
-        ids_BL = np.empty((len(mine), length), dtype=np.int64)
-        padded, segments = [], []
-        for row, (domain, window) in enumerate(mine):
-            starts, tokens = self._windows[domain].fill(ids_BL[row], window)
-            segments.append(starts + np.int32(row * length))
-            if tokens < length:
-                padded.append((row, tokens))
-                segments.append(np.array([row * length + tokens], dtype=np.int32))
-        labels_BL = ids_BL.copy()
-        for row, tokens in padded:
-            labels_BL[row, tokens:] = IGNORED
-        total, position_BL = len(mine) * length, None
-        rows = [np.arange(0, total, length, dtype=np.int32)]
-        cu_seqlens = np.concatenate([*(segments if self._mask else rows), np.array([total], dtype=np.int32)])
+        mine = slots[self._mine]
+        # One block, since the C library gives three smaller ones back to the system and pays for every page again.
+        ids_BL, labels_BL, position_BL = np.empty((3, len(mine), self._seq_len), dtype=np.int64)
+        tokens = [self._windows[domain].fill(ids, window) for ids, (domain, window) in zip(ids_BL, mine, strict=True)]
+        labels_BL[:] = ids_BL
+        for labels, count in zip(labels_BL, tokens, strict=True):
+            labels[count:] = IGNORED
+        segments = [self._segments(row, slot, tokens[row]) for row, slot in enumerate(mine)]
+        cu_seqlens = np.concatenate([*segments, [ids_BL.size]], dtype=np.int32)
         lengths = np.diff(cu_seqlens)
         if self._mask:
             labels_BL.reshape(-1)[cu_seqlens[:-1]] = IGNORED
-            position_BL = np.arange(total, dtype=np.int64).reshape(-1, length)
-            position_BL -= np.repeat(cu_seqlens[:-1], lengths).reshape(-1, length)
+            position_BL.reshape(-1)[:] = np.arange(ids_BL.size)
+            position_BL -= np.repeat(cu_seqlens[:-1], lengths).reshape(ids_BL.shape)
         return Batch(
             input_ids=ids_BL,
             labels=labels_BL,
-            position_ids=position_BL,
+            position_ids=position_BL if self._mask else None,
             cu_seqlens=cu_seqlens,
             max_seqlen=int(lengths.max()),
             domains=[domain for domain, _ in mine],
             windows=[window for _, window in mine],
         )
+
+    def _segments(self, row: int, slot: Slot, tokens: int) -> NDArray[np.int32]:
+        """Where segments start in the batch's row of which `tokens` are text."""
+        first = row * self._seq_len
+        if not self._mask:
+            return np.array([first], dtype=np.int32)
+        starts = self._windows[slot[0]].starts(slot[1]) + np.int32(first)
+        return starts if tokens == self._seq_len else np.append(starts, np.int32(first + tokens))
 
 
 def _batches(sampler: Sampler, gather: _Gather) -> Iterator[tuple[Position, Batch]]:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Draws from `source` in a thread, at most `depth` items ahead of `get`.
+    """Draws from an endless `source` in a thread, at most `depth` items ahead of `get`.
 
     The thread ends with `close`, with an error of the source, or when this object is garbage; so `source` must not
     refer to whoever holds this.
@@ -29,9 +29,10 @@ class Ahead(Generic[T]):
         self._end = weakref.finalize(self, _end, stop, self._free)
 
     def get(self) -> T:
-        """The next item; raises what the source raised in its place."""
+        """The next item; raises what the source raised in its place, and again from then on."""
         item, error = self._ready.get()
         if error is not None:
+            self._ready.put((None, error))
             raise error
         self._free.release()
         return item  # type: ignore[return-value]

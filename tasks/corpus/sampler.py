@@ -22,6 +22,7 @@ from tasks.corpus.packing import Packing
 from tasks.corpus.weights import ONE, quantise
 
 VERSION = 1
+BLOCK = 1024  # windows of a domain that are looked up together, at little more than the cost of a batch's few
 Slot = tuple[str, int]
 Position = tuple[int, ...]
 
@@ -60,6 +61,7 @@ class Sampler:
         self._cursor = [0] * len(windows)  # windows served
         self._residual = [0] * len(windows)  # slots claimed and not served, times 2**32; sums to 0
         self._weights = [0] * len(windows)
+        self._blocks: dict[int, tuple[tuple[int, int], list[int]]] = {}  # of each domain the last one looked up
         self.set_weights(weights)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
@@ -194,13 +196,23 @@ class Sampler:
         found: list[int] = []
         n, cursor = self._windows[i], self._cursor[i]
         while count:
-            epoch, start = divmod(cursor, n)
-            taken = min(count, n - start)
-            places = np.arange(start, start + taken, dtype=np.uint64)
-            round_keys = permutation.key(self.seed, self.domains[i], epoch)
-            found.extend(permutation.permute(places, n, round_keys=round_keys).tolist())
-            cursor, count = cursor + taken, count - taken
+            epoch, place = divmod(cursor, n)
+            block, start = divmod(place, BLOCK)
+            taken = self._block(i, epoch, block)[start : start + count]
+            found += taken
+            cursor, count = cursor + len(taken), count - len(taken)
         return found
+
+    def _block(self, i: int, epoch: int, block: int) -> list[int]:
+        """The windows at places block * BLOCK and on of domain i's order in an epoch."""
+        known, windows = self._blocks.get(i, (None, []))
+        if known != (epoch, block):
+            n = self._windows[i]
+            places = np.arange(block * BLOCK, min((block + 1) * BLOCK, n), dtype=np.uint64)
+            round_keys = permutation.key(self.seed, self.domains[i], epoch)
+            windows = permutation.permute(places, n, round_keys=round_keys).tolist()
+            self._blocks[i] = ((epoch, block), windows)
+        return windows
 
 
 _FIXED = {

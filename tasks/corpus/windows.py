@@ -85,34 +85,41 @@ class Windows:
     def window(self, index: int) -> Window:
         """Window `index` with its document starts."""
         ids = np.empty(self.seq_len, dtype=np.int64)
-        starts, tokens = self.fill(ids, index)
-        return Window(ids=ids, starts=starts, tokens=tokens)
+        return Window(ids=ids, tokens=self.fill(ids, index), starts=self.starts(index))
 
-    def fill(self, out: NDArray[np.int64], index: int) -> tuple[NDArray[np.int32], int]:
-        """Write window `index` to `out` int64 [seq_len]; its `starts` and `tokens`, as in `Window`."""
+    def fill(self, out: NDArray[np.int64], index: int) -> int:
+        """Write window `index` to `out` int64 [seq_len]; returns how many of them are text."""
         self._check(index)
         if self._bins is None:
-            begin = index * self.seq_len
-            self._text.copy(begin, out)
-            return self._text.starts(begin, begin + self.seq_len), self.seq_len
-        pieces = slice(*self._bins.offsets[index : index + 2])
-        lengths = self._bins.length[pieces]
-        ends = lengths.cumsum(dtype=np.int32)
+            self._text.copy(index * self.seq_len, out)
+            return self.seq_len
         filled = 0
-        for begin, end in zip(self._bins.start[pieces].tolist(), ends.tolist(), strict=True):
-            self._text.copy(begin, out[filled:end])
-            filled = end
+        for start, length in self._pieces(self._bins, index):
+            self._text.copy(start, out[filled : filled + length])
+            filled += length
         out[filled:] = self._pad
-        return ends - lengths, filled
+        return filled
+
+    def starts(self, index: int) -> NDArray[np.int32]:
+        """Where documents start in window `index`, as in `Window`."""
+        self._check(index)
+        if self._bins is None:
+            return self._text.starts(index * self.seq_len, (index + 1) * self.seq_len)
+        lengths = self._bins.length[slice(*self._bins.offsets[index : index + 2])]
+        return lengths.cumsum(dtype=np.int32) - lengths
 
     def origins(self, index: int) -> list[Origin]:
         """The documents of window `index`, one for each of its `starts`."""
         self._check(index)
         if self._bins is None:
             return self._text.origins(index * self.seq_len, (index + 1) * self.seq_len)
-        pieces = slice(*self._bins.offsets[index : index + 2])
-        ranges = zip(self._bins.start[pieces].tolist(), self._bins.length[pieces].tolist(), strict=True)
-        return [origin for begin, length in ranges for origin in self._text.origins(begin, begin + length)]
+        pieces = self._pieces(self._bins, index)
+        return [origin for start, length in pieces for origin in self._text.origins(start, start + length)]
+
+    @staticmethod
+    def _pieces(bins: packing.Bins, index: int) -> Iterator[tuple[int, int]]:
+        pieces = slice(*bins.offsets[index : index + 2])
+        return zip(bins.start[pieces].tolist(), bins.length[pieces].tolist(), strict=True)
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self._count:
@@ -163,10 +170,13 @@ class _Text:
 
     def copy(self, begin: int, out: NDArray[np.int64]) -> None:
         """Write the tokens from position `begin` on to `out` int64 [n]."""
-        filled = 0
-        for shard, a, b in self._ranges(begin, begin + len(out)):
-            out[filled : filled + b - a] = self._ids[shard][a:b]
-            filled += b - a
+        shard = bisect_right(self._ends, begin)
+        while len(out):
+            ids = self._ids[shard]
+            start = begin - self._ends[shard] + len(ids)
+            piece = ids[start : start + len(out)]
+            out[: len(piece)] = piece
+            begin, out, shard = begin + len(piece), out[len(piece) :], shard + 1
 
     def starts(self, begin: int, end: int) -> NDArray[np.int32]:
         """Where documents start in [begin, end), counted from `begin`; 0 is always among them."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus import permutation
-from tasks.corpus.sampler import Sampler
+from tasks.corpus.sampler import BLOCK, Sampler
 from tasks.corpus.weights import quantise
 
 WINDOWS = {"code": 17, "books": 5, "legal": 40, "web": 1000}
@@ -125,6 +125,61 @@ def test_each_window_is_served_once_per_epoch(n: int, batch: int, seed: int) -> 
     assert min(drawn) >= 2
 
 
+mixes = st.lists(st.sampled_from([WEIGHTS, OTHER, {**OTHER, "web": 0.0}]), max_size=40)
+
+
+@given(steps=mixes, batch=st.integers(1, 60))
+@settings(deadline=None, max_examples=60)
+def test_each_window_of_each_domain_is_served_as_often_as_any_other_or_once_more_while_weights_change(
+    steps: list[dict[str, float]], batch: int
+) -> None:
+    one = sampler(batch=batch)
+    served: Counter[tuple[str, int]] = Counter()
+    for weights in steps:
+        one.set_weights(weights)
+        served.update(one.next())
+    cursors = dict(zip(WINDOWS, one.state()["cursor"], strict=True))
+    assert sum(cursors.values()) == batch * len(steps)
+    for domain, n in WINDOWS.items():
+        whole, over = divmod(cursors[domain], n)
+        times = sorted(served[domain, window] for window in range(n))
+        assert times == [whole] * (n - over) + [whole + 1] * over
+
+
+@given(steps=mixes, batch=st.integers(1, 60), seed=st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_looking_at_a_batch_moves_nothing_and_skipping_it_moves_as_drawing_it_does(
+    steps: list[dict[str, float]], batch: int, seed: int
+) -> None:
+    drawn, skipped, looked = (sampler(batch=batch, seed=seed) for _ in range(3))
+    for weights in steps:
+        for one in (drawn, skipped, looked):
+            one.set_weights(weights)
+        before = looked.position
+        slots = looked.peek()
+        assert looked.position == before
+        looked.skip()
+        skipped.skip()
+        assert slots == drawn.next()
+        assert drawn.position == skipped.position == looked.position
+        assert drawn.state() == skipped.state() == looked.state()
+
+
+@pytest.mark.parametrize("n", [BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
+@pytest.mark.parametrize("batch", [1, 700, 5000])
+def test_windows_come_in_the_order_of_the_permutation_across_blocks_and_epochs(n: int, batch: int) -> None:
+    one = Sampler({"only": n}, weights={"only": 1.0}, seed=3, batch=batch, corpus_sha256="")
+    epochs = range((n + 3 * batch) // n + 1)
+    orders = [permutation.shuffled(n, round_keys=permutation.key(3, "only", epoch)).tolist() for epoch in epochs]
+    begin = n - 5  # in the first epoch
+    one.restore(one.state() | {"cursor": [begin]})
+    found = []
+    for step in range(3):
+        places = permutation.shuffled(batch, round_keys=permutation.key(3, "slots", step)).tolist()
+        found += [window for _, (_, window) in sorted(zip(places, one.next(), strict=True))]
+    assert found == [window for order in orders for window in order][begin : begin + 3 * batch]
+
+
 def test_epochs_seeds_and_domains_have_their_own_orders() -> None:
     def epochs(seed: int, name: str) -> list[list[int]]:
         one = Sampler({name: 50}, weights={name: 1.0}, seed=seed, batch=1, corpus_sha256="")
@@ -160,7 +215,7 @@ def test_the_state_is_small_json_and_the_first_batch_after_step_ten_million_cost
     at_start, work[:] = sum(work), []
     one.restore(through_json(state))
     one.next()
-    assert sum(work) == at_start == 128  # 64 windows and 64 slots
+    assert sum(work) == at_start == 64 + 7 * BLOCK  # slots, and the surroundings of each domain's next window
 
 
 def test_the_state_reached_by_stepping_is_the_one_that_arithmetic_gives() -> None:
@@ -176,6 +231,7 @@ def test_the_state_reached_by_stepping_is_the_one_that_arithmetic_gives() -> Non
     ("change", "message"),
     [
         ({"corpus_sha256": "bad"}, "corpus_sha256 is 'bad' now and was 'c0ffee'.*the corpus changed"),
+        ({"packing": "best_fit"}, "packing is 'best_fit' now and was 'concat'.*set it back"),
         ({"seed": 2}, "seed is 2 now and was 1"),
         ({"batch": 12}, "batch is 12 now and was 24"),
         ({"windows": {**WINDOWS, "web": 999}}, "windows.*seq_len changed"),
@@ -190,6 +246,17 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing(change: dict[str,
     with pytest.raises(ValueError, match=message):
         other.restore(saved.state())
     assert other.state() == before
+
+
+def test_a_state_from_before_there_was_packing_is_one_of_concatenated_windows() -> None:
+    saved = sampler()
+    saved.next()
+    old = {field: value for field, value in saved.state().items() if field != "packing"}
+    one = sampler()
+    one.restore(old)
+    assert one.state() == saved.state()
+    with pytest.raises(ValueError, match="packing is 'best_fit' now and was 'concat'"):
+        sampler(packing="best_fit").restore(old)
 
 
 def test_a_domain_without_a_window_needs_weight_zero() -> None:

@@ -1,0 +1,140 @@
+"""Batches per CPU-second beside the same tokens read through `datasets` and through np.memmap.
+
+    python tests/bench/loader.py data/corpora/demo [--batch 256] [--seq-len 4096] [--world-size 8] [--seconds 2]
+
+Every rate is tokens handed to rank 0 per CPU-second of this process, threads included; all sides read windows or
+documents in random order from files that are in the page cache. Then the first batch after a resume at step 10^7
+beside that at step 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks.corpus import manifest, shards
+from tasks.corpus.loader import Loader, train_windows
+from tasks.corpus.sampler import Sampler
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--world-size", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=2.0, help="CPU time of each measurement")
+    args = parser.parse_args()
+
+    rates = {"np.memmap": rate(memmap(args), args.seconds), "datasets": rate(datasets(args), args.seconds)}
+    for name, value in rates.items():
+        print(f"{name:34} {value:8.1f} Mtok/CPU-s")
+    sampler = sampler_of(args, "concat")
+    print(f"{'plan of the global batch':34} {seconds(sampler.next, args.seconds) * 1e3:8.2f} CPU-ms")
+    for packing in ("concat", "best_fit"):
+        for mask in (False, True):
+            for prefetch in (0, 2):
+                with loader_of(args, packing, mask=mask, prefetch=prefetch) as one:
+                    found = rate(lambda one=one: one.next().input_ids.size, args.seconds)
+                name = f"{packing}{', masks' if mask else ''}{f', prefetch {prefetch}' if prefetch else ''}"
+                ratios = "  ".join(f"{found / value:6.2f} x {peer}" for peer, value in rates.items())
+                print(f"{name:34} {found:8.1f} Mtok/CPU-s  {ratios}")
+    start, late = (first_batch(args, step) for step in (0, 10**7))
+    print(f"first batch at step 0 {start * 1e3:.2f} CPU-ms, at step 10^7 {late * 1e3:.2f}: {late / start:.2f} x")
+
+
+def sampler_of(args: argparse.Namespace, packing: Any) -> Sampler:
+    corpus = manifest.load(args.corpus)
+    windows = train_windows(args.corpus, list(corpus.domains), seq_len=args.seq_len, packing=packing)
+    weights = {domain: float(count > 0) for domain, count in windows.items()}
+    return Sampler(windows, weights=weights, seed=0, batch=args.batch, corpus_sha256=corpus.sha256, packing=packing)
+
+
+def loader_of(args: argparse.Namespace, packing: Any, *, mask: bool, prefetch: int) -> Loader:
+    return Loader(
+        args.corpus,
+        sampler_of(args, packing),
+        seq_len=args.seq_len,
+        rank=0,
+        world_size=args.world_size,
+        packing=packing,
+        mask_documents=mask,
+        prefetch=prefetch,
+    )
+
+
+def memmap(args: argparse.Namespace) -> Callable[[], int]:
+    """A rank's batch of random windows out of one raw file of all ids."""
+    file = tempfile.NamedTemporaryFile(suffix=".bin")  # noqa: SIM115 (lives as long as the process)
+    for path in paths(args.corpus):
+        shards.flat_ids(shards.open_shard(path)).tofile(file)
+    file.flush()
+    ids = np.memmap(file.name, dtype=manifest.load(args.corpus).dtype, mode="r")
+    rng, out = np.random.default_rng(0), np.empty((args.batch // args.world_size, args.seq_len), dtype=np.int64)
+
+    def draw() -> int:
+        for row in out:
+            start = int(rng.integers(0, len(ids) // args.seq_len)) * args.seq_len
+            row[:] = ids[start : start + args.seq_len]
+        return out.size
+
+    return draw
+
+
+def datasets(args: argparse.Namespace) -> Callable[[], int]:
+    """Random documents through `Dataset.__getitem__` as numpy arrays."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [Dataset.from_file(str(path)).select_columns("input_ids") for path in paths(args.corpus)]
+    whole = concatenate_datasets(parts).with_format("numpy")
+    rng = np.random.default_rng(0)
+    return lambda: len(whole[int(rng.integers(len(whole)))]["input_ids"])
+
+
+def paths(corpus_dir: Path) -> list[Path]:
+    domains = manifest.load(corpus_dir).domains.values()
+    return [corpus_dir / shard.path for domain in domains for shard in domain.train.shards]
+
+
+def first_batch(args: argparse.Namespace, step: int) -> float:
+    """CPU seconds from a saved state to the batch after it, the loader being open; median of 31."""
+    one = loader_of(args, "best_fit", mask=True, prefetch=0)
+    state = one.sampler.state()
+    cursor = [int(step * args.batch * weight) for weight in one.sampler.weights.values()]
+    state |= {"step": step, "cursor": cursor}
+
+    def resume() -> None:
+        one.sampler.restore(state)
+        one.next()
+
+    return statistics.median(seconds(resume, 0) for _ in range(31))
+
+
+def rate(draw: Callable[[], int], wanted: float) -> float:
+    """Millions of tokens per CPU-second of `draw`, which returns how many it gave."""
+    draw()
+    tokens, begun = 0, time.process_time()
+    while (spent := time.process_time() - begun) < wanted:
+        tokens += draw()
+    return tokens / spent / 1e6
+
+
+def seconds(work: Callable[[], Any], wanted: float) -> float:
+    """Mean CPU seconds of `work`, done at least once."""
+    times, begun = 0, time.process_time()
+    while True:
+        work()
+        times += 1
+        if (spent := time.process_time() - begun) >= wanted:
+            return spent / times
+
+
+if __name__ == "__main__":
+    main()
