@@ -9,7 +9,6 @@ document is one sequence. Train on it with `--data-path OUT/DOMAIN_train`.
 from __future__ import annotations
 
 import argparse
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus import files, manifest, shards
+from tasks.corpus.readers.megatron import HEADER, MAGIC, VERSION
 from tasks.corpus.records import CorpusError
 
 SPLITS = ("train", "heldout")
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
 STORED = {np.dtype(np.uint16): (8, "<u2"), np.dtype(np.uint32): (4, "<i4")}
 """Type of a shard's ids -> Megatron's code and type. It has no uint32."""
 BLOCK = 1 << 22  # ids converted and written at once
@@ -69,7 +67,7 @@ def _write_ids(path: Path, corpus_dir: Path, part: manifest.SplitManifest) -> No
 def _write_index(path: Path, corpus_dir: Path, part: manifest.SplitManifest, *, dtype: np.dtype[Any]) -> None:
     code, stored = STORED[dtype]
     with files.replacing(path) as file:
-        file.write(MAGIC + struct.pack("<QBQQ", VERSION, code, part.documents, part.documents + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, code, part.documents, part.documents + 1))
         for lengths in _lengths(corpus_dir, part):
             file.write(lengths.astype("<i4").data)
         end = 0

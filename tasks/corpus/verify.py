@@ -228,7 +228,7 @@ def _content_texts(
     for name, value in facts.items():
         if value != getattr(shard, name):
             yield f"{name} is {value}, the manifest says {getattr(shard, name)}"
-    if ids.dtype != np.dtype(found.dtype):
+    if str(ids.dtype) != found.dtype:
         yield f"ids are {ids.dtype}, the manifest says {found.dtype}"
     if facts["max_id"] >= found.vocab_size:
         yield f"id {facts['max_id']} is outside the vocabulary of {found.vocab_size}"
