@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -76,7 +76,7 @@ class Fetched:
 
     def name_of(self, path: str) -> str:
         """A path as it is written into shards: the same on every machine, so a local one is relative to its source."""
-        return path[len(_common_root(self.paths)) :] if self.source.kind == "dir" else path
+        return path[len(_common_root(self.paths)) :] if "file" in self.fs.protocol else path
 
     def digest(self) -> str:
         """SHA-256 of the one file named, or of the sorted `path NUL sha256 LF` lines of the files matched."""
@@ -143,10 +143,9 @@ def fetch(text: str, cache: Path, *, sha256: str | None = None, sdist: bool = Fa
         raise SourceError(f"source {text!r} matches no file; check its path or glob")
     try:
         found = fetched.digest() if sha256 is not None else None
-    except _DAMAGED as error:
-        raise SourceError(
-            f"source {text!r}: reading failed ({error}); delete its archive in {cache}, run again"
-        ) from error
+    except Exception as error:  # every store and archive has errors of its own
+        mend = f"delete its archive in {cache}, run again" if source.kind in {"pypi", "npm"} else "run again"
+        raise SourceError(f"source {text!r}: reading failed ({type(error).__name__}: {error}); {mend}") from error
     if found != sha256:
         raise SourceError(
             f"source {text!r}: sha256 is {found}, but pipelines.yaml says {sha256}; "
@@ -211,7 +210,7 @@ def _open_store(source: Source) -> Fetched:
         if source.is_glob:
             found = fs.glob(path, detail=True)
         elif "http" in fs.protocol:  # listing would download the file and look for links in it
-            found = {path: fs.info(path)} if fs.exists(path) else {}
+            found = {path: fs.info(path)}
         else:
             found = fs.find(path, detail=True)
     except ImportError as error:
@@ -289,9 +288,14 @@ def _prefix(first: str, last: str) -> str:
     return first[: first.rfind("/", 0, same) + 1]
 
 
+def open_sequential(fs: AbstractFileSystem, path: str) -> IO[bytes]:
+    """Open a file that is read once from its start, which a web server serves without knowing byte ranges."""
+    return fs.open(path, "rb", **({"block_size": 0} if "http" in fs.protocol else {}))
+
+
 def _sha256(fs: AbstractFileSystem, path: str) -> str:
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
+    with open_sequential(fs, path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

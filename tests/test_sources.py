@@ -128,7 +128,9 @@ def test_a_damaged_file_inside_an_archive_says_what_to_delete(tmp_path: Path) ->
     content = bytearray(path.read_bytes())
     content[200] ^= 1
     path.write_bytes(content)
-    with pytest.raises(SourceError, match=rf"reading failed \(Bad CRC-32.*delete its archive in {tmp_path}"):
+    with pytest.raises(
+        SourceError, match=rf"reading failed \(BadZipFile: Bad CRC-32.*delete its archive in {tmp_path}"
+    ):
         sources.fetch("pypi:pkg==1.0/pkg/a.txt", tmp_path, sha256="0" * 64)
 
 
@@ -140,6 +142,46 @@ def test_names_of_local_files_do_not_hold_the_machine_s_path(tmp_path: Path) -> 
     assert [found.name_of(path) for path in found.paths] == ["a/x.txt", "b/y.txt"]
     one = sources.fetch(f"dir:{tmp_path}/a/x.txt", tmp_path)
     assert one.name_of(one.paths[0]) == "x.txt"
+
+
+def test_a_local_file_named_by_a_url_has_no_machine_s_path_either(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("x")
+    found = sources.fetch(f"file://{tmp_path}/x.txt", tmp_path)
+    assert [found.name_of(path) for path in found.paths] == ["x.txt"]
+
+
+def test_sizes_come_with_the_files(tmp_path: Path) -> None:
+    wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b"123", "pkg/b.txt": b""})
+    sdist(tmp_path / "npm-pkg-1.0" / "pkg-1.0.tgz", {"package/a.txt": b"12"})
+    (tmp_path / "c.txt").write_text("1234")
+    assert sources.fetch("pypi:pkg==1.0/pkg/*", tmp_path).sizes == {"pkg/a.txt": 3, "pkg/b.txt": 0}
+    assert sources.fetch("npm:pkg==1.0/*", tmp_path).sizes == {"package/a.txt": 2}
+    assert sources.fetch(f"dir:{tmp_path}/*.txt", tmp_path).sizes == {f"{tmp_path}/c.txt": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "client", "extra"), [("s3://bucket/a", "s3fs", "s3"), ("gs://bucket/*.jsonl", "gcsfs", "gs")]
+)
+def test_a_store_whose_client_is_missing_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, client: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, client, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, text.partition(":")[0], raising=False)
+    with pytest.raises(
+        SourceError, match=rf"{text.split('*')[0]}.*cannot be opened: .*pip install 'moeforge\[{extra}\]'"
+    ):
+        sources.fetch(text, tmp_path)
+
+
+def test_a_dataset_of_the_hub_is_pinned_by_a_commit_alone() -> None:
+    commit = "hub:org/name@" + "0123456789" * 4
+    assert sources.fingerprint(commit) == f"{commit}#"
+    assert sources.parse(commit).is_pinned
+    assert not sources.parse("hub:org/name@v1.0").is_pinned
+    with pytest.raises(
+        SourceError, match=r"'v1.0' can move; .*ls-remote https://huggingface.co/datasets/org/name v1.0"
+    ):
+        sources.fingerprint("hub:org/name@v1.0")
 
 
 def test_fingerprints_follow_local_bytes_and_trust_pins(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
+from tasks import sources
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -36,13 +38,9 @@ def guard(file: IO[bytes], path: str) -> IO[bytes]:
 
 @contextmanager
 def guarded_open(fs: AbstractFileSystem, path: str, *, sequential: bool = False) -> Iterator[IO[bytes]]:
-    """Open a file of a store; failing to, and its failures while it is read, are ReadErrors.
-
-    `sequential`: it is read once from its start, which a web server can serve without knowing byte ranges.
-    """
-    options = {"block_size": 0} if sequential and "http" in fs.protocol else {}
+    """Open a file of a store, to read it in any order or only once from its start; what fails is a ReadError."""
     try:
-        opened = fs.open(path, "rb", **options)
+        opened = sources.open_sequential(fs, path) if sequential else fs.open(path, "rb")
     except Exception as error:  # every store has errors of its own
         raise _read_error(path, error) from error
     with opened, guard(opened, path) as file:

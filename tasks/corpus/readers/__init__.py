@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.corpus.readers.base import Piece, Reader, Records
+from tasks.corpus.readers.base import FileReader, Piece, Reader, Records
 from tasks.corpus.readers.dataset import DatasetReader
 from tasks.corpus.readers.jsonl import JsonlReader
 from tasks.corpus.readers.mediawiki import MediawikiReader
@@ -20,7 +20,7 @@ from tasks.corpus.readers.text import TextReader
 if TYPE_CHECKING:
     from tasks.settings import Domain
 
-__all__ = ["READERS", "Piece", "Reader", "Records", "open_reader"]
+__all__ = ["READERS", "FileReader", "Piece", "Reader", "Records", "open_reader"]
 
 READERS: dict[str, type[Reader]] = {
     "text": TextReader,

@@ -33,36 +33,20 @@ class DatasetReader(Reader):
 
         self.source, self.field, self.max_record_bytes = domain.source, domain.text_field, max_record_bytes
         split = domain.split or "train"
-        parsed = sources.parse(domain.source)
-        if parsed.kind == "hub":
-            sources.require_commit(parsed)
-            if domain.sha256:
-                raise sources.SourceError(f"source {domain.source!r}: its commit pins it; leave sha256 out")
-            path, revision, self.name = parsed.name, parsed.version, f"{parsed.name}@{parsed.version}"
-        elif parsed.kind == "dir" and os.path.isdir(parsed.path):
-            sources.fetch(domain.source, cache, sha256=domain.sha256 if check else None)
-            path, revision, self.name = parsed.path, None, Path(parsed.path).resolve().name
-        else:
-            raise sources.SourceError(
-                f"source {domain.source!r}: format dataset reads hub:ORG/NAME@COMMIT or the dir: of a folder"
-            )
+        path, revision, self.name = _located(domain, cache, check=check)
         try:
             builder = load_dataset_builder(path, name=domain.subset, revision=revision)
-            self.dataset = builder.as_streaming_dataset(split=split).with_format("arrow")
-            self._require_column(self.dataset.column_names)
-            if hasattr(builder.config, "columns"):  # parquet: the others need not be read
-                builder.config.columns, builder.config.batch_size = [self.field], BATCH_ROWS
-                self.dataset = builder.as_streaming_dataset(split=split).with_format("arrow")
-        except CorpusError:
-            raise
+            dataset = builder.as_streaming_dataset(split=split)
         except Exception as error:  # its stores and formats each have their own; all of them say what is wrong
             raise sources.SourceError(f"source {domain.source!r} (split {split!r}): {error}") from error
-        if revision is None:
-            files = {str(name): paths for name, paths in builder.config.data_files.items()}[split]
-            self._bytes = sum(os.path.getsize(path) for path in files)
-        else:
-            known = (builder.info.splits or {}).get(split)
-            self._bytes = known.num_bytes if known else 0
+        self._require_column(dataset.column_names)
+        if hasattr(builder.config, "columns"):  # parquet: the others need not be read
+            builder.config.columns, builder.config.batch_size = [self.field], BATCH_ROWS
+            dataset = builder.as_streaming_dataset(split=split)
+        self.dataset = dataset.with_format("arrow")
+        files = {str(name): paths for name, paths in (builder.config.data_files or {}).items()}
+        known = (builder.info.splits or {}).get(split)
+        self._bytes = known.num_bytes if known else sum(map(_local_size, files.get(split, [])))
 
     def tasks(self, *, task_bytes: int) -> list[tuple[Piece, ...]]:
         shards = range(self.dataset.num_shards)
@@ -97,3 +81,24 @@ class DatasetReader(Reader):
     def _require_column(self, names: list[str] | None) -> None:
         if names is not None and self.field not in names:
             raise CorpusError(f"{self.source}: has no column {self.field!r}; set text_field to one of {names}")
+
+
+def _located(domain: Domain, cache: Path, *, check: bool) -> tuple[str, str | None, str]:
+    """Where a dataset is, its commit if it is on the hub, and what it is called in the records."""
+    source = sources.parse(domain.source)
+    if source.kind == "hub":
+        sources.require_commit(source)
+        if domain.sha256:
+            raise sources.SourceError(f"source {domain.source!r}: its commit pins it; leave sha256 out")
+        return source.name, source.version, f"{source.name}@{source.version}"
+    if source.kind != "dir" or not os.path.isdir(source.path):
+        raise sources.SourceError(
+            f"source {domain.source!r}: format dataset reads hub:ORG/NAME@COMMIT or the dir: of a folder"
+        )
+    if check:
+        sources.fetch(domain.source, cache, sha256=domain.sha256)
+    return source.path, None, Path(source.path).resolve().name
+
+
+def _local_size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -49,7 +49,7 @@ class ParquetReader(FileReader):
         row = 0
         with self._table(file, name) as table:
             groups = list(range(table.num_row_groups))[piece.start : piece.stop]
-            decoded = sum(self._chunk(table, i).total_uncompressed_size for i in groups)
+            decoded = sum(self._chunk_bytes(table, groups, of="total_uncompressed_size"))
             rows = sum(table.metadata.row_group(i).num_rows for i in groups)
             batch_rows = max(1, min(1024, BATCH_BYTES * rows // max(decoded, 1)))
             for batch in table.iter_batches(batch_size=batch_rows, row_groups=groups, columns=[self.field]):
@@ -63,13 +63,17 @@ class ParquetReader(FileReader):
         """Compressed bytes of the column in each row group."""
         if name not in self._group_sizes:
             with self.open(name) as file, self._table(file, name) as table:
-                sizes = [self._chunk(table, i).total_compressed_size for i in range(table.num_row_groups)]
+                sizes = self._chunk_bytes(table, range(table.num_row_groups), of="total_compressed_size")
             self._group_sizes[name] = np.array(sizes, dtype=np.int64)
         return self._group_sizes[name]
 
-    def _chunk(self, table: pq.ParquetFile, group: int) -> pq.ColumnChunkMetaData:
-        columns = table.schema.names
-        return table.metadata.row_group(group).column(columns.index(self.field))
+    def _chunk_bytes(self, table: pq.ParquetFile, groups: Iterable[int], *, of: str) -> list[int]:
+        """Bytes of the column in each row group; a nested one, which is no text, is several in the file."""
+        found = []
+        for group in map(table.metadata.row_group, groups):
+            chunks = [group.column(i) for i in range(group.num_columns)]
+            found.append(sum(getattr(c, of) for c in chunks if f"{c.path_in_schema}.".startswith(f"{self.field}.")))
+        return found
 
     @contextmanager
     def _table(self, file: IO[bytes], name: str) -> Iterator[pq.ParquetFile]:

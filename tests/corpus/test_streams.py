@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import zstandard
+
+from tasks.corpus import streams
+
+
+@pytest.mark.parametrize("ending", ["zst", "zstd"])
+def test_zstd_reads_in_small_pieces_give_the_same_bytes(ending: str) -> None:
+    content = bytes(range(256)) * 9000
+    file = streams.decompress(io.BytesIO(zstandard.ZstdCompressor().compress(content)), f"a.{ending}")
+    found = b"".join(iter(lambda: file.read(777), b""))
+    assert found == content
+
+
+def test_skippable_zstd_frames_are_passed_over_and_other_bytes_after_a_frame_are_damage() -> None:
+    frame = zstandard.ZstdCompressor().compress(b"text")
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    assert streams.decompress(io.BytesIO(skippable + frame + skippable + frame), "a.zst").read() == b"texttext"
+    with pytest.raises(streams.CORRUPT):
+        streams.decompress(io.BytesIO(frame + b"something else"), "a.zst").read()
