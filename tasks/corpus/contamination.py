@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from tasks import sources
-from tasks.corpus import words
+from tasks.corpus import streams, words
 from tasks.corpus.records import CorpusError
 from tasks.settings import corpus as settings
 
@@ -58,7 +58,7 @@ class Items:
 
         Raises:
             SourceError: a source cannot be had.
-            CorpusError: a line of it is not JSON.
+            CorpusError: a file of it is damaged, or a line is not JSON.
         """
         found = [pair for items in decontaminate.items for pair in _read(items, cache)]
         return cls([label for label, _ in found], [text for _, text in found], ngram=decontaminate.ngram)
@@ -120,19 +120,25 @@ def _read(items: settings.Items, cache: Path) -> Iterator[tuple[str, str]]:
     fetched = sources.fetch(items.source, cache, sha256=items.sha256)
     row = 0
     for path in fetched.paths:
-        with fetched.fs.open(path, compression="infer") as file:
-            for number, line in enumerate(file):
-                if not line.strip():
-                    continue
-                try:
-                    record = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    raise CorpusError(
-                        f"decontaminate.items {items.name}: {path}, line {number + 1} is not JSON ({error}); items "
-                        "are JSON lines: correct the file or `source`"
-                    ) from error
+        with streams.guarded_open(fetched.fs, path, sequential=True) as raw:
+            for record in _records(streams.decompress(raw, path), f"decontaminate.items {items.name}: {path}"):
                 yield from ((f"{items.name}:{row}", text) for text in _strings(record))
                 row += 1
+
+
+def _records(file: IO[bytes], where: str) -> Iterator[Any]:
+    number = 0
+    try:
+        for line in file:
+            number += 1
+            if line.strip():
+                yield orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise CorpusError(
+            f"{where}, line {number} is not JSON ({error}); items are JSON lines: correct the file or `source`"
+        ) from error
+    except streams.CORRUPT as error:
+        raise CorpusError(f"{where} is damaged after line {number} ({error}); fetch it again") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -51,16 +51,16 @@ class Signer:
         short = count < self.ngram
         sizes = np.where(short, 1, count - self.ngram + 1)
         offsets = np.concatenate([[0], sizes.cumsum()]).astype(np.uint64)
-        inside = np.ones(len(split.hashes), dtype=bool)  # where an n-gram of one text begins
-        ends = split.offsets[1:]
-        for back in range(1, self.ngram):
-            inside[(ends - back)[count >= back]] = False
         out = np.empty(int(offsets[-1]), dtype=np.uint64)
         whole = np.ones(len(out), dtype=bool)
         whole[offsets[:-1][short].astype(np.int64)] = False
-        out[whole] = grams[inside[: len(grams)]]
+        left = np.repeat(split.offsets[1:], count) - np.arange(len(split.hashes))
+        out[whole] = grams[left[: len(grams)] >= self.ngram]
         for i in np.flatnonzero(short):
-            first, last = split.offsets[i], split.offsets[i + 1]
-            gram = words.ngrams(split.hashes[first:last], last - first)
-            out[int(offsets[i])] = gram[0] if len(gram) and count[i] else xxhash.xxh3_64_intdigest(texts[i].encode())
+            own = split.hashes[split.offsets[i] : split.offsets[i + 1]]
+            out[int(offsets[i])] = words.ngrams(own, len(own))[0] if len(own) else _whole(texts[i])
         return out, offsets
+
+
+def _whole(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))

@@ -1,4 +1,4 @@
-"""The words of texts as 64-bit hashes, for MinHash and for decontamination, at 100 MB per CPU-second.
+"""The words of texts as 64-bit hashes, for MinHash and for decontamination.
 
 A word is a run of letters, digits and combining marks (`str.isalnum`, Unicode's category M) after NFKC and simple case
 folding; all else separates. Characters of scripts written without spaces are words of their own.
@@ -108,8 +108,8 @@ def mix(values: Hashes) -> Hashes:
 
 
 def _hash(content: bytes, start: NDArray[np.int64], end: NDArray[np.int64]) -> Hashes:
-    """Eight bytes at a time: x <- mix(x + the next eight), begun at the length."""
-    loads = np.ndarray(max(len(content) - _STRIDE + 1, 0), dtype="<u8", buffer=content, strides=(1,))
+    """Eight bytes at a time: x <- mix(x + the next eight)."""
+    loads = np.ndarray(len(content) - _STRIDE + 1, dtype="<u8", buffer=content, strides=(1,))
     length = end - start
     out = mix(loads[start] & _MASKS[np.minimum(length, _STRIDE)])
     more = np.flatnonzero(length > _STRIDE)
