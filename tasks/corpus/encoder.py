@@ -15,10 +15,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus import backends
+from tasks.corpus import backends, probe
 
 BATCH_CHARACTERS = 1 << 22
 """A call to the backend gets about this much text, or one longer document: its results are large objects."""
+
+SAMPLE_EVERY = 1000
+"""Every so manieth document is encoded by the reference too, the first among them."""
+
+SAMPLE_CHARACTERS = 1 << 20
+"""Longer documents are not sampled, the next one is: the reference needs a second for a few MB."""
 
 
 class TokenizerError(ValueError):
@@ -33,7 +39,8 @@ class Encoder:
     """A tokenizer ready for corpus text. Made by `load_encoder`; one thread uses it at a time.
 
     `fingerprint` is `<sha256 of the canonical tokenizer.json>/eos=<id>[/bos=<id>]/<flags>`: what decides the ids. The
-    backend is not in it.
+    backend is not in it. `checks` counts the strings on which a backend was compared with the reference: before it was
+    taken (`probed`), and while it ran (`sampled`).
     """
 
     def __init__(
@@ -54,7 +61,7 @@ class Encoder:
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
         self.checks = {"probed": probed, "sampled": 0}
-        self._backend = backend
+        self._backend, self._until_sample = backend, 0
         self._bos, self._eos = separators != "eos", separators != "bos"
         bos, flag = (f"/bos={bos_token_id}", "") if self._bos else ("", ",no-bos")
         self.fingerprint = f"{digest}/eos={eos_token_id}{bos}/specials-as-text{flag}{'' if self._eos else ',no-eos'}"
@@ -67,10 +74,15 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of the texts with their separators: `dtype` [tokens], and where each text starts, int64 [texts + 1].
 
-        The backend may use every core; the result doesn't depend on it.
+        The backend uses the cores that RAYON_NUM_THREADS allows; the result doesn't depend on it.
+
+        Raises:
+            BackendMismatch: the reference has other ids for a sampled text.
         """
-        parts = [self._backend.encode(batch) for batch in _batches(texts)]
-        return self._separate([ids for ids, _ in parts], [np.diff(offsets) for _, offsets in parts])
+        ids, offsets = backends.join([self._backend.encode(batch) for batch in _batches(texts)])
+        if self._backend is not self.reference:
+            self._sample(texts, (ids, offsets))
+        return self._separate(ids, np.diff(offsets))
 
     def wrap(self, ids: Iterable[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The same of documents that are ids already; a separator that a document has in its place is not doubled.
@@ -85,30 +97,42 @@ class Encoder:
                     f"id {int(document.max() if document.min() >= 0 else document.min())} in a tokenised document is "
                     f"outside the vocabulary of {self.vocab_size}: it was made with another tokenizer"
                 )
-        return self._separate(documents, [np.array([len(document) for document in documents], dtype=np.int64)])
+        sizes = np.array([len(document) for document in documents], dtype=np.int64)
+        return self._separate(np.concatenate([np.zeros(0, dtype=self.dtype), *documents]), sizes)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens shown."""
-        return self.reference.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return self.reference.decode(list(ids))
+
+    def _sample(self, texts: Sequence[str], found: backends.Flat) -> None:
+        ids, offsets = found
+        for i, text in enumerate(texts):
+            self._until_sample -= 1
+            if self._until_sample < 0 and len(text) <= SAMPLE_CHARACTERS:
+                own = (ids[offsets[i] : offsets[i + 1]], np.array([0, offsets[i + 1] - offsets[i]]))
+                if (where := probe.difference(own, self.reference.encode([text]), [text])) is not None:
+                    raise BackendMismatch(
+                        f"{self.backend_name} differs from {self.reference.name} on {where}; uninstall it to make the "
+                        "corpus with the reference, and report the text to its authors"
+                    )
+                self.checks["sampled"] += 1
+                self._until_sample = SAMPLE_EVERY - 1
 
     def _bare(self, ids: NDArray[Any]) -> NDArray[Any]:
         start = int(self._bos and len(ids) > 0 and ids[0] == self.bos_token_id)
         stop = len(ids) - int(self._eos and len(ids) > start and ids[-1] == self.eos_token_id)
         return ids[start:stop]
 
-    def _separate(
-        self, ids: list[NDArray[Any]], sizes: list[NDArray[np.int64]]
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *sizes])
-        lengths[1:] += self._bos + self._eos
-        offsets = np.cumsum(lengths)
+    def _separate(self, ids: NDArray[Any], sizes: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes + (self._bos + self._eos), out=offsets[1:])
         out = np.empty(offsets[-1], dtype=self.dtype)
         text = np.ones(len(out), dtype=bool)
         if self._bos:
             out[offsets[:-1]], text[offsets[:-1]] = self.bos_token_id, False
         if self._eos:
             out[offsets[1:] - 1], text[offsets[1:] - 1] = self.eos_token_id, False
-        out[text] = np.concatenate([np.zeros(0, dtype=self.dtype), *ids], casting="unsafe", dtype=self.dtype)
+        out[text] = ids
         return out, offsets
 
 
@@ -140,8 +164,12 @@ def load_encoder(
         TokenizerError: a file lacks something, or a separator has no token.
     """
     raw = _tokenizer_json(model_dir)
-    reference = backends.Reference(raw)
-    eos, bos = _control(model_dir, "eos", reference), _control(model_dir, "bos", reference)
+    try:
+        reference = backends.Reference(raw)
+    except Exception as error:  # the library raises no narrower one
+        raise TokenizerError(f"{model_dir / 'tokenizer.json'}: not a tokenizer: {error}") from error
+    vocabulary = _vocabulary(raw)
+    eos, bos = _control(model_dir, "eos", vocabulary), _control(model_dir, "bos", vocabulary)
     if eos is None or (bos is None and separators != "eos"):
         name, mend = ("eos", "ends a document") if eos is None else ("bos", "starts one, or set `separators: eos`")
         raise TokenizerError(
@@ -150,14 +178,16 @@ def load_encoder(
         )
     rows = _json(model_dir / "config.json").get("vocab_size", 0)
     identity = json.dumps(raw, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    chosen, probed = probe.fastest(raw, reference=reference) if backend == "auto" else (reference, 0)
     return Encoder(
-        reference,
+        chosen,
         reference=reference,
         digest=hashlib.sha256(identity.encode()).hexdigest(),
-        vocab_size=max(reference.tokenizer.get_vocab_size(with_added_tokens=True), rows),
+        vocab_size=max(*vocabulary.values(), rows - 1) + 1,
         eos_token_id=eos,
         bos_token_id=bos,
         separators=separators,
+        probed=probed,
     )
 
 
@@ -176,12 +206,12 @@ def token_bytes(model_dir: Path) -> NDArray[np.int64]:
     """
     raw = _tokenizer_json(model_dir)
     encoder = load_encoder(model_dir)
-    kinds = set(_kinds(raw.get("pre_tokenizer"))) | set(_kinds(raw.get("decoder")))
-    added = encoder.reference.tokenizer.get_added_tokens_decoder()
+    kinds = backends.kinds(raw.get("pre_tokenizer")) | backends.kinds(raw.get("decoder"))
+    added = {token["content"]: token["special"] for token in raw.get("added_tokens") or []}
     sizes = np.zeros(encoder.vocab_size, dtype=np.int64)
-    for token, i in encoder.reference.tokenizer.get_vocab(with_added_tokens=True).items():
-        if i in added:
-            sizes[i] = 0 if added[i].special else len(added[i].content.encode())
+    for token, i in _vocabulary(raw).items():
+        if token in added:
+            sizes[i] = 0 if added[token] else len(token.encode())
         elif "ByteLevel" in kinds:
             sizes[i] = len(token)  # the byte-level alphabet writes each byte as one character
         elif kinds & {"Metaspace", "ByteFallback"}:
@@ -198,12 +228,11 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _kinds(node: Any) -> list[str]:
-    """The types of a tokenizer.json component and of those inside it."""
-    if isinstance(node, dict):
-        own = [node["type"]] if isinstance(node.get("type"), str) else []
-        return own + [kind for value in node.values() for kind in _kinds(value)]
-    return [kind for value in node for kind in _kinds(value)] if isinstance(node, list) else []
+def _vocabulary(raw: dict[str, Any]) -> dict[str, int]:
+    """Id of each token, added ones included."""
+    own = raw["model"]["vocab"]
+    pieces = own if isinstance(own, dict) else {piece: i for i, (piece, _) in enumerate(own)}
+    return {**{token["content"]: token["id"] for token in raw.get("added_tokens") or []}, **pieces}
 
 
 def _tokenizer_json(model_dir: Path) -> dict[str, Any]:
@@ -218,11 +247,11 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _control(model_dir: Path, name: str, reference: backends.Reference) -> int | None:
+def _control(model_dir: Path, name: str, vocabulary: dict[str, int]) -> int | None:
     """Id of the tokenizer's `eos` or `bos` token, else the model's."""
     token = _json(model_dir / "tokenizer_config.json").get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and (found := reference.tokenizer.token_to_id(token)) is not None:
+    if token is not None and (found := vocabulary.get(token)) is not None:
         return found
     ids = _json(model_dir / "config.json").get(f"{name}_token_id")
     return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
