@@ -146,7 +146,8 @@ class Display:
                 self.say(f"  {line}")
 
     def _started(self) -> list[str]:
-        return [domain for domain in self._domains if any(name == domain for name, _ in self.counters.sums)]
+        largest = self.counters.largest
+        return [domain for domain in self._domains if largest(domain, "files") or largest(domain, "documents")]
 
     def _line(self, domain: str, phase: str | None) -> str:
         files, documents, tokens, rate, dropped = self._cells(domain, phase)

@@ -17,7 +17,8 @@ import pytest
 
 from tasks import corpus
 from tasks.evaluate import __main__ as stage
-from tasks.evaluate import card
+from tasks.evaluate import card, results
+from tasks.evaluate import corpus as report_corpus
 
 ROOT = Path(corpus.__file__).parents[2]
 PIPELINES = """\
@@ -78,8 +79,8 @@ def sparse(dense: Path, folder: Path, *, seed: int) -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> Iterator[Path]:
     """A project where everything before `evaluate` has run; the module's tests run inside it."""
-    from tasks.corpus import __main__ as corpus_stage
     from tasks.corpus import fingerprint
+    from tasks.corpus import stage as corpus_stage
 
     root = tmp_path_factory.mktemp("project")
     data = root / "texts"
@@ -117,6 +118,17 @@ def judgement(project: Path) -> dict[str, Any]:
         stage.evaluate("tiny")
     assert judged == ["tiny", "moe", "trained", "trained"]
     return json.loads((project / "runs" / "tiny" / "evaluation.json").read_text())
+
+
+def test_the_reports_corpus_section_reads_what_the_corpus_stage_writes(project: Path) -> None:
+    metrics = json.loads((project / "data" / "corpora" / "tiny.json").read_text())
+    lengths = results._lengths((project / "data" / "corpora" / "tiny.lengths.csv").read_text())
+    assert lengths.keys() == metrics["domains"].keys()
+    for name, entry in metrics["domains"].items():
+        assert sum(lengths[name].values()) == sum(entry["documents"].values()) == entry["rules"]["kept"]
+    assert "documents of the corpus" in report_corpus.encoder(metrics["encoder"])
+    (_, read), *_, (_, kept) = report_corpus.drops(metrics["domains"])
+    assert len(read) == len(kept) == 2
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_model(judgement: dict[str, Any]) -> None:
