@@ -94,15 +94,13 @@ class _Scan:
         """Why a document is dropped, and its text if that is to be kept."""
         text = document.text
 
-        def reject(rule: str, detail: str = "") -> Reject:
-            return Reject(rule=rule, source=document.source, row=document.row, detail=detail, bad=False)
+        def reject(rule: str) -> Reject:
+            return Reject(rule=rule, source=document.source, row=document.row, bad=False)
 
         if not text or text.isspace():
             return reject("empty"), None
         if rule := self.judge(document):
             return reject(rule), text if self.corpus.keep_rejects else None
-        if self.items and (hit := self.items.hit(text)):
-            return reject("contaminated", f"{hit.item}: {hit.ngram}"), None
         return None, None
 
     def _decoded(self, document: Document) -> Document:
@@ -121,9 +119,28 @@ class _Scan:
         text = self.encode.decode(ids.tolist())
         return Document(text=text, source=document.source, row=document.row, ids=ids)
 
+    def _decontaminate(self, chunk: spool.Chunk) -> None:
+        if not self.items:
+            return
+        found = chunk.documents
+        hits = {i: hit for i, hit in enumerate(self.items.hits(found["text"])) if hit}
+        if hits:
+            chunk.drop(
+                {
+                    i: Reject(
+                        rule="contaminated",
+                        source=found["source"][i],
+                        row=found["row"][i],
+                        detail=f"{hit.item}: {hit.ngram}",
+                        bad=False,
+                    )
+                    for i, hit in hits.items()
+                }
+            )
+
     def _commit(self, chunk: spool.Chunk, *, index: int, meter: Meter) -> dict[str, object]:
-        texts = chunk.documents["text"]
-        bands = self.signer.bands(texts) if self.signer else None
+        self._decontaminate(chunk)
+        bands = self.signer.bands(chunk.documents["text"]) if self.signer else None
         account = spool.commit(self.folder, self.task, index=index, chunk=chunk, bands=bands)
         meter.rules.update({**account["rules"], **account["bad"]})
         meter.add(documents=chunk.records, bytes=chunk.chars)

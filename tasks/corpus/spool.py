@@ -68,6 +68,16 @@ class Chunk:
             self.rejects[name].append(value)
         self.chars += len(text or "")
 
+    def drop(self, dropped: dict[int, Reject]) -> None:
+        """Turn documents, by their place among the documents, into rejects after all."""
+        documents = self.documents
+        for i, reject in dropped.items():
+            self.reject(reject, record=documents["record"][i], piece=documents["piece"][i])
+        for name, column in documents.items():
+            documents[name] = [value for i, value in enumerate(column) if i not in dropped]
+        by_record = sorted(range(len(self.rejects["record"])), key=self.rejects["record"].__getitem__)
+        self.rejects = {name: [column[i] for i in by_record] for name, column in self.rejects.items()}
+
     @staticmethod
     def _place(columns: dict[str, list[Any]], found: Document | Reject, *, record: int, piece: int) -> None:
         for name, value in (("record", record), ("piece", piece), ("source", found.source), ("row", found.row)):

@@ -162,7 +162,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]
     """The work folder of a corpus and its plan, held until the block ends."""
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
-    encode = encoder.load_encoder(MODELS / corpus.model, separators=corpus.separators)
+    encode = _load_encoder((MODELS / corpus.model).resolve(), corpus.separators, "auto")
     # As pairs: the order of the domains is their priority.
     domains = [[domain, entry.model_dump()] for domain, entry in corpus.domains.items()]
     rest = corpus.model_dump(exclude={"domains"})
@@ -181,7 +181,8 @@ def _phases(work: Path, todo: Plan, *, run: Runner) -> Path:
     with progress.Display(work / "progress", domains=list(todo.tasks)) as display:
         for phase in plan.PHASES:
             while units := _pending(work, todo, phase):  # twice, if a fast tokenizer turned out to be wrong
-                display.phase(phase, len(units))
+                total = len(todo.units(phase))
+                display.phase(phase, total, before=total - len(units))
                 run(functools.partial(run_unit, str(work)), units)
     return _out(work)
 
@@ -223,7 +224,7 @@ def _out(work: Path) -> Path:
 
 def _encoder(todo: Plan, work: Path) -> encoder.Encoder:
     backend = "reference" if _distrust(work).exists() else "auto"
-    return _load_encoder(MODELS / todo.corpus.model, todo.corpus.separators, backend)
+    return _load_encoder((MODELS / todo.corpus.model).resolve(), todo.corpus.separators, backend)
 
 
 @functools.lru_cache(maxsize=2)
