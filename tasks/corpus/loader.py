@@ -94,7 +94,8 @@ class Loader:
                 "make it with `train_windows` of this corpus and seq_len"
             )
         self.sampler, self.prefetch = sampler, prefetch
-        self._gather = _Gather(windows, seq_len=seq_len, mine=slice(rank, None, world_size), mask=mask_documents)
+        mine = range(rank, sampler.batch, world_size)
+        self._gather = _Gather(windows, seq_len=seq_len, mine=mine, mask=mask_documents)
         self._ahead: Ahead[tuple[Position, Batch]] | None = None
 
     def next(self) -> Batch:
@@ -142,11 +143,12 @@ def train_windows(
 class _Gather:
     """Slots of a global batch to the rank's Batch."""
 
-    def __init__(self, windows: Mapping[str, Windows], *, seq_len: int, mine: slice, mask: bool) -> None:
+    def __init__(self, windows: Mapping[str, Windows], *, seq_len: int, mine: range, mask: bool) -> None:
         self._windows, self._seq_len, self._mine, self._mask = windows, seq_len, mine, mask
+        self._places = np.arange(len(mine) * seq_len) if mask else None
 
     def __call__(self, slots: list[Slot]) -> Batch:
-        mine = slots[self._mine]
+        mine = [slots[i] for i in self._mine]
         # One block, since the C library gives three smaller ones back to the system and pays for every page again.
         ids_BL, labels_BL, position_BL = np.empty((3, len(mine), self._seq_len), dtype=np.int64)
         tokens = [self._windows[domain].fill(ids, window) for ids, (domain, window) in zip(ids_BL, mine, strict=True)]
@@ -156,10 +158,10 @@ class _Gather:
         segments = [self._segments(row, slot, tokens[row]) for row, slot in enumerate(mine)]
         cu_seqlens = np.concatenate([*segments, [ids_BL.size]], dtype=np.int32)
         lengths = np.diff(cu_seqlens)
-        if self._mask:
+        if self._places is not None:
             labels_BL.reshape(-1)[cu_seqlens[:-1]] = IGNORED
-            position_BL.reshape(-1)[:] = np.arange(ids_BL.size)
-            position_BL -= np.repeat(cu_seqlens[:-1], lengths).reshape(ids_BL.shape)
+            starts = np.repeat(cu_seqlens[:-1].astype(np.int64), lengths)
+            np.subtract(self._places, starts, out=position_BL.reshape(-1))
         return Batch(
             input_ids=ids_BL,
             labels=labels_BL,

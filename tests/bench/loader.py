@@ -1,4 +1,4 @@
-"""Batches per CPU-second beside the same tokens read through `datasets` and through np.memmap.
+"""Batches per CPU-second beside the same tokens through `datasets` and np.memmap, and packing beside its plain form.
 
     python tests/bench/loader.py data/corpora/demo [--batch 256] [--seq-len 4096] [--world-size 8] [--seconds 2]
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from tasks.corpus import manifest, shards
 from tasks.corpus.loader import Loader, train_windows
+from tasks.corpus.packing import pack
 from tasks.corpus.sampler import Sampler
 
 
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="CPU time of each measurement")
     args = parser.parse_args()
 
-    rates = {"np.memmap": rate(memmap(args), args.seconds), "datasets": rate(datasets(args), args.seconds)}
+    peers = {"datasets": datasets(args), "np.memmap": memmap(args)}
+    rates = {name: rate(draw, args.seconds) for name, draw in peers.items()}
     for name, value in rates.items():
         print(f"{name:34} {value:8.1f} Mtok/CPU-s")
     sampler = sampler_of(args, "concat")
@@ -46,6 +48,12 @@ def main() -> None:
                 name = f"{packing}{', masks' if mask else ''}{f', prefetch {prefetch}' if prefetch else ''}"
                 ratios = "  ".join(f"{found / value:6.2f} x {peer}" for peer, value in rates.items())
                 print(f"{name:34} {found:8.1f} Mtok/CPU-s  {ratios}")
+    lengths = np.concatenate([np.diff(shards.offsets(shards.open_shard(path))) for path in paths(args.corpus)])
+    mine = seconds(lambda: pack(lengths, seq_len=args.seq_len), args.seconds)
+    theirs = seconds(lambda: bitset(lengths, args.seq_len), 0)
+    assert len(pack(lengths, seq_len=args.seq_len)) == bitset(lengths, args.seq_len)
+    million = len(lengths) / 1e6
+    print(f"packing {million / mine:.2f} M documents/CPU-s, one by one {million / theirs:.2f}: {theirs / mine:.1f} x")
     start, late = (first_batch(args, step) for step in (0, 10**7))
     print(f"first batch at step 0 {start * 1e3:.2f} CPU-ms, at step 10^7 {late * 1e3:.2f}: {late / start:.2f} x")
 
@@ -71,15 +79,16 @@ def loader_of(args: argparse.Namespace, packing: Any, *, mask: bool, prefetch: i
 
 
 def memmap(args: argparse.Namespace) -> Callable[[], int]:
-    """A rank's batch of random windows out of one raw file of all ids."""
+    """A rank's batch of random windows out of one raw file of all ids: nothing planned, no labels, no documents."""
     file = tempfile.NamedTemporaryFile(suffix=".bin")  # noqa: SIM115 (lives as long as the process)
     for path in paths(args.corpus):
         shards.flat_ids(shards.open_shard(path)).tofile(file)
     file.flush()
     ids = np.memmap(file.name, dtype=manifest.load(args.corpus).dtype, mode="r")
-    rng, out = np.random.default_rng(0), np.empty((args.batch // args.world_size, args.seq_len), dtype=np.int64)
+    rng, shape = np.random.default_rng(0), (args.batch // args.world_size, args.seq_len)
 
     def draw() -> int:
+        out = np.empty(shape, dtype=np.int64)
         for row in out:
             start = int(rng.integers(0, len(ids) // args.seq_len)) * args.seq_len
             row[:] = ids[start : start + args.seq_len]
@@ -98,20 +107,41 @@ def datasets(args: argparse.Namespace) -> Callable[[], int]:
     return lambda: len(whole[int(rng.integers(len(whole)))]["input_ids"])
 
 
+def bitset(lengths: np.ndarray, seq_len: int) -> int:
+    """Best-fit-decreasing document by document, the rooms that bins have left in one Python integer; how many bins."""
+    rests = lengths % seq_len
+    waiting: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    rooms, bins = 0, int((lengths // seq_len).sum())
+    for rest in np.sort(rests[rests > 0])[::-1].tolist():
+        if fitting := rooms >> rest:
+            room = rest + (fitting & -fitting).bit_length() - 1
+            chosen = waiting[room].pop()
+            if not waiting[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen, bins = seq_len, bins, bins + 1
+        if room > rest:
+            waiting[room - rest].append(chosen)
+            rooms |= 1 << (room - rest)
+    return bins
+
+
 def paths(corpus_dir: Path) -> list[Path]:
     domains = manifest.load(corpus_dir).domains.values()
     return [corpus_dir / shard.path for domain in domains for shard in domain.train.shards]
 
 
 def first_batch(args: argparse.Namespace, step: int) -> float:
-    """CPU seconds from a saved state to the batch after it, the loader being open; median of 31."""
+    """CPU seconds from a saved state to the batch after it, by a new sampler; median of 31."""
     one = loader_of(args, "best_fit", mask=True, prefetch=0)
     state = one.sampler.state()
     cursor = [int(step * args.batch * weight) for weight in one.sampler.weights.values()]
     state |= {"step": step, "cursor": cursor}
 
     def resume() -> None:
-        one.sampler.restore(state)
+        one.sampler = Sampler.load(
+            state, windows=one.sampler.windows, corpus_sha256=one.sampler.corpus_sha256, packing="best_fit"
+        )
         one.next()
 
     return statistics.median(seconds(resume, 0) for _ in range(31))
