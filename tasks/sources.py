@@ -76,7 +76,7 @@ class Fetched:
 
     def name_of(self, path: str) -> str:
         """A path as it is written into shards: the same on every machine, so a local one is relative to its source."""
-        return path[len(_common_root(self.paths)) :] if "file" in self.fs.protocol else path
+        return path[len(_common_root(self.paths)) :] if "local" in self.fs.protocol else path
 
     def digest(self) -> str:
         """SHA-256 of the one file named, or of the sorted `path NUL sha256 LF` lines of the files matched."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 BLOCK = 1 << 20
-
-
 CORRUPT = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What reading a damaged stream raises (gzip.BadGzipFile is an OSError)."""
 
@@ -49,16 +47,20 @@ def guarded_open(fs: AbstractFileSystem, path: str, *, sequential: bool = False)
 
 def has_ranges(fs: AbstractFileSystem, path: str) -> bool:
     """Whether a web server gives the end of a file without the rest."""
-    with fs.open(path, "rb") as file:
-        try:
+    try:
+        with guarded_open(fs, path) as file:
             file.seek(-1, io.SEEK_END)
             return len(file.read(1)) == 1
-        except ValueError:  # what fsspec raises for a server that sends the whole file
+    except ReadError as error:
+        if isinstance(error.__cause__, ValueError):  # fsspec's, for a server that sends the whole file
             return False
+        raise
 
 
 def codec_of(path: str) -> str | None:
     """gzip, zstd, bz2, xz, … by the name's ending; None for a plain file."""
+    if "://" in path:
+        path = path.partition("?")[0]
     return "zstd" if path.endswith((".zst", ".zstd")) else infer_compression(path)
 
 
@@ -77,7 +79,7 @@ def decompress(file: IO[bytes], path: str) -> IO[bytes]:
 def _read_error(path: str, error: Exception) -> ReadError:
     return ReadError(
         f"{path}: reading failed ({type(error).__name__}: {error}); run again, finished parts are kept. "
-        "If it fails again, the downloaded archive under .scratch/sources is damaged: delete it"
+        "If it is in a package and fails again, the archive under .scratch/sources is damaged: delete it"
     )
 
 

@@ -22,3 +22,15 @@ def test_skippable_zstd_frames_are_passed_over_and_other_bytes_after_a_frame_are
     assert streams.decompress(io.BytesIO(skippable + frame + skippable + frame), "a.zst").read() == b"texttext"
     with pytest.raises(streams.CORRUPT):
         streams.decompress(io.BytesIO(frame + b"something else"), "a.zst").read()
+
+
+def test_the_codec_is_told_by_the_name_before_a_url_s_query() -> None:
+    names = [
+        "a.gz",
+        "a.zst",
+        "a.jsonl",
+        "a.what?.gz",
+        "https://host/a.gz?signature=b.c",
+        "https://host/a.jsonl?x=b.gz",
+    ]
+    assert list(map(streams.codec_of, names)) == ["gzip", "zstd", None, "gzip", "gzip", None]

@@ -71,7 +71,7 @@ class FileReader(Reader):
         fetched = sources.fetch(domain.source, cache, sha256=sha256, sdist=domain.sdist)
         self.fs = fetched.fs
         self.files = {fetched.name_of(path): path for path in fetched.sizes}
-        self.bytes_of = {name: fetched.sizes[path] or 0 for name, path in self.files.items()}
+        self.sizes = {name: fetched.sizes[path] for name, path in self.files.items()}
         self.field = domain.text_field
         self.max_record_bytes = max_record_bytes
 
@@ -84,11 +84,11 @@ class FileReader(Reader):
         return [Piece(name)]
 
     def size(self, piece: Piece) -> int:
-        return (self.bytes_of[piece.path] if piece.stop is None else piece.stop) - piece.start
+        return (self.bytes_of(piece.path) if piece.stop is None else piece.stop) - piece.start
 
     def read(self, piece: Piece) -> Records:
         name = piece.path
-        if self.is_decompressed and streams.codec_of(name) and not self.bytes_of[name]:  # gzip takes it for whole
+        if self.is_decompressed and streams.codec_of(name) and self.sizes[name] == 0:  # gzip takes it for whole
             yield Reject(rule="corrupt stream", source=name, row=0, detail="a compressed file of 0 bytes")
             return 1
         with self.open(name, sequential=self.is_decompressed and piece == Piece(name)) as raw:
@@ -97,6 +97,10 @@ class FileReader(Reader):
     def open(self, name: str, *, sequential: bool = False) -> AbstractContextManager[IO[bytes]]:
         """A file as its store has it."""
         return streams.guarded_open(self.fs, self.files[name], sequential=sequential)
+
+    def bytes_of(self, name: str) -> int:
+        """The size of a file on its store; 0 if that does not say."""
+        return self.sizes[name] or 0
 
     @abstractmethod
     def records(self, file: IO[bytes], piece: Piece) -> Records:
@@ -109,7 +113,7 @@ class FileReader(Reader):
 
     def is_cuttable(self, name: str, *, task_bytes: int) -> bool:
         """Whether a file is larger than a task, and its store opens it in its middle (archives do, but slowly)."""
-        if self.bytes_of[name] <= task_bytes or isinstance(self.fs, AbstractArchiveFileSystem):
+        if self.bytes_of(name) <= task_bytes or isinstance(self.fs, AbstractArchiveFileSystem):
             return False
         return "http" not in self.fs.protocol or streams.has_ranges(self.fs, self.files[name])
 

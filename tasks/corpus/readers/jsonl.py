@@ -15,7 +15,7 @@ class JsonlReader(FileReader):
     def pieces(self, name: str, *, task_bytes: int) -> list[Piece]:
         if streams.codec_of(name) or not self.is_cuttable(name, task_bytes=task_bytes):
             return [Piece(name)]
-        size = self.bytes_of[name]
+        size = self.bytes_of(name)
         return [Piece(name, start, min(start + task_bytes, size)) for start in range(0, size, task_bytes)]
 
     def records(self, file: IO[bytes], piece: Piece) -> Records:

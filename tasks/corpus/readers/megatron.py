@@ -109,7 +109,7 @@ class MegatronReader(FileReader):
 
     def size(self, piece: Piece) -> int:
         if piece.stop is None:
-            return self.bytes_of[piece.path]
+            return self.bytes_of(piece.path)
         return int(self._index(piece.path)[1][piece.start : piece.stop].sum())
 
     def records(self, file: IO[bytes], piece: Piece) -> Records:
@@ -136,9 +136,10 @@ class MegatronReader(FileReader):
             with streams.guarded_open(self.fs, self._index_paths[name]) as file:
                 index = read_index(file, name=f"{name[:-4]}.idx")
             ends = index.pointers + index.sizes.astype(np.int64) * index.dtype.itemsize
-            if len(ends) and (end := int(ends.max())) > self.bytes_of[name]:
+            size = self.sizes[name]
+            if size is not None and len(ends) and (end := int(ends.max())) > size:
                 raise CorpusError(
-                    f"{name}: has {self.bytes_of[name]} bytes, but its index points up to byte {end}; "
+                    f"{name}: has {size} bytes, but its index points up to byte {end}; "
                     "the two files do not belong together, or one was cut short"
                 )
             self._indexes[name] = index, index.document_bytes()

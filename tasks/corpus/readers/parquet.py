@@ -41,7 +41,7 @@ class ParquetReader(FileReader):
 
     def size(self, piece: Piece) -> int:
         if piece.stop is None:
-            return self.bytes_of[piece.path]
+            return self.bytes_of(piece.path)
         return int(self._sizes(piece.path)[piece.start : piece.stop].sum())
 
     def records(self, file: IO[bytes], piece: Piece) -> Records:

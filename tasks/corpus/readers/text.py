@@ -15,7 +15,9 @@ class TextReader(FileReader):
     def records(self, file: IO[bytes], piece: Piece) -> Records:
         name = piece.path
         try:
-            content = file.read(self.max_record_bytes + 1)
+            content = bytearray()  # one read of max_record_bytes would set them all aside
+            while len(content) <= self.max_record_bytes and (block := file.read(streams.BLOCK)):
+                content += block
             if len(content) > self.max_record_bytes:
                 yield self.over_long(name, 0)
             else:
