@@ -87,6 +87,7 @@ def _balance(model: Any, router_logits: Any, real_BL: torch.Tensor) -> torch.Ten
     import torch
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+    stock = getattr(model, "module", model)  # DeepSpeed's engine has num_experts of its own
     return torch.as_tensor(
-        load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, real_BL)
+        load_balancing_loss_func(router_logits, stock.num_experts, stock.num_experts_per_tok, real_BL)
     )

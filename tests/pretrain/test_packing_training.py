@@ -1,0 +1,156 @@
+"""Runs on packed, masked documents: what they log, how they resume, and that every step can be told afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from flows import cli
+from tasks import scratch
+from tasks.corpus import shards
+from tasks.pretrain import inspect
+from tasks.pretrain.job import TrainingError
+
+from .conftest import STEPS
+from .projects import configure, stage, start, timeless, wait_for, workers
+
+pytestmark = pytest.mark.e2e
+BATCH, SEQ_LEN = 4, 256
+
+RECORDER = """
+
+def _recorded(self, _next=Loader.next):
+    import json
+    batch = _next(self)
+    seen = {"step": self.sampler.step, "ids": batch.input_ids.tolist(), "labels": batch.labels.tolist()}
+    with open("seen.jsonl", "a") as file:
+        file.write(json.dumps({**seen, "domains": batch.domains, "windows": batch.windows}) + "\\n")
+    return batch
+
+
+Loader.next = _recorded
+"""
+
+
+def recording(prepared: Path, folder: Path) -> Path:
+    """A project that trains on packed documents and writes down each batch that the loop takes."""
+    shutil.copytree(prepared, folder)
+    configure(folder, packing="best_fit", mask_documents=True, seq_len=SEQ_LEN, tokens=STEPS * BATCH * SEQ_LEN)
+    with (folder / "tasks/corpus/loader.py").open("a") as file:
+        file.write(RECORDER)
+    return folder
+
+
+def seen(project: Path) -> dict[int, dict[str, Any]]:
+    """Step -> the batch that the loop took in it; of a step that was done again, the last."""
+    lines = (project / "seen.jsonl").read_text().splitlines()
+    return {batch["step"]: batch for batch in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project after an uninterrupted run."""
+    project = recording(prepared, tmp_path_factory.mktemp("packed") / "project")
+    done = stage("tasks.pretrain", "tiny", cwd=project)
+    assert done.returncode == 0, done.stderr
+    return project
+
+
+def compare(found: dict[str, Any], batch: dict[str, Any], project: Path) -> None:
+    """A step as it is told against the batch that was trained on, and its documents against the shards."""
+    assert [slot["ids"] for slot in found["slots"]] == batch["ids"]
+    assert [slot["domain"] for slot in found["slots"]] == batch["domains"]
+    assert [slot["window"] for slot in found["slots"]] == batch["windows"]
+    for slot in found["slots"]:
+        for document in slot["documents"]:
+            begin, end = document["tokens"]
+            shard = shards.open_shard(project / "data/corpora/tiny" / document["shard"])
+            row = {name: shard.column(name)[document["document"]].as_py() for name in shard.schema.names}
+            assert slot["ids"][document["at"] : document["at"] + end - begin] == row["input_ids"][begin:end]
+            assert (document["doc_id"], document["source"]) == (row["doc_id"].hex(), row["source"])
+            assert document["row"] == row["row"]
+
+
+def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    batches = seen(trained)
+    run = Path("runs/tiny")
+    told = {step: inspect.step(run, step, full=True) for step in range(1, STEPS + 1)}
+    for step, found in told.items():
+        compare(found, batches[step], trained)
+    log = timeless(run / "training/log.jsonl")
+    weights = {record["step"]: record["weights"] for record in log if record["kind"] == "heldout"}
+    for step, found in told.items():
+        assert found["weights"] == pytest.approx(weights[(step - 1) // 2 * 2], abs=1e-9)  # eval_every: 2
+    assert told[1]["weights"] != told[STEPS]["weights"]
+    assert max(len(slot["documents"]) for found in told.values() for slot in found["slots"]) > 1
+    text = "".join(document["text"] for document in told[1]["slots"][0]["documents"])
+    source = {"prose": "prose.jsonl.gz", "code": "code.jsonl"}[told[1]["slots"][0]["domain"]]
+    assert {document["source"] for document in told[1]["slots"][0]["documents"]} == {source}
+    assert len(text) > 64
+
+    configure(trained, seq_len=32)  # the run's own record counts, not what the file says by now
+    try:
+        assert inspect.step(run / "trained", 5, full=True)["slots"] == told[5]["slots"]
+    finally:
+        configure(trained, seq_len=SEQ_LEN)
+    printed = CliRunner().invoke(cli.app, ["inspect", "runs/tiny", "--step", "3"])
+    assert json.loads(printed.stdout) == inspect.step(run, 3)
+    assert "ids" not in json.loads(printed.stdout)["slots"][0]
+    assert CliRunner().invoke(cli.app, ["inspect", "runs/tiny", "--step", "99"]).exit_code == 1
+    for step in (0, STEPS + 1):
+        with pytest.raises(TrainingError, match=f"has steps 1 to {STEPS}; there is no step {step} to show"):
+            inspect.step(run, step)
+
+
+def test_a_packed_run_counts_what_it_predicts_and_learns(trained: Path) -> None:
+    log = timeless(trained / "runs/tiny/training/log.jsonl")
+    steps = [record for record in log if record["kind"] == "step"]
+    labels = {step: np.array(batch["labels"]) for step, batch in seen(trained).items()}
+    assert [record["predicted"] for record in steps] == [(labels[r["step"]][:, 1:] >= 0).sum() for r in steps]
+    assert all(record["tokens"] == record["step"] * BATCH * SEQ_LEN for record in steps)
+    metrics = json.loads((trained / "runs/tiny/pretrain.json").read_text())
+    assert metrics["predicted_tokens"] == sum(record["predicted"] for record in steps)
+    assert metrics["predicted_tokens"] < STEPS * BATCH * (SEQ_LEN - 1)
+    assert metrics["heldout_mean_after"] < metrics["heldout_mean_before"]
+
+
+def test_a_packed_run_killed_and_resumed_ends_as_the_other_and_can_be_told_while_it_stands(
+    trained: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = recording(prepared, tmp_path / "project")
+    monkeypatch.chdir(project)
+    run = Path("runs/tiny")
+    with pytest.raises(TrainingError, match=r"runs/tiny: no run is there; give runs/PIPELINE"):
+        inspect.step(run, 1)
+    with start("tasks.pretrain", "tiny", cwd=project) as process:
+        wait_for(lambda: any(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000004")))
+        process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not workers(project), seconds=5)
+    found = inspect.step(run, 4, full=True)
+    compare(found, seen(project)[4], project)
+    assert (found["steps"], found["run"].startswith(".scratch/pretrain-tiny/")) == (STEPS, True)
+    with pytest.raises(TrainingError, match=rf"has steps 1 to {found['steps_logged']}; there is no step 99"):
+        inspect.step(run, 99)
+
+    last = stage("tasks.pretrain", "tiny", cwd=project)
+    assert last.returncode == 0, last.stderr
+    assert "going on from the checkpoint of step" in last.stdout
+    once, reference = project / "runs/tiny", trained / "runs/tiny"
+    assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
+    assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
+    assert seen(project) == seen(trained)
+
+    manifest = project / "data/corpora/tiny/manifest.json"
+    manifest.write_text(manifest.read_text().replace("PSF-2.0", "CC0-1.0"))
+    with pytest.raises(ValueError, match=r"manifest.json: sha256 is \w+ now and was \w+ when step 3 was drawn"):
+        inspect.step(run, 3)
