@@ -232,9 +232,7 @@ def _download(source: Source, cache: Path, *, sdist: bool) -> Path:
     folder = cache / f"{source.kind}-{source.name.replace('/', '-')}-{source.version}"
     cache.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # two stages may want one package at once; the second waits and finds it there
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two stages may want one package at once; the second finds it there
         if not _archives(folder):
             _pack(source, folder, sdist=sdist)
         return _archives(folder)[0]
@@ -247,18 +245,8 @@ def _pack(source: Source, folder: Path, *, sdist: bool) -> None:
     requirement = f"{source.name}=={source.version}"
     if source.kind == "pypi":
         only = [] if sdist else ["--only-binary=:all:"]
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            *only,
-            "-d",
-            str(staging),
-            requirement,
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only, "-d", str(staging)]
+        command.append(requirement)
     else:
         command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(staging)]
         command.append(f"{source.name}@{source.version}")
