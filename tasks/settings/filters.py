@@ -122,7 +122,7 @@ class Fluency(Frozen):
     """Least mean over the words of log10 of the word's occurrences per 10^9 words; an unknown word counts 0."""
     min_function_words: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Least share of the language's 50 commonest words."""
-    max_misplaced: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_misplaced: Annotated[float, Field(ge=0, le=1)] = 0.0125
     """English only: most articles, per word, before a word that cannot follow one; one of them never counts."""
 
 

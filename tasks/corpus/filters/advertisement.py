@@ -34,8 +34,8 @@ _KINDS = {
     r"|best[- ]?sell(?:er|ing)|(?:offer|sale) (?:ends|expires|valid)\b|congratulations\b|claim your\b"
     r"|you(?:['’]ve| have)? (?:won|been (?:selected|chosen))\b",
     "gain": r"(?:earn|make) (?:up to |over )?(?:extra |big |serious |more )?(?:money|cash|\$ ?\d)"
-    r"|extra (?:income|cash)\b|work (?:from|at) home\b|financial (?:freedom|independence)\b|be your own boss\b|home[- ]based business\b"
-    r"|lose weight\b|weight loss\b|get rich\b|refinanc|mortgage rates?\b|casino\b",
+    r"|extra (?:income|cash)\b|work (?:from|at) home\b|financial (?:freedom|independence)\b|be your own boss\b"
+    r"|home[- ]based business\b|lose weight\b|weight loss\b|get rich\b|refinanc|mortgage rates?\b|casino\b",
 }
 _SIGN = re.compile(rf"(?<!\w)(?:{'|'.join(f'(?P<{kind}>{pattern})' for kind, pattern in _KINDS.items())})")
 

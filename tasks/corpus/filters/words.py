@@ -37,4 +37,4 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     if text[ends[-1] if ends else 0 :].strip():
         ends.append(len(text))
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(zip([0, *ends], ends, strict=False))
