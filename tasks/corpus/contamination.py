@@ -34,7 +34,7 @@ class Hit:
 
 
 class Items:
-    """The n-grams of evaluation items. `short` counts the strings too short to be looked for."""
+    """What evaluation items hold: `ngrams` counts what is looked for, `short` the strings too short for it."""
 
     def __init__(self, labels: Sequence[str], texts: Sequence[str], *, ngram: int) -> None:
         """`texts[i]` is looked for under the name `labels[i]`."""
@@ -51,6 +51,7 @@ class Items:
             _Table(self._words, places, size=ngram, lengths=np.full(len(places), ngram)),
             _Table(self._words, whole, size=least, lengths=left[whole]),
         )
+        self.ngrams = len(places) + len(whole)
 
     @classmethod
     def load(cls, decontaminate: settings.Decontaminate, cache: Path) -> Items:

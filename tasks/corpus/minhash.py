@@ -36,8 +36,7 @@ class Signer:
         out = np.empty((len(texts), self.size), dtype=np.uint32)
         for start, end in words.batches(texts):
             shingles, offsets = self.shingles(texts[start:end])
-            matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, self.size, _SEED)
-            out[start:end] = matrix.to_rows()
+            out[start:end] = minima(shingles, offsets, size=self.size)
         return out
 
     def shingles(self, texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -60,6 +59,12 @@ class Signer:
             own = split.hashes[split.offsets[i] : split.offsets[i + 1]]
             out[int(offsets[i])] = words.ngrams(own, len(own))[0] if len(own) else _whole(texts[i])
         return out, offsets
+
+
+def minima(shingles: NDArray[np.uint64], offsets: NDArray[np.uint64], *, size: int) -> NDArray[np.uint32]:
+    """`size` minima over n sets of hashes, uint32 [n, size]; set i is shingles[offsets[i] : offsets[i + 1]]."""
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, size, _SEED)
+    return np.array(matrix.to_rows(), dtype=np.uint32)
 
 
 def _whole(text: str) -> int:

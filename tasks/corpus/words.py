@@ -41,7 +41,7 @@ _UNSPACED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """The words of n texts: `hashes` uint64 [words], the bytes `start` to `end` of `content`, int64 [words] each.
+    """The words of n texts: `hashes` uint64 [words], each beginning at `start`, int64 [words], of `content`.
 
     Text i has the words `offsets[i]` to `offsets[i + 1]`, int64 [n + 1].
     """
@@ -49,13 +49,12 @@ class Words:
     content: bytes
     hashes: Hashes
     start: NDArray[np.int64]
-    end: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
     def text(self, first: int, count: int) -> str:
         """`count` words from `first`, joined by single spaces."""
-        where = range(first, first + count)
-        return b" ".join(self.content[self.start[i] : self.end[i]] for i in where).decode()
+        where = (int(start) for start in self.start[first : first + count])
+        return b" ".join(self.content[start : self.content.index(b" ", start)] for start in where).decode()
 
 
 def split(texts: Sequence[str], *, digits: bool = True) -> Words:
@@ -64,21 +63,18 @@ def split(texts: Sequence[str], *, digits: bool = True) -> Words:
     parts = [_plain(text).translate(table) for text in texts]
     # A space on either side of all: every word has an edge on both, and eight bytes can be read from any start.
     content = b" " + b" ".join(parts) + b" " * _STRIDE
-    raw = np.frombuffer(content, dtype=np.uint8)
-    inside = raw != _SPACE
+    inside = np.frombuffer(content, dtype=np.uint8) != _SPACE
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     start, end = edges[::2], edges[1::2]
     begins = np.cumsum([1] + [len(part) + 1 for part in parts])
-    return Words(
-        content=content, hashes=_hash(content, start, end), start=start, end=end, offsets=start.searchsorted(begins)
-    )
+    return Words(content=content, hashes=_hash(content, start, end), start=start, offsets=start.searchsorted(begins))
 
 
 def batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Runs of texts, (first, end) each, that `split` does fastest; a long text is a run of its own."""
     start = size = 0
     for i, text in enumerate(texts):
-        if size and size + len(text) > _BATCH_CHARS:
+        if i > start and size + len(text) > _BATCH_CHARS:
             yield start, i
             start, size = i, 0
         size += len(text)
@@ -137,8 +133,19 @@ def _ascii(digits: bool) -> bytes:
 
 def _plain(text: str) -> bytes:
     """UTF-8 in which only spaces and other ASCII separate words."""
-    if text.isascii():
-        return text.encode()
+    return text.encode() if text.isascii() else b"".join(_plain_piece(piece) for piece in _cut(text))
+
+
+def _cut(text: str) -> Iterator[str]:
+    """A long text in pieces, cut before spaces, where no word ends up in two and NFKC composes no characters."""
+    start = 0
+    while len(text) - start > _BATCH_CHARS and (end := text.find(" ", start + _BATCH_CHARS)) > 0:
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _plain_piece(text: str) -> bytes:
     text = unicodedata.normalize("NFKC", text)
     codes = _folded()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
     alone = codes >= _ALONE

@@ -52,11 +52,16 @@ def of(split: words.Words, i: int) -> list[str]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(TEXTS, max_size=5))
-@example([])
-@example(["x" * 8, "x" * 9, "x" * 64, "x" * 65, "x" * 64 + "y", "é" * 40])
-def test_words_are_those_found_character_by_character_and_equal_ones_alone_have_equal_hashes(texts: list[str]) -> None:
-    split = words.split(texts)
+@given(st.lists(TEXTS, max_size=5), st.sampled_from([1, 1 << 18]))
+@example([], 1)
+@example(["x" * 8, "x" * 9, "x" * 64, "x" * 65, "x" * 64 + "y", "é" * 40], 1)
+@example(["é \u0301 a", "é a\u0301 東 b c\u0301d e"], 1)
+def test_words_are_those_found_character_by_character_and_equal_ones_alone_have_equal_hashes(
+    texts: list[str], piece: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "_BATCH_CHARS", piece)
+        split = words.split(texts)
     expected = [[word for word in naive(text) if word] for text in texts]
     assert [of(split, i) for i in range(len(texts))] == expected
     flat = [word for text in expected for word in text]
