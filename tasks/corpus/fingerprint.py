@@ -25,9 +25,10 @@ def fingerprints(corpus: settings.Corpus) -> dict[str, str]:
         SourceError: names the domain or the items.
     """
     items = corpus.decontaminate.items if corpus.decontaminate else []
-    parts = {f"domain {name}": domain for name, domain in corpus.domains.items()}
+    parts: dict[str, settings.Domain | settings.Items] = {f"domain {d}": part for d, part in corpus.domains.items()}
+    parts |= {f"items {item.name}": item for item in items}
     found = {}
-    for name, part in {**parts, **{f"items {item.name}": item for item in items}}.items():
+    for name, part in parts.items():
         try:
             found[name] = sources.fingerprint(part.source, sha256=part.sha256)
         except (sources.SourceError, OSError) as error:

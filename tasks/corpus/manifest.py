@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitManifest:
-    """The shards of a split, in order. `bytes` counts the UTF-8 bytes of its texts; `tokens` includes the separators."""
+    """The shards of a split, in order. `bytes` counts UTF-8 bytes of its texts; `tokens` includes the separators."""
 
     shards: tuple[Shard, ...]
     documents: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from tasks.corpus import contamination, encoder, filters, minhash, readers, spool
+from tasks.corpus import plan as plans
 from tasks.corpus.plan import SOURCES, Plan
 from tasks.corpus.progress import Meter
 from tasks.corpus.records import CorpusError, Document, Record, Reject
@@ -34,15 +36,20 @@ def scan(work: Path, plan: Plan, *, domain: str, task: int, meter: Meter, encode
         raise CorpusError(f"domain {domain}: {error}") from error
 
 
+@functools.lru_cache(maxsize=8)  # listing a source again for each of its tasks would cost more than reading some
+def _reader(work: Path, domain: str) -> readers.Reader:
+    """The reader of a domain, whose digest the plan has checked; `work` names settings and sources."""
+    corpus = plans.load(work).corpus
+    return readers.open_reader(corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False)
+
+
 class _Scan:
     def __init__(self, work: Path, plan: Plan, *, domain: str, task: int, encode: encoder.Encoder) -> None:
         corpus = plan.corpus
         self.corpus, self.task, self.encode = corpus, task, encode
         self.folder = folder(work, domain)
         self.pieces = plan.tasks[domain][task]
-        self.reader = readers.open_reader(
-            corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False
-        )
+        self.reader = _reader(work.resolve(), domain)
         self.judge = filters.build(corpus.filters_of(domain))
         self.items = contamination.Items.load(corpus.decontaminate, SOURCES) if corpus.decontaminate else None
         near = corpus.near_duplicates
@@ -107,9 +114,9 @@ class _Scan:
         """A document that came tokenised: its text is what the tokenizer gives back, without separators."""
         ids = document.ids
         assert ids is not None
-        if len(ids) and ids.max() >= self.encode.vocab_size:
+        if len(ids) and not 0 <= (extreme := ids.min() if ids.min() < 0 else ids.max()) < self.encode.vocab_size:
             raise CorpusError(
-                f"{document.source}, document {document.row}: id {ids.max()} is outside the vocabulary of "
+                f"{document.source}, document {document.row}: id {extreme} is outside the vocabulary of "
                 f"{self.encode.vocab_size}; the file was made with another tokenizer"
             )
         if len(ids) and ids[0] == self.encode.bos_token_id:

@@ -125,6 +125,8 @@ class _Task:
         self.encoded = 0
 
     def run(self) -> None:
+        dropped = zip(resolve.FATES, np.bincount(self.fate, minlength=len(resolve.FATES)).tolist(), strict=True)
+        self.meter.rules.update({rule: n for rule, n in dropped if n and rule not in resolve.SPLITS})
         for split in resolve.SPLITS:
             self._look_up(split)
         start = 0

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.settings.corpus import Corpus, SourceText
 from tasks.settings.corpus import Domain as Domain  # callers say settings.Domain
+from tasks.settings.corpus import Items as Items
 from tasks.settings.fields import Frozen, Name, Positive, Sha256
 from tasks.settings.partition import Partition
 

@@ -2,8 +2,8 @@
 
     python tests/bench/memory.py data/models/smollm2-135m-q4 [--megabytes 100 5000] [--workers 1]
 
-Text is drawn from 50,000 made-up words by Zipf's law, one file of records of 2 to 6 kB. Prints the peak resident memory
-of the largest process, CPU and wall seconds, and the ratio of the peaks.
+Text is drawn from 50,000 made-up words by Zipf's law, one file of records of 2 to 6 kB. Prints the peak resident
+memory of the largest process, CPU and wall seconds, and the ratio of the peaks.
 """
 
 from __future__ import annotations
