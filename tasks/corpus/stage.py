@@ -37,6 +37,10 @@ FAILURES = (
 )
 """What a person can mend; anything else is a fault of this program and shows its traceback."""
 
+WORKER_KILLED = (
+    "a worker process was killed, perhaps for want of memory; run again with fewer --workers. Finished parts are kept"
+)
+
 Runner = Callable[[Callable[[Unit], None], list[Unit]], None]
 """Calls a picklable function with every unit, in any order, anywhere, and raises if a call does."""
 
@@ -101,8 +105,7 @@ def run_unit(work: str, unit: Unit) -> None:
 
 def processes(workers: int | None = None) -> Runner:
     """Units in up to `workers` processes of this machine, one for each core by default."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = workers or cores
+    limit = workers or cores()
 
     def run(function: Callable[[Unit], None], units: list[Unit]) -> None:
         count = min(limit, len(units))
@@ -110,30 +113,32 @@ def processes(workers: int | None = None) -> Runner:
             for unit in units:
                 function(unit)
             return
-        threads = {"RAYON_NUM_THREADS": str(max(1, cores // count))}  # read by tokenizers when a process starts
+        threads = {"RAYON_NUM_THREADS": str(max(1, cores() // count))}  # read by tokenizers when a process starts
         with _environment(threads):
             _run_in_pool(function, units, workers=count)
 
     return run
 
 
+def cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run_in_pool(function: Callable[[Unit], None], units: list[Unit], *, workers: int) -> None:
     spawn = multiprocessing.get_context("spawn")  # a tokenizer's threads don't survive a fork
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
         futures = [pool.submit(function, unit) for unit in units]
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
         except BrokenProcessPool:
-            raise CorpusError(
-                "a worker process was killed, perhaps for want of memory; run again with fewer --workers. "
-                "Finished parts are kept"
-            ) from None
+            raise CorpusError(WORKER_KILLED) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A worker whose parent was killed must not wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -227,6 +232,15 @@ def _encoder(todo: Plan, work: Path) -> encoder.Encoder:
     return _load_encoder((MODELS / todo.corpus.model).resolve(), todo.corpus.separators, backend)
 
 
-@functools.lru_cache(maxsize=2)
+class _Loaded(threading.local):
+    """The encoders of a thread: only one may use an encoder at a time, and a cluster's worker may have several."""
+
+    def __init__(self) -> None:
+        self.load = functools.lru_cache(maxsize=2)(encoder.load_encoder)
+
+
+_loaded = _Loaded()
+
+
 def _load_encoder(model_dir: Path, separators: str, backend: Any) -> encoder.Encoder:
-    return encoder.load_encoder(model_dir, separators=separators, backend=backend)
+    return _loaded.load(model_dir, separators=separators, backend=backend)
