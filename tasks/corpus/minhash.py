@@ -15,6 +15,7 @@ from rensa import RMinHash
 from tasks.corpus import words
 
 _SEED = 1
+_ONE_THREAD = 32  # rensa takes more documents to threads of its own: not to be forked, and too many beside others
 
 
 class Signer:
@@ -63,8 +64,12 @@ class Signer:
 
 def minima(shingles: NDArray[np.uint64], offsets: NDArray[np.uint64], *, size: int) -> NDArray[np.uint32]:
     """`size` minima over n sets of hashes, uint32 [n, size]; set i is shingles[offsets[i] : offsets[i + 1]]."""
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, size, _SEED)
-    return np.array(matrix.to_rows(), dtype=np.uint32)
+    rows: list[list[int]] = []
+    for start in range(0, len(offsets) - 1, _ONE_THREAD):
+        part = offsets[start : start + _ONE_THREAD + 1]
+        own = shingles[int(part[0]) : int(part[-1])]
+        rows += RMinHash.digest_matrix_from_flat_token_hashes(own, part - part[0], size, _SEED).to_rows()
+    return np.array(rows, dtype=np.uint32).reshape(-1, size)
 
 
 def _whole(text: str) -> int:

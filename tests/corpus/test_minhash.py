@@ -19,6 +19,7 @@ from tasks.corpus import dedup, minhash, words
 from tasks.settings.corpus import NearDuplicates
 
 BANDS, ROWS, NGRAM = 14, 8, 5
+TASKS = Path("/proc/self/task")
 
 
 @pytest.fixture
@@ -160,6 +161,13 @@ def test_a_text_has_the_same_bands_in_any_company(signer: minhash.Signer) -> Non
     for i in range(len(texts)):
         assert (signer.bands(texts[i : i + 1]) == together[i]).all()
         assert (signer.bands(texts[i:]) == together[i:]).all()
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="the kernel does not list threads")
+def test_no_thread_is_started(signer: minhash.Signer) -> None:
+    before = len(list(TASKS.iterdir()))
+    signer.bands([f"document {i} of very many short ones that come at once" for i in range(5000)])
+    assert len(list(TASKS.iterdir())) == before
 
 
 def test_no_texts_have_no_bands(signer: minhash.Signer) -> None:
