@@ -1,4 +1,4 @@
-"""`moeforge`: run, plan, status, inspect, verify, import, doctor. Imports what a command needs only when it runs."""
+"""`moeforge`: run, tokenise, plan, status, inspect, verify, import, doctor. Each command imports what it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -100,6 +100,50 @@ def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
         dag.resolve(force, stages=stages)
         names = [stage.name for stage in stages]
         return names, not any(dag.changes(names).values())
+
+
+@app.command(
+    epilog="Examples: moeforge tokenise demo --workers 8; "
+    "moeforge tokenise demo --runner dask --address tcp://node1:8786"
+)
+def tokenise(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A corpus of pipelines.yaml.")],
+    runner: Annotated[
+        Literal["process", "thread", "dask", "ray"],
+        typer.Option("--runner", help="What does the work: processes or threads here, or a cluster."),
+    ] = "process",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="How many at once (default: one for each core, or all of the cluster)."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", metavar="URL", help="Of a running Dask scheduler or Ray head, else one starts here."
+        ),
+    ] = None,
+) -> None:
+    """Tokenise a corpus on many processes or machines, and what it needs before.
+
+    Stopped or killed, it goes on from where it was, with any other runner too. On a cluster, all machines share the
+    project's folder, and the workers run in it.
+    """
+    environment.prepare()
+    signal.signal(signal.SIGTERM, _terminate)
+    started = time.monotonic()
+    with clear_errors():
+        settings.load().corpus(name)
+        from flows import domains, progress
+        from flows import tokenise as flow
+        from tasks.corpus import stage
+
+        try:
+            with progress.display(terminal=False):  # the corpus has a live display of its own
+                flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
+        except (flow.RunnerError, *stage.FAILURES) as error:
+            fail(str(error))
+        show(domains.table(name))
+        print(f"{name}: done in {time.monotonic() - started:.0f} s")
 
 
 @app.command(epilog="Examples: moeforge plan demo; moeforge plan recipes/llama-2-7b-random-4of16.yaml --tflops 312")

@@ -28,7 +28,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows import dag, progress
+from flows import dag, domains, progress
 from flows.dag import Stage, StageError
 
 RETRY_DELAYS = [3.0, 15.0]
@@ -103,7 +103,7 @@ def run(stages: list[Stage], *, force: set[str] | None = None) -> list[Outcome]:
 
 @task(persist_result=False, cache_policy=NO_CACHE)
 def run_stage(stage: Stage, *, force: bool = False) -> State[Outcome]:
-    """Run one stage if DVC or `force` asks for it, and record its metrics as a table."""
+    """Run one stage if DVC or `force` asks for it, and record its metrics, or its domains, as a table."""
     if _stopping.is_set():
         raise StageError(f"{stage.name}: not started, because the run was stopped")
     log = get_run_logger()
@@ -119,7 +119,7 @@ def run_stage(stage: Stage, *, force: bool = False) -> State[Outcome]:
             progress.state(stage.name, "failed")
             raise
     progress.state(stage.name, "done" if ran else "cached")
-    if rows := metrics(stage):
+    if rows := domains.rows(stage.metrics) or metrics(stage):
         key = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
         create_table_artifact(key=key, table=rows, description=stage.desc)
     outcome = Outcome(name=stage.name, ran=ran, seconds=time.monotonic() - started)
