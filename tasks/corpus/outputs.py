@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tasks import scratch
-from tasks.corpus import files, fingerprint, manifest, shards, tokenise
+from tasks.corpus import contamination, files, fingerprint, manifest, shards, tokenise
 from tasks.corpus.encoder import Encoder
-from tasks.corpus.plan import Plan
+from tasks.corpus.plan import SOURCES, Plan
 
 
 def lengths_file(name: str) -> Path:
@@ -27,7 +27,7 @@ def publish(todo: Plan, *, out: Path, resolved: dict[str, Any], encode: Encoder)
     corpus = out / "corpus"
     scratch.write_json(corpus / manifest.FILE, _manifest(todo, records, resolved=resolved, encode=encode))
     made = manifest.load(corpus)
-    metrics = _metrics(made, records, resolved=resolved)
+    metrics = _metrics(made, records, resolved=resolved) | _decontamination(todo)
     with files.replacing(lengths_file(todo.name)) as file:
         file.write(_lengths(corpus, made).encode())
     scratch.write_json(fingerprint.CORPORA / f"{todo.name}.json", metrics)
@@ -107,6 +107,14 @@ def _metrics(
         "sha256": made.sha256,
         "domains": domains,
     }
+
+
+def _decontamination(todo: Plan) -> dict[str, Any]:
+    """How many n-grams of the evaluation items were looked for, and how many of their texts were too short."""
+    if todo.corpus.decontaminate is None:
+        return {}
+    items = contamination.Items.load(todo.corpus.decontaminate, SOURCES)
+    return {"decontamination": {"ngrams": items.ngrams, "short": items.short}}
 
 
 def _lengths(corpus: Path, made: manifest.Manifest) -> str:
