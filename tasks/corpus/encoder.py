@@ -112,8 +112,8 @@ class Encoder:
                 own = (ids[offsets[i] : offsets[i + 1]], np.array([0, offsets[i + 1] - offsets[i]]))
                 if (where := probe.difference(own, self.reference.encode([text]), [text])) is not None:
                     raise BackendMismatch(
-                        f"{self.backend_name} differs from {self.reference.name} on {where}; uninstall it to make the "
-                        "corpus with the reference, and report the text to its authors"
+                        f"{self.backend_name} differs from {self.reference.name} on {where}; its authors will want "
+                        "to know the text"
                     )
                 self.checks["sampled"] += 1
                 self._until_sample = SAMPLE_EVERY - 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from tasks.corpus import encoder
 
@@ -41,6 +41,95 @@ def test_ids_are_those_of_the_reference_with_eos_after_each_document(byte_level:
     reference = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     found = documents(*encoder.load_encoder(byte_level).encode(texts))
     assert [ids.tolist() for ids in found] == [[*reference.encode(text).ids, 0] for text in texts]
+
+
+BARE = {"byte_level": "<|endoftext|>", "sentencepiece": "<s>"}
+
+
+@pytest.fixture(params=list(BARE))
+def with_bos(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Both tokenizers, with a BOS and a template that would add it."""
+    copy = Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "copy"))
+    bos = BARE[request.param]
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {bos}", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.save(str(copy / "tokenizer.json"))
+    names = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**names, "bos_token": {"content": bos}}))
+    return copy
+
+
+@pytest.mark.parametrize("separators", ["eos", "bos", "bos_eos"])
+def test_separators_are_those_of_the_settings_and_no_template_adds_any(with_bos: Path, separators: str) -> None:
+    texts = ["", "a", "", *sentences(3, seed=4), "</s><|endoftext|>", ""]
+    one = encoder.load_encoder(with_bos, separators=separators)
+    raw = Tokenizer.from_file(str(with_bos / "tokenizer.json"))
+    raw.encode_special_tokens = True
+    before = [one.bos_token_id] if "bos" in separators else []
+    after = [one.eos_token_id] if "eos" in separators else []
+    expected = [[*before, *raw.encode(text, add_special_tokens=False).ids, *after] for text in texts]
+    ids, offsets = one.encode(texts)
+    assert [part.tolist() for part in documents(ids, offsets)] == expected
+    assert (ids.dtype, offsets.dtype, offsets[0], offsets[-1]) == (one.dtype, np.int64, 0, len(ids))
+    assert [part.tolist() for part in one.encode([])] == [[], [0]]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(max_size=20), max_size=6), separators=st.sampled_from(["eos", "bos", "bos_eos"]))
+def test_documents_that_are_ids_already_get_the_separators_they_lack(
+    with_bos: Path, texts: list[str], separators: str
+) -> None:
+    one = encoder.load_encoder(with_bos, separators=separators)
+    expected = [part.tolist() for part in one.encode(texts)]
+    bare = [np.array(one.reference.encode([text])[0], dtype=np.int32) for text in texts]
+    assert [part.tolist() for part in one.wrap(bare)] == expected
+    assert [part.tolist() for part in one.wrap(documents(*one.encode(texts)) if texts else [])] == expected
+
+
+def test_an_id_outside_the_vocabulary_is_refused(byte_level: Path) -> None:
+    one = encoder.load_encoder(byte_level)
+    for wrong in (400, -1):
+        with pytest.raises(
+            encoder.TokenizerError, match=rf"id {wrong} in a tokenised document is outside the vocabulary of 400"
+        ):
+            one.wrap([np.array([1, 2]), np.array([3, wrong, 5])])
+
+
+def test_a_separator_without_a_token_is_an_error_that_says_what_mends_it(byte_level: Path, tmp_path: Path) -> None:
+    assert encoder.load_encoder(byte_level).bos_token_id is None
+    for separators in ("bos", "bos_eos"):
+        with pytest.raises(
+            encoder.TokenizerError, match=r"tokenizer_config.json: bos_token is .*or set `separators: eos`"
+        ):
+            encoder.load_encoder(byte_level, separators=separators)
+    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+    (copy / "config.json").write_text(json.dumps({"vocab_size": 400, "bos_token_id": 7}))
+    assert encoder.load_encoder(copy, separators="bos").bos_token_id == 7
+
+
+def test_the_fingerprint_names_the_separators_and_no_backend(with_bos: Path) -> None:
+    digests, ids, flags = zip(
+        *(
+            encoder.load_encoder(with_bos, separators=separators).fingerprint.replace("/bos", "+bos").split("/")
+            for separators in ("eos", "bos", "bos_eos")
+        ),
+        strict=True,
+    )
+    one = encoder.load_encoder(with_bos)
+    eos, bos = f"eos={one.eos_token_id}", f"bos={one.bos_token_id}"
+    assert len(set(digests)) == 1
+    assert ids == (eos, f"{eos}+{bos}", f"{eos}+{bos}")
+    assert flags == ("specials-as-text,no-bos", "specials-as-text,no-eos", "specials-as-text")
+
+
+def test_a_file_that_is_no_tokenizer_is_named(byte_level: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps({**raw, "model": {"type": "BPE", "vocab": {}}}))
+    with pytest.raises(encoder.TokenizerError, match=r"tokenizer.json: not a tokenizer: "):
+        encoder.load_encoder(copy)
 
 
 def test_padding_and_truncation_saved_with_a_tokenizer_do_not_touch_documents(
