@@ -198,6 +198,8 @@ def inspect(
     from flows import artifacts
 
     with clear_errors():
+        if full and step is None:
+            fail("--full goes with --step N")
         found = artifacts.inspect(path) if step is None else _step(path, step, full=full)
         print(json.dumps(found, indent=2, ensure_ascii=False))
 

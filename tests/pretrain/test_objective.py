@@ -177,6 +177,17 @@ def test_micro_batches_of_masked_windows_are_cut_at_windows() -> None:
         torch.testing.assert_close(one, together[b : b + 1], rtol=1e-6, atol=1e-6)
 
 
+def test_gradient_checkpointing_keeps_documents_apart_too() -> None:
+    model, batch = build("qwen2_moe"), packed(WINDOWS, masked=True)
+    loss, _ = run(model, batch)
+    wanted = gradients(model, loss.mean())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, _ = run(model, batch)
+    assert torch.equal(again, loss)
+    for name, gradient in gradients(model, again.mean()).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_adds_nothing_to_the_loss_the_balance_or_the_gradients(family: str, masked: bool) -> None:

@@ -107,6 +107,7 @@ def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
     assert json.loads(printed.stdout) == inspect.step(run, 3)
     assert "ids" not in json.loads(printed.stdout)["slots"][0]
     assert CliRunner().invoke(cli.app, ["inspect", "runs/tiny", "--step", "99"]).exit_code == 1
+    assert CliRunner().invoke(cli.app, ["inspect", "runs/tiny/trained", "--full"]).exit_code == 1
     for step in (0, STEPS + 1):
         with pytest.raises(TrainingError, match=f"has steps 1 to {STEPS}; there is no step {step} to show"):
             inspect.step(run, step)
