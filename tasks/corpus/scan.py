@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
 
-from tasks.corpus import contamination, encoder, filters, minhash, readers, spool
+from tasks.corpus import contamination, filters, minhash, readers, spool
 from tasks.corpus import plan as plans
+from tasks.corpus.encoder import Encoder
 from tasks.corpus.plan import SOURCES, Plan
 from tasks.corpus.progress import Meter
 from tasks.corpus.records import CorpusError, Document, Record, Reject
@@ -28,10 +29,10 @@ def folder(work: Path, domain: str) -> Path:
     return work / "scan" / domain
 
 
-def scan(work: Path, plan: Plan, *, domain: str, task: int, meter: Meter, encode: encoder.Encoder) -> None:
+def scan(work: Path, plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Callable[[], Encoder]) -> None:
     """Scan one task; goes on after the last committed chunk. Raises CorpusError or SourceError naming the domain."""
     try:
-        _Scan(work, plan, domain=domain, task=task, encode=encode).run(meter)
+        _Scan(work, plan, domain=domain, task=task, load_encoder=load_encoder).run(meter)
     except CorpusError as error:
         raise CorpusError(f"domain {domain}: {error}") from error
 
@@ -44,9 +45,9 @@ def _reader(work: Path, domain: str) -> readers.Reader:
 
 
 class _Scan:
-    def __init__(self, work: Path, plan: Plan, *, domain: str, task: int, encode: encoder.Encoder) -> None:
+    def __init__(self, work: Path, plan: Plan, *, domain: str, task: int, load_encoder: Callable[[], Encoder]) -> None:
         corpus = plan.corpus
-        self.corpus, self.task, self.encode = corpus, task, encode
+        self.corpus, self.task, self.load_encoder = corpus, task, load_encoder
         self.folder = folder(work, domain)
         self.pieces = plan.tasks[domain][task]
         self.reader = _reader(work.resolve(), domain)
@@ -109,6 +110,10 @@ class _Scan:
         if rule := self.judge(document):
             return reject(rule), text if self.corpus.keep_rejects else None
         return None, None
+
+    @functools.cached_property
+    def encode(self) -> Encoder:
+        return self.load_encoder()
 
     def _decoded(self, document: Document) -> Document:
         """A document that came tokenised: its text is what the tokenizer gives back, without separators."""

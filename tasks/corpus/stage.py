@@ -96,7 +96,9 @@ def run_unit(work: str, unit: Unit) -> None:
     meter = progress.Meter(folder / "progress", phase=unit.phase, domain=unit.domain, task=unit.task)
     with contextlib.closing(meter):
         if unit.phase == "scan":
-            scan.scan(folder, todo, domain=unit.domain, task=unit.task, meter=meter, encode=_encoder(todo, folder))
+            # Few formats need a tokenizer to read, and to prove a fast one takes seconds.
+            load = functools.partial(_encoder, todo, folder)
+            scan.scan(folder, todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
         elif unit.phase == "resolve":
             resolve.resolve(folder, todo)
         else:
@@ -167,7 +169,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]
     """The work folder of a corpus and its plan, held until the block ends."""
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
-    encode = _load_encoder((MODELS / corpus.model).resolve(), corpus.separators, "auto")
+    encode = _load_encoder((MODELS / corpus.model).resolve(), corpus.separators, "reference")
     # As pairs: the order of the domains is their priority.
     domains = [[domain, entry.model_dump()] for domain, entry in corpus.domains.items()]
     rest = corpus.model_dump(exclude={"domains"})
