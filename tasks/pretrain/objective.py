@@ -56,10 +56,11 @@ def losses(
     loss_B = nats.view_as(ids).sum(1) / (target_BL != IGNORED).sum(1).clamp(min=1)
     if not balance:
         return loss_B, loss_B.new_zeros(())
-    padding_BL = np.logical_and.accumulate(labels_BL[:, ::-1] == IGNORED, axis=1)[:, ::-1]
-    if not padding_BL.any():
+    real_BL = np.logical_or.accumulate(labels_BL[:, ::-1] != IGNORED, axis=1)[:, ::-1].copy()
+    real_BL[:, 0] = True  # a window begins with text, also where nothing in it is predicted
+    if real_BL.all():
         return loss_B, out.aux_loss
-    return loss_B, _balance(model, out.router_logits, torch.from_numpy(~padding_BL).to(device))
+    return loss_B, _balance(model, out.router_logits, torch.from_numpy(real_BL).to(device))
 
 
 def _documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any]:
