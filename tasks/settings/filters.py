@@ -106,7 +106,7 @@ class Language(Frozen):
     languages: Annotated[list[str], Field(min_length=1)]
     """ISO 639-1 codes, or 639-3 where there is none."""
     among: list[str] | None = None
-    """The languages that are told apart; all 139 if absent."""
+    """The languages to choose from; all 139 if absent."""
     min_score: Annotated[float, Field(ge=0, le=1)] = 0.5
     chars: Positive = 2000
     """Only so many characters of the start are looked at."""

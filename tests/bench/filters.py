@@ -18,11 +18,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tasks import settings, sources
 from tasks.corpus.filters import build, heuristics
-from tasks.corpus.filters.fluency import zipf_of
+from tasks.corpus.filters.fluency import measure, zipf_of
+from tasks.corpus.filters.words import sentence_spans
 from tasks.corpus.readers import open_reader
 from tasks.corpus.records import Document
 from tasks.settings import filters as rules
@@ -126,27 +128,42 @@ def bench_kept(cache: Path) -> None:
 
 
 def bench_splitter(cache: Path) -> None:
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Spaces(WordTokenizer):
+        def word_tokenize(self, text: str) -> list[str]:
+            return text.split()
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            raise AssertionError("the filters take spans")
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            return sentence_spans(text)
+
     if importlib.util.find_spec("spacy") is None:
         print("spaCy is not here: nothing to compare with")
         return
     texts = sample(cache)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    print(f"{len(texts)} texts, {size:.1f} MB: kept and MB per CPU-s with our words | with spaCy's | same verdict")
+    print(f"{len(texts)} texts, {size:.1f} MB: kept, MB per CPU-s and the same verdict as with spaCy's words, with")
+    print(f"{'':18s}" + "".join(f"{side:>26s}" for side in ("ours", "spaCy's", "those between spaces")))
     for name, (kind, factory) in DATATROVE.items():
-        ours, ours_s = timed(factory(kind(rule=name)), texts)
-        spacys, spacys_s = timed(with_spacy(name), texts)
-        same = share([(a is None) == (b is None) for a, b in zip(ours, spacys, strict=True)])
-        kept_of = [sum(verdict is None for verdict in side) for side in (ours, spacys)]
-        print(f"{name:18s} {kept_of[0]:4d} {size / ours_s:6.2f} | {kept_of[1]:4d} {size / spacys_s:6.2f} | {same}")
+        judges = [factory(kind(rule=name)), direct(name, "en"), direct(name, Spaces())]
+        sides = [timed(judge, texts) for judge in judges]
+        kept_of = [[verdict is None for verdict in verdicts] for verdicts, _ in sides]
+        same = [share([a == b for a, b in zip(side, kept_of[1], strict=True)]) for side in kept_of]
+        rows = zip(kept_of, sides, same, strict=True)
+        print(f"{name:18s}" + "".join(f"{sum(k):>10d}{size / s:8.2f}{a:>8s}" for k, (_, s), a in rows))
 
 
-def with_spacy(name: str) -> Callable[[str], str | None]:
+def direct(name: str, language: Any) -> Callable[[str], str | None]:
+    """datatrove's own filter with a splitter of its own or another."""
     from datatrove import data
     from datatrove.pipeline import filters
 
     kinds = {"gopher_quality": filters.GopherQualityFilter, "gopher_repetition": filters.GopherRepetitionFilter,
              "c4_quality": filters.C4QualityFilter, "fineweb_quality": filters.FineWebQualityFilter}  # fmt: skip
-    filtering = kinds[name]()
+    filtering = kinds[name](language=language)
 
     def judge(text: str) -> str | None:
         result = filtering.filter(data.Document(text=text, id=""))
@@ -176,10 +193,14 @@ def bench_fluency(cache: Path) -> None:
     rows = {"dev: speeches, books, mail": dev, "test: encyclopedia, mail": test}
     rows |= {"legal": pieces(groups["legal"], count=400), "code": pieces(groups["code"], count=400)}
     rows |= {f"test, {name}": texts for name, texts in spoilt(test).items()}
-    print(f"{'kept of pieces of 200 words':40s} {'n':>5s} {'fluency':>9s} {'gopher_quality':>16s}")
+    print(f"{'kept of pieces of 200 words':40s}{'n':>5s}{'fluency':>10s}{'gopher_quality':>16s}   medians of")
+    print(f"{'':71s}{'zipf':>8s}{'function words':>16s}{'misplaced':>11s}")
     for name, texts in rows.items():
-        sides = [share(kept(DEFAULTS[rule], texts)) for rule in ("fluency", "gopher_quality")]
-        print(f"{name:40s} {len(texts):5d} {sides[0]:>9s} {sides[1]:>16s}")
+        fluent, gopher = (share(kept(DEFAULTS[rule], texts)) for rule in ("fluency", "gopher_quality"))
+        found = [measure(text, zipf_of("en")) for text in texts]
+        zipf, function = median(m.zipf for m in found), median(m.function_words for m in found)
+        misplaced = median(m.misplaced / max(m.words, 1) for m in found)
+        print(f"{name:40s}{len(texts):5d}{fluent:>10s}{gopher:>16s}{zipf:8.2f}{function:16.2f}{misplaced:11.4f}")
 
 
 def bench_advertisement(cache: Path) -> None:
@@ -192,6 +213,11 @@ def bench_advertisement(cache: Path) -> None:
     train = [(text, group == "spam-1") for group in ("easy-ham-1", "spam-1") for text in mail[group]]
     counts = CountVectorizer(binary=True, min_df=3)
     bayes = MultinomialNB().fit(counts.fit_transform([text for text, _ in train]), [label for _, label in train])
+    print("dev, dropped of ham and spam at other knobs:")
+    for kinds, density in ((1, 1.0), (1, 2.0), (2, 0.5), (2, 1.0), (2, 2.0), (3, 1.0)):
+        rule = rules.Advertisement(rule="advertisement", min_kinds=kinds, max_per_100_words=density)
+        ham, spam = (share([not keep for keep in kept(rule, mail[group])]) for group in ("easy-ham-1", "spam-1"))
+        print(f"  min_kinds {kinds}, max_per_100_words {density}: {ham} {spam}")
     groups = {"dev": ("easy-ham-1", "spam-1"), "test": ("easy-ham-2", "spam-2"), "newsletters": ("hard-ham-1",)}
     rows = {f"{name}: mail/{group}": mail[group] for name, group_of in groups.items() for group in group_of}
     rows |= {f"test: sms/{kind}": [text for k, text in sms if k == kind] for kind in ("ham", "spam")}
