@@ -35,6 +35,8 @@ FAILURES = (
 )
 """Why a shard could not be made again."""
 
+LINKED = "; it was a link into a cache, whose file has the same flaw: `dvc commit` stores the mended one"
+
 
 def repair(corpus_dir: Path, *, say: Callable[[str], None] = print) -> list[str]:
     """Mend a corpus; returns what is wrong still, a line each with the mend; empty if it is whole.
@@ -58,6 +60,7 @@ def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str],
     """Mend what can be; yields what is wrong still."""
     made = manifest.load(corpus_dir)
     stage = f"`python -m tasks.corpus {made.corpus}`"
+    note = {problem.path: LINKED for problem in found if _is_link(problem.path)}
     for problem in found:
         if problem.kind == "foreign" and files.TMP in problem.path.name:
             problem.path.unlink(missing_ok=True)
@@ -66,7 +69,7 @@ def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str],
             yield f"{problem}; delete it if nobody misses it"
         elif problem.kind == "sidecar" and problem.shard:
             shards.write_sidecar(corpus_dir / problem.shard.path, dataclasses.asdict(problem.shard))
-            say(f"{problem.path}: written again from the manifest")
+            say(f"{problem.path}: written again from the manifest{note.get(problem.path, '')}")
         elif problem.kind != "shard":
             yield f"{problem}; only the stage can mend it: {stage}"
     broken = {problem.shard.path: problem.shard for problem in found if problem.kind == "shard" and problem.shard}
@@ -75,11 +78,15 @@ def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str],
         left = {shard.path for shard in mine}
         try:
             for path in _remake(corpus_dir, made, domain=domain, task=task, broken=mine, unread=unread):
-                say(f"{corpus_dir / path}: made again")
+                say(f"{corpus_dir / path}: made again{note.get(corpus_dir / path, '')}")
                 left.remove(path)
         except FAILURES as error:
             for path in sorted(left):
                 yield f"{corpus_dir / path}: cannot be made again ({error}); run the stage again: {stage}"
+
+
+def _is_link(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and path.stat().st_nlink > 1)
 
 
 def _by_task(broken: Iterable[manifest.Shard]) -> dict[tuple[str, int], list[manifest.Shard]]:

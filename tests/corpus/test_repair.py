@@ -119,7 +119,7 @@ def test_a_link_into_a_cache_is_replaced_and_the_cache_is_not_written(cut: Path,
         target.unlink()
         (link or os.symlink)(held, target)
         said, left = mend(cut)
-        assert (said, left) == ([f"{target}: made again"], [])
+        assert (said, left) == ([f"{target}: made again{repair.LINKED}"], [])
         assert not target.is_symlink()
         assert held.read_bytes() == flawed
     assert scratch.digest(cut) == clean
