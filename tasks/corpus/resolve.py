@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus import dedup, files, scan, spool
+from tasks.corpus import dedup, files, rejects, scan, spool
 from tasks.corpus.plan import Plan
 from tasks.corpus.records import CorpusError
 
@@ -47,7 +47,9 @@ def resolve(work: Path, plan: Plan) -> None:
     starts = {domain: _row_starts(plan, domain, accounts) for domain, accounts in tasks.items()}
     found = {domain: _counts(plan, domain, tasks[domain], starts=starts[domain]) for domain in plan.tasks}
     for domain, counts in found.items():
-        _judge_bad(domain, counts, max_bad=plan.corpus.max_bad)
+        if counts["rules"]["bad"] > plan.corpus.max_bad * counts["rules"]["read"]:
+            shown = _write_rejects(work, domain, tasks[domain], starts=starts[domain])
+            raise CorpusError(_too_bad(domain, counts, max_bad=plan.corpus.max_bad, shown=shown))
     chunks = [path for domain in plan.tasks for path in _chunks(work, domain, tasks[domain])]
     area = work / "resolve"
     shutil.rmtree(area, ignore_errors=True)
@@ -127,14 +129,22 @@ def _counts(
     return {"rules": dict(rules), "bad": {rule: f"{n}, the first in {examples[rule]}" for rule, n in bad.items()}}
 
 
-def _judge_bad(domain: str, counts: dict[str, dict[str, Any]], *, max_bad: float) -> None:
+def _write_rejects(work: Path, domain: str, accounts: list[dict[str, Any]], *, starts: list[list[int]]) -> Path:
+    """Write what is wrong with a domain that fails, since nothing of it will be published."""
+    folder, path = scan.folder(work, domain), work / f"rejects-{domain}.jsonl"
+    with files.replacing(path) as file:
+        for task, account in enumerate(accounts):
+            file.writelines(rejects.lines(folder, task, chunks=account["chunks"], starts=starts[task]))
+    return path
+
+
+def _too_bad(domain: str, counts: dict[str, dict[str, Any]], *, max_bad: float, shown: Path) -> str:
     bad, read = counts["rules"]["bad"], counts["rules"]["read"]
-    if bad > max_bad * read:
-        rules = "; ".join(f"{rule}: {text}" for rule, text in counts["bad"].items())
-        raise CorpusError(
-            f"domain {domain}: {bad} of {read} records are bad ({bad / read:.2%}), max_bad allows {max_bad:.2%}. "
-            f"{rules}. Mend the file, correct `format` or `text_field`, or raise `max_bad`"
-        )
+    rules = "; ".join(f"{rule}: {text}" for rule, text in counts["bad"].items())
+    return (
+        f"domain {domain}: {bad} of {read} records are bad ({bad / read:.2%}), max_bad allows {max_bad:.2%}. {rules}. "
+        f"Mend the file, correct `format` or `text_field`, or raise `max_bad`; {shown} has examples"
+    )
 
 
 def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: Plan) -> None:

@@ -8,28 +8,26 @@ record read, in order (train, heldout or the rule that dropped it), which is wha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus import files, permutation, resolve, scan, shards, spool
+from tasks.corpus import files, permutation, rejects, resolve, scan, shards, spool
 from tasks.corpus.encoder import Encoder
 from tasks.corpus.plan import Plan
 from tasks.corpus.progress import Meter
 
 BATCH_BYTES = 1 << 21  # text given to the tokenizer at once: enough for every core, little enough for memory
 PARTS = 1000  # parts of a task that can be numbered
-EXAMPLES = 100  # bad records of a rule kept per task
 
 
 def part_path(corpus: Path, domain: str, *, split: str, task: int, index: int) -> Path:
@@ -234,40 +232,24 @@ class _Task:
         """Write verdicts and rejects; returns their paths in the corpus and their sha256."""
         verdicts = np.zeros(self.account["records"], dtype=np.uint16)
         codes = {fate: code for code, fate in enumerate(resolve.FATES)}
-        rejected: list[bytes] = []
-        kept: Counter[str] = Counter()
         start = 0
         for path in spool.chunk_paths(self.folder, self.task, chunks=self.account["chunks"]):
             documents = spool.documents(path).column("record").to_numpy()
             verdicts[documents] = self.fate[start : start + len(documents)]
             start += len(documents)
-            for reject in spool.rejects(path).to_pylist():
+            dropped = spool.rejects(path).select(["record", "rule", "bad"])
+            for reject in dropped.to_pylist():
                 rule = f"bad: {reject['rule']}" if reject["bad"] else reject["rule"]
                 verdicts[reject["record"]] = codes.setdefault(rule, len(codes))
-                kept[rule] += 1
-                if self._is_shown(reject, kept[rule]):
-                    rejected.append(self._shown(reject))
         found = {}
         table = pa.table({"verdict": pa.DictionaryArray.from_arrays(pa.array(verdicts), pa.array(list(codes)))})
         verdict_path = f"verdicts/{self.domain}/task-{self.task:05d}.arrow"
         found[verdict_path] = self._write(verdict_path, _arrow_file(table))
-        if rejected:
+        shown = rejects.lines(self.folder, self.task, chunks=self.account["chunks"], starts=self.starts)
+        if first := next(shown, None):
             reject_path = f"rejects/{self.domain}/task-{self.task:05d}.jsonl"
-            found[reject_path] = self._write(reject_path, rejected)
+            found[reject_path] = self._write(reject_path, itertools.chain([first], shown))
         return found
-
-    def _is_shown(self, reject: dict[str, Any], count: int) -> bool:
-        if reject["bad"]:
-            return count <= EXAMPLES
-        return reject["rule"] == "contaminated" or reject["text"] is not None
-
-    def _shown(self, reject: dict[str, Any]) -> bytes:
-        row = reject["row"] + self.starts[reject["piece"]]
-        shown = {"rule": reject["rule"], "source": reject["source"], "row": row}
-        for name in ("detail", "text"):
-            if reject[name]:
-                shown[name] = reject[name]
-        return orjson.dumps(shown) + b"\n"
 
     def _write(self, name: str, content: Iterable[bytes | memoryview]) -> str:
         path = self.corpus / name
