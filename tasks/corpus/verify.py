@@ -9,30 +9,23 @@ The manifest holds the sha256 of all other files. It has none itself: it is held
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
-from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus import manifest, shards
+from tasks.corpus import manifest, shards, soundness
 
 SPLITS = ("train", "heldout")
 PART = re.compile(r"part-(\d{5,})-(\d{3})\.arrow")
-SORTED_AT_ONCE = 1 << 24  # document ids looked at together: about 0.7 GB
-BLOCK = 1 << 20
 
 Kind = Literal["manifest", "shard", "content", "sidecar", "records", "foreign"]
 """shard: the file isn't the manifest's; content: it is, and yet wrong. records: verdicts or rejects."""
@@ -87,9 +80,10 @@ def problems(corpus_dir: Path) -> Iterator[Problem]:
         expected |= {path, shards.sidecar_of(path)}
         broken = list(_shard_problems(path, shard, found, place=(domain, split)))
         yield from broken
-        if not any(problem.path == path for problem in broken):
+        if all(problem.kind == "sidecar" for problem in broken):
             sound.append(path)
-    yield from _repeated(sound)
+    for path, text in soundness.repeats(sound):
+        yield Problem(kind="content", path=path, text=text)
     for name, domain_entry in found.domains.items():
         expected |= {corpus_dir / path for path in domain_entry.files}
         yield from _record_problems(corpus_dir, name, domain_entry)
@@ -159,119 +153,11 @@ def _shard_problems(
         text = f"lists {shard.path} as a {place[1]} shard of {place[0]}, whose name is another"
         yield Problem(kind="manifest", path=path.parent.parent.parent / manifest.FILE, text=text)
         return
-    for text in _sidecar_texts(shards.sidecar_of(path), shard):
+    for text in soundness.sidecar_faults(shards.sidecar_of(path), shard):
         yield Problem(kind="sidecar", path=shards.sidecar_of(path), text=text, shard=shard)
-    texts = _file_texts(path, shard)
-    for text in texts or _content_texts(path, shard, found, place=place):
+    texts = soundness.file_faults(path, shard)
+    for text in texts or soundness.content_faults(path, shard, found, place=place):
         yield Problem(kind="shard" if texts else "content", path=path, text=text, shard=shard)
-
-
-def _sidecar_texts(path: Path, shard: manifest.Shard) -> Iterator[str]:
-    if missing := _missing(path):
-        yield missing
-        return
-    content, expected = path.read_bytes(), shards.sidecar_bytes(dataclasses.asdict(shard))
-    if content == expected:
-        return
-    try:
-        written, listed = json.loads(content), json.loads(expected)
-        differ = [key for key in listed if written.get(key) != listed[key]]
-    except (ValueError, AttributeError) as error:
-        yield f"damaged: {error}"
-    else:
-        yield f"differs from the manifest in {', '.join(differ) or 'its layout, or has more fields'}"
-
-
-def _file_texts(path: Path, shard: manifest.Shard) -> list[str]:
-    """What the file alone tells, without a look at what is in it."""
-    if missing := _missing(path):
-        return [missing]
-    if (size := path.stat().st_size) != shard.size:
-        return [f"{size} bytes, the manifest says {shard.size}; it was cut short or replaced"]
-    sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            sha256.update(block)
-            xxh3.update(block)
-    digests = {"sha256": sha256.hexdigest(), "xxh3_128": xxh3.hexdigest()}
-    return [
-        f"{name} is {digest}, the manifest says {getattr(shard, name)}"
-        for name, digest in digests.items()
-        if digest != getattr(shard, name)
-    ]
-
-
-def _content_texts(
-    path: Path, shard: manifest.Shard, found: manifest.Manifest, *, place: tuple[str, str]
-) -> Iterator[str]:
-    """What is wrong behind right hashes: then the code that wrote it was, or somebody wrote both."""
-    try:
-        batch = shards.open_shard(path)
-        shards.require_shard(batch, path)
-        batch.validate(full=True)
-    except (ValueError, pa.ArrowInvalid) as error:
-        yield str(error).removeprefix(f"{path}: ")
-        return
-    ids, offsets, doc_ids = shards.flat_ids(batch), shards.offsets(batch), shards.doc_ids(batch)
-    if (offsets[0], offsets[-1]) != (0, len(ids)) or (np.diff(offsets) == 0).any():
-        yield "documents don't cover its ids, or one has none"
-        return
-    facts = {
-        "documents": batch.num_rows,
-        "tokens": len(ids),
-        "min_id": int(ids.min()),
-        "max_id": int(ids.max()),
-        "first_ids": tuple(ids[: shards.FIRST_IDS].tolist()),
-        "first_doc_id": doc_ids[0].tobytes().hex(),
-        "last_doc_id": doc_ids[-1].tobytes().hex(),
-    }
-    for name, value in facts.items():
-        if value != getattr(shard, name):
-            yield f"{name} is {value}, the manifest says {getattr(shard, name)}"
-    if str(ids.dtype) != found.dtype:
-        yield f"ids are {ids.dtype}, the manifest says {found.dtype}"
-    if facts["max_id"] >= found.vocab_size:
-        yield f"id {facts['max_id']} is outside the vocabulary of {found.vocab_size}"
-    if "eos" in found.separators:
-        yield from _separator_texts(ids[offsets[1:] - 1], found.eos_token_id, where="end with EOS")
-    if "bos" in found.separators:
-        yield from _separator_texts(ids[offsets[:-1]], found.bos_token_id, where="begin with BOS")
-    metadata = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
-    expected = {"tokenizer": found.tokenizer, "domain": place[0], "split": place[1], "task_key": shard.task_key}
-    for name, text in expected.items():
-        if metadata[name] != text:
-            yield f"{name} in its schema is {metadata[name]}, the manifest says {text}"
-
-
-def _separator_texts(found: NDArray[Any], token: int | None, *, where: str) -> Iterator[str]:
-    wrong = np.flatnonzero(found != token)
-    if len(wrong):
-        yield f"{len(wrong)} documents don't {where} ({token}), the first at row {wrong[0]}"
-
-
-def _repeated(paths: Sequence[Path]) -> Iterator[Problem]:
-    """Documents that stand twice. Ids are sorted a share at a time, so that memory doesn't grow with the corpus."""
-    sizes = [shards.open_shard(path).num_rows for path in paths]
-    begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    passes = -(-int(begins[-1]) // SORTED_AT_ONCE)
-    for share in range(passes):
-        keys, places = [], []
-        for begin, path in zip(begins, paths, strict=False):
-            words = shards.doc_ids(shards.open_shard(path)).view("<u8")
-            mine = np.flatnonzero(words[:, 0] % np.uint64(passes) == share)
-            keys.append(words[mine])
-            places.append(begin + mine)
-        words, place = np.concatenate(keys), np.concatenate(places)
-        order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal ids stay in the order of their places
-        words, place = words[order], place[order]
-        again = np.flatnonzero((words[1:] == words[:-1]).all(axis=1)) + 1
-        later, earlier = (np.searchsorted(begins, place[i], side="right") - 1 for i in (again, again - 1))
-        for home in np.unique(later):
-            mine = np.flatnonzero(later == home)
-            first = mine[np.argmin(place[again[mine]])]
-            row, other = place[again[first]] - begins[home], paths[earlier[first]]
-            text = f"{len(mine)} documents stand in the corpus before, the first at row {row} in {other}"
-            yield Problem(kind="content", path=paths[home], text=text)
 
 
 def _record_problems(corpus_dir: Path, name: str, domain: manifest.DomainManifest) -> Iterator[Problem]:
@@ -279,7 +165,7 @@ def _record_problems(corpus_dir: Path, name: str, domain: manifest.DomainManifes
     counts: Counter[str] = Counter()
     is_whole = True
     for path, sha256 in ((corpus_dir / path, sha256) for path, sha256 in domain.files.items()):
-        text = _missing(path)
+        text = soundness.missing(path)
         if not text and (digest := scratch.digest(path)) != sha256:
             text = f"sha256 is {digest}, the manifest says {sha256}"
         if text:
@@ -302,12 +188,6 @@ def _verdict_counts(path: Path) -> Counter[str]:
     with pa.memory_map(str(path)) as source:
         column = pa.ipc.open_file(source).read_all().column("verdict")
     return Counter({str(entry["values"]): entry["counts"] for entry in pc.value_counts(column).to_pylist()})
-
-
-def _missing(path: Path) -> str:
-    if path.exists():
-        return ""
-    return f"missing (a link to {path.readlink()}, where nothing is)" if path.is_symlink() else "missing"
 
 
 def main() -> int:

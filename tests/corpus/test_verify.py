@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.corpus import manifest, shards, verify
+from tasks.corpus import manifest, shards, soundness, verify
 
 from .texts import jsonl, run, sentences
 
@@ -172,7 +172,7 @@ def test_documents_that_stand_twice_are_found_however_many_ids_are_sorted_at_onc
 ) -> None:
     rewrite(corpus, "twice", name="prose/train/part-00000-001.arrow")
     rewrite(corpus, "elsewhere")
-    monkeypatch.setattr(verify, "SORTED_AT_ONCE", at_once)
+    monkeypatch.setattr(soundness, "SORTED_AT_ONCE", at_once)
     text = "1 documents stand in the corpus before, the first at row"
     heldout, prose = corpus / "code/heldout/part-00000-000.arrow", corpus / "prose/train/part-00000-001.arrow"
     assert sorted(verify.verify_corpus(corpus)) == [
@@ -228,6 +228,7 @@ def test_a_shard_listed_under_another_split_is_a_fault_of_the_manifest(corpus: P
         entry["train"], entry["heldout"] = entry["heldout"], entry["train"]
 
     change_manifest(corpus, change)
+    (corpus / "code/heldout/part-00000-000.arrow").unlink()
     assert (
         f"{corpus / manifest.FILE}: lists code/heldout/part-00000-000.arrow as a train shard of code, "
         "whose name is another"
