@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, Protocol
@@ -37,7 +38,10 @@ class Reference:
         import tokenizers
 
         self.name = f"tokenizers {tokenizers.__version__}"
-        tokenizer: Any = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:  # 1.x reads nothing but files
+            file.write(json.dumps(raw))
+            file.flush()
+            tokenizer: Any = tokenizers.Tokenizer.from_file(file.name)
         if hasattr(tokenizer, "encode_batch_fast"):
             tokenizer.encode_special_tokens = True
             self._encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
