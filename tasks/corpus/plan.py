@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tasks import scratch, settings, sources
-from tasks.corpus import readers
+from tasks.corpus import filters, readers
 from tasks.corpus.readers import Piece
+from tasks.corpus.records import CorpusError
 
 FILE = "plan.json"
 SOURCES = scratch.ROOT / "sources"
@@ -53,14 +54,22 @@ class Plan:
 
 
 def tasks_of(corpus: settings.Corpus) -> dict[str, list[tuple[Piece, ...]]]:
-    """The tasks of each domain. Downloads packages and checks digests; raises SourceError naming the domain."""
+    """The tasks of each domain. Downloads packages and checks digests.
+
+    Raises:
+        SourceError: names the domain.
+        CorpusError: also names it; a filter of it cannot be used here.
+    """
     found = {}
     for name, domain in corpus.domains.items():
         try:
+            filters.build(corpus.filters_of(name))  # what a filter needs should be missed before anything is read
             reader = readers.open_reader(domain, SOURCES, max_record_bytes=corpus.max_record_bytes)
             found[name] = reader.tasks(task_bytes=corpus.task_bytes)
         except sources.SourceError as error:
             raise sources.SourceError(f"domain {name}: {error}") from error
+        except CorpusError as error:
+            raise CorpusError(f"domain {name}: {error}") from error
     return found
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ FAILURES = (
 WORKER_KILLED = (
     "a worker process was killed, perhaps for want of memory; run again with fewer --workers. Finished parts are kept"
 )
+
+JUDGES = ("datatrove", "py3langid", "rensa", "wordfreq")
+"""Packages whose version may change what is dropped."""
 
 Runner = Callable[[Callable[[Unit], None], list[Unit]], None]
 """Calls a picklable function with every unit, in any order, anywhere, and raises if a call does."""
@@ -177,10 +181,18 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]
     # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
     here = Path(__file__).parent
     code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
+    code |= {name: _version(name) for name in JUDGES}
     with scratch.workspace("corpus", name, inputs=[inputs, code], shared=shared) as work:
         if not shared:
             files.sweep(work)
         yield work, plan.open_plan(work, name, corpus=corpus, inputs=inputs)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _phases(work: Path, todo: Plan, *, run: Runner) -> Path:

@@ -8,6 +8,7 @@ allowed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -235,14 +236,25 @@ def _fault(fault: Any) -> str:
 
 
 def _allowed(loc: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section that holds the field at `loc`."""
+    """Keys of the section that holds the field at `loc`; a union's member stands in it by its tag."""
     kind: Any = Settings
     for part in loc[:-1]:
         if part in getattr(kind, "model_fields", {}):
             kind = kind.model_fields[part].annotation
-        inner = (kind, *get_args(kind))  # dict[str, Pipeline] and Shape | None too
-        kind = next((k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+        models = list(_models(kind))  # dict[str, Pipeline], Shape | None and list[Length | Language] too
+        kind = next((m for m in models if len(models) == 1 or part in _tags(m)), kind)
     return list(getattr(kind, "model_fields", {}))
+
+
+def _models(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for inner in get_args(kind):
+        yield from _models(inner)
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["rule"].annotation) if "rule" in model.model_fields else ()
 
 
 def _known(field: str, name: Any, defined: dict[str, Any]) -> None:
