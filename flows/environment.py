@@ -20,6 +20,8 @@ def prepare() -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
+        # What a worker that was ended leaves is removed by Python's tracker, which would say so.
+        "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
         # The display shows what the stages print, and an error is printed once, by the command line.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         # Under load a first start, which also creates the database, has taken 27 s; Prefect gives up after 20.

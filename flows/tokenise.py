@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -43,6 +42,9 @@ BATCHES = 8
 each, whatever it does (docs/orchestration.md)."""
 RETRY_DELAYS = [2.0, 15.0]
 """Seconds before each retry of a task run. A new file can take that long to be seen over NFS."""
+
+LOST = ("BrokenProcessPool", "KilledWorker", "WorkerCrashedError")
+"""What a runner raises if its worker died, by name: Dask and Ray may not be here. They have tried again by then."""
 
 
 class RunnerError(ValueError):
@@ -72,7 +74,9 @@ def tokenise(
     *before, last = dag.ancestors(f"corpus@{corpus}")
     outcomes = stages.run(before)
     if dag.changes([last.name])[last.name]:
-        share_out.with_options(task_runner=pool)(corpus, workers=None if address else workers or stage.cores())
+        slots = None if address else workers or stage.cores()
+        with reachable_server():
+            share_out.with_options(task_runner=pool)(corpus, workers=slots)
     return outcomes + stages.run([last])
 
 
@@ -129,8 +133,10 @@ def units_through(pool: TaskRunner[Any], *, workers: int | None) -> stage.Runner
         try:
             for future in as_completed(futures):
                 future.result()
-        except BrokenProcessPool:
-            raise CorpusError(stage.WORKER_KILLED) from None
+        except Exception as error:
+            if type(error).__name__ in LOST:
+                raise CorpusError(stage.WORKER_KILLED) from None
+            raise
 
     return run
 
@@ -153,6 +159,20 @@ def run_batch(function: Callable[[Unit], None], units: list[Unit], *, threads: i
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # read once, when a process first tokenises
     for unit in units:
         function(unit)
+
+
+@contextmanager
+def reachable_server() -> Iterator[None]:
+    """Let worker processes report to the Prefect server of this run; else each would start a temporary one."""
+    url = get_current_settings().api.url
+    if not url:
+        from prefect.server.api.server import SubprocessASGIServer
+
+        server = SubprocessASGIServer()  # the one that this process has
+        server.start()
+        url = server.api_url
+    with stage.default_environment({"PREFECT_API_URL": str(url)}):
+        yield
 
 
 @contextmanager

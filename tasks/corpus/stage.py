@@ -120,7 +120,7 @@ def processes(workers: int | None = None) -> Runner:
                 function(unit)
             return
         threads = {"RAYON_NUM_THREADS": str(max(1, cores() // count))}  # read by tokenizers when a process starts
-        with _environment(threads):
+        with default_environment(threads):
             _run_in_pool(function, units, workers=count)
 
     return run
@@ -157,7 +157,8 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _environment(changed: dict[str, str]) -> Iterator[None]:
+def default_environment(changed: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set while the block runs, for the processes that it starts."""
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update({name: value for name, value in changed.items() if before[name] is None})
     try:
