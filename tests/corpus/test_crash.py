@@ -113,29 +113,30 @@ def test_killed_with_its_workers_at_work_it_leaves_none_of_them_and_goes_on(task
 
 
 def test_on_a_full_disk_it_fails_naming_the_file_keeps_what_was_published_and_then_goes_on(
-    tasks_of_two_domains: Path,
+    project: Project, tmp_path: Path
 ) -> None:
+    repetitive = [8 * text for text in sentences(1000, seed=1)]  # small in the scan's files, large in shards
+    texts = {"prose": {"source": jsonl(tmp_path / "prose.jsonl", repetitive)}}
+    project(texts)
     run()
     published = scratch.digest(crashes.CORPUS)
-    raw = json.loads(Path("pipelines.yaml").read_text())
-    raw["corpora"]["tiny"]["seed"] = 1
-    Path("pipelines.yaml").write_text(json.dumps(raw))
-    sizes = sorted(path.stat().st_size for path in crashes.CORPUS.rglob("*.arrow"))
-    for limit in (100, sizes[len(sizes) // 2]):
+    project(texts, seed=1)
+    for limit, written in ((30_000, "scan/prose/00000-000.arrow"), (200_000, "prose/train/part-00000-000.arrow")):
         process = start("-m", "tasks.corpus", "tiny", "--workers", "1", file_bytes=limit)
         _, errors = process.communicate()
         assert process.returncode == 1, errors
         (last,) = [line for line in errors.splitlines() if line.startswith("corpus tiny: ")]
         assert "File too large: '.scratch/corpus-tiny/" in last
+        assert last.endswith(f"/{written}'")
         assert "Traceback" not in errors
         assert scratch.digest(crashes.CORPUS) == published
-        assert not list(Path(".scratch").rglob("*.tmp-*"))
     run()
     continued = crashes.result()
     assert scratch.digest(crashes.CORPUS) != published
     crashes.clear()
     run()
     assert crashes.result() == continued
+    assert not list(Path().rglob("*.tmp-*"))
 
 
 def test_two_members_of_an_array_on_the_same_units_at_once_give_the_same_bytes(tasks_of_two_domains: Path) -> None:
