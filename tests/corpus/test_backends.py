@@ -269,8 +269,13 @@ def test_long_documents_go_to_the_backend_alone_and_short_ones_together(
     whole = opened.encode(texts)
     calls: list[list[str]] = []
     inner = opened.reference.encode
+
+    def encode(batch: Sequence[str]) -> backends.Flat:
+        calls.append(list(batch))
+        return inner(batch)
+
     monkeypatch.setattr(encoder, "BATCH_CHARACTERS", 20)
-    monkeypatch.setattr(opened.reference, "encode", lambda batch: calls.append(list(batch)) or inner(batch))
+    monkeypatch.setattr(opened.reference, "encode", encode)
     cut = opened.encode(texts)
     assert [[len(text) for text in call] for call in calls] == [[2, 4], [60], [2, 8, 8], [8, 0]]
     assert [part.tolist() for part in cut] == [part.tolist() for part in whole]
