@@ -94,9 +94,13 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted, indented) so that a reader finds the old or the new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
-    with staging.open("w") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    try:
+        with staging.open("w") as file:
+            json.dump(value, file, indent=2, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    except OSError as error:  # of a write on a full disk, which names no file
+        staging.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -150,12 +151,13 @@ def _remake(
     if path in unread:
         raise CorpusError(f"it needs {path}, which is broken too")
     with pa.memory_map(str(path)) as source:
-        verdicts = pa.ipc.open_file(source).read_all().column("verdict").combine_chunks()
+        table = pa.ipc.open_file(source).read_all()
+    verdicts, starts = table.column("verdict").combine_chunks(), json.loads(table.schema.metadata[b"starts"])
     codes, names = verdicts.indices.to_numpy(), verdicts.dictionary.to_pylist()
     lost = list(_lost(made, domain=domain, task=task, broken=broken))
     seen: Counter[str] = Counter()
     number = 0
-    for number, (record, row) in enumerate(_records(corpus, domain=domain, task=task), start=1):
+    for number, (record, row) in enumerate(_records(corpus, domain=domain, task=task, starts=starts), start=1):
         if number > len(codes):
             break
         split = names[codes[number - 1]]
@@ -164,7 +166,7 @@ def _remake(
                 continue
             if not isinstance(record, Document):
                 raise CorpusError(f"{record.source}, row {row}: {record.rule}, but it was a document; it changed")
-            shard.add(_plain(record, encode), row, encode=encode)
+            shard.add(scan.decoded(record, encode), row, encode=encode)
             if seen[split] == shard.end - 1:
                 _replace(corpus_dir, made, shard, encode=encode)
                 yield shard.shard.path
@@ -184,35 +186,17 @@ def _lost(made: manifest.Manifest, *, domain: str, task: int, broken: list[manif
                 begin += shard.documents
 
 
-def _records(corpus: settings.Corpus, *, domain: str, task: int) -> Iterator[tuple[Record, int]]:
+def _records(corpus: settings.Corpus, *, domain: str, task: int, starts: list[int]) -> Iterator[tuple[Record, int]]:
     """The records of a task, and the row of each in its file."""
     reader = readers.open_reader(corpus.domains[domain], plan.SOURCES, max_record_bytes=corpus.max_record_bytes)
     tasks = reader.tasks(task_bytes=corpus.task_bytes)
     if task >= len(tasks):
         raise CorpusError(f"the source gives {len(tasks)} tasks, there is no task {task} any more")
-    rows: Counter[str] = Counter()
-    mine = {piece.path for piece in tasks[task]}
-    for piece in (piece for earlier in tasks[:task] for piece in earlier if piece.path in mine):
-        for _ in _counted(reader.read(piece), rows, piece.path):  # only a reader knows how many rows it has
-            pass
-    for piece in tasks[task]:
-        start = rows[piece.path]
-        for record in _counted(reader.read(piece), rows, piece.path):
+    if len(tasks[task]) != len(starts):
+        raise CorpusError(f"the source gives task {task} {len(tasks[task])} pieces, and it had {len(starts)}")
+    for piece, start in zip(tasks[task], starts, strict=True):
+        for record in reader.read(piece):
             yield record, start + record.row
-
-
-def _counted(records: readers.Records, rows: Counter[str], path: str) -> Iterator[Record]:
-    rows[path] += yield from records
-
-
-def _plain(document: Document, encode: Encoder) -> Document:
-    """A document that came tokenised as the scan saw it: without separators, and with its text."""
-    ids = document.ids
-    if ids is None:
-        return document
-    ids = ids[1:] if len(ids) and ids[0] == encode.bos_token_id else ids
-    ids = ids[:-1] if len(ids) and ids[-1] == encode.eos_token_id else ids
-    return dataclasses.replace(document, text=encode.decode(ids.tolist()), ids=ids)
 
 
 def _replace(corpus_dir: Path, made: manifest.Manifest, lost: _Lost, *, encode: Encoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -22,6 +23,25 @@ def doc_id(text: str) -> bytes:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return xxhash.xxh3_128_digest(" ".join(text.split()).encode())
+
+
+def decoded(document: Document, encode: Encoder) -> Document:
+    """A document that came tokenised, without separators and with the text that the tokenizer gives back.
+
+    Raises:
+        CorpusError: an id is outside the vocabulary.
+    """
+    ids = document.ids
+    if ids is None:
+        return document
+    if len(ids) and not 0 <= (extreme := ids.min() if ids.min() < 0 else ids.max()) < encode.vocab_size:
+        raise CorpusError(
+            f"{document.source}, document {document.row}: id {extreme} is outside the vocabulary of "
+            f"{encode.vocab_size}; the file was made with another tokenizer"
+        )
+    ids = ids[1:] if len(ids) and ids[0] == encode.bos_token_id else ids
+    ids = ids[:-1] if len(ids) and ids[-1] == encode.eos_token_id else ids
+    return dataclasses.replace(document, text=encode.decode(ids.tolist()), ids=ids)
 
 
 def folder(work: Path, domain: str) -> Path:
@@ -86,7 +106,7 @@ class _Scan:
         if isinstance(record, Reject):
             chunk.reject(record, record=number, piece=self._piece)
             return
-        document = self._decoded(record) if record.ids is not None else record
+        document = decoded(record, self.encode) if record.ids is not None else record
         reject, kept_text = self._judged(document)
         if reject is None:
             try:
@@ -114,22 +134,6 @@ class _Scan:
     @functools.cached_property
     def encode(self) -> Encoder:
         return self.load_encoder()
-
-    def _decoded(self, document: Document) -> Document:
-        """A document that came tokenised: its text is what the tokenizer gives back, without separators."""
-        ids = document.ids
-        assert ids is not None
-        if len(ids) and not 0 <= (extreme := ids.min() if ids.min() < 0 else ids.max()) < self.encode.vocab_size:
-            raise CorpusError(
-                f"{document.source}, document {document.row}: id {extreme} is outside the vocabulary of "
-                f"{self.encode.vocab_size}; the file was made with another tokenizer"
-            )
-        if len(ids) and ids[0] == self.encode.bos_token_id:
-            ids = ids[1:]
-        if len(ids) and ids[-1] == self.encode.eos_token_id:
-            ids = ids[:-1]
-        text = self.encode.decode(ids.tolist())
-        return Document(text=text, source=document.source, row=document.row, ids=ids)
 
     def _decontaminate(self, chunk: spool.Chunk) -> None:
         if not self.items:

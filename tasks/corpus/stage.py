@@ -62,7 +62,8 @@ def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
     with _workspace(name) as (work, todo):
         out = _phases(work, todo, run=run or processes())
         metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(work), encode=_encoder(todo, work))
-        shutil.rmtree(work)
+        # Not in place: half of it, after a kill, would be taken for work to go on with.
+        shutil.rmtree(work.rename(work.with_name(f"done-{work.name}")))
     return metrics
 
 

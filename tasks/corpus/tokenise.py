@@ -243,6 +243,7 @@ class _Task:
                 verdicts[reject["record"]] = codes.setdefault(rule, len(codes))
         found = {}
         table = pa.table({"verdict": pa.DictionaryArray.from_arrays(pa.array(verdicts), pa.array(list(codes)))})
+        table = table.replace_schema_metadata({"starts": json.dumps(self.starts)})  # rows at which its pieces begin
         verdict_path = f"verdicts/{self.domain}/task-{self.task:05d}.arrow"
         found[verdict_path] = self._write(verdict_path, _arrow_file(table))
         shown = rejects.lines(self.folder, self.task, chunks=self.account["chunks"], starts=self.starts)

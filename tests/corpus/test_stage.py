@@ -166,7 +166,9 @@ def test_bad_lines_above_the_share_stop_the_domain_and_below_it_are_reported(pro
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     domain = {"source": f"dir:{tmp_path}/a.jsonl.gz"}
     project({"prose": domain}, max_bad=0.001)
-    with pytest.raises(CorpusError, match=r"domain prose: 1 of 100 records are bad \(1.00%\).*a.jsonl.gz, row 50") as error:
+    with pytest.raises(
+        CorpusError, match=r"domain prose: 1 of 100 records are bad \(1.00%\).*a.jsonl.gz, row 50"
+    ) as error:
         run()
     (listed,) = Path(str(error.value).rpartition("; ")[2].removesuffix(" has examples")).read_text().splitlines()
     assert json.loads(listed)["row"] == 50
