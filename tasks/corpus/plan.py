@@ -84,7 +84,8 @@ def open_plan(work: Path, name: str, *, corpus: settings.Corpus, inputs: Any) ->
         key = scratch.fingerprint(inputs)
         # Domains as pairs: their order is their priority, and write_json sorts keys.
         domains = list(corpus.domains)
-        written = {"name": name, "key": key, "corpus": corpus.model_dump(), "domains": domains, "tasks": tasks}
+        values = corpus.model_dump(mode="json")
+        written = {"name": name, "key": key, "corpus": values, "domains": domains, "tasks": tasks}
         scratch.write_json(path, written)
     return load(work)
 
@@ -100,5 +101,6 @@ def load(work: Path) -> Plan:
     order = raw["domains"]
     corpus = raw["corpus"]
     corpus["domains"] = {domain: corpus["domains"][domain] for domain in order}
+    parsed = settings.Corpus.model_validate_json(json.dumps(corpus))  # of JSON, where the keys of a table are strings
     tasks = {domain: [tuple(Piece(**piece) for piece in task) for task in raw["tasks"][domain]] for domain in order}
-    return Plan(name=raw["name"], key=raw["key"], corpus=settings.Corpus(**corpus), tasks=tasks)
+    return Plan(name=raw["name"], key=raw["key"], corpus=parsed, tasks=tasks)

@@ -100,7 +100,7 @@ class _Scan:
         for index, piece in enumerate(self.pieces):
             self._piece = index
             self.rows.append((yield from self.reader.read(piece)))
-            meter.add(files=1)
+            meter.add(files=int(piece.start == 0))
 
     def _take(self, record: Record, *, number: int, chunk: spool.Chunk) -> None:
         if isinstance(record, Reject):
