@@ -392,3 +392,13 @@ def test_a_fast_tokenizer_found_wrong_on_the_way_leaves_no_token(
     with pytest.warns(UserWarning, match="differs from the reference at token 3; everything is tokenised by the"):
         stage.make("tiny", run=stage.processes(1))
     assert scratch.digest(corpus) == clean
+
+
+def test_settings_with_numbers_for_keys_come_back_from_the_plan(project: Project, tmp_path: Path) -> None:
+    rule = {"rule": "gopher_repetition", "top_n_grams": {2: 0.9}, "dup_n_grams": {}}
+    project({"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(30, seed=1)), "filters": [rule]}})
+    raw = (
+        Path("pipelines.yaml").read_text().replace('{"2": 0.9}', "{2: 0.9}")
+    )  # YAML has numbers for keys, JSON has not
+    Path("pipelines.yaml").write_text(raw)
+    assert run()["domains"]["a"]["rules"]["kept"] > 10
