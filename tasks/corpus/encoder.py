@@ -21,7 +21,7 @@ BATCH_CHARACTERS = 1 << 22
 """A call to the backend gets about this much text, or one longer document: its results are large objects."""
 
 SAMPLE_EVERY = 1000
-"""Every so manieth document is encoded by the reference too, the first among them."""
+"""One document of so many is encoded by the reference too, the first among them."""
 
 SAMPLE_CHARACTERS = 1 << 17
 """Of a longer document the next one is taken: the reference needs a second for 2 to 4 MB."""
@@ -239,8 +239,15 @@ def _tokenizer_json(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "tokenizer.json"
     if not path.exists():
         raise TokenizerError(f"{path}: not found; the model directory needs a `tokenizers` file (a fast tokenizer)")
-    # Truncation and padding are habits of whoever saved it, and would cut documents.
-    return {**json.loads(path.read_text()), "truncation": None, "padding": None}
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not JSON ({error}); fetch the file again (git lfs leaves a pointer)") from None
+    # Truncation, padding and dropout are habits of whoever saved it: they cut documents, or make ids random.
+    raw = {**raw, "truncation": None, "padding": None}
+    if (raw.get("model") or {}).get("dropout"):
+        raw["model"]["dropout"] = None
+    return raw
 
 
 def _json(path: Path) -> dict[str, Any]:

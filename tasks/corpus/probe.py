@@ -111,16 +111,17 @@ def fastest(raw: dict[str, Any], *, reference: backends.Reference) -> tuple[back
 
     One that is installed and cannot be used is named in a warning.
     """
+    probes = texts(raw)
     for kind in backends.candidates(raw):
         try:
             backend = kind(raw, reference=reference)
+            where = difference(backend.encode(probes), reference.encode(probes), probes)
         except ImportError:
             continue
         except ValueError as error:
             warnings.warn(f"{kind.__name__.lower()} refuses the tokenizer: {error}", RuntimeWarning, stacklevel=3)
             continue
-        probes = texts(raw)
-        if (where := difference(backend.encode(probes), reference.encode(probes), probes)) is None:
+        if where is None:
             return backend, len(probes)
         warnings.warn(f"{backend.name} is not used, it differs on {where}", RuntimeWarning, stacklevel=3)
     return reference, 0

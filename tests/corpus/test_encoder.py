@@ -130,18 +130,22 @@ def test_a_file_that_is_no_tokenizer_is_named(byte_level: Path, tmp_path: Path) 
     (copy / "tokenizer.json").write_text(json.dumps({**raw, "model": {"type": "BPE", "vocab": {}}}))
     with pytest.raises(encoder.TokenizerError, match=r"tokenizer.json: not a tokenizer: "):
         encoder.load_encoder(copy)
+    (copy / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(encoder.TokenizerError, match=r"tokenizer.json: not JSON .*fetch the file again"):
+        encoder.load_encoder(copy)
 
 
-def test_padding_and_truncation_saved_with_a_tokenizer_do_not_touch_documents(
+def test_padding_truncation_and_dropout_saved_with_a_tokenizer_do_not_touch_documents(
     byte_level: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
+    tokenizer.model.dropout = 0.5
     tokenizer.save(str(copy / "tokenizer.json"))
     ours, theirs = encoder.load_encoder(byte_level), encoder.load_encoder(copy)
-    texts = sentences(3, seed=2)
+    texts = sentences(30, seed=2)
     assert theirs.encode(texts)[0].tolist() == ours.encode(texts)[0].tolist()
     assert theirs.fingerprint == ours.fingerprint
 
