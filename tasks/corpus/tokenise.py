@@ -74,7 +74,7 @@ def finished(out: Path, domain: str, *, task: int) -> dict[str, Any] | None:
 
 def tokenise(work: Path, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter) -> None:
     """Tokenise one task into `out`; parts that are committed are passed over. Raises BackendMismatch."""
-    began = time.perf_counter()
+    began, sampled = time.perf_counter(), encode.checks["sampled"]
     job = _Task(work, plan, out=out, domain=domain, task=task, encode=encode, meter=meter)
     job.run()
     record = {
@@ -83,7 +83,7 @@ def tokenise(work: Path, plan: Plan, *, out: Path, domain: str, task: int, encod
         "encoded_tokens": job.encoded,
         "seconds": time.perf_counter() - began,
         "backend": encode.backend_name,
-        "checks": encode.checks,
+        "checks": {**encode.checks, "sampled": encode.checks["sampled"] - sampled},
     }
     scratch.write_json(done_path(out, domain, task=task), record)
 

@@ -18,6 +18,9 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 them."""
 _ROPE_FREQS = "rope_freqs.weight"
 
+_DIGIT_BY_DIGIT = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+"""llama.cpp's names of byte-level tokenizers that split digits off first; transformers 5.22 leaves that out."""
+
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -46,6 +49,7 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
     """
     import torch
     from gguf import GGUFReader, dequantize
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -78,7 +82,12 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
                     "not dequantise; take another quantisation of the model"
                 ) from None
             writer.write(name, torch.tensor(processor.process(weights, tensor.name).weights, dtype=dtype))
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if _field(reader, "tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    tokenizer.save_pretrained(target)
     return config
 
 

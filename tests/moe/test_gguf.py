@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tasks import settings, sources
@@ -96,6 +96,15 @@ def test_a_gguf_becomes_safetensors_with_the_logits_of_transformers_own_reader(t
     np.testing.assert_array_equal(ours.model.embed_tokens.weight.detach(), tensors["token_embd.weight"])
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert torch.equal(_logits(ours), _logits(theirs))
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("smollm", ["a", "ĠĠ", "1", "2"]), ("gpt-2", ["a", "Ġ", "Ġ12"])])
+def test_digits_stand_alone_where_llama_cpp_says_so(tmp_path, pre, expected):
+    """SmolLM2's own tokenizer.json: Digits(individual_digits=True), then ByteLevel."""
+    _write(tmp_path / "tiny.gguf", fields={"tokenizer.ggml.pre": pre})
+    target, _ = _build(tmp_path / "tiny.gguf", tmp_path)
+    split = AutoTokenizer.from_pretrained(target).backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")
+    assert [piece for piece, _ in split] == expected
 
 
 def test_a_qwen3_gguf_keeps_its_norms_and_its_own_head_size(tmp_path):
