@@ -45,11 +45,11 @@ def workspace(stage: str, name: str, *, inputs: Any = None, shared: bool = False
         except BlockingIOError:
             lock.seek(0)
             raise BusyError(
-                f"{stage} {name} is already being run by process {lock.read().strip() or '(unknown)'}; "
+                f"{stage} {name} is already being run by process {', '.join(lock.read().split()) or '(unknown)'}; "
                 "wait for it or stop it, then run again. Nothing was changed"
             ) from None
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"{os.getpid()} ")  # those who share it may write at once
         lock.flush()
         folder = base / fingerprint(inputs)
         for old in [] if shared else list(base.iterdir()):
