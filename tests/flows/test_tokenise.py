@@ -116,7 +116,7 @@ class TestUnits:
             share(die, UNITS, runner="process").result()
 
     def test_an_error_in_a_process_ends_those_that_are_still_busy(self, tmp_path: Path) -> None:
-        with pytest.raises(CorpusError, match="^the first$"):
+        with pytest.raises(CorpusError, match=r"^the first$"):
             share(partial(wait_or_fail, tmp_path), UNITS[:2], runner="process").result()
         assert not alive(int((tmp_path / "pid").read_text()))
 
