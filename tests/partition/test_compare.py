@@ -17,14 +17,13 @@ WHERE = {"model_dir": "data/models/tiny", "corpus_dir": "data/corpora/tiny", "wi
 @pytest.fixture
 def project(tiny_project, tiny_model):
     """The tiny project with its model and its corpus."""
-    from tasks.corpus import __main__ as corpus
-    from tasks.corpus import fingerprint
+    from tasks.corpus import fingerprint, stage
 
     Path("data/models").mkdir(parents=True)
     Path("data/models/tiny").symlink_to(tiny_model)
     found = fingerprint.fingerprints(settings.load().corpus("tiny"))
     scratch.write_json(fingerprint.sources_file("tiny"), found)
-    corpus.make("tiny")
+    stage.make("tiny", run=stage.processes(1))
     return tiny_project
 
 
