@@ -133,13 +133,15 @@ def tokenise(
     started = time.monotonic()
     with clear_errors():
         settings.load().corpus(name)
-        from flows import domains, progress
+        from flows import dag, domains, progress
         from flows import tokenise as flow
         from tasks.corpus import stage
 
         try:
-            with progress.display(terminal=False):  # the corpus has a live display of its own
-                flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
+            flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
+            if any(dag.changes([each.name for each in dag.ancestors(f"corpus@{name}")]).values()):
+                with progress.display(terminal=False):  # the corpus has a live display of its own
+                    flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
         except (flow.RunnerError, *stage.FAILURES) as error:
             fail(str(error))
         show(domains.table(name))

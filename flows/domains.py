@@ -30,7 +30,7 @@ def table(corpus: str) -> Table:
 
     result = Table(title=f"{corpus}: domains", title_justify="left")
     found = rows([CORPORA / f"{corpus}.json"])
-    for column in found[0]:
+    for column in found[0] if found else ():
         result.add_column(column, justify="left" if column == "domain" else "right")
     for row in found:
         result.add_row(*(value if isinstance(value, str) else f"{value:,}" for value in row.values()))

@@ -15,7 +15,7 @@ from flows import artifacts, cli, doctor
 from tasks.scratch import workspace
 from tests.flows.conftest import ROOT, moeforge, ran
 
-COMMANDS = ["run", "plan", "status", "inspect", "verify", "import", "doctor"]
+COMMANDS = ["run", "tokenise", "plan", "status", "inspect", "verify", "repair", "import", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,6 +39,20 @@ def test_an_up_to_date_pipeline_says_so_without_starting_prefect(done_toy: Path)
     assert "toy: everything is up to date (" in result.stdout
     assert "bits/byte: mean" in result.stdout
     assert str(done_toy / "runs/toy/report/index.html") in result.stdout
+    assert not home.exists()
+    assert ran(done_toy) == []
+
+
+def test_a_corpus_that_is_up_to_date_or_cannot_be_shared_out_does_not_start_prefect(done_toy: Path) -> None:
+    home = done_toy / "prefect-home"
+    refused = moeforge("tokenise", "toy", "--address", "tcp://node1:8786", PREFECT_HOME=str(home))
+    assert refused.returncode == 1
+    assert refused.stderr.strip().startswith("moeforge: address = 'tcp://node1:8786' is of a cluster")
+    unknown = moeforge("tokenise", "elsewhere", PREFECT_HOME=str(home))
+    assert "corpora has no 'elsewhere'; it has toy" in unknown.stderr
+    same = moeforge("tokenise", "toy", PREFECT_HOME=str(home))
+    assert same.returncode == 0, same.stderr
+    assert "toy: done in" in same.stdout
     assert not home.exists()
     assert ran(done_toy) == []
 
@@ -192,6 +206,14 @@ class TestDoctor:
         assert not checks["C++ compiler"].ok
         assert not checks["Prefect server"].ok
         assert all(check.mend for check in checks.values() if not check.ok)
+
+    def test_an_extra_that_is_not_whole_is_a_note_with_what_it_is_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "_version", lambda package: None if package == "fastokens" else "1.0")
+        checks = {check.name: check for check in doctor._extras()}
+        fast, dask = checks["extra fast"], checks["extra dask"]
+        assert (fast.ok, fast.needed, fast.found) == (False, False, "splintr-rs 1.0")
+        assert fast.mend.startswith("pip install 'moeforge[fast]': without it, tokenising")
+        assert (dask.ok, dask.found) == (True, "prefect-dask 1.0")
 
     def test_a_needed_thing_that_is_missing_gives_exit_code_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(name="git", ok=False, found="none", mend="x")])
