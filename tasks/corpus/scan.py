@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,11 +58,20 @@ def scan(work: Path, plan: Plan, *, domain: str, task: int, meter: Meter, load_e
         raise CorpusError(f"domain {domain}: {error}") from error
 
 
-@functools.lru_cache(maxsize=8)  # listing a source again for each of its tasks would cost more than reading some
-def _reader(work: Path, domain: str) -> readers.Reader:
+def _open(work: Path, domain: str) -> readers.Reader:
     """The reader of a domain, whose digest the plan has checked; `work` names settings and sources."""
     corpus = plans.load(work).corpus
     return readers.open_reader(corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False)
+
+
+class _Readers(threading.local):
+    """The readers of a thread, since an open archive has one place; to list a source for each task would cost more."""
+
+    def __init__(self) -> None:
+        self.open = functools.lru_cache(maxsize=8)(_open)
+
+
+_readers = _Readers()
 
 
 class _Scan:
@@ -70,7 +80,7 @@ class _Scan:
         self.corpus, self.task, self.load_encoder = corpus, task, load_encoder
         self.folder = folder(work, domain)
         self.pieces = plan.tasks[domain][task]
-        self.reader = _reader(work.resolve(), domain)
+        self.reader = _readers.open(work.resolve(), domain)
         self.judge = filters.build(corpus.filters_of(domain))
         self.items = contamination.Items.load(corpus.decontaminate, SOURCES) if corpus.decontaminate else None
         near = corpus.near_duplicates
