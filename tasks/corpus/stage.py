@@ -61,7 +61,7 @@ def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
     """
     with _workspace(name) as (work, todo):
         out = _phases(work, todo, run=run or processes())
-        metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(work), encode=_encoder(todo, work))
+        metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(work), encode=_encoder(todo.corpus))
         # Not in place: half of it, after a kill, would be taken for work to go on with.
         shutil.rmtree(work.rename(work.with_name(f"done-{work.name}")))
     return metrics
@@ -101,8 +101,8 @@ def run_unit(work: str, unit: Unit) -> None:
     meter = progress.Meter(folder / "progress", phase=unit.phase, domain=unit.domain, task=unit.task)
     with contextlib.closing(meter):
         if unit.phase == "scan":
-            # Few formats need a tokenizer to read, and to prove a fast one takes seconds.
-            load = functools.partial(_encoder, todo, folder)
+            # Only documents that come as ids need a tokenizer here, to be decoded.
+            load = functools.partial(_encoder, todo.corpus)
             scan.scan(folder, todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
         elif unit.phase == "resolve":
             resolve.resolve(folder, todo)
@@ -175,7 +175,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]
     """The work folder of a corpus and its plan, held until the block ends."""
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
-    encode = _load_encoder((MODELS / corpus.model).resolve(), corpus.separators, "reference")
+    encode = _encoder(corpus)
     # As pairs: the order of the domains is their priority.
     domains = [[domain, entry.model_dump()] for domain, entry in corpus.domains.items()]
     rest = corpus.model_dump(exclude={"domains"})
@@ -222,7 +222,7 @@ def _is_done(work: Path, unit: Unit) -> bool:
 
 def _tokenise(work: Path, todo: Plan, *, unit: Unit, meter: progress.Meter) -> None:
     def attempt() -> None:
-        encode = _encoder(todo, work)
+        encode = _encoder(todo.corpus, backend="reference" if _distrust(work).exists() else "auto")
         tokenise.tokenise(work, todo, out=_out(work), domain=unit.domain, task=unit.task, encode=encode, meter=meter)
 
     try:
@@ -243,11 +243,6 @@ def _out(work: Path) -> Path:
     return work / ("tokenised-by-reference" if _distrust(work).exists() else "tokenised")
 
 
-def _encoder(todo: Plan, work: Path) -> encoder.Encoder:
-    backend = "reference" if _distrust(work).exists() else "auto"
-    return _load_encoder((MODELS / todo.corpus.model).resolve(), todo.corpus.separators, backend)
-
-
 class _Loaded(threading.local):
     """The encoders of a thread: only one may use an encoder at a time, and a cluster's worker may have several."""
 
@@ -258,5 +253,5 @@ class _Loaded(threading.local):
 _loaded = _Loaded()
 
 
-def _load_encoder(model_dir: Path, separators: str, backend: Any) -> encoder.Encoder:
-    return _loaded.load(model_dir, separators=separators, backend=backend)
+def _encoder(corpus: settings.Corpus, *, backend: str = "reference") -> encoder.Encoder:
+    return _loaded.load((MODELS / corpus.model).resolve(), separators=corpus.separators, backend=backend)
