@@ -7,13 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tasks import scratch
-from tasks.corpus import stage
+from tasks.corpus import encoder, stage
+from tasks.corpus.plan import Unit
 from tests.flows.conftest import alive, server, until
 
 __all__ = ["server"]
@@ -92,13 +97,42 @@ def plain() -> str:
     return digest()
 
 
+def _prepare(model: Path) -> None:
+    """What a corpus needs, without DVC."""
+    Path("data/models").mkdir(parents=True)
+    Path("data/models/tiny").symlink_to(model)
+    end(start("tasks.corpus.fingerprint", "tiny"))
+
+
+def test_threads_have_an_encoder_each_and_give_the_bytes_of_a_plain_run(
+    tiny_project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_with_hold(tiny_project)
+    _prepare(tiny_model)
+    expected = plain()
+    load, loaded = encoder.load_encoder, []
+
+    def noted(*arguments: Any, **keywords: Any) -> encoder.Encoder:
+        loaded.append(threading.get_ident())
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(encoder, "load_encoder", noted)
+    together = threading.Barrier(3)
+
+    def threads(function: Callable[[Unit], None], units: list[Unit]) -> None:
+        with ThreadPoolExecutor(3, initializer=together.wait if len(units) > 2 else None) as pool:
+            list(pool.map(function, units))
+
+    stage.make("tiny", run=threads)
+    assert digest() == expected
+    assert len(set(loaded)) >= 3
+
+
 def test_array_members_one_killed_and_other_numbers_of_them_give_the_bytes_of_a_plain_run(
     tiny_project: Path, tiny_model: Path
 ) -> None:
     fit_with_hold(tiny_project)
-    Path("data/models").mkdir(parents=True)
-    Path("data/models/tiny").symlink_to(tiny_model)
-    end(start("tasks.corpus.fingerprint", "tiny"))
+    _prepare(tiny_model)
 
     def members(phase: str, *indices: int, of: int) -> list[subprocess.Popen[str]]:
         share = ("tasks.corpus", "tiny", "--phase", phase, "--num-tasks", str(of), "--task-index")

@@ -84,6 +84,7 @@ def wait_or_fail(folder: Path, unit: Unit) -> None:
 @pytest.fixture
 def server_everywhere(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The server for the threads too that pass on what worker processes report."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")  # a thread's batch would set it for the tests that follow
     monkeypatch.setattr(prefect.context, "GLOBAL_SETTINGS_CONTEXT", prefect.context.SettingsContext.get())
 
 
