@@ -108,7 +108,7 @@ def share_out(corpus: str, *, workers: int | None) -> None:
     """Make everything of a corpus but what is published, by this flow's task runner; None asks it for its workers."""
     context = FlowRunContext.get()
     assert context is not None
-    with _no_child_outlives_an_error():
+    with no_child_outlives_an_error():
         stage.prepare(corpus, run=units_through(context.task_runner, workers=workers))
 
 
@@ -176,7 +176,7 @@ def reachable_server() -> Iterator[None]:
 
 
 @contextmanager
-def _no_child_outlives_an_error() -> Iterator[None]:
+def no_child_outlives_an_error() -> Iterator[None]:
     """A unit can take minutes and may be killed at any point, so workers here aren't waited for after an error."""
     before = set(multiprocessing.active_children())
     try:

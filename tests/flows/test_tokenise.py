@@ -37,7 +37,7 @@ def share(
     def some() -> None:
         context = FlowRunContext.get()
         assert context is not None
-        with tokenise._no_child_outlives_an_error():
+        with tokenise.no_child_outlives_an_error():
             tokenise.units_through(context.task_runner, workers=workers)(function, units)
 
     pool = task_runner(runner, workers=workers, address=None)
