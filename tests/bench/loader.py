@@ -3,6 +3,7 @@
     PYTHONPATH=. python tests/bench/loader.py [data/corpora/demo] [--batch 256] [--seq-len 4096] [--world-size 8]
 
 Without a corpus one is made: five domains, 90,400 documents of log-normal length, 65 M made-up ids.
+
 Every rate is tokens handed to rank 0 per CPU-second of this process, threads included; all sides read windows or
 documents in random order from files that are in the page cache. Then the first batch after a resume at step 10^7
 beside that at step 0.
@@ -48,9 +49,8 @@ def made_up(folder: Path) -> Path:
 
     def documents(count: int, *, mu: float, sigma: float) -> list[np.ndarray]:
         lengths = np.clip(rng.lognormal(mu, sigma, count), 8, 60_000).astype(int)
-        return [
-            ids[start : start + length] for length in lengths if (start := int(rng.integers(0, len(ids) - length)))
-        ]
+        starts = rng.integers(0, len(ids) - lengths)
+        return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
     kinds = {
         "web": documents(20_000, mu=6.3, sigma=1.2),
