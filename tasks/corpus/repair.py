@@ -20,21 +20,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tasks import scratch, settings, sources
-from tasks.corpus import encoder, files, manifest, plan, readers, scan, shards, streams, tokenise, verify
+from tasks import scratch, settings
+from tasks.corpus import encoder, files, manifest, plan, readers, scan, shards, stage, tokenise, verify
 from tasks.corpus.encoder import Encoder
 from tasks.corpus.records import CorpusError, Document, Record
-
-MODELS = Path("data/models")
-FAILURES = (
-    settings.SettingsError,
-    sources.SourceError,
-    encoder.TokenizerError,
-    CorpusError,
-    streams.ReadError,
-    OSError,
-)
-"""Why a shard could not be made again."""
 
 LINKED = "; it was a link into a cache, whose file has the same flaw: `dvc commit` stores the mended one"
 
@@ -60,7 +49,7 @@ def repair(corpus_dir: Path, *, say: Callable[[str], None] = print) -> list[str]
 def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str], None]) -> Iterator[str]:
     """Mend what can be; yields what is wrong still."""
     made = manifest.load(corpus_dir)
-    stage = f"`python -m tasks.corpus {made.corpus}`"
+    again = f"`python -m tasks.corpus {made.corpus}`"
     note = {problem.path: LINKED for problem in found if _is_link(problem.path)}
     for problem in found:
         if problem.kind == "foreign" and files.TMP in problem.path.name:
@@ -72,7 +61,7 @@ def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str],
             shards.write_sidecar(corpus_dir / problem.shard.path, dataclasses.asdict(problem.shard))
             say(f"{problem.path}: written again from the manifest{note.get(problem.path, '')}")
         elif problem.kind != "shard":
-            yield f"{problem}; only the stage can mend it: {stage}"
+            yield f"{problem}; only the stage can mend it: {again}"
     broken = {problem.shard.path: problem.shard for problem in found if problem.kind == "shard" and problem.shard}
     unread = {problem.path for problem in found if problem.kind == "records"}
     for (domain, task), mine in _by_task(broken.values()).items():
@@ -81,9 +70,9 @@ def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str],
             for path in _remake(corpus_dir, made, domain=domain, task=task, broken=mine, unread=unread):
                 say(f"{corpus_dir / path}: made again{note.get(corpus_dir / path, '')}")
                 left.remove(path)
-        except FAILURES as error:
+        except stage.FAILURES as error:
             for path in sorted(left):
-                yield f"{corpus_dir / path}: cannot be made again ({error}); run the stage again: {stage}"
+                yield f"{corpus_dir / path}: cannot be made again ({error}); run the stage again: {again}"
 
 
 def _is_link(path: Path) -> bool:
@@ -142,10 +131,10 @@ def _remake(
     broken: list[manifest.Shard],
     unread: set[Path],
 ) -> Iterator[str]:
-    """Make shards of one task again; yields the path of each once it is in its place. Raises FAILURES."""
-    encode = encoder.load_encoder(MODELS / made.model, separators=made.separators)
+    """Make shards of one task again; yields the path of each once it is in its place. Raises stage.FAILURES."""
+    encode = encoder.load_encoder(stage.MODELS / made.model, separators=made.separators)
     if not encoder.same_ids(encode.fingerprint, made.tokenizer):
-        raise CorpusError(f"{MODELS / made.model}: its tokenizer is {encode.fingerprint}, not {made.tokenizer}")
+        raise CorpusError(f"{stage.MODELS / made.model}: its tokenizer is {encode.fingerprint}, not {made.tokenizer}")
     corpus = settings.load().corpus(made.corpus)
     path = corpus_dir / "verdicts" / domain / f"task-{task:05d}.arrow"
     if path in unread:

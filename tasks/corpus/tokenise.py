@@ -97,16 +97,6 @@ class _Filling:
     part: shards.Part = field(default_factory=shards.Part)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Tokenised documents of one split."""
-
-    ids: NDArray[Any]
-    offsets: NDArray[np.int64]
-    table: pa.Table
-    text_bytes: NDArray[np.int64]
-
-
 class _Task:
     def __init__(
         self, work: Path, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter
