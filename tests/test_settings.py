@@ -81,6 +81,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("corpora.demo.heldout", 1.0, "corpora.demo.heldout = 1.0: Input should be less than 1"),
         ("pipelines.Demo", GOOD["pipelines"]["demo"], "pipelines.Demo"),
         ("deployments.0.parameters", {"pipeline": "x"}, "deployments[0].parameters.pipeline = 'x' is not defined"),
+        ("deployments.0.parameters", {"corpus": "x"}, "deployments[0].parameters.corpus = 'x' is not defined"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str, value: Any, message: str) -> None:

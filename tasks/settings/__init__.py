@@ -183,8 +183,9 @@ class Settings(Frozen):
                 except ValueError as error:
                     raise ValueError(f"pipelines.{name}.partition: {error}") from None
         for i, deployment in enumerate(self.deployments):
-            target = (deployment.get("parameters") or {}).get("pipeline")
-            _known(f"deployments[{i}].parameters.pipeline", target, self.pipelines)
+            given = deployment.get("parameters") or {}
+            kind, defined = ("corpus", self.corpora) if "corpus" in given else ("pipeline", self.pipelines)
+            _known(f"deployments[{i}].parameters.{kind}", given.get(kind), defined)
         return self
 
     def pipeline(self, name: str) -> Pipeline:
