@@ -58,7 +58,7 @@ class Signer:
         out[whole] = grams[left[: len(grams)] >= self.ngram]
         for i in np.flatnonzero(short):
             own = split.hashes[split.offsets[i] : split.offsets[i + 1]]
-            out[int(offsets[i])] = words.ngrams(own, len(own))[0] if len(own) else _whole(texts[i])
+            out[int(offsets[i])] = words.ngrams(own, len(own))[0] if len(own) else _whole(texts[int(i)])
         return out, offsets
 
 
