@@ -178,7 +178,8 @@ class Display:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("domain", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, expand=True)  # else long rules push the other columns out
+        table.add_column("domain", no_wrap=True)
         for title in ("files", "documents", "tokens", "MB/s"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("dropped", no_wrap=True, overflow="ellipsis", ratio=1)

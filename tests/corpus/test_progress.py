@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ with progress.Display(Path(sys.argv[1]), domains=["code", "books"]) as display:
     meter = progress.Meter(Path(sys.argv[1]), phase="scan", domain="code", task=0)
     meter.add(1, documents=200, bytes=5)
     meter.rules["length.too_short"] += 3
+    meter.rules["gopher_repetition.duplicated_5_n_grams"] += 2
+    meter.rules["gopher_repetition.duplicated_6_n_grams"] += 1
     meter.close()
     display.say("[code] bad: torn.jsonl, row 3")
     display.phase("tokenise", 2)
@@ -188,4 +191,6 @@ def test_on_a_terminal_there_is_one_live_display_and_stdout_stays_where_it_is(tm
     assert "0/2 units" in text
     assert "[code] bad: torn.jsonl, row 3" in text
     assert "length.too_short 1.5%" in text
+    live = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert re.search(r"code +1 +200 +0 .*length.too_short 1.5%, gopher.*…", live)  # long rules leave the counts whole
     assert "code: 1 files, 200 documents, 0 tokens" in text.rsplit("\x1b[?25h", 1)[1]
