@@ -12,6 +12,7 @@ Work lies in `.scratch/corpus-NAME/FINGERPRINT/`, which every process and machin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +93,14 @@ def open_plan(work: Path, name: str, *, corpus: settings.Corpus, inputs: Any) ->
 
 def load(work: Path) -> Plan:
     """Read the plan of a work folder. Raises FileNotFoundError with the mend: it isn't seen from here."""
-    path = work / FILE
+    return _read((work / FILE).absolute())
+
+
+@functools.lru_cache(maxsize=2)  # every unit asks for it; a plan never changes, and of a trillion tokens it is large
+def _read(path: Path) -> Plan:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.absolute()}: not found; every worker must run in the project's root, on a file system they share"
+            f"{path}: not found; every worker must run in the project's root, on a file system they share"
         )
     raw = json.loads(path.read_text())
     order = raw["domains"]

@@ -45,6 +45,9 @@ WORKER_KILLED = (
 JUDGES = ("datatrove", "py3langid", "rensa", "wordfreq")
 """Packages whose version may change what is dropped."""
 
+FAST = "tokenised"
+"""The folder of what a tokenizer made that no document has shown to be wrong."""
+
 Runner = Callable[[Callable[[Unit], None], list[Unit]], None]
 """Calls a picklable function with every unit, in any order, anywhere, and raises if a call does."""
 
@@ -98,8 +101,7 @@ def run_unit(work: str, unit: Unit) -> None:
     todo, folder = plan.load(Path(work)), Path(work)
     if _is_done(folder, unit):
         return
-    meter = progress.Meter(folder / "progress", phase=unit.phase, domain=unit.domain, task=unit.task)
-    with contextlib.closing(meter):
+    with progress.Meter(folder / "progress", phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
         if unit.phase == "scan":
             # Only documents that come as ids need a tokenizer here, to be decoded.
             load = functools.partial(_encoder, todo.corpus)
@@ -221,16 +223,18 @@ def _is_done(work: Path, unit: Unit) -> bool:
 
 
 def _tokenise(work: Path, todo: Plan, *, unit: Unit, meter: progress.Meter) -> None:
-    def attempt() -> None:
-        encode = _encoder(todo.corpus, backend="reference" if _distrust(work).exists() else "auto")
-        tokenise.tokenise(work, todo, out=_out(work), domain=unit.domain, task=unit.task, encode=encode, meter=meter)
+    def attempt(
+        out: Path,
+    ) -> None:  # folder and backend by one look, since another worker may find a mismatch meanwhile
+        encode = _encoder(todo.corpus, backend="auto" if out.name == FAST else "reference")
+        tokenise.tokenise(work, todo, out=out, domain=unit.domain, task=unit.task, encode=encode, meter=meter)
 
     try:
-        attempt()
+        attempt(_out(work))
     except encoder.BackendMismatch as error:
         warnings.warn(f"{error}; everything is tokenised by the reference instead", stacklevel=2)
         scratch.write_json(_distrust(work), {"domain": unit.domain, "task": unit.task, "error": str(error)})
-        attempt()
+        attempt(_out(work))
 
 
 def _distrust(work: Path) -> Path:
@@ -240,7 +244,7 @@ def _distrust(work: Path) -> Path:
 
 def _out(work: Path) -> Path:
     """Shards of a fast tokenizer that proved wrong are left where they are, and nothing is taken from there."""
-    return work / ("tokenised-by-reference" if _distrust(work).exists() else "tokenised")
+    return work / ("tokenised-by-reference" if _distrust(work).exists() else FAST)
 
 
 class _Loaded(threading.local):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
@@ -402,3 +403,42 @@ def test_settings_with_numbers_for_keys_come_back_from_the_plan(project: Project
     )  # YAML has numbers for keys, JSON has not
     Path("pipelines.yaml").write_text(raw)
     assert run()["domains"]["a"]["rules"]["kept"] > 10
+
+
+def test_a_mismatch_that_another_worker_finds_meanwhile_lets_no_token_of_the_fast_tokenizer_in(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = scratch.digest(corpus)
+    shutil.rmtree(corpus)
+    load = stage._encoder
+
+    class Wrong(encoder.Encoder):
+        def encode(self, texts: Any) -> Any:
+            ids, offsets = super().encode(texts)
+            return ids * 0, offsets
+
+    def found_elsewhere(settings: Any, *, backend: str = "reference") -> encoder.Encoder:
+        one = copy.copy(load(settings))
+        if backend == "auto":
+            one.__class__ = Wrong
+            (work,) = Path(".scratch/corpus-tiny").glob("*/")
+            scratch.write_json(work / "distrust.json", {})
+        return one
+
+    monkeypatch.setattr(stage, "_encoder", found_elsewhere)
+    stage.make("tiny", run=stage.processes(1))
+    assert scratch.digest(corpus) == clean
+
+
+def test_a_unit_that_failed_is_not_counted_as_finished(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CorpusError("torn")
+
+    monkeypatch.setattr(scan, "scan", fail)
+    project({"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(9, seed=1))}})
+    with pytest.raises(CorpusError, match="torn"):
+        run()
+    (path,) = Path(".scratch").glob("*/*/progress/scan-a-*")
+    assert json.loads(path.read_text())["done"] is False
