@@ -222,12 +222,7 @@ def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's 
     from flows import artifacts
 
     with clear_errors():
-        problems = artifacts.verify(path)
-        for problem in problems:
-            print(problem)
-        if problems:
-            fail(f"{path}: {len(problems)} problem{'s'[: len(problems) > 1]}")
-        print(f"{path}: sound")
+        _judge(path, artifacts.verify(path))
 
 
 @app.command(epilog="Example: moeforge repair data/corpora/demo")
@@ -236,12 +231,15 @@ def repair(path: Annotated[Path, typer.Argument(help="A corpus.")]) -> None:
     from flows import artifacts
 
     with clear_errors():
-        left = artifacts.repair(path)
-        for problem in left:
-            print(problem)
-        if left:
-            fail(f"{path}: {len(left)} problem{'s'[: len(left) > 1]} left")
-        print(f"{path}: sound")
+        _judge(path, artifacts.repair(path))
+
+
+def _judge(path: Path, problems: list[str]) -> None:
+    for problem in problems:
+        print(problem)
+    if problems:
+        fail(f"{path}: {len(problems)} problem{'s'[: len(problems) > 1]}")
+    print(f"{path}: sound")
 
 
 @app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")
