@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 import moe_kernels.dense_path as dense_path
 import moe_kernels.sorted_path as sorted_path
+from moe_kernels.routing import build_routing
 
 Regime = Literal["sorted", "dense"]
 
@@ -89,28 +90,35 @@ class ExpertsFunction(torch.autograd.Function):
         regime: Regime,
         dtype: torch.dtype,
     ) -> Tensor:
-        path = dense_path if regime == "dense" else sorted_path
+        path: Any = dense_path if regime == "dense" else sorted_path
+        if top_k_index_TK.numel() and not 0 <= int(top_k_index_TK.min()) <= int(top_k_index_TK.max()) < len(w13_EGD):
+            raise IndexError("experts layer: top_k_index outside the experts")
+        if regime == "dense":
+            where: dict[str, Any] = {"index_TK": top_k_index_TK}
+        else:
+            where = {"routing": build_routing(top_k_index_TK, experts=len(w13_EGD))}
         with torch.autocast(x_TD.device.type, enabled=False):
             x_cast_TD = x_TD.to(dtype).contiguous()
-            out_TD, hidden = path.forward(x_cast_TD, w13_EGD, w2_EDF, top_k_index_TK, top_k_weights_TK)
-        ctx.path, ctx.x_dtype = path, x_TD.dtype
-        ctx.save_for_backward(x_cast_TD, w13_EGD, w2_EDF, top_k_index_TK, top_k_weights_TK, hidden)
+            out_TD, hidden = path.forward(x_cast_TD, w13_EGD, None, w2_EDF, weights_TK=top_k_weights_TK, **where)
+        ctx.path, ctx.x_dtype, ctx.where = path, x_TD.dtype, where
+        ctx.save_for_backward(x_cast_TD, w13_EGD, w2_EDF, top_k_weights_TK, hidden)
         return out_TD.to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, w13_EGD, w2_EDF, top_k_index_TK, top_k_weights_TK, hidden = ctx.saved_tensors
+        x_TD, w13_EGD, w2_EDF, top_k_weights_TK, hidden = ctx.saved_tensors
         need_x, need_w13, need_w2, _, need_weights, _, _ = ctx.needs_input_grad
         with torch.autocast(x_TD.device.type, enabled=False):
-            grad_x_TD, grad_w13_EGD, grad_w2_EDF, grad_weights_TK = ctx.path.backward(
+            grad_x_TD, grad_w13_EGD, _, grad_w2_EDF, grad_weights_TK = ctx.path.backward(
                 grad_out_TD.to(x_TD.dtype).contiguous(),
                 x_TD,
                 w13_EGD,
+                None,
                 w2_EDF,
-                top_k_index_TK,
-                top_k_weights_TK,
                 hidden,
+                weights_TK=top_k_weights_TK,
+                **ctx.where,
                 need_x=need_x,
                 need_w13=need_w13,
                 need_w2=need_w2,

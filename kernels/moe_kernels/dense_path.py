@@ -25,22 +25,26 @@ def _unit_major(w13_EGD: Tensor, w2_EDF: Tensor, dtype: torch.dtype) -> tuple[Te
     return w13.view(-1, hidden), w2.view(-1, hidden)
 
 
-def _dense_weights(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, *, experts: int, dtype: torch.dtype) -> Tensor:
-    """(T, E), zero where not chosen; adds, so that an expert named twice counts twice."""
-    weights_TE = torch.zeros((top_k_index_TK.shape[0], experts), dtype=dtype, device=top_k_index_TK.device)
-    return weights_TE.scatter_add_(1, top_k_index_TK, top_k_weights_TK.to(dtype))
+def _dense_weights(index_TK: Tensor, weights_TK: Tensor, *, experts: int, dtype: torch.dtype) -> Tensor:
+    """(T, E), zero where not chosen; adds, so that an expert named twice counts twice. Column E is for the absent."""
+    weights_TE = torch.zeros((index_TK.shape[0], experts + 1), dtype=dtype, device=index_TK.device)
+    return weights_TE.scatter_add_(1, index_TK, weights_TK.to(dtype))[:, :experts]
 
 
 def forward(
-    x_TD: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor
+    x_TD: Tensor, w13_EGD: Tensor, w3: None, w2_EDF: Tensor, *, weights_TK: Tensor, index_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The output (T, D) and the saved pre-activations (T, 2H), both in the dtype of ``x_TD``."""
+    """The output (T, D) and the pre-activations (T, 2H), both in the dtype of ``x_TD``.
+
+    The signature is that of ``sorted_path.forward``; separate up projections are not computed here. An index of E
+    names an absent expert, which adds nothing.
+    """
     experts, _, width = w2_EDF.shape
     w13, w2 = _unit_major(w13_EGD, w2_EDF, x_TD.dtype)
     hidden = x_TD @ w13.t()
     gate_TH, up_TH = hidden.split(width * experts, dim=1)
     act_TH = F.silu(gate_TH).mul_(up_TH)
-    weights_TE = _dense_weights(top_k_index_TK, top_k_weights_TK, experts=experts, dtype=x_TD.dtype)
+    weights_TE = _dense_weights(index_TK, weights_TK, experts=experts, dtype=x_TD.dtype)
     act_TH.view(-1, width, experts).mul_(weights_TE[:, None])
     return act_TH @ w2, hidden
 
@@ -49,20 +53,21 @@ def backward(
     grad_out_TD: Tensor,
     x_TD: Tensor,
     w13_EGD: Tensor,
+    w3: None,
     w2_EDF: Tensor,
-    top_k_index_TK: Tensor,
-    top_k_weights_TK: Tensor,
     hidden: Tensor,
     *,
+    weights_TK: Tensor,
+    index_TK: Tensor,
     need_x: bool,
     need_w13: bool,
     need_w2: bool,
     need_weights: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, w13, w2 and the routing weights; None only for those not needed."""
+) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, Tensor | None]:
+    """Gradients of x, w13, w3 (None), w2 and the routing weights; None only for those not needed."""
     experts, model_dim, width = w2_EDF.shape
     w13, w2 = _unit_major(w13_EGD, w2_EDF, x_TD.dtype)
-    weights_TE = _dense_weights(top_k_index_TK, top_k_weights_TK, experts=experts, dtype=x_TD.dtype)
+    weights_TE = _dense_weights(index_TK, weights_TK, experts=experts, dtype=x_TD.dtype)
     gate_TH, up_TH = hidden.split(width * experts, dim=1)
     silu_TH = F.silu(gate_TH)
     act_TH = silu_TH * up_TH
@@ -73,7 +78,7 @@ def backward(
         if need_weights:
             # <dO, Y> = <dO W2, a>: the gradient of a routing weight needs no expert output.
             grad_weights_TE = (grad_act_TH * act_TH).view(-1, width, experts).sum(1, dtype=_sum_dtype(x_TD.dtype))
-            grad_weights_TK = grad_weights_TE.gather(1, top_k_index_TK).to(top_k_weights_TK.dtype)
+            grad_weights_TK = F.pad(grad_weights_TE, (0, 1)).gather(1, index_TK).to(weights_TK.dtype)
     if need_w2:
         act_TH.view(-1, width, experts).mul_(weights_TE[:, None])
         grad_w2_EDF = torch.empty_like(w2_EDF, memory_format=torch.contiguous_format)
@@ -91,7 +96,7 @@ def backward(
             grad_w13_EGD.view(experts, 2, width, model_dim).copy_(
                 (grad_hidden.t() @ x_TD).view(2, width, experts, model_dim).permute(2, 0, 1, 3)
             )
-    return grad_x_TD, grad_w13_EGD, grad_w2_EDF, grad_weights_TK
+    return grad_x_TD, grad_w13_EGD, None, grad_w2_EDF, grad_weights_TK
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
