@@ -11,12 +11,14 @@ ids it does so at B = 1 alone, and else attends across documents).
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus.loader import IGNORED, Batch
+from tasks.pretrain import fused_loss
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +49,18 @@ def losses(
 
     ids = torch.from_numpy(batch.input_ids[rows]).to(device)
     labels_BL = batch.labels[rows]
-    out = model(input_ids=ids, output_router_logits=balance, use_cache=False, **_documents(batch, rows, device))
     target_BL = torch.from_numpy(labels_BL).to(device)
     target_BL = F.pad(target_BL[:, 1:], (0, 1), value=IGNORED)  # all L rows: slicing the logits would copy them
-    nats = F.cross_entropy(
-        out.logits.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    stock = getattr(model, "module", model)
+    fused = fused_loss.available(device)
+    with fused_loss.in_place_of_logits(stock, target_BL, ignored=IGNORED) if fused else contextlib.nullcontext():
+        out = model(input_ids=ids, output_router_logits=balance, use_cache=False, **_documents(batch, rows, device))
+    if fused:
+        nats = out.logits
+    else:
+        nats = F.cross_entropy(
+            out.logits.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
+        )
     loss_B = nats.view_as(ids).sum(1) / (target_BL != IGNORED).sum(1).clamp(min=1)
     if not balance:
         return loss_B, loss_B.new_zeros(())
