@@ -6,7 +6,7 @@ import torch
 from tasks.corpus.loader import IGNORED
 from tasks.pretrain import fused_loss
 
-from .test_objective import FAMILIES, LENGTH, WINDOWS, build, packed
+from .test_objective import FAMILIES, LENGTH, WINDOWS, build, packed, run
 
 
 def losses_and_gradients(family: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:

@@ -1,0 +1,171 @@
+"""The Triton kernels of the forward. No atomics: equal inputs give equal bits.
+
+    up       hidden[m] = [Wgate[e] x[token[m]] | Wup[e] x[token[m]]]        one pass over x for both halves
+             act[m]    = silu(gate[m]) * up[m]                              in fp32, in the same program
+    down     y[m]      = W2[e] act[m]
+    combine  out[t]    = sum_k weight[t, k] * y[inverse[t, k]]              in fp32, in the order of k
+
+Rows and columns past the edge of a tile are clamped to the last real one instead of masked: the product has
+independent rows and columns, and those are not stored. Only the reduction is masked, on both operands.
+
+Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows sorted by expert, B
+row tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M*D passes 2^31 on real batches.
+"""
+
+# mypy: allow-untyped-defs
+# (the arguments of a jit function are Triton's, which mypy cannot name)
+
+import triton
+import triton.language as tl
+
+from .tiles import dot, row_tile
+
+
+@triton.jit
+def up_kernel(
+    x_ptr,  # (T, D), unit stride along D
+    w13_ptr,  # gate rows of all experts: (E, F, D), strides (stride_we, D, 1); up rows lie up_offset elements further
+    hidden_ptr,  # (M, G), contiguous, or None: nothing is kept
+    act_ptr,  # (M, F), contiguous
+    flat_M,  # (M,), or None: row m is token m
+    tile_expert_B,  # (B,)
+    tile_row_B,  # (B,)
+    offset_E1,  # (E + 1,)
+    n_row_tiles,
+    n_col_tiles,
+    stride_xt,
+    stride_we,
+    up_offset,
+    D,
+    F,
+    E,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    expert, row_M, end, col_tile = row_tile(
+        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M, GROUP_M
+    )
+    if expert >= E:
+        return
+    col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth_K = tl.arange(0, BLOCK_K)
+    token_M = tl.minimum(row_M, end - 1)
+    if flat_M is not None:
+        token_M = tl.load(flat_M + token_M) // K
+    x_ptrs = x_ptr + token_M.to(tl.int64)[:, None] * stride_xt + depth_K[None, :]
+    gate_row_N = tl.minimum(col_N, F - 1).to(tl.int64) * D
+    gate_ptrs = w13_ptr + expert.to(tl.int64) * stride_we + gate_row_N[None, :] + depth_K[:, None]
+    up_ptrs = gate_ptrs + up_offset
+    gate_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        mask_K = depth_K < D - start
+        x_MK = tl.load(x_ptrs, mask=mask_K[None, :], other=0.0)
+        gate_MN = dot(x_MK, tl.load(gate_ptrs, mask=mask_K[:, None], other=0.0), gate_MN, INTERPRETED)
+        up_MN = dot(x_MK, tl.load(up_ptrs, mask=mask_K[:, None], other=0.0), up_MN, INTERPRETED)
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K
+    mask_MN = (row_M < end)[:, None] & (col_N < F)[None, :]
+    out_row_M = row_M.to(tl.int64)[:, None]
+    if hidden_ptr is not None:
+        hidden_ptrs = hidden_ptr + out_row_M * 2 * F + col_N[None, :]
+        tl.store(hidden_ptrs, gate_MN.to(hidden_ptr.dtype.element_ty), mask=mask_MN)
+        tl.store(hidden_ptrs + F, up_MN.to(hidden_ptr.dtype.element_ty), mask=mask_MN)
+    act_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN
+    tl.store(act_ptr + out_row_M * F + col_N[None, :], act_MN.to(act_ptr.dtype.element_ty), mask=mask_MN)
+
+
+@triton.jit
+def down_kernel(
+    act_ptr,  # (M, F), contiguous
+    w2_ptr,  # (E, D, F), contiguous
+    y_ptr,  # (M, D), contiguous
+    tile_expert_B,  # (B,)
+    tile_row_B,  # (B,)
+    offset_E1,  # (E + 1,)
+    n_row_tiles,
+    n_col_tiles,
+    D,
+    F,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    expert, row_M, end, col_tile = row_tile(
+        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M, GROUP_M
+    )
+    if expert >= E:
+        return
+    col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth_K = tl.arange(0, BLOCK_K)
+    act_ptrs = act_ptr + tl.minimum(row_M, end - 1).to(tl.int64)[:, None] * F + depth_K[None, :]
+    w2_row_N = (expert.to(tl.int64) * D + tl.minimum(col_N, D - 1)) * F
+    w2_ptrs = w2_ptr + w2_row_N[None, :] + depth_K[:, None]
+    y_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, F, BLOCK_K):
+        mask_K = depth_K < F - start
+        act_MK = tl.load(act_ptrs, mask=mask_K[None, :], other=0.0)
+        y_MN = dot(act_MK, tl.load(w2_ptrs, mask=mask_K[:, None], other=0.0), y_MN, INTERPRETED)
+        act_ptrs += BLOCK_K
+        w2_ptrs += BLOCK_K
+    mask_MN = (row_M < end)[:, None] & (col_N < D)[None, :]
+    y_ptrs = y_ptr + row_M.to(tl.int64)[:, None] * D + col_N[None, :]
+    tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=mask_MN)
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr,  # (M, D), contiguous
+    weight_ptr,  # (T, K), contiguous, or None: all weights are one
+    out_ptr,  # (T, D), contiguous
+    inverse_TK,  # (T, K)
+    offset_E1,  # (E + 1,)
+    D,
+    E,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    col_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    end = tl.load(offset_E1 + E)
+    out_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(inverse_TK + token * K + k)
+        mask_D = (col_D < D) & (row < end)
+        y_D = tl.load(y_ptr + row.to(tl.int64) * D + col_D, mask=mask_D, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            # An absent expert's weight may be anything, and 0 * inf is not 0.
+            y_D *= tl.load(weight_ptr + token * K + k, mask=row < end, other=0.0).to(tl.float32)
+        out_D += y_D
+    tl.store(out_ptr + token * D + col_D, out_D.to(out_ptr.dtype.element_ty), mask=col_D < D)
+
+
+@triton.jit
+def zero_padding_kernel(
+    out_ptr,  # (M, D), contiguous
+    offset_E1,  # (E + 1,)
+    M,
+    D,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Zeros in the rows past the last expert's, which no GEMM writes."""
+    row_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.load(offset_E1 + E)
+    if tl.program_id(0) * BLOCK_M + BLOCK_M <= start:
+        return
+    mask_M = (row_M >= start) & (row_M < M)
+    zero_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=out_ptr.dtype.element_ty)
+    for col in range(0, D, BLOCK_D):
+        col_D = col + tl.arange(0, BLOCK_D)
+        out_ptrs = out_ptr + row_M.to(tl.int64)[:, None] * D + col_D[None, :]
+        tl.store(out_ptrs, zero_MD, mask=mask_M[:, None] & (col_D < D)[None, :])
