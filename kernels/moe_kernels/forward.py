@@ -81,15 +81,19 @@ def experts_forward_triton(
 
 def gate_and_up_offset(w13: Tensor, w3: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, int]:
     """The gate projections (or the fused ones, which begin with them) in ``dtype``, contiguous, and the elements from
-    one of them to the same element of the up projections: no concatenated copy of separate weights is made.
+    one of them to the same element of the up projections: separate weights need no concatenated copy.
 
-    The caller keeps the first tensor and ``w3`` alive until its launches are queued.
+    ``w3`` must outlive the use of the result; a copy of it lives as long as the first tensor.
     """
-    w13 = w13.to(dtype).contiguous()
     if w3 is None:
+        w13 = w13.to(dtype).contiguous()
         return w13, w13.shape[1] // 2 * w13.shape[2]
-    w3 = w3.to(dtype).contiguous()
-    return w13, (w3.data_ptr() - w13.data_ptr()) // w13.element_size()
+    if w13.dtype == w3.dtype == dtype and w13.is_contiguous() and w3.is_contiguous():
+        return w13, (w3.data_ptr() - w13.data_ptr()) // w13.element_size()
+    both = w13.new_empty((2, *w13.shape), dtype=dtype)
+    both[0].copy_(w13)
+    both[1].copy_(w3)
+    return both[0], both[0].numel()
 
 
 def row_tile_launch(

@@ -1,0 +1,479 @@
+"""The Triton forward against fp64: every output, every edge. Run by ``test_interpreted.py``."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_kernels import experts_reference, forward
+from moe_kernels.config import Tile
+from moe_kernels.forward_kernels import combine_kernel, down_kernel, up_kernel, zero_padding_kernel
+from moe_kernels.routing import Routing, build_routing
+from problems import Problem, Spread, assert_as_accurate_as_torch, make_problem, relative_error
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = Tile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2, group_m=2)
+# (T, E, K, D, F)
+SHAPES: list[tuple[tuple[int, int, int, int, int], Spread]] = [
+    ((64, 8, 2, 64, 48), "uniform"),
+    ((33, 12, 4, 40, 12), "uniform"),
+    ((70, 4, 2, 97, 47), "uniform"),
+    ((1, 4, 4, 17, 5), "uniform"),
+    ((40, 6, 1, 32, 16), "first half"),
+    ((9, 3, 3, 16, 1), "uniform"),
+    ((6, 1, 1, 1, 8), "uniform"),
+    ((5, 32, 2, 24, 8), "uniform"),
+    ((150, 3, 1, 33, 20), "one expert"),
+    ((0, 4, 2, 16, 8), "uniform"),
+]
+
+
+@pytest.fixture
+def poisoned_memory() -> Any:
+    """What is allocated but not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).new_empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(p: Problem, *, experts: int, keep_hidden: bool = True, **changes: Any) -> tuple[Tensor, Tensor, Routing]:
+    """Output, hidden and routing of the layer on a problem, with some of its tensors changed."""
+    given_tensors = {name: tensor.to(DEVICE) for name, tensor in vars(p).items()} | changes
+    routing = build_routing(given_tensors["top_k_index_TK"], experts=experts)
+    out, hidden = forward.experts_forward_triton(
+        given_tensors["x_TD"],
+        given_tensors["w13_EGD"],
+        given_tensors.get("w3"),
+        given_tensors["w2_EDF"],
+        weights_TK=given_tensors["top_k_weights_TK"],
+        routing=routing,
+        keep_hidden=keep_hidden,
+    )
+    return out, hidden, routing
+
+
+def torch_layer(p: Problem, dtype: torch.dtype, *, flat_M: Tensor) -> dict[str, Tensor]:
+    """The output of the oracle in ``dtype``, and its pre-activations in the order of ``flat_M``."""
+    q = p.rounded(dtype)
+    out = experts_reference(q.x_TD, q.w13_EGD, q.w2_EDF, q.top_k_index_TK, q.top_k_weights_TK)
+    token_M = flat_M.long() // q.top_k_index_TK.shape[1]
+    w13_MGD = q.w13_EGD[q.top_k_index_TK.reshape(-1)[flat_M.long()]]
+    return {"out": out, "hidden": (w13_MGD @ q.x_TD[token_M].unsqueeze(2)).squeeze(2)}
+
+
+def assert_accurate(p: Problem, dtype: torch.dtype, *, experts: int) -> None:
+    p = p.rounded(dtype)
+    out, hidden, routing = run(p, experts=experts)
+    assert routing.flat_M is not None
+    flat_M = routing.flat_M.cpu()
+    # The interpreter truncates fp32 -> bf16 where a GPU rounds to nearest: one more unit in the last place.
+    slack = torch.finfo(dtype).eps * (1 if dtype is torch.bfloat16 and INTERPRETED else 0.5)
+    assert out.dtype == hidden.dtype == dtype
+    assert_as_accurate_as_torch(
+        {"out": out.cpu(), "hidden": hidden.cpu()},
+        plain=torch_layer(p, dtype, flat_M=flat_M),
+        exact=torch_layer(p, torch.float64, flat_M=flat_M),
+        slack=slack,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "spread"), SHAPES)
+def test_output_and_hidden_are_as_accurate_as_plain_torch(
+    shape: tuple[int, int, int, int, int], spread: Spread, dtype: torch.dtype, poisoned_memory: None
+) -> None:
+    tokens, experts, top_k, hidden, width = shape
+    p = make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width, spread=spread)
+    assert_accurate(p, dtype, experts=experts)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 6),
+    top_k=st.integers(1, 6),
+    hidden=st.integers(1, 70),
+    width=st.integers(1, 40),
+)
+def test_output_and_hidden_are_as_accurate_as_plain_torch_on_ragged_shapes(
+    tokens: int, experts: int, top_k: int, hidden: int, width: int
+) -> None:
+    p = make_problem(tokens, experts, top_k=min(top_k, experts), hidden=hidden, width=width)
+    assert_accurate(p, torch.float32, experts=experts)
+
+
+@pytest.mark.parametrize("group_m", [1, 3, 8])
+@pytest.mark.parametrize("blocks", [(16, 32, 16), (64, 16, 32), (128, 64, 64)])
+def test_every_tile_computes_the_same(
+    blocks: tuple[int, int, int], group_m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_m, block_n, block_k = blocks
+    shape = Tile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, num_stages=2, group_m=group_m)
+    monkeypatch.setattr(forward, "tile", lambda kernel, **_: shape)
+    assert_accurate(make_problem(60, 3, top_k=2, hidden=40, width=50), torch.float32, experts=3)
+
+
+def test_without_a_backward_nothing_is_kept_and_the_output_is_the_same() -> None:
+    p = make_problem(40, 4, top_k=2, hidden=32, width=16).rounded(torch.float16)
+    out, hidden, _ = run(p, experts=4, keep_hidden=False)
+    assert hidden.numel() == 0
+    assert torch.equal(out, run(p, experts=4)[0])
+
+
+def test_separate_gate_and_up_weights_give_the_bits_of_fused_ones() -> None:
+    p = make_problem(40, 4, top_k=2, hidden=33, width=17).rounded(torch.float32)
+    gate, up = p.w13_EGD.to(DEVICE).chunk(2, dim=1)
+    gate_after_up = torch.cat([up, gate])
+    for w13, w3 in ((gate, up), (gate.contiguous(), up.contiguous()), (gate_after_up[4:], gate_after_up[:4])):
+        out, hidden, _ = run(p, experts=4, w13_EGD=w13, w3=w3)
+        assert torch.equal(out, run(p, experts=4)[0])
+        assert torch.equal(hidden, run(p, experts=4)[1])
+
+
+def test_master_weights_give_the_bits_of_weights_cast_before() -> None:
+    p = make_problem(40, 4, top_k=2, hidden=32, width=16).rounded(torch.float16)
+    masters = {"w13_EGD": p.w13_EGD.float().to(DEVICE), "w2_EDF": p.w2_EDF.float().to(DEVICE)}
+    assert torch.equal(run(p, experts=4, **masters)[0], run(p, experts=4)[0])
+
+
+@pytest.mark.parametrize("layout", ["rows apart", "transposed", "one row for all"])
+def test_strided_tokens_give_the_bits_of_contiguous_ones(layout: str) -> None:
+    p = make_problem(24, 4, top_k=2, hidden=32, width=16).rounded(torch.float32)
+    x_TD = p.x_TD.to(DEVICE)
+    if layout == "rows apart":
+        strided = torch.full((24, 50), float("nan"), device=DEVICE)[:, 9:41].copy_(x_TD)
+    elif layout == "transposed":
+        strided = x_TD.t().contiguous().t()
+    else:
+        strided = x_TD[:1].expand(24, 32)
+    assert torch.equal(run(p, experts=4, x_TD=strided)[0], run(p, experts=4, x_TD=strided.clone())[0])
+
+
+def test_absent_experts_add_nothing_and_their_rows_are_never_read(poisoned_memory: None) -> None:
+    p = make_problem(50, 8, top_k=3, hidden=40, width=20).rounded(torch.float32)
+    index_TK, weights_TK = p.top_k_index_TK.clamp(max=5), p.top_k_weights_TK.clone()
+    absent_TK = p.top_k_index_TK > 4
+    weights_TK[absent_TK] = float("inf")
+    here = {"w13_EGD": p.w13_EGD[:5].to(DEVICE), "w2_EDF": p.w2_EDF[:5].to(DEVICE)}
+    routed = {"top_k_index_TK": index_TK.to(DEVICE), "top_k_weights_TK": weights_TK.to(DEVICE)}
+    out, hidden, _ = run(p, experts=5, **here, **routed)
+    q = p.rounded(torch.float64)
+    present_TK = q.top_k_weights_TK.masked_fill(absent_TK, 0)
+    exact = experts_reference(q.x_TD, q.w13_EGD, q.w2_EDF, q.top_k_index_TK, present_TK)
+    assert relative_error(out.cpu(), exact) < 1e-6
+    assert hidden.isnan().all(1).sum() == absent_TK.sum()
+
+
+def test_with_every_expert_absent_the_output_is_zero(poisoned_memory: None) -> None:
+    p = make_problem(20, 2, top_k=2, hidden=16, width=8).rounded(torch.float32)
+    out, _, _ = run(p, experts=2, top_k_index_TK=torch.full((20, 2), 2, device=DEVICE))
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 70, 1], [0, 0, 0, 0], [80, 0, 0, 0], [16, 16, 16, 32]])
+def test_rows_that_come_sorted_match_the_oracle_and_their_padding_is_zero(
+    counts: list[int], poisoned_memory: None
+) -> None:
+    p = make_problem(80, 4, top_k=1, hidden=24, width=12).rounded(torch.float32)
+    rows = sum(counts)
+    x_MD = p.x_TD.to(DEVICE)
+    x_MD[rows:] = float("nan")
+    offset_E1 = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    out, hidden = forward.experts_forward_triton(
+        x_MD,
+        p.w13_EGD.to(DEVICE),
+        None,
+        p.w2_EDF.to(DEVICE),
+        weights_TK=None,
+        routing=Routing(top_k=1, offset_E1=offset_E1),
+        keep_hidden=True,
+    )
+    q = p.rounded(torch.float64)
+    index_M1 = torch.arange(4).repeat_interleave(torch.tensor(counts))[:, None]
+    exact = experts_reference(q.x_TD[:rows], q.w13_EGD, q.w2_EDF, index_M1, torch.ones(rows, 1, dtype=torch.float64))
+    assert relative_error(out[:rows].cpu(), exact) < 1e-6
+    assert (out[rows:] == 0).all()
+    assert hidden.shape == (80, 24)
+
+
+def test_memory_around_the_inputs_never_reaches_the_result() -> None:
+    p = make_problem(21, 3, top_k=2, hidden=19, width=11).rounded(torch.float32)
+
+    def amid_nan(tensor: Tensor) -> Tensor:
+        """A contiguous copy with NaN before and behind it."""
+        buffer = torch.full((tensor.numel() + 8192,), float("nan"), device=DEVICE)
+        return buffer[4096:-4096].view(tensor.shape).copy_(tensor)
+
+    names = ("x_TD", "w13_EGD", "w2_EDF", "top_k_weights_TK")
+    out, hidden, _ = run(p, experts=3, **{name: amid_nan(getattr(p, name)) for name in names})
+    assert torch.equal(out, run(p, experts=3)[0])
+    assert torch.equal(hidden, run(p, experts=3)[1])
+
+
+def test_a_token_or_an_expert_of_nan_spoils_no_other() -> None:
+    p = make_problem(40, 4, top_k=1, hidden=24, width=12).rounded(torch.float32)
+    x_TD, w13_EGD = p.x_TD.to(DEVICE).clone(), p.w13_EGD.to(DEVICE).clone()
+    x_TD[0] = float("nan")
+    w13_EGD[2] = float("inf")
+    out, _, _ = run(p, experts=4, x_TD=x_TD, w13_EGD=w13_EGD)
+    spoiled = p.top_k_index_TK[:, 0] == 2
+    spoiled[0] = True
+    assert torch.equal(out[~spoiled.to(DEVICE)], run(p, experts=4)[0][~spoiled.to(DEVICE)])
+
+
+class Canary:
+    """A tensor inside a larger buffer, whose remainder must keep its value."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        size = torch.Size(shape).numel()
+        self.buffer = torch.full((size + 8192,), 12345.0, dtype=dtype, device=DEVICE)
+        self.tensor = self.buffer[4096 : 4096 + size].view(shape)
+
+    def assert_alive(self, *, written: int) -> None:
+        """Only the first ``written`` rows have changed, and all of them."""
+        end = 4096 + written * self.tensor.stride(0)
+        assert (self.buffer[:4096] == 12345).all()
+        assert (self.buffer[end:] == 12345).all()
+        assert (self.buffer[4096:end] != 12345).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [SMALL, Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=2, group_m=8)]
+)
+def test_the_kernels_write_their_rows_and_nothing_else(shape: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "tile", lambda kernel, **_: shape)
+    tokens, experts, top_k, hidden, width = 37, 3, 2, 21, 13
+    rows, p = tokens * top_k, make_problem(37, 5, top_k=2, hidden=21, width=13).rounded(torch.float32)
+    index_TK = p.top_k_index_TK.clamp(max=3).to(DEVICE)  # the last two experts are absent
+    routing = build_routing(index_TK, experts=experts)
+    here = int((index_TK < 3).sum())
+    hidden_MG, act_MF, y_MD = Canary(rows, 2 * width), Canary(rows, width), Canary(rows, hidden)
+    out_TD, padded_MD = Canary(tokens, hidden), Canary(rows, hidden)
+    x_TD, w13, w2_EDF = (t.to(DEVICE) for t in (p.x_TD, p.w13_EGD, p.w2_EDF))
+    grid, launch = forward.row_tile_launch("up", routing, rows=rows, columns=width, depth=hidden, like=x_TD)
+    up_kernel[grid](
+        x_ptr=x_TD,
+        w13_ptr=w13,
+        hidden_ptr=hidden_MG.tensor,
+        act_ptr=act_MF.tensor,
+        flat_M=routing.flat_M,
+        stride_xt=hidden,
+        stride_we=2 * width * hidden,
+        up_offset=width * hidden,
+        D=hidden,
+        F=width,
+        K=top_k,
+        **launch,
+    )
+    hidden_MG.assert_alive(written=here)
+    act_MF.assert_alive(written=here)
+    grid, launch = forward.row_tile_launch("down", routing, rows=rows, columns=hidden, depth=width, like=x_TD)
+    down_kernel[grid](act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, **launch)
+    act_MF.assert_alive(written=here)
+    y_MD.assert_alive(written=here)
+    weights_TK = p.top_k_weights_TK.to(DEVICE)
+    forward.combine(y_MD.tensor, out_TD.tensor, weights_TK=weights_TK, routing=routing)
+    out_TD.assert_alive(written=tokens)
+    forward.zero_padding(padded_MD.tensor, routing)
+    assert (padded_MD.tensor[here:] == 0).all()
+    padded_MD.tensor[here:] = 12345
+    padded_MD.assert_alive(written=0)
+
+
+def test_equal_inputs_give_equal_bits() -> None:
+    p = make_problem(40, 6, top_k=3, hidden=48, width=24).rounded(torch.float32)
+    first, second = run(p, experts=6), run(p, experts=6)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_relabelled_experts_give_the_same_output() -> None:
+    p = make_problem(40, 6, top_k=3, hidden=48, width=24).rounded(torch.float32)
+    label_E = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    relabelled = {
+        "w13_EGD": p.w13_EGD[label_E.argsort()].to(DEVICE),
+        "w2_EDF": p.w2_EDF[label_E.argsort()].to(DEVICE),
+        "top_k_index_TK": label_E[p.top_k_index_TK].to(DEVICE),
+    }
+    assert relative_error(run(p, experts=6, **relabelled)[0], run(p, experts=6)[0]) < 1e-6
+
+
+def test_permuted_tokens_give_the_permuted_output() -> None:
+    p = make_problem(40, 6, top_k=3, hidden=48, width=24).rounded(torch.float32)
+    order_T = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    names = ("x_TD", "top_k_index_TK", "top_k_weights_TK")
+    permuted = run(p, experts=6, **{name: getattr(p, name)[order_T].to(DEVICE) for name in names})[0]
+    assert relative_error(permuted, run(p, experts=6)[0][order_T.to(DEVICE)]) < 1e-6
+
+
+def test_k_rows_of_a_token_are_added_in_the_order_of_k() -> None:
+    y_MD = torch.tensor([[1.0], [1e8], [-1e8], [1.0]], device=DEVICE)
+    out_TD = torch.empty(1, 1, device=DEVICE)
+    routing = Routing(
+        top_k=4,
+        offset_E1=torch.tensor([0, 4], dtype=torch.int32, device=DEVICE),
+        inverse_TK=torch.tensor([[1, 0, 2, 3]], dtype=torch.int32, device=DEVICE),
+    )
+    forward.combine(y_MD, out_TD, weights_TK=None, routing=routing)
+    assert out_TD.item() == 1.0  # ((1e8 + 1) - 1e8) + 1 in fp32
+
+
+# Past 2^31 elements. Memory is mapped but not touched: only a few pages of these gigabytes exist.
+
+FAR = 2**30
+
+
+def far_tile(row: int, *, rows: int, expert: int, experts: int) -> dict[str, Any]:
+    """The shared arguments of a launch with one row tile of one expert."""
+    offset_E1 = torch.full((experts + 1,), row, dtype=torch.int32)
+    offset_E1[expert + 1 :] = row + rows
+    index = {"tile_expert_B": torch.tensor([expert]), "tile_row_B": torch.tensor([row]), "offset_E1": offset_E1}
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 1, "INTERPRETED": INTERPRETED}
+    return {k: v.int().to(DEVICE) for k, v in index.items()} | blocks | {"n_row_tiles": 1, "E": experts}
+
+
+def half(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float16, device=DEVICE)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(torch.float16).to(DEVICE)
+
+
+def assert_close(got: Tensor, exact: Tensor) -> None:
+    assert relative_error(got, exact) < torch.finfo(torch.float16).eps
+
+
+def test_rows_past_two_billion_elements_are_found() -> None:
+    row, wide, narrow = 2**20, 2048, 16
+    x_MD, w13, w2 = half(row + 16, narrow), normal(1, 2 * wide, narrow) / 4, normal(1, wide, narrow)
+    hidden_MG, act_MF = half(row // 2 + 8, 4 * wide).view(-1, 2 * wide), half(row + 16, wide)
+    x_MD[row : row + 10] = normal(10, narrow)
+    up_kernel[(wide // 16,)](
+        x_ptr=x_MD,
+        w13_ptr=w13,
+        hidden_ptr=hidden_MG,
+        act_ptr=act_MF,
+        flat_M=None,
+        n_col_tiles=wide // 16,
+        stride_xt=narrow,
+        stride_we=2 * wide * narrow,
+        up_offset=wide * narrow,
+        D=narrow,
+        F=wide,
+        K=1,
+        **far_tile(row, rows=10, expert=0, experts=1),
+    )
+    exact = x_MD[row : row + 10].double() @ w13[0].double().t()
+    assert_close(hidden_MG[row : row + 10], exact)
+    act = torch.nn.functional.silu(exact[:, :wide]) * exact[:, wide:]
+    assert_close(act_MF[row : row + 10], act)
+    narrow_act_MF, y_MD = half(row + 16, narrow), half(row + 16, wide)
+    narrow_act_MF[row : row + 10] = normal(10, narrow)
+    down_kernel[(wide // 16,)](
+        act_ptr=narrow_act_MF,
+        w2_ptr=w2,
+        y_ptr=y_MD,
+        n_col_tiles=wide // 16,
+        D=wide,
+        F=narrow,
+        **far_tile(row, rows=10, expert=0, experts=1),
+    )
+    assert_close(y_MD[row : row + 10], narrow_act_MF[row : row + 10].double() @ w2[0].double().t())
+
+
+def test_experts_past_two_billion_elements_are_found() -> None:
+    depth, width = 2**14, 2**15
+    x_TD, w13, w2 = normal(10, depth) / 128, half(3, 2 * width, depth), half(3, 2**16, depth)
+    for rows in (w13[2, :16], w13[2, width : width + 16], w2[2, :16]):
+        rows.copy_(normal(16, depth))
+    hidden_MG, act_MF, y_MD = half(16, 2 * width), half(16, width), half(16, 2**16)
+
+    def launch_up(expert: int, up_offset: int) -> Tensor:
+        up_kernel[(1,)](
+            x_ptr=x_TD,
+            w13_ptr=w13,
+            hidden_ptr=hidden_MG,
+            act_ptr=act_MF,
+            flat_M=None,
+            n_col_tiles=1,
+            stride_xt=depth,
+            stride_we=FAR,
+            up_offset=up_offset,
+            D=depth,
+            F=width,
+            K=1,
+            **far_tile(0, rows=10, expert=expert, experts=3),
+        )
+        return torch.cat([hidden_MG[:10, :16], hidden_MG[:10, width : width + 16]], 1)
+
+    exact = x_TD.double() @ torch.cat([w13[2, :16], w13[2, width : width + 16]]).double().t()
+    assert_close(launch_up(2, width * depth), exact)
+    w13[0, :16] = w13[2, width : width + 16]
+    assert_close(launch_up(0, 2 * FAR), exact.roll(16, 1))
+    down_kernel[(1,)](
+        act_ptr=x_TD,
+        w2_ptr=w2,
+        y_ptr=y_MD,
+        n_col_tiles=1,
+        D=2**16,
+        F=depth,
+        **far_tile(0, rows=10, expert=2, experts=3),
+    )
+    assert_close(y_MD[:10, :16], x_TD.double() @ w2[2, :16].double().t())
+
+
+def test_tokens_past_two_billion_elements_are_found() -> None:
+    x_TD, y_MD, out_TD = half(3, FAR), half(3, FAR), half(3, FAR)
+    x_TD[:, :16], y_MD[:, :64] = normal(3, 16), normal(3, 64)
+    w13, act_MF = normal(1, 32, 16) / 4, half(16, 16)
+    up_kernel[(1,)](
+        x_ptr=x_TD,
+        w13_ptr=w13,
+        hidden_ptr=None,
+        act_ptr=act_MF,
+        flat_M=torch.tensor([4, 2, 1], dtype=torch.int32, device=DEVICE),
+        n_col_tiles=1,
+        stride_xt=FAR,
+        stride_we=0,
+        up_offset=256,
+        D=16,
+        F=16,
+        K=2,
+        **far_tile(0, rows=3, expert=0, experts=1),
+    )
+    gate, up = (x_TD[[2, 1, 0], :16].double() @ w13[0].double().t()).chunk(2, 1)
+    assert_close(act_MF[:3], torch.nn.functional.silu(gate) * up)
+    combine_kernel[(3, 1)](
+        y_ptr=y_MD,
+        weight_ptr=None,
+        out_ptr=out_TD,
+        inverse_TK=torch.tensor([1, 2, 0], dtype=torch.int32, device=DEVICE),
+        offset_E1=torch.tensor([0, 3], dtype=torch.int32, device=DEVICE),
+        D=FAR,
+        E=1,
+        K=1,
+        BLOCK_D=64,
+    )
+    assert torch.equal(out_TD[:, :64], y_MD[[1, 2, 0], :64])
+
+
+def test_padding_past_two_billion_elements_is_zeroed() -> None:
+    out_MD = half(2**9 + 2, 2**22)
+    out_MD[-2:] = 1
+    zero_padding_kernel[(2**9 + 2,)](
+        out_ptr=out_MD,
+        offset_E1=torch.tensor([0, 2**9 + 1], dtype=torch.int32, device=DEVICE),
+        M=2**9 + 2,
+        D=2**22,
+        E=1,
+        BLOCK_M=1,
+        BLOCK_D=2**20,
+    )
+    assert (out_MD[-1] == 0).all()
+    assert (out_MD[-2] == 1).all()
