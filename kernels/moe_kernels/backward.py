@@ -186,7 +186,6 @@ def _weight_gradient(
 def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, tokens: int, routing: Routing) -> Tensor:
     """dx (T, D): one row for each routed row, then the sum of each token's K rows."""
     rows, model_dim, width = grad_hidden_MG.shape[0], w13.shape[2], grad_hidden_MG.shape[1] // 2
-    w3 = None if w3 is None else w3.to(grad_hidden_MG.dtype).contiguous()
     gate, up_offset = gate_and_up_offset(w13, w3, dtype=grad_hidden_MG.dtype)
     grad_x_TD = grad_hidden_MG.new_empty((tokens, model_dim))
     dx_MD = grad_x_TD if routing.flat_M is None else grad_hidden_MG.new_empty((rows, model_dim))

@@ -18,10 +18,61 @@ tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M*D p
 import triton
 import triton.language as tl
 
-from .tiles import dot, row_tile
+from .tiles import dot, row_tile_start
 
 
 @triton.jit
+def _swiglu_backward(
+    grad_act,  # (BLOCK_M, COLUMNS) fp32
+    weight_M,
+    row_M,
+    mask_M,
+    col,
+    hidden_ptr,
+    act_scaled_ptr,
+    grad_hidden_ptr,
+    F,
+    COLUMNS: tl.constexpr,
+):
+    """Stores act_scaled and grad_hidden of a tile from column ``col`` on; returns its row sums of ``dA' * act``. The
+    pointers are those of the tile's first row: offsets within it fit in int32, and in fewer registers.
+
+    The accumulator is halved down to 32 columns: then the temporaries fit in registers beside the rest of it, and one
+    change of layout, that of the piece, makes every load and store 16 bytes wide.
+    """
+    if COLUMNS > 32:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(grad_act, (grad_act.shape[0], 2, HALF)), (0, 2, 1)))
+        left_M = _swiglu_backward(
+            left, weight_M, row_M, mask_M, col, hidden_ptr, act_scaled_ptr, grad_hidden_ptr, F, HALF
+        )
+        right_M = _swiglu_backward(
+            right, weight_M, row_M, mask_M, col + HALF, hidden_ptr, act_scaled_ptr, grad_hidden_ptr, F, HALF
+        )
+        partial_M = left_M + right_M
+    else:
+        col_N = col + tl.arange(0, COLUMNS)
+        mask = mask_M[:, None] & (col_N < F)[None, :]
+        gate_at = (row_M * (2 * F))[:, None] + col_N[None, :]
+        gate = tl.load(hidden_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(hidden_ptr + F + gate_at, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        act = silu * up
+        partial_M = tl.sum(grad_act * act, axis=1)
+        if act_scaled_ptr is not None:
+            act_scaled = (act * weight_M[:, None]).to(act_scaled_ptr.dtype.element_ty)
+            tl.store(act_scaled_ptr + row_M[:, None] * F + col_N[None, :], act_scaled, mask=mask)
+        if grad_hidden_ptr is not None:
+            grad_act = grad_act * weight_M[:, None]
+            grad_up = (grad_act * silu).to(grad_hidden_ptr.dtype.element_ty)
+            tl.store(grad_hidden_ptr + F + gate_at, grad_up, mask=mask)
+            grad_gate = grad_act * up * (sigmoid + silu * (1 - sigmoid))
+            tl.store(grad_hidden_ptr + gate_at, grad_gate.to(grad_hidden_ptr.dtype.element_ty), mask=mask)
+    return partial_M
+
+
+@triton.jit(do_not_specialize=["n_row_tiles", "n_col_tiles", "E"])
 def down_backward_kernel(
     grad_out_ptr,  # (T, D), unit stride along D
     w2_ptr,  # (E, D, F), contiguous
@@ -30,71 +81,67 @@ def down_backward_kernel(
     ds_partial_ptr,  # (M, n_col_tiles) fp32; None: not needed
     act_scaled_ptr,  # (M, F), contiguous; None: not needed
     grad_hidden_ptr,  # (M, G) [gate | up], contiguous; None: not needed
-    flat_M,  # None: row m is token m
-    offset_E1,
-    tile_expert_B,
-    tile_row_B,
+    flat_M,  # (M,); None: row m is token m
+    tile_expert_B,  # (B,)
+    tile_row_B,  # (B,)
+    offset_E1,  # (E + 1,)
+    n_row_tiles,
+    n_col_tiles,
     stride_gt,
     D,
     F,
     E,
     K,
-    n_row_tiles,
-    n_col_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    expert, row_M, end, col_tile = row_tile(
-        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M, GROUP_M
+    expert, first_row, end, col_tile = row_tile_start(
+        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
     )
     if expert >= E:
         return
-    mask_M = row_M < end
-    flat = row_M if flat_M is None else tl.load(flat_M + row_M, mask=mask_M, other=0)
-    col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_N = col_N < F
+    row_M = tl.arange(0, BLOCK_M)
+    mask_M = row_M < end - first_row
+    flat = first_row + row_M
+    if flat_M is not None:
+        flat = tl.load(flat_M + flat, mask=mask_M, other=0)
     grad_act = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if ds_partial_ptr is not None or grad_hidden_ptr is not None:
         depth_K = tl.arange(0, BLOCK_K)
+        col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         grad_out_ptrs = grad_out_ptr + (flat // K)[:, None].to(tl.int64) * stride_gt + depth_K[None, :]
         w2_ptrs = w2_ptr + expert.to(tl.int64) * D * F + depth_K[:, None] * F + col_N[None, :]
         for start in range(0, D, BLOCK_K):
             mask_K = depth_K < D - start
             grad_out = tl.load(grad_out_ptrs, mask=mask_M[:, None] & mask_K[None, :], other=0.0)
-            w2 = tl.load(w2_ptrs, mask=mask_K[:, None] & mask_N[None, :], other=0.0)
+            w2 = tl.load(w2_ptrs, mask=mask_K[:, None] & (col_N < F)[None, :], other=0.0)
             grad_act = dot(grad_out, w2, grad_act, INTERPRETED)
             grad_out_ptrs += BLOCK_K
             w2_ptrs += BLOCK_K * F
-
-    mask = mask_M[:, None] & mask_N[None, :]
-    row_M = row_M.to(tl.int64)
-    in_hidden = row_M[:, None] * (2 * F) + col_N[None, :]
-    gate = tl.load(hidden_ptr + in_hidden, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + in_hidden + F, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+    weight_M = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
+    if weights_ptr is not None:
+        weight_M = tl.load(weights_ptr + flat, mask=mask_M, other=0.0).to(tl.float32)
+    first_row = first_row.to(tl.int64)
+    partial_M = _swiglu_backward(
+        grad_act,
+        weight_M,
+        row_M,
+        mask_M,
+        col_tile * BLOCK_N,
+        hidden_ptr + first_row * (2 * F),
+        None if act_scaled_ptr is None else act_scaled_ptr + first_row * F,
+        None if grad_hidden_ptr is None else grad_hidden_ptr + first_row * (2 * F),
+        F,
+        BLOCK_N,
+    )
     if ds_partial_ptr is not None:
-        partial = tl.sum(grad_act * silu * up, axis=1)
-        tl.store(ds_partial_ptr + row_M * n_col_tiles + col_tile, partial, mask=mask_M)
-    if weights_ptr is None:
-        weight = 1.0
-    else:
-        weight = tl.load(weights_ptr + flat, mask=mask_M, other=0.0).to(tl.float32)[:, None]
-    if act_scaled_ptr is not None:
-        act_scaled = (silu * up * weight).to(act_scaled_ptr.dtype.element_ty)
-        tl.store(act_scaled_ptr + row_M[:, None] * F + col_N[None, :], act_scaled, mask=mask)
-    if grad_hidden_ptr is not None:
-        element = grad_hidden_ptr.dtype.element_ty
-        grad_act = grad_act * weight
-        tl.store(grad_hidden_ptr + in_hidden + F, (grad_act * silu).to(element), mask=mask)
-        grad_gate = grad_act * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(grad_hidden_ptr + in_hidden, grad_gate.to(element), mask=mask)
+        tl.store(ds_partial_ptr + (first_row + row_M) * n_col_tiles + col_tile, partial_M, mask=mask_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_row_tiles", "n_col_tiles", "E"])
 def x_gradient_kernel(
     grad_hidden_ptr,  # (M, G) [gate | up], contiguous
     w13_ptr,  # gate rows (E, F, D), stride_we from expert to expert; up rows lie up_offset further
@@ -115,35 +162,38 @@ def x_gradient_kernel(
     GROUP_M: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    expert, row_M, end, col_tile = row_tile(
-        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M, GROUP_M
+    expert, first_row, end, col_tile = row_tile_start(
+        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
     )
     if expert >= E:
         return
-    mask_M = row_M < end
-    row_M = row_M.to(tl.int64)
+    row_M = tl.arange(0, BLOCK_M)
+    mask_M = row_M < end - first_row
+    first_row = first_row.to(tl.int64)
     col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_N = col_N < D
     depth_K = tl.arange(0, BLOCK_K)
-    grad_hidden_ptrs = grad_hidden_ptr + row_M[:, None] * (2 * F) + depth_K[None, :]
-    w13_ptrs = w13_ptr + expert.to(tl.int64) * stride_we + depth_K[:, None].to(tl.int64) * D + col_N[None, :]
+    grad_hidden_ptrs = grad_hidden_ptr + first_row * (2 * F) + row_M[:, None] * (2 * F) + depth_K[None, :]
+    w13_ptrs = w13_ptr + expert.to(tl.int64) * stride_we + depth_K[:, None] * D + col_N[None, :]
     dx = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(F, BLOCK_K)
     # One product a step, gate rows first: two products into one accumulator miscompile on Blackwell.
     for step in range(2 * steps):
-        half = step // steps
+        half = tl.where(step < steps, 0, 1)
         start = (step - half * steps) * BLOCK_K
         mask_K = depth_K < F - start
         grad_hidden = tl.load(grad_hidden_ptrs + half * F + start, mask=mask_M[:, None] & mask_K[None, :], other=0.0)
         w13 = tl.load(
-            w13_ptrs + half.to(tl.int64) * up_offset + start * D, mask=mask_K[:, None] & mask_N[None, :], other=0.0
+            w13_ptrs + half.to(tl.int64) * up_offset + start.to(tl.int64) * D,
+            mask=mask_K[:, None] & mask_N[None, :],
+            other=0.0,
         )
         dx = dot(grad_hidden, w13, dx, INTERPRETED)
-    dx_ptrs = dx_ptr + row_M[:, None] * D + col_N[None, :]
+    dx_ptrs = dx_ptr + first_row * D + row_M[:, None] * D + col_N[None, :]
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_M[:, None] & mask_N[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_row_tiles", "n_col_tiles"])
 def weight_gradient_kernel(
     left_ptr,  # (M or T, R), unit stride along R
     right_ptr,  # (M or T, C), unit stride along C
@@ -156,9 +206,9 @@ def weight_gradient_kernel(
     jump,
     R,
     C,
-    K,
     n_row_tiles,
     n_col_tiles,
+    K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -206,7 +256,7 @@ def weight_gradient_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "E", "n_col_tiles"])
 def router_gradient_kernel(
     ds_partial_ptr,  # (M, n_col_tiles) fp32, contiguous
     ds_ptr,  # (T, K), contiguous
