@@ -3,15 +3,17 @@
 Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from moe_kernels.reference import experts_reference
 from torch import Tensor
 
 Layer = Callable[..., Tensor]
 Spread = Literal["uniform", "one expert", "first half"]
+INPUTS = ("x_TD", "w13_EGD", "w2_EDF", "top_k_weights_TK")
 NAMES = ("out", "dx", "dw13", "dw2", "dweights")
 
 
@@ -24,20 +26,31 @@ class Problem:
     top_k_weights_TK: Tensor
     grad_out_TD: Tensor
 
-    def run(self, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The output and the four gradients, by name, with every floating input cast to ``dtype``."""
+    def run(
+        self, layer: Layer, dtype: torch.dtype, *, device: str = "cpu", wanted: Collection[str] = NAMES[1:]
+    ) -> dict[str, Tensor]:
+        """The output and the gradients, by name, with every floating input cast to ``dtype``; all back on CPU.
+
+        Inputs whose gradient is not wanted do not require one.
+        """
         leaves = [
-            tensor.detach().clone().to(dtype).requires_grad_()
-            for tensor in (self.x_TD, self.w13_EGD, self.w2_EDF, self.top_k_weights_TK)
+            getattr(self, name).detach().clone().to(device, dtype).requires_grad_(gradient in wanted)
+            for name, gradient in zip(INPUTS, NAMES[1:], strict=True)
         ]
-        out = layer(leaves[0], leaves[1], leaves[2], self.top_k_index_TK, leaves[3])
-        grads = torch.autograd.grad(out, leaves, self.grad_out_TD.to(out.dtype))
-        return dict(zip(NAMES, (out.detach(), *grads), strict=True))
+        out = layer(leaves[0], leaves[1], leaves[2], self.top_k_index_TK.to(device), leaves[3])
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = torch.autograd.grad(out, needed, self.grad_out_TD.to(device, out.dtype)) if needed else ()
+        names = [gradient for gradient in NAMES[1:] if gradient in wanted]
+        return {"out": out.detach().cpu()} | {n: g.cpu() for n, g in zip(names, grads, strict=True)}
 
     def rounded(self, dtype: torch.dtype) -> "Problem":
         """The same problem with inputs that ``dtype`` can hold, so that fp64 sees exactly what the kernel sees."""
         cast = {name: tensor.to(dtype) for name, tensor in vars(self).items() if tensor.is_floating_point()}
         return Problem(top_k_index_TK=self.top_k_index_TK, **cast)
+
+    def replaced(self, **tensors: Tensor) -> "Problem":
+        """The same problem but for these tensors."""
+        return Problem(**vars(self) | tensors)
 
 
 def make_problem(
@@ -79,3 +92,17 @@ def assert_as_accurate_as_torch(
         assert tensor.shape == exact[name].shape, name
         error, allowed = relative_error(tensor, exact[name]), 1.5 * relative_error(plain[name], exact[name]) + slack
         assert error <= allowed, f"{name}: error {error:.2e} against fp64, allowed {allowed:.2e}"
+
+
+def assert_layer_accurate(problem: Problem, layer: Layer, dtype: torch.dtype, *, slack: float, device: str) -> None:
+    """The error standard for the output and every gradient of ``layer`` against the fp64 oracle.
+
+    ``slack`` is in units of the dtype's eps; in fp64 plain torch is the yardstick itself, hence 32 times that.
+    """
+    p = problem.rounded(dtype)
+    assert_as_accurate_as_torch(
+        p.run(layer, dtype, device=device),
+        plain=p.run(experts_reference, dtype),
+        exact=p.run(experts_reference, torch.float64),
+        slack=torch.finfo(dtype).eps * slack * (32 if dtype is torch.float64 else 1),
+    )

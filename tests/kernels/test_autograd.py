@@ -1,0 +1,175 @@
+"""The experts layer on its CPU paths: gradients, dtypes, strides, compilation, and what is kept for backward."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_properties import (
+    PROPERTIES,
+    Subject,
+    rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways,
+    saved_bytes,
+)
+from moe_kernels.autograd import Path, experts_backward, experts_forward
+from moe_kernels.experts import experts_layer, experts_sorted
+from problems import INPUTS, NAMES, Spread, assert_layer_accurate, make_problem
+from torch import Tensor
+
+PATHS: tuple[Path, ...] = ("sorted", "dense")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+both_paths = pytest.mark.parametrize("path", PATHS)
+
+
+@both_paths
+@pytest.mark.parametrize("property_of_the_layer", PROPERTIES, ids=lambda check: check.__name__)
+def test_a_cpu_path_keeps_what_the_layer_promises(property_of_the_layer: Callable, path: Path) -> None:
+    property_of_the_layer(Subject(path=path, dtype=torch.float64))
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 9),
+    top_k=st.integers(1, 9),
+    hidden=st.integers(1, 40),
+    width=st.integers(1, 30),
+    spread=st.sampled_from(["uniform", "one expert", "first half"]),
+)
+def test_output_and_gradients_are_as_accurate_as_plain_torch_on_ragged_shapes(
+    path: Path, dtype: torch.dtype, tokens: int, experts: int, top_k: int, hidden: int, width: int, spread: Spread
+) -> None:
+    problem = make_problem(
+        tokens, experts, top_k=min(top_k, experts), hidden=hidden, width=width, spread=spread, seed=tokens
+    )
+    # A handful of numbers may cancel, or be exact in one order by luck; a wrong index is an error of order one.
+    assert_layer_accurate(problem, partial(experts_layer, path=path), dtype, slack=4, device="cpu")
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 96, 32, 72, 12), (96, 8, 2, 64, 88), (1, 4, 4, 17, 5), (50, 6, 1, 33, 16), (5, 32, 2, 24, 8)]
+)
+def test_output_and_gradients_are_as_accurate_as_plain_torch_on_model_shapes(
+    path: Path, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
+) -> None:
+    tokens, experts, top_k, hidden, width = shape
+    problem = make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width)
+    assert_layer_accurate(problem, partial(experts_layer, path=path), dtype, slack=0.5, device="cpu")
+
+
+@both_paths
+def test_gradients_agree_with_finite_differences(path: Path) -> None:
+    p = make_problem(5, 4, top_k=2, hidden=6, width=3)
+    leaves = [getattr(p, name).requires_grad_() for name in INPUTS]
+
+    def layer(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor) -> Tensor:
+        return experts_layer(x, w13, w2, p.top_k_index_TK, weights, path=path)
+
+    assert torch.autograd.gradcheck(layer, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(dtype: torch.dtype) -> None:
+    rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(Subject(path="sorted", dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sorted_path_keeps_tokens_pre_activations_and_twelve_bytes_a_row(dtype: torch.dtype) -> None:
+    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
+    kept, weights = saved_bytes(Subject(path="sorted", dtype=dtype), p)
+    rows = 20 * 2
+    offsets = 4 * (4 + 1)
+    assert kept == dtype.itemsize * (20 * 16 + rows * 2 * 8) + 12 * rows + offsets
+    assert [tuple(w.shape) for w in weights] == [(4, 16, 16), (4, 16, 8)]
+
+
+def test_the_dense_path_keeps_tokens_all_pre_activations_and_the_routing() -> None:
+    kept, weights = saved_bytes(
+        Subject(path="dense", dtype=torch.float32), make_problem(20, 4, top_k=2, hidden=16, width=8)
+    )
+    assert kept == 4 * (20 * 16 + 20 * 4 * 2 * 8) + (8 + 4) * 20 * 2
+    assert [tuple(w.shape) for w in weights] == [(4, 16, 16), (4, 16, 8)]
+
+
+@both_paths
+def test_inference_keeps_nothing_and_gives_the_bits_of_training(path: Path) -> None:
+    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
+    tensors = p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_index_TK, p.top_k_weights_TK
+    trained = p.run(partial(experts_layer, path=path), torch.float64)["out"]
+    assert torch.equal(experts_layer(*tensors, path=path), trained)
+    _, *kept = experts_forward(p.x_TD, p.w13_EGD, None, p.w2_EDF, *tensors[3:], None, path, False)
+    assert sum(tensor.numel() for tensor in kept) == 0
+    x = p.x_TD.requires_grad_()
+    with torch.no_grad():
+        assert experts_layer(x, *tensors[1:], path=path).grad_fn is None
+    out, *_ = experts_forward(x, p.w13_EGD, None, p.w2_EDF, *tensors[3:], None, path, False)
+    with pytest.raises(RuntimeError, match="keep=False"):
+        out.sum().backward()
+
+
+def operands(path: Path) -> tuple[object, ...]:
+    p = make_problem(12, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
+    return p.x_TD, p.w13_EGD, None, p.w2_EDF, p.top_k_index_TK, p.top_k_weights_TK, None, path, True
+
+
+@both_paths
+def test_the_forward_operator_is_what_its_schema_and_fake_say(path: Path) -> None:
+    args = [t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands(path)]
+    torch.library.opcheck(experts_forward, args)
+
+
+def test_the_forward_operator_on_sorted_rows_is_what_its_schema_and_fake_say() -> None:
+    x, w13, _, w2, *_ = operands("sorted")
+    gate, up = w13.chunk(2, dim=1)  # type: ignore[attr-defined]
+    offset = torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32)
+    leaves = [t.contiguous().requires_grad_() for t in (x, gate, up, w2)]  # type: ignore[attr-defined]
+    torch.library.opcheck(experts_forward, (*leaves, None, None, offset, "sorted", True))
+
+
+@both_paths
+@pytest.mark.parametrize("needs", [(True, True, True, True), (False, True, False, False)])
+def test_the_backward_operator_is_what_its_schema_and_fake_say(path: Path, needs: tuple[bool, ...]) -> None:
+    x, w13, _, w2, index, weights, *_ = args = operands(path)
+    out, hidden, *routing = experts_forward(*args)
+    found = (index, weights, None, None, None) if path == "dense" else (None, weights, *routing)
+    torch.library.opcheck(experts_backward, (torch.randn_like(out), x, w13, None, w2, hidden, *found, path, *needs))
+
+
+@both_paths
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_a_compiled_layer_gives_the_bits_of_the_eager_one_for_any_number_of_tokens(path: Path, autocast: bool) -> None:
+    def layer(x_TD: Tensor, *rest: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return experts_layer(2 * x_TD, *rest, path=path)
+
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        traced.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (26, 33, 40):
+        p = make_problem(tokens, 6, top_k=3, hidden=24, width=8)
+        eager, got = p.run(layer, torch.float32), p.run(compiled, torch.float32)
+        assert all(torch.equal(got[name], eager[name]) for name in NAMES)
+    assert len(traced) == 1
+
+
+def test_inductor_compiles_the_layer_and_the_sorted_rows() -> None:
+    def step(x: Tensor, w13: Tensor, w2: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        counts_E = torch.bincount(index[:, 0], minlength=4)
+        return experts_layer(x.sin(), w13, w2, index, weights) + experts_sorted(x.cos(), w13, w2, counts_E)
+
+    torch._dynamo.reset()
+    p = make_problem(16, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
+    eager, got = p.run(step, torch.float32), p.run(torch.compile(step), torch.float32)
+    for name in NAMES:
+        torch.testing.assert_close(got[name], eager[name], msg=name)
