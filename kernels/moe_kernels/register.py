@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden, F intermediate width of one expert, E experts, K top-k.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from moe_kernels.experts import experts_layer
 
 NAME = "moe_kernels"
 _WEIGHTS = ("gate_up_proj", "down_proj")
+_PARTS = (*_WEIGHTS, "act_fn", "parametrizations")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What `use_experts_implementation` says of a class: (attribute, its value here, why another is refused).
 _LAYOUT = (
@@ -87,9 +89,9 @@ def unsupported(module: nn.Module) -> str | None:
     down_proj: Any = getattr(module, _WEIGHTS[1], None)
     if not all(isinstance(weight, Tensor) and weight.dtype in _DTYPES for weight in (gate_up_proj, down_proj)):
         return f"{' and '.join(_WEIGHTS)} are not both tensors of float64, float32, float16 or bfloat16"
-    names = [name for name, _ in module.named_parameters() if not name.startswith("parametrizations.")]
-    if extra := sorted(set(names) - set(_WEIGHTS)):
-        return f"its parameters {', '.join(extra)} have no place in silu(gate) * up"
+    parts = chain(module._parameters.items(), module._buffers.items(), module._modules.items())
+    if extra := sorted(name for name, part in parts if part is not None and name not in _PARTS):
+        return f"its {', '.join(extra)} would not be computed, only {', '.join(_WEIGHTS)} and silu(gate) * up"
     experts = gate_up_proj.shape[0]
     if getattr(module, "num_experts", experts) != experts:
         return f"its num_experts is {module.num_experts}, and gate_up_proj holds {experts} experts"
