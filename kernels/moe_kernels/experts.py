@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import moe_kernels.autograd as autograd
 
@@ -94,7 +94,8 @@ def experts_sorted(
 def compute_dtype(x: Tensor, w13: Tensor) -> torch.dtype:
     """The dtype of the GEMMs: autocast's where it is on (never for fp64), otherwise that of the weights."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w13.dtype):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (x.dtype, w13.dtype):
         return torch.get_autocast_dtype(device)
     return w13.dtype
 
@@ -156,56 +157,5 @@ def _check(x: Tensor, w13: Tensor, w3: Tensor | None, w2: Tensor, **routing: Ten
             raise ValueError(f"experts layer: {name} is {tensor.dtype}, expected {kind} dtype")
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The function behind ``experts_implementation="moe_kernels"``.
-
-    Args:
-        self: an experts module of transformers 5: ``gate_up_proj`` (E, 2F, D), ``down_proj`` (E, D, F), ``act_fn``.
-        hidden_states: tokens, (T, D).
-        top_k_index: chosen experts, (T, K).
-        top_k_weights: routing weights, (T, K).
-
-    Returns:
-        (T, D) in the dtype of ``hidden_states``.
-
-    Raises:
-        NotImplementedError: the module has a feature that is not computed here; the message names it and the mend.
-    """
-    reason = unsupported(self)
-    if reason is not None:
-        raise NotImplementedError(
-            f"experts_implementation='moe_kernels' cannot run {type(self).__name__}: {reason}; "
-            "load the model with experts_implementation='grouped_mm' or 'eager'"
-        )
-    gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
-    assert isinstance(gate_up_proj, Tensor)
-    assert isinstance(down_proj, Tensor)
-    return experts_layer(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-
-
-def unsupported(module: nn.Module) -> str | None:
-    """Why ``module`` cannot be computed by this package, or None if it can.
-
-    The flags are those that ``use_experts_implementation`` of transformers 5 sets; one that is absent has its default.
-    """
-    act_fn = getattr(module, "act_fn", None)
-    if act_fn is not F.silu and type(act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        name = getattr(act_fn, "__name__", type(act_fn).__name__)
-        return f"its activation is {name}, and only SiLU (hidden_act='silu') is supported"
-    if not getattr(module, "has_gate", True):
-        return "it has no gate projection (has_gate=False)"
-    if not getattr(module, "is_concatenated", True):
-        return "its gate and up rows are interleaved (is_concatenated=False), and only [gate; up] is supported"
-    apply_gate = getattr(type(module), "_apply_gate", None)
-    if apply_gate is not None and apply_gate.__module__ != "transformers.integrations.moe":
-        return "it overrides _apply_gate, and only silu(gate) * up is supported"
-    refused = {
-        "is_transposed": "its weights are stored transposed",
-        "has_bias": "its projections have biases",
-        "has_post_expert_norm": "it normalises the output of each expert",
-        "_is_expert_parallel": "expert parallelism marks absent experts by sentinel indices",
-    }
-    for flag, reason in refused.items():
-        if getattr(module, flag, False):
-            return f"{reason} ({flag}=True), which is not supported"
-    return None
+# The package takes this name from here; below the layer, because register.py imports it.
+from .register import experts_forward  # noqa: E402, F401

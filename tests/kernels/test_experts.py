@@ -1,62 +1,129 @@
-from types import SimpleNamespace
+"""Which path computes the layer and in which dtype, and what is refused."""
+
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from children import run_python
-from moe_kernels import experts_forward, experts_layer, experts_reference
-from problems import make_problem, relative_error
-from torch import nn
+from moe_kernels import autograd, experts, experts_layer
+from moe_kernels.experts import experts_sorted
+from problems import Problem, assert_layer_accurate, make_problem
+from torch import Tensor
 
 requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+P = make_problem(8, 4, top_k=2, hidden=16, width=6).rounded(torch.float32)
 
 
-class Experts(nn.Module):
-    def __init__(self, act_fn: object = None) -> None:
-        super().__init__()
-        p = make_problem(1, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
-        self.gate_up_proj, self.down_proj = nn.Parameter(p.w13_EGD), nn.Parameter(p.w2_EDF)
-        self.act_fn = nn.SiLU() if act_fn is None else act_fn
+def call(**changes: Any) -> Tensor:
+    """The layer on a small problem with some arguments changed."""
+    tensors = {name: tensor for name, tensor in vars(P).items() if name != "grad_out_TD"}
+    return experts_layer(**tensors | changes)
 
 
-def call(module: nn.Module) -> torch.Tensor:
-    p = make_problem(10, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
-    return experts_forward(module, p.x_TD, p.top_k_index_TK, p.top_k_weights_TK)
-
-
-def test_a_module_with_silu_is_computed() -> None:
-    assert call(Experts()).shape == (10, 16)
-
-
-def test_another_activation_is_refused_by_name() -> None:
-    with pytest.raises(NotImplementedError, match="activation is GELU, and only SiLU"):
-        call(Experts(nn.GELU()))
+def call_sorted(**changes: Any) -> Tensor:
+    gate, up = P.w13_EGD.chunk(2, dim=1)
+    arguments = {"x_MD": P.x_TD, "w13": gate, "w2_EDF": P.w2_EDF, "counts_E": torch.tensor([2, 0, 5, 1])}
+    return experts_sorted(**arguments | {"w3_EFD": up} | changes)
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    ("changes", "message"),
     [
-        ("is_transposed", True),
-        ("has_bias", True),
-        ("has_gate", False),
-        ("is_concatenated", False),
-        ("has_post_expert_norm", True),
-        ("_is_expert_parallel", True),
+        ({"x_TD": P.x_TD[0]}, r"expected x \(T, D\) and w13 \(E, 2F, D\), got \(16,\) and \(4, 12, 16\)"),
+        ({"x_TD": P.x_TD[:, :9]}, r"w13 has shape \(4, 12, 16\), expected \(4, 12, 9\)"),
+        ({"w13_EGD": P.w13_EGD[:, :11]}, r"w13 has shape \(4, 11, 16\), expected \(4, 10, 16\)"),
+        ({"w2_EDF": P.w2_EDF.transpose(1, 2)}, r"w2 has shape \(4, 6, 16\), expected \(4, 16, 6\)"),
+        ({"top_k_index_TK": P.top_k_index_TK[:5]}, r"top_k_index has shape \(5, 2\), expected \(8, 2\)"),
+        ({"top_k_index_TK": P.top_k_index_TK[:, 0]}, r"top_k_index has shape \(8,\), expected \(8, 8\)"),
+        ({"top_k_weights_TK": P.top_k_weights_TK[:, :1]}, r"top_k_weights has shape \(8, 1\), expected \(8, 2\)"),
+        ({"w2_EDF": P.w2_EDF.to("meta")}, "w2 is on meta and x on cpu; move one of them"),
+        ({"top_k_index_TK": P.top_k_index_TK.float()}, r"top_k_index is torch\.float32, expected an integer dtype"),
+        ({"top_k_index_TK": P.top_k_index_TK > 1}, r"top_k_index is torch\.bool, expected an integer dtype"),
+        ({"w13_EGD": P.w13_EGD.int()}, r"w13 is torch\.int32, expected a floating dtype"),
+        ({"path": "fast"}, "path is 'fast', expected one of sorted, dense, triton"),
     ],
 )
-def test_a_module_with_an_unsupported_feature_is_refused_with_the_reason_and_the_mend(flag: str, value: bool) -> None:
-    module = Experts()
-    setattr(module, flag, value)
-    with pytest.raises(NotImplementedError, match=rf"{flag}={value}.*experts_implementation='grouped_mm'"):
-        call(module)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
 
 
-def test_a_module_with_its_own_gate_function_is_refused() -> None:
-    class Clamped(Experts):
-        def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-            return gate_up
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts_E": torch.tensor([2, 0, 5])}, r"counts has shape \(3,\), expected \(4,\)"),
+        ({"counts_E": torch.rand(4)}, r"counts is torch\.float32, expected an integer dtype"),
+        ({"w3_EFD": P.w13_EGD[:, :5]}, r"w3 has shape \(4, 5, 16\), expected \(4, 6, 16\)"),
+        ({"w3_EFD": None}, r"w2 has shape \(4, 16, 6\), expected \(4, 16, 3\)"),
+        ({"path": "dense"}, "path='dense' needs a top_k_index"),
+    ],
+)
+def test_what_does_not_fit_sorted_rows_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call_sorted(**changes)
 
-    with pytest.raises(NotImplementedError, match="_apply_gate"):
-        call(Clamped())
+
+@pytest.mark.parametrize("path", ["sorted", "dense"])
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_an_index_outside_the_experts_is_refused_on_cpu(path: str, bad: int) -> None:
+    index_TK = P.top_k_index_TK.clone()
+    index_TK[3, 1] = bad
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        call(top_k_index_TK=index_TK, path=path)
+
+
+def test_triton_on_cpu_is_refused_with_the_mend() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="x is on cpu; use path='sorted' there, or run Triton's interpreter"):
+        call(path="triton")
+    with pytest.raises(ValueError, match=r"in fp32, fp16 or bf16, not in torch\.float64; use 'sorted'"):
+        call(w13_EGD=P.w13_EGD.double(), path="triton")
+
+
+@pytest.mark.parametrize(("width", "path"), [(2, "dense"), (200, "sorted")])
+def test_narrow_experts_take_the_dense_path_and_wide_ones_the_sorted_path(width: int, path: str) -> None:
+    p = make_problem(16, 4, top_k=2, hidden=8, width=width)
+    with patch.object(autograd, "experts_forward", wraps=autograd.experts_forward) as forward:
+        experts_layer(p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_index_TK, p.top_k_weights_TK)
+    assert path in forward.call_args.args
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "path"),
+    [
+        ("cuda", torch.bfloat16, True, "triton"),
+        ("cuda", torch.float16, True, "triton"),
+        ("cuda", torch.float32, True, "triton"),
+        ("cuda", torch.float64, True, "sorted"),
+        ("cuda", torch.bfloat16, False, "sorted"),
+        ("meta", torch.bfloat16, True, "sorted"),
+        ("cpu", torch.bfloat16, True, None),
+    ],
+)
+def test_a_device_has_its_path(
+    device: str, dtype: torch.dtype, installed: bool, path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "_TRITON_INSTALLED", installed)
+    on_device = type("OnDevice", (), {"is_cuda": device == "cuda", "device": torch.device(device)})
+    assert experts._path_of_device(on_device, dtype) == path  # type: ignore[arg-type]
+
+
+def test_the_gemms_run_in_the_dtype_of_autocast_or_of_the_weights_and_fp64_stays() -> None:
+    x, w = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert experts.compute_dtype(x, w) is torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert experts.compute_dtype(x, w) is torch.float16
+        assert experts.compute_dtype(x, w.double()) is torch.float64
+    out = call(w13_EGD=P.w13_EGD.bfloat16(), w2_EDF=P.w2_EDF.bfloat16())
+    assert out.dtype is torch.float32
+    torch.testing.assert_close(out, call(), rtol=0.05, atol=0.05)
+
+
+def test_a_layer_on_the_meta_device_has_its_shapes() -> None:
+    out = call(**{name: tensor.to("meta") for name, tensor in vars(P).items() if name != "grad_out_TD"})
+    assert (out.shape, out.device.type) == ((8, 16), "meta")
+    assert call_sorted(path="sorted").shape == (8, 16)
 
 
 def test_the_package_imports_and_trains_where_triton_is_missing() -> None:
@@ -73,21 +140,20 @@ assert x.grad is not None
     run_python("-c", code)
 
 
-def test_importing_the_package_leaves_the_kernels_unimported() -> None:
-    code = "import sys, moe_kernels; assert 'moe_kernels.grouped' not in sys.modules"
+def test_importing_the_package_imports_neither_triton_nor_transformers() -> None:
+    code = "import sys, moe_kernels; assert not {'triton', 'transformers', 'deepspeed'} & set(sys.modules)"
     run_python("-c", code)
 
 
 @requires_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuda_inference_and_cuda_training_agree_with_fp64(dtype: torch.dtype) -> None:
-    p = make_problem(200, 8, top_k=2, hidden=64, width=48).rounded(dtype)
-    cuda = SimpleNamespace(**{name: tensor.cuda() for name, tensor in vars(p).items()})
-    exact = p.run(experts_reference, torch.float64)
-    args = (cuda.w13_EGD, cuda.w2_EDF, cuda.top_k_index_TK, cuda.top_k_weights_TK)
-    limit = 1e-5 if dtype is torch.float32 else 2e-2
-    with torch.no_grad():
-        assert relative_error(experts_layer(cuda.x_TD, *args).cpu(), exact["out"]) < limit
-    x = cuda.x_TD.requires_grad_()
-    experts_layer(x, *args).backward(cuda.grad_out_TD)
-    assert relative_error(x.grad.cpu(), exact["dx"]) < limit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_on_cuda_the_layer_agrees_with_fp64_without_a_word_to_the_host(dtype: torch.dtype) -> None:
+    def layer(*tensors: Tensor) -> Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return experts_layer(*tensors)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    problem: Problem = make_problem(200, 8, top_k=2, hidden=64, width=48)
+    assert_layer_accurate(problem, layer, dtype, slack=0.5, device="cuda")
