@@ -18,7 +18,7 @@ row tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M
 import triton
 import triton.language as tl
 
-from .tiles import dot, row_tile
+from .tiles import dot, row_tile_start
 
 
 @triton.jit
@@ -46,38 +46,53 @@ def up_kernel(
     GROUP_M: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    expert, row_M, end, col_tile = row_tile(
-        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M, GROUP_M
+    expert, row, end, col_tile = row_tile_start(
+        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
     )
     if expert >= E:
         return
     col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     depth_K = tl.arange(0, BLOCK_K)
-    token_M = tl.minimum(row_M, end - 1)
+    token_M = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if flat_M is not None:
         token_M = tl.load(flat_M + token_M) // K
     x_ptrs = x_ptr + token_M.to(tl.int64)[:, None] * stride_xt + depth_K[None, :]
-    gate_row_N = tl.minimum(col_N, F - 1).to(tl.int64) * D
-    gate_ptrs = w13_ptr + expert.to(tl.int64) * stride_we + gate_row_N[None, :] + depth_K[:, None]
-    up_ptrs = gate_ptrs + up_offset
-    gate_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Gate and up columns side by side in one tile: a product 2 * BLOCK_N wide reads x from shared memory once.
+    half_G = tl.arange(0, 2 * BLOCK_N) // BLOCK_N
+    col_G = col_tile * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N
+    w13_row_G = expert.to(tl.int64) * stride_we + half_G * up_offset + tl.minimum(col_G, F - 1).to(tl.int64) * D
+    w13_ptrs = w13_ptr + w13_row_G[None, :] + depth_K[:, None]
+    hidden_MG = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         mask_K = depth_K < D - start
         x_MK = tl.load(x_ptrs, mask=mask_K[None, :], other=0.0)
-        gate_MN = dot(x_MK, tl.load(gate_ptrs, mask=mask_K[:, None], other=0.0), gate_MN, INTERPRETED)
-        up_MN = dot(x_MK, tl.load(up_ptrs, mask=mask_K[:, None], other=0.0), up_MN, INTERPRETED)
+        hidden_MG = dot(x_MK, tl.load(w13_ptrs, mask=mask_K[:, None], other=0.0), hidden_MG, INTERPRETED)
         x_ptrs += BLOCK_K
-        gate_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
-    mask_MN = (row_M < end)[:, None] & (col_N < F)[None, :]
-    out_row_M = row_M.to(tl.int64)[:, None]
+        w13_ptrs += BLOCK_K
+    # The left and the right columns are written one after the other: together they would not fit in registers.
+    gate_MN2, up_MN2 = hidden_MG.reshape(BLOCK_M, 2, 2, BLOCK_N // 2).permute(0, 3, 2, 1).split()
+    gate_left, gate_right = gate_MN2.split()
+    up_left, up_right = up_MN2.split()
     if hidden_ptr is not None:
-        hidden_ptrs = hidden_ptr + out_row_M * 2 * F + col_N[None, :]
+        hidden_ptr += row.to(tl.int64) * 2 * F
+    act_ptr += row.to(tl.int64) * F
+    col = col_tile * BLOCK_N
+    _store_swiglu(gate_left, up_left, hidden_ptr, act_ptr, end - row, F, col, BLOCK_M, BLOCK_N // 2)
+    _store_swiglu(gate_right, up_right, hidden_ptr, act_ptr, end - row, F, col + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2)
+
+
+@triton.jit
+def _store_swiglu(gate_MN, up_MN, hidden_ptr, act_ptr, rows, F, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Writes ``[gate | up]``, where it is kept, and silu(gate) * up, the pointers being those of the tile's row."""
+    row_M1 = tl.arange(0, BLOCK_M)[:, None]
+    col_1N = col + tl.arange(0, BLOCK_N)[None, :]
+    mask_MN = (row_M1 < rows) & (col_1N < F)
+    if hidden_ptr is not None:
+        hidden_ptrs = hidden_ptr + (row_M1 * 2 * F + col_1N)
         tl.store(hidden_ptrs, gate_MN.to(hidden_ptr.dtype.element_ty), mask=mask_MN)
         tl.store(hidden_ptrs + F, up_MN.to(hidden_ptr.dtype.element_ty), mask=mask_MN)
     act_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN
-    tl.store(act_ptr + out_row_M * F + col_N[None, :], act_MN.to(act_ptr.dtype.element_ty), mask=mask_MN)
+    tl.store(act_ptr + (row_M1 * F + col_1N), act_MN.to(act_ptr.dtype.element_ty), mask=mask_MN)
 
 
 @triton.jit
@@ -99,14 +114,14 @@ def down_kernel(
     GROUP_M: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    expert, row_M, end, col_tile = row_tile(
-        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M, GROUP_M
+    expert, row, end, col_tile = row_tile_start(
+        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
     )
     if expert >= E:
         return
     col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     depth_K = tl.arange(0, BLOCK_K)
-    act_ptrs = act_ptr + tl.minimum(row_M, end - 1).to(tl.int64)[:, None] * F + depth_K[None, :]
+    act_ptrs = act_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64)[:, None] * F + depth_K[None, :]
     w2_row_N = (expert.to(tl.int64) * D + tl.minimum(col_N, D - 1)) * F
     w2_ptrs = w2_ptr + w2_row_N[None, :] + depth_K[:, None]
     y_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -116,9 +131,9 @@ def down_kernel(
         y_MN = dot(act_MK, tl.load(w2_ptrs, mask=mask_K[:, None], other=0.0), y_MN, INTERPRETED)
         act_ptrs += BLOCK_K
         w2_ptrs += BLOCK_K
-    mask_MN = (row_M < end)[:, None] & (col_N < D)[None, :]
-    y_ptrs = y_ptr + row_M.to(tl.int64)[:, None] * D + col_N[None, :]
-    tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=mask_MN)
+    row_M = tl.arange(0, BLOCK_M)
+    y_ptrs = y_ptr + row.to(tl.int64) * D + (row_M[:, None] * D + col_N[None, :])
+    tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=(row_M < end - row)[:, None] & (col_N < D)[None, :])
 
 
 @triton.jit

@@ -385,6 +385,17 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         **far_tile(row, rows=10, expert=0, experts=1),
     )
     assert_close(y_MD[row : row + 10], narrow_act_MF[row : row + 10].double() @ w2[0].double().t())
+    w2, y_MD = normal(1, narrow, wide) / 32, half(row + 16, narrow)
+    down_kernel[(1,)](
+        act_ptr=act_MF,
+        w2_ptr=w2,
+        y_ptr=y_MD,
+        n_col_tiles=1,
+        D=narrow,
+        F=wide,
+        **far_tile(row, rows=10, expert=0, experts=1),
+    )
+    assert_close(y_MD[row : row + 10], act_MF[row : row + 10].double() @ w2[0].double().t())
 
 
 def test_experts_past_two_billion_elements_are_found() -> None:
