@@ -51,7 +51,6 @@ def up_kernel(
     )
     if expert >= E:
         return
-    col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     depth_K = tl.arange(0, BLOCK_K)
     token_M = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if flat_M is not None:
