@@ -58,7 +58,11 @@ class _NoDevice(DriverBase):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes, by its binary (``cuobjdump -res-usage``), and what its PTX consists of."""
+    """What a compiled kernel takes, by its binary (``cuobjdump -res-usage``), and what its PTX consists of.
+
+    Bytes of a thread (``spilled``) and of a program (``shared``), then numbers of instructions. ``atomics`` are those
+    whose order can show in a result: not the integer counts that ``tl.histogram`` keeps in shared memory.
+    """
 
     registers: int
     spilled: int
@@ -72,10 +76,14 @@ class Resources:
     atomics: int
     double: int
 
+    def __str__(self) -> str:
+        return f"{self.registers} registers, {self.shared} bytes shared"
+
     def refusal(self, arch: int) -> str | None:
         """Why a card of compute capability ``arch`` cannot run the kernel, or only slowly; None if it can."""
-        if self.shared > SHARED_MEMORY_LIMIT[arch]:
-            return f"{self.shared} bytes of shared memory, the card has {SHARED_MEMORY_LIMIT[arch]}"
+        limit = SHARED_MEMORY_LIMIT.get(arch, 101_376)
+        if self.shared > limit:
+            return f"{self.shared} bytes of shared memory, the card has {limit}"
         return f"{self.spilled} bytes of registers spilled" if self.spilled else None
 
 
@@ -119,7 +127,7 @@ class Launch:
             async_copies=count(r"\bcp\.async\.c[ag]"),
             bulk_copies=count(r"\bcp\.async\.bulk\.tensor"),
             vector_loads=count(r"\bld\.global\S*\.v[248]"),
-            atomics=count(r"\b(?:atom|red)\."),
+            atomics=count(r"\b(?:atom|red)\.(?!shared\.add\.u32)"),
             double=count(r"\.f64\b"),
         )
 

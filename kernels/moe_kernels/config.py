@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Kernel = Literal["up", "down", "down_backward", "x_gradient", "w13_gradient", "w2_gradient"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -29,8 +29,8 @@ class Tile:
     """One program's tile of a kernel: rows, columns and reduction depth, and how Triton compiles it.
 
     Row tiles are sorted rows, except in the two weight gradients, whose reduction runs over the rows and whose "rows"
-    are those of the weight. ``up`` has two accumulators of this size. ``group_m`` row tiles take turns at one column
-    tile.
+    are those of the weight. ``up`` has two accumulators of this size. ``num_stages`` buffers hold operands that are on
+    their way; ``group_m`` row tiles take turns at one column tile.
     """
 
     block_m: int
@@ -41,9 +41,20 @@ class Tile:
     group_m: int
 
 
+class Key(NamedTuple):
+    """A kernel at a shape; the arguments of :func:`tile`, the architecture by :func:`family`."""
+
+    arch: int
+    kernel: Kernel
+    itemsize: int
+    rows_per_expert: float
+    columns: int
+    depth: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the table: where the tile was chosen, the tile, and who chose it."""
+    """One row of the table: a kernel at a shape, its tile, and the time and card if that was measured."""
 
     arch: int
     kernel: Kernel
@@ -54,11 +65,17 @@ class Row:
     tile: Tile
     measured: str | None = None
 
-    def distance(self, rows_per_expert: float, columns: int, depth: int) -> float:
+    @property
+    def key(self) -> Key:
+        return Key(self.arch, self.kernel, self.itemsize, self.rows_per_expert, self.columns, self.depth)
+
+    def distance(self, key: Key) -> float:
         """From this row's shape to another, in octaves, plus what the tile pads there beyond what it pads here."""
-        pairs = ((self.rows_per_expert, rows_per_expert), (self.columns, columns), (self.depth, depth))
-        octaves = sum(abs(math.log2(max(here, 0.5)) - math.log2(max(there, 0.5))) for here, there in pairs)
-        return octaves + _OCTAVES_PER_PADDING * max(0.0, self._padding(columns) - self._padding(self.columns))
+        octaves = sum(
+            abs(math.log2(max(here, 0.5)) - math.log2(max(there, 0.5)))
+            for here, there in zip(self.key[3:], key[3:], strict=True)
+        )
+        return octaves + _OCTAVES_PER_PADDING * max(0.0, self._padding(key.columns) - self._padding(self.columns))
 
     def _padding(self, columns: int) -> float:
         padded = math.ceil(columns / self.tile.block_n) * self.tile.block_n
@@ -85,7 +102,8 @@ def tile(
     """
     if kernel in _forced:
         return _forced[kernel]
-    return _nearest(kernel, rows_per_expert, columns, int(depth), itemsize, current_arch() if arch is None else arch)
+    served = family(current_arch() if arch is None else arch)
+    return _shipped_tile(Key(served, kernel, 4 if itemsize > 2 else 2, rows_per_expert, columns, int(depth)))
 
 
 def current_arch() -> int:
@@ -122,14 +140,17 @@ def forced(kernel: Kernel, candidate: Tile) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4096)
-def _nearest(kernel: str, rows_per_expert: float, columns: int, depth: int, itemsize: int, arch: int) -> Tile:
-    served = 4 if itemsize > 2 else 2
-    rows = [
-        row for row in shipped_table() if row.kernel == kernel and row.itemsize == served and row.arch == family(arch)
-    ]
-    if not rows:
-        raise ValueError(f"{PATH}: no row for kernel {kernel!r}, arch {family(arch)}, itemsize {served}; add one")
-    return min(rows, key=lambda row: row.distance(rows_per_expert, columns, depth)).tile
+def _shipped_tile(key: Key) -> Tile:
+    found = nearest(shipped_table(), key)
+    if found is None:
+        raise ValueError(f"{PATH}: no row of kernel {key.kernel!r}, arch {key.arch}, itemsize {key.itemsize}; add one")
+    return found
+
+
+def nearest(rows: Iterable[Row], key: Key) -> Tile | None:
+    """The tile of the row nearest to ``key`` of the same kernel, architecture and size of elements."""
+    same = [row for row in rows if row.key[:3] == key[:3]]
+    return min(same, key=lambda row: row.distance(key)).tile if same else None
 
 
 @lru_cache
@@ -153,8 +174,7 @@ def load(path: Path) -> tuple[Row, ...]:
 
 def dump(rows: Iterable[Row], path: Path) -> None:
     """Writes a table, one row a line, in an order that keeps diffs small; by rename, so that no reader sees half."""
-    ordered = sorted(rows, key=lambda r: (r.arch, r.kernel, r.itemsize, r.rows_per_expert, r.columns, r.depth))
-    lines = ",\n".join(f"    {json.dumps(asdict(row))}" for row in ordered)
+    lines = ",\n".join(f"    {json.dumps(asdict(row))}" for row in sorted(rows, key=lambda row: row.key))
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(f'{{\n  "rows": [\n{lines}\n  ]\n}}\n')
     partial.replace(path)

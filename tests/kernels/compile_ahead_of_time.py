@@ -1,80 +1,180 @@
-"""Compiles every shipped tile for sm_80 and sm_90 without a GPU and prints one JSON line for each.
+"""Compiles the layer ahead of time without a GPU: the real host code, launch by launch, at real shapes.
 
+Prints one JSON line for each kernel that a launch compiled, with what its binary takes and what its code consists of.
 A process of its own, because the compiler does not work in one that has set TRITON_INTERPRET.
 
-    python tests/kernels/compile_ahead_of_time.py
+    python tests/kernels/compile_ahead_of_time.py           # all kernels, all tiles of the table, three architectures
+    python tests/kernels/compile_ahead_of_time.py --all     # all variations at all shapes, and two more architectures
 """
 
 import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from unittest.mock import patch
 
+import torch
 import triton
-from moe_kernels.config import TileConfig, all_configs
-from moe_kernels.grouped import combine_kernel, down_kernel, up_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from moe_kernels import config
+from moe_kernels.backward import experts_backward_triton
+from moe_kernels.compile_only import Launch, no_device, recorded_launches
+from moe_kernels.config import Kernel, Tile
+from moe_kernels.forward import experts_forward_triton
+from moe_kernels.predict import Shape
+from moe_kernels.routing import Routing, build_routing
+from moe_kernels.trial import table_name
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-DTYPES = {2: "bf16", 4: "fp32"}
+LLAMA_MOE = Shape(32768, 16, 4, 4096, 688)
+SHAPES = (
+    LLAMA_MOE,
+    Shape(8192, 8, 2, 4096, 1376),
+    Shape(8192, 128, 8, 2048, 768),  # Qwen3-30B-A3B
+    Shape(8192, 8, 2, 4096, 14336),  # Mixtral-8x7B
+    Shape(8192, 64, 8, 2048, 1024),  # OLMoE
+    Shape(8192, 40, 8, 1536, 512),  # Granite
+    Shape(8192, 48, 16, 576, 24),  # SmolLM2
+    Shape(8, 16, 4, 4096, 688),  # decoding
+    Shape(1, 8, 2, 4096, 14336),
+)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def signature(kernel: triton.JITFunction, element: str, constants: dict[str, object]) -> dict[str, str]:
-    """Argument types by the kernels' naming: ``*_ptr`` elements, capitalised suffixes index arrays, else integers."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name == "weight_ptr":
-            types[name] = "*fp32"
-        elif name.endswith("_ptr"):
-            types[name] = f"*{element}"
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One forward and backward. Memory is mapped and never touched, so sizes are real."""
+
+    shape: Shape
+    dtype: torch.dtype = torch.bfloat16
+    masters: bool = False  # weights are fp32 whatever the dtype
+    presorted: bool = False  # rows come sorted, gate and up projections are separate tensors
+    inference: bool = False  # nothing is kept, no backward
+    frozen: bool = False  # only the gradient of x
+
+    @property
+    def name(self) -> str:
+        flags = [name for name in ("masters", "presorted", "inference", "frozen") if getattr(self, name)]
+        return " ".join([str(self.shape), *flags])
+
+    def run(self) -> None:
+        shape = self.shape
+        stored = torch.float32 if self.masters else self.dtype
+        x_TD = torch.empty(shape.tokens, shape.model_dim, dtype=self.dtype)
+        w1_EFD = torch.empty(shape.experts, shape.width * (1 if self.presorted else 2), shape.model_dim, dtype=stored)
+        w3_EFD = torch.empty_like(w1_EFD) if self.presorted else None
+        w2_EDF = torch.empty(shape.experts, shape.model_dim, shape.width, dtype=stored)
+        if self.presorted:
+            routing, weights_TK = Routing(top_k=1, offset_E1=torch.empty(shape.experts + 1, dtype=torch.int32)), None
         else:
-            types[name] = "*i64" if re.search(r"_[A-Z]+1?$", name) else "i32"
-    return types
+            index_TK = torch.empty(shape.tokens, shape.top_k, dtype=torch.int64)
+            routing, weights_TK = build_routing(index_TK, experts=shape.experts), torch.empty(index_TK.shape)
+        out_TD, hidden_MG = experts_forward_triton(
+            x_TD,
+            w1_EFD,
+            w3_EFD,
+            w2_EDF,
+            weights_TK=weights_TK,
+            routing=routing,
+            keep_hidden=not self.inference,
+        )
+        if not self.inference:
+            experts_backward_triton(
+                torch.empty_like(out_TD),
+                x_TD,
+                w1_EFD,
+                w3_EFD,
+                w2_EDF,
+                hidden_MG,
+                weights_TK=weights_TK,
+                routing=routing,
+                need_x=True,
+                need_w13=not self.frozen,
+                need_w2=not self.frozen,
+                need_weights=not self.frozen and not self.presorted,
+            )
 
 
-def compile_one(kernel: triton.JITFunction, capability: int, itemsize: int, tile: TileConfig) -> dict[str, object]:
-    if kernel is combine_kernel:
-        constants: dict[str, object] = {"BLOCK_D": 1024}
-    else:
-        constants = {"BLOCK_M": tile.block_rows, "BLOCK_N": tile.block_cols, "BLOCK_K": tile.block_depth}
-        constants["INTERPRETED"] = False
-    types = signature(kernel, DTYPES[itemsize], constants)
-    # What a launch with D and F multiples of 16 specialises to; without it there are no vector loads.
-    aligned = {"x_ptr", "w13_ptr", "w2_ptr", "act_ptr", "y_ptr", "out_ptr", "stride_xt", "D", "F"}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
-    compiled = triton.compile(
-        ASTSource(kernel, types, constants, attrs),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+def main(*, everything: bool) -> None:
+    for arch in (80, 90, 100, 89, 120) if everything else (80, 90, 100):
+        seen: set[str] = set()
+        tried: set[tuple[str, Tile]] = set()
+        with no_device(arch), patch("moe_kernels.routing._runs_triton", lambda device: True):
+            for case in cases(arch, everything=everything):
+                report(case, arch=arch, seen=seen, tried=tried)
+            # Tiles of the table that none of these shapes has.
+            for row in config.shipped_table():
+                if row.arch == config.family(arch) and (row.kernel, row.tile) not in tried:
+                    dtype = torch.float32 if row.itemsize == 4 else torch.bfloat16
+                    case = Case(shape=LLAMA_MOE, dtype=dtype)
+                    report(case, arch=arch, seen=seen, tried=tried, tile=(row.kernel, row.tile))
+
+
+def cases(arch: int, *, everything: bool) -> Iterator[Case]:
+    if everything:
+        for shape in SHAPES:
+            for dtype in DTYPES:
+                yield from variations(Case(shape=shape, dtype=dtype))
+        return
+    for shape in SHAPES:
+        yield Case(shape=shape)
+    yield Case(shape=LLAMA_MOE, dtype=torch.float32)
+    if arch == 90:
+        yield Case(shape=LLAMA_MOE, dtype=torch.float16)
+        yield from variations(Case(shape=LLAMA_MOE))
+
+
+def variations(case: Case) -> Iterator[Case]:
+    yield case
+    yield replace(case, inference=True)
+    yield replace(case, frozen=True)
+    yield replace(case, presorted=True)
+    if case.shape.width < 2048:  # masters are cast, which touches their memory
+        yield replace(case, masters=True)
+
+
+def report(
+    case: Case,
+    *,
+    arch: int,
+    seen: set[str],
+    tried: set[tuple[str, Tile]],
+    tile: tuple[Kernel, Tile] | None = None,
+) -> None:
+    with ExitStack() as stack:
+        if tile is not None:
+            stack.enter_context(config.forced(*tile))
+        launches = stack.enter_context(recorded_launches(run=False))
+        try:
+            case.run()
+        except triton.CompilationError as error:
+            print(json.dumps({"arch": arch, "case": case.name, "error": str(error)}), flush=True)
+    for launch in launches:
+        used = tile_of(launch)
+        if used is not None:
+            tried.add((str(table_name(launch)), used))
+        if launch.compiled.hash not in seen:
+            seen.add(launch.compiled.hash)
+            line = {"kernel": launch.name, "arch": arch, "dtype": DTYPES[case.dtype], "case": case.name}
+            line |= {"table": table_name(launch), "tile": None if used is None else asdict(used)}
+            print(json.dumps(line | {"grid": launch.grid} | asdict(launch.resources)), flush=True)
+
+
+def tile_of(launch: Launch) -> Tile | None:
+    """The tile that the host code was given."""
+    if table_name(launch) is None:
+        return None
+    given, stages = launch.options, launch.options["num_stages"]
+    if launch.name == "weight_gradient_kernel" and given["flat_M"] is not None:
+        stages = (stages + 1) // 2  # half the stages load indices
+    return Tile(
+        block_m=given["BLOCK_M"],
+        block_n=given["BLOCK_N"],
+        block_k=given["BLOCK_K"],
+        num_warps=given["num_warps"],
+        num_stages=stages,
+        group_m=given["GROUP_M"],
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return {
-        "kernel": kernel.fn.__name__,
-        "capability": capability,
-        "itemsize": itemsize,
-        "block_rows": tile.block_rows,
-        "shared": compiled.metadata.shared,
-        "registers": int(resources["REG"]),
-        "spilled": int(resources["STACK"]) + int(resources["LOCAL"]),
-        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
-        "mma": compiled.asm["ptx"].count("mma.sync"),
-        "async_copies": compiled.asm["ptx"].count("cp.async"),
-    }
 
 
 if __name__ == "__main__":
-    for capability in (80, 90):
-        for itemsize, tile in all_configs():
-            for kernel in (up_kernel, down_kernel):
-                print(json.dumps(compile_one(kernel, capability, itemsize, tile)), flush=True)
-        print(json.dumps(compile_one(combine_kernel, capability, 2, all_configs()[0][1])), flush=True)
+    main(everything="--all" in sys.argv[1:])
