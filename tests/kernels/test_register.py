@@ -71,9 +71,8 @@ def decorated_classes() -> Iterator[tuple[str, str]]:
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         if "@use_experts_implementation" in (text := path.read_text()):
             for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef) and "use_experts_implementation" in str(
-                    [ast.unparse(decorator) for decorator in node.decorator_list]
-                ):
+                decorators = " ".join(map(ast.unparse, getattr(node, "decorator_list", ())))
+                if isinstance(node, ast.ClassDef) and "use_experts_implementation" in decorators:
                     yield f"transformers.models.{path.parent.name}.{path.stem}", node.name
 
 
@@ -96,22 +95,18 @@ def build(module: str, name: str) -> nn.Module:
     scope = importlib.import_module(module)
     kind = getattr(scope, name)
     annotation = list(inspect.signature(kind.__init__).parameters.values())[1].annotation
-    configs = [
-        value for value in vars(scope).values() if isinstance(value, type) and issubclass(value, PreTrainedConfig)
-    ]
+    types = [value for value in vars(scope).values() if isinstance(value, type) and value is not PreTrainedConfig]
+    configs = [value for value in types if issubclass(value, PreTrainedConfig)]
     configs.sort(key=lambda config: (config is not annotation, "Text" not in config.__name__))
     failures = []
     for config in configs:
-        if config is PreTrainedConfig:
-            continue
         try:
             experts = kind(Tiny(config()))
         except AttributeError as error:  # a config of the model's vision or audio tower
             failures.append(str(error))
             continue
         generator = torch.Generator().manual_seed(0)
-        experts.double()
-        for parameter in experts.parameters():
+        for parameter in experts.double().parameters():
             nn.init.normal_(parameter, generator=generator)
         return experts
     raise AssertionError(f"no config of {module} builds {name}: {failures}")
