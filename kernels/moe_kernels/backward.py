@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E expert
 expert, B row tiles. Index arrays: see ``routing.py``.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -67,12 +68,12 @@ def experts_backward_triton(
     )
     grad_w2_EDF = grad_w13 = grad_w3 = grad_x_TD = None
     if act_scaled_MF is not None:
-        grad_w2_EDF = torch.empty(w2_EDF.shape, dtype=w2_EDF.dtype, device=w2_EDF.device)
+        grad_w2_EDF = _empty(w2_EDF.shape, w2_EDF)
         _weight_gradient("w2_gradient", grad_out_TD, act_scaled_MF, grad=grad_w2_EDF, grad_up=None, routing=routing)
         del act_scaled_MF
     if grad_hidden_MG is not None and need_w13:
-        grad_w13 = torch.empty(w13.shape, dtype=w13.dtype, device=w13.device)
-        grad_w3 = None if w3 is None else torch.empty(w3.shape, dtype=w13.dtype, device=w13.device)
+        grad_w13 = _empty(w13.shape, w13)
+        grad_w3 = None if w3 is None else _empty(w3.shape, w13)
         _weight_gradient("w13_gradient", grad_hidden_MG, x_TD, grad=grad_w13, grad_up=grad_w3, routing=routing)
     if grad_hidden_MG is not None and need_x:
         grad_x_TD = _x_gradient(grad_hidden_MG, w13, w3, tokens=x_TD.shape[0], routing=routing)
@@ -93,14 +94,14 @@ def _down_backward(
     """``grad_hidden_MG``, ``act_scaled_MF`` and the gradient of the routing weights; None for those not needed."""
     _, model_dim, width = w2_EDF.shape
     rows = hidden_MG.shape[0]
-    grad_hidden_MG = torch.empty_like(hidden_MG) if need_hidden else None
-    act_scaled_MF = hidden_MG.new_empty((rows, width)) if need_act else None
+    grad_hidden_MG = _empty(hidden_MG.shape, hidden_MG) if need_hidden else None
+    act_scaled_MF = _empty((rows, width), hidden_MG) if need_act else None
     if not (need_hidden or need_act or need_weights) or rows == 0:
-        grad_weights_TK = torch.empty_like(weights_TK) if need_weights and weights_TK is not None else None
+        grad_weights_TK = _empty(weights_TK.shape, weights_TK) if need_weights and weights_TK is not None else None
         return grad_hidden_MG, act_scaled_MF, grad_weights_TK
     grid, launch = row_tile_launch("down_backward", routing, rows=rows, columns=width, depth=model_dim, like=hidden_MG)
     n_col_tiles = launch["n_col_tiles"]
-    ds_partial_MN = hidden_MG.new_empty((rows, n_col_tiles), dtype=torch.float32) if need_weights else None
+    ds_partial_MN = _empty((rows, n_col_tiles), hidden_MG, dtype=torch.float32) if need_weights else None
     down_backward_kernel[grid](
         grad_out_ptr=grad_out_TD,
         w2_ptr=w2_EDF.to(hidden_MG.dtype).contiguous(),
@@ -118,7 +119,7 @@ def _down_backward(
     )
     if ds_partial_MN is None or weights_TK is None:
         return grad_hidden_MG, act_scaled_MF, None
-    grad_weights_TK = torch.empty(weights_TK.shape, dtype=weights_TK.dtype, device=weights_TK.device)
+    grad_weights_TK = _empty(weights_TK.shape, weights_TK)
     router_gradient_kernel[(triton.cdiv(rows, 128),)](
         ds_partial_ptr=ds_partial_MN,
         ds_ptr=grad_weights_TK,
@@ -187,8 +188,8 @@ def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, token
     """dx (T, D): one row for each routed row, then the sum of each token's K rows."""
     rows, model_dim, width = grad_hidden_MG.shape[0], w13.shape[2], grad_hidden_MG.shape[1] // 2
     gate, up_offset = gate_and_up_offset(w13, w3, dtype=grad_hidden_MG.dtype)
-    grad_x_TD = grad_hidden_MG.new_empty((tokens, model_dim))
-    dx_MD = grad_x_TD if routing.flat_M is None else grad_hidden_MG.new_empty((rows, model_dim))
+    grad_x_TD = _empty((tokens, model_dim), grad_hidden_MG)
+    dx_MD = grad_x_TD if routing.flat_M is None else _empty((rows, model_dim), grad_hidden_MG)
     if rows:
         grid, launch = row_tile_launch(
             "x_gradient", routing, rows=rows, columns=model_dim, depth=2 * width, like=grad_hidden_MG
@@ -213,3 +214,8 @@ def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, token
 def _unit_stride(rows_TD: Tensor) -> Tensor:
     """The same rows with unit stride along D: an expanded gradient, from ``.sum()``, has stride 0."""
     return rows_TD if rows_TD.stride(1) == 1 else rows_TD.contiguous()
+
+
+def _empty(shape: Sequence[int], like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, whatever the strides of ``like``."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
