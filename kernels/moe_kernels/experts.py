@@ -7,13 +7,13 @@ import importlib.util
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import moe_kernels.autograd as autograd
 
 from .autograd import Path
 from .cpu import choose_regime
+from .routing import presorted_routing
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,8 +86,8 @@ def experts_sorted(
         raise ValueError("experts layer: path='dense' needs a top_k_index, use 'sorted' or 'triton' for sorted rows")
     _check(x_MD, w13, w3_EFD, w2_EDF, counts=counts_E)
     dtype = compute_dtype(x_MD, w13)
-    offset_E1 = F.pad(counts_E.cumsum(0), (1, 0)).int()
     path = path or _path_of_device(x_MD, dtype) or "sorted"
+    offset_E1 = presorted_routing(counts_E).offset_E1
     return _apply(x_MD, w13, w3_EFD, w2_EDF, None, None, offset_E1, path=path, dtype=dtype)
 
 

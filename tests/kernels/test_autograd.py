@@ -163,13 +163,25 @@ def test_a_compiled_layer_gives_the_bits_of_the_eager_one_for_any_number_of_toke
     assert len(traced) == 1
 
 
-def test_inductor_compiles_the_layer_and_the_sorted_rows() -> None:
-    def step(x: Tensor, w13: Tensor, w2: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        counts_E = torch.bincount(index[:, 0], minlength=4)
-        return experts_layer(x.sin(), w13, w2, index, weights) + experts_sorted(x.cos(), w13, w2, counts_E)
+def test_sorted_rows_compile_to_one_graph_with_the_bits_of_the_eager_layer() -> None:
+    def layer(x: Tensor, w13: Tensor, w2: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        counts_E = torch.zeros(4, dtype=torch.int64).scatter_add(0, index[:, 0], torch.ones_like(index[:, 0]))
+        return experts_sorted(weights.sum(1, keepdim=True) * x, w13, w2, counts_E)
 
     torch._dynamo.reset()
-    p = make_problem(16, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
-    eager, got = p.run(step, torch.float32), p.run(torch.compile(step), torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (26, 13):
+        p = make_problem(tokens, 4, top_k=2, hidden=24, width=8)
+        eager, got = p.run(layer, torch.float32), p.run(compiled, torch.float32)
+        assert all(torch.equal(got[name], eager[name]) for name in NAMES)
+
+
+def test_inductor_compiles_the_layer() -> None:
+    def step(x: Tensor, *rest: Tensor) -> Tensor:
+        return experts_layer(x.sin(), *rest).cos()
+
+    torch._dynamo.reset()
+    p = make_problem(16, 4, top_k=2, hidden=16, width=8)
+    eager, got = p.run(step, torch.float32), p.run(torch.compile(step, fullgraph=True), torch.float32)
     for name in NAMES:
         torch.testing.assert_close(got[name], eager[name], msg=name)
