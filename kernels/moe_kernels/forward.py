@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Kernel, tile
+from .config import Kernel, current_arch, tile
 from .forward_kernels import combine_kernel, down_kernel, up_kernel, zero_padding_kernel
 from .routing import Routing, tile_map
 
@@ -56,9 +57,14 @@ def experts_forward_triton(
 
     if rows:
         grid, launch = row_tile_launch("up", routing, rows=rows, columns=width, depth=model_dim, like=x_TD)
+        w13_ptr: Tensor | TensorDescriptor = gate
+        tma = loads_by_descriptor(gate, gate.stride(0), up_offset, model_dim, depth=launch["BLOCK_K"])
+        if tma:
+            shape, strides = [gate.shape[0], 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1]
+            w13_ptr = TensorDescriptor(gate, shape, strides, [1, 2, launch["BLOCK_N"], launch["BLOCK_K"]])
         up_kernel[grid](
             x_ptr=x_TD,
-            w13_ptr=gate,
+            w13_ptr=w13_ptr,
             hidden_ptr=hidden_MG if keep_hidden else None,
             act_ptr=act_MF,
             flat_M=routing.flat_M,
@@ -68,10 +74,21 @@ def experts_forward_triton(
             D=model_dim,
             F=width,
             K=routing.top_k,
+            TMA=tma,
             **launch,
         )
         grid, launch = row_tile_launch("down", routing, rows=rows, columns=model_dim, depth=width, like=x_TD)
-        down_kernel[grid](act_ptr=act_MF, w2_ptr=w2_EDF, y_ptr=y_MD, D=model_dim, F=width, **launch)
+        block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
+        tma = loads_by_descriptor(w2_EDF, width, depth=block_k)
+        down_kernel[grid](
+            act_ptr=TensorDescriptor.from_tensor(act_MF, [block_m, block_k]) if tma else act_MF,
+            w2_ptr=TensorDescriptor.from_tensor(w2_EDF, [1, block_n, block_k]) if tma else w2_EDF,
+            y_ptr=y_MD,
+            D=model_dim,
+            F=width,
+            TMA=tma,
+            **launch,
+        )
     if sorted_rows:
         zero_padding(out_TD, routing)
     else:
@@ -94,6 +111,17 @@ def gate_and_up_offset(w13: Tensor, w3: Tensor | None, *, dtype: torch.dtype) ->
     both[0].copy_(w13)
     both[1].copy_(w3)
     return both[0], both[0].numel()
+
+
+def loads_by_descriptor(weight: Tensor, *strides: int, depth: int) -> bool:
+    """Whether the tensor memory accelerator of Hopper and newer can load tiles of ``weight``, half precision.
+
+    It wants all strides but the last, and the address, in multiples of 16 bytes. A tile's rows of ``depth`` elements
+    are held to the 128 bytes of one swizzle, so that gate and up tiles lie in shared memory like a single one.
+    """
+    size = weight.element_size()
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride in strides) and weight.data_ptr() % 16 == 0
+    return size == 2 and aligned and depth * size <= 128 and current_arch() >= 90
 
 
 def row_tile_launch(

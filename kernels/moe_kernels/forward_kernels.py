@@ -6,7 +6,8 @@
     combine  out[t]    = sum_k weight[t, k] * y[inverse[t, k]]              in fp32, in the order of k
 
 Rows and columns past the edge of a tile are clamped to the last real one instead of masked: the product has
-independent rows and columns, and those are not stored. Only the reduction is masked, on both operands.
+independent rows and columns, and those are not stored. Only the reduction is masked, on both operands. With ``TMA`` an
+operand is a tensor descriptor, whose loads are zero past every edge and take no registers for addresses.
 
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows sorted by expert, B
 row tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M*D passes 2^31 on real batches.
@@ -21,10 +22,10 @@ import triton.language as tl
 from .tiles import dot, row_tile_start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_row_tiles"])
 def up_kernel(
     x_ptr,  # (T, D), unit stride along D
-    w13_ptr,  # gate rows of all experts: (E, F, D), strides (stride_we, D, 1); up rows lie up_offset elements further
+    w13_ptr,  # (E, F, D), strides (stride_we, D, 1): gate rows, up rows up_offset elements further; TMA: (E, 2, F, D)
     hidden_ptr,  # (M, G), contiguous, or None: nothing is kept
     act_ptr,  # (M, F), contiguous
     flat_M,  # (M,), or None: row m is token m
@@ -44,6 +45,7 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     expert, row, end, col_tile = row_tile_start(
@@ -57,17 +59,23 @@ def up_kernel(
         token_M = tl.load(flat_M + token_M) // K
     x_ptrs = x_ptr + token_M.to(tl.int64)[:, None] * stride_xt + depth_K[None, :]
     # Gate and up columns side by side in one tile: a product 2 * BLOCK_N wide reads x from shared memory once.
+    col = col_tile * BLOCK_N
     half_G = tl.arange(0, 2 * BLOCK_N) // BLOCK_N
-    col_G = col_tile * BLOCK_N + tl.arange(0, 2 * BLOCK_N) % BLOCK_N
-    w13_row_G = expert.to(tl.int64) * stride_we + half_G * up_offset + tl.minimum(col_G, F - 1).to(tl.int64) * D
-    w13_ptrs = w13_ptr + w13_row_G[None, :] + depth_K[:, None]
+    col_G = tl.minimum(col + tl.arange(0, 2 * BLOCK_N) % BLOCK_N, F - 1)
+    if not TMA:
+        w13_row_G = expert.to(tl.int64) * stride_we + half_G * up_offset + col_G.to(tl.int64) * D
+        w13_ptrs = w13_ptr + w13_row_G[:, None] + depth_K[None, :]
     hidden_MG = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
-        mask_K = depth_K < D - start
-        x_MK = tl.load(x_ptrs, mask=mask_K[None, :], other=0.0)
-        hidden_MG = dot(x_MK, tl.load(w13_ptrs, mask=mask_K[:, None], other=0.0), hidden_MG, INTERPRETED)
+        mask_1K = (depth_K < D - start)[None, :]
+        x_MK = tl.load(x_ptrs, mask=mask_1K, other=0.0)
         x_ptrs += BLOCK_K
-        w13_ptrs += BLOCK_K
+        if TMA:
+            w13_GK = w13_ptr.load([expert, 0, col, start]).reshape(2 * BLOCK_N, BLOCK_K)
+        else:
+            w13_GK = tl.load(w13_ptrs, mask=mask_1K, other=0.0)
+            w13_ptrs += BLOCK_K
+        hidden_MG = dot(x_MK, w13_GK.T, hidden_MG, INTERPRETED)
     # The left and the right columns are written one after the other: together they would not fit in registers.
     gate_MN2, up_MN2 = hidden_MG.reshape(BLOCK_M, 2, 2, BLOCK_N // 2).permute(0, 3, 2, 1).split()
     gate_left, gate_right = gate_MN2.split()
@@ -75,7 +83,6 @@ def up_kernel(
     if hidden_ptr is not None:
         hidden_ptr += row.to(tl.int64) * 2 * F
     act_ptr += row.to(tl.int64) * F
-    col = col_tile * BLOCK_N
     _store_swiglu(gate_left, up_left, hidden_ptr, act_ptr, end - row, F, col, BLOCK_M, BLOCK_N // 2)
     _store_swiglu(gate_right, up_right, hidden_ptr, act_ptr, end - row, F, col + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2)
 
@@ -94,10 +101,10 @@ def _store_swiglu(gate_MN, up_MN, hidden_ptr, act_ptr, rows, F, col, BLOCK_M: tl
     tl.store(act_ptr + (row_M1 * F + col_1N), act_MN.to(act_ptr.dtype.element_ty), mask=mask_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_row_tiles"])
 def down_kernel(
-    act_ptr,  # (M, F), contiguous
-    w2_ptr,  # (E, D, F), contiguous
+    act_ptr,  # (M, F), contiguous; with TMA a descriptor
+    w2_ptr,  # (E, D, F), contiguous; with TMA a descriptor
     y_ptr,  # (M, D), contiguous
     tile_expert_B,  # (B,)
     tile_row_B,  # (B,)
@@ -111,6 +118,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     expert, row, end, col_tile = row_tile_start(
@@ -118,18 +126,26 @@ def down_kernel(
     )
     if expert >= E:
         return
-    col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = col_tile * BLOCK_N
+    col_N = col + tl.arange(0, BLOCK_N)
     depth_K = tl.arange(0, BLOCK_K)
-    act_ptrs = act_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64)[:, None] * F + depth_K[None, :]
-    w2_row_N = (expert.to(tl.int64) * D + tl.minimum(col_N, D - 1)) * F
-    w2_ptrs = w2_ptr + w2_row_N[None, :] + depth_K[:, None]
+    if not TMA:
+        act_row_M = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64) * F
+        act_ptrs = act_ptr + act_row_M[:, None] + depth_K[None, :]
+        w2_row_N = (expert.to(tl.int64) * D + tl.minimum(col_N, D - 1)) * F
+        w2_ptrs = w2_ptr + w2_row_N[:, None] + depth_K[None, :]
     y_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, F, BLOCK_K):
-        mask_K = depth_K < F - start
-        act_MK = tl.load(act_ptrs, mask=mask_K[None, :], other=0.0)
-        y_MN = dot(act_MK, tl.load(w2_ptrs, mask=mask_K[:, None], other=0.0), y_MN, INTERPRETED)
-        act_ptrs += BLOCK_K
-        w2_ptrs += BLOCK_K
+        if TMA:
+            act_MK = act_ptr.load([row, start])
+            w2_NK = w2_ptr.load([expert, col, start]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            mask_1K = (depth_K < F - start)[None, :]
+            act_MK = tl.load(act_ptrs, mask=mask_1K, other=0.0)
+            w2_NK = tl.load(w2_ptrs, mask=mask_1K, other=0.0)
+            act_ptrs += BLOCK_K
+            w2_ptrs += BLOCK_K
+        y_MN = dot(act_MK, w2_NK.T, y_MN, INTERPRETED)
     row_M = tl.arange(0, BLOCK_M)
     y_ptrs = y_ptr + row.to(tl.int64) * D + (row_M[:, None] * D + col_N[None, :])
     tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=(row_M < end - row)[:, None] & (col_N < D)[None, :])
@@ -162,7 +178,7 @@ def combine_kernel(
     tl.store(out_ptr + token * D + col_D, out_D.to(out_ptr.dtype.element_ty), mask=col_D < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def zero_padding_kernel(
     out_ptr,  # (M, D), contiguous
     offset_E1,  # (E + 1,)

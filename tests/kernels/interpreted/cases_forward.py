@@ -141,6 +141,76 @@ def test_master_weights_give_the_bits_of_weights_cast_before() -> None:
     assert torch.equal(run(p, experts=4, **masters)[0], run(p, experts=4)[0])
 
 
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The interpreter passes for a Hopper; collects whether each GEMM loaded by tensor descriptors."""
+    chosen, choose = [], forward.loads_by_descriptor
+
+    def record(*args: Any, **kwargs: Any) -> bool:
+        chosen.append(choose(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(forward, "tile", lambda kernel, **_: SMALL)
+    monkeypatch.setattr(forward, "current_arch", lambda: 90)
+    monkeypatch.setattr(forward, "loads_by_descriptor", record)
+    return chosen
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 4, 2, 40, 24), (1, 3, 3, 16, 8), (6, 9, 1, 72, 16)])
+def test_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    separate: bool,
+    descriptors: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned_memory: None,
+) -> None:
+    tokens, experts, top_k, hidden, width = shape
+    p = make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width).rounded(dtype)
+    both = p.w13_EGD.to(DEVICE).unflatten(1, (2, width)).transpose(0, 1).contiguous()
+    weights = {"w13_EGD": both[0], "w3": both[1]} if separate else {}
+    absent = {"top_k_index_TK": (p.top_k_index_TK + 1).to(DEVICE)}  # expert E among them
+    out, kept, routing = run(p, experts=experts, **weights, **absent)
+    assert descriptors == [True, True]
+    monkeypatch.setattr(forward, "loads_by_descriptor", lambda *args, **kwargs: False)
+    by_pointer = run(p, experts=experts, **weights, **absent)
+    here = int(routing.offset_E1[-1])
+    assert torch.equal(out, by_pointer[0])
+    assert torch.equal(kept[:here], by_pointer[1][:here])
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "expected"),
+    [
+        ((9, 2, 1, 16, 12), {}, [True, False]),  # rows of w2 are 24 bytes apart
+        ((9, 2, 1, 20, 16), {}, [False, True]),  # rows of w13 are 40 bytes apart
+        ((9, 2, 1, 16, 16), {"dtype": torch.float32}, [False, False]),
+        ((9, 2, 1, 16, 16), {"up first": True}, [False, True]),
+        ((9, 2, 1, 16, 16), {"odd address": True}, [False, True]),
+    ],
+)
+def test_weights_that_no_descriptor_can_describe_are_loaded_by_pointer(
+    shape: tuple[int, int, int, int, int], changes: dict[str, Any], expected: list[bool], descriptors: list[bool]
+) -> None:
+    tokens, experts, top_k, hidden, width = shape
+    dtype = changes.get("dtype", torch.float16)
+    p = make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width).rounded(dtype)
+    weights = {}
+    if "up first" in changes:
+        both = p.w13_EGD.to(DEVICE).unflatten(1, (2, width)).transpose(0, 1).flip(0).contiguous()
+        weights = {"w13_EGD": both[1], "w3": both[0]}
+    if "odd address" in changes:
+        buffer = torch.empty(p.w13_EGD.numel() + 1, dtype=dtype, device=DEVICE)
+        weights = {"w13_EGD": buffer[1:].view(p.w13_EGD.shape).copy_(p.w13_EGD)}
+    out, _, _ = run(p, experts=experts, **weights)
+    assert descriptors == expected
+    q = p.rounded(torch.float64)
+    exact = experts_reference(q.x_TD, q.w13_EGD, q.w2_EDF, q.top_k_index_TK, q.top_k_weights_TK)
+    assert relative_error(out.cpu(), exact) < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("layout", ["rows apart", "transposed", "one row for all"])
 def test_strided_tokens_give_the_bits_of_contiguous_ones(layout: str) -> None:
     p = make_problem(24, 4, top_k=2, hidden=32, width=16).rounded(torch.float32)
@@ -268,12 +338,13 @@ def test_the_kernels_write_their_rows_and_nothing_else(shape: Tile, monkeypatch:
         D=hidden,
         F=width,
         K=top_k,
+        TMA=False,
         **launch,
     )
     hidden_MG.assert_alive(written=here)
     act_MF.assert_alive(written=here)
     grid, launch = forward.row_tile_launch("down", routing, rows=rows, columns=hidden, depth=width, like=x_TD)
-    down_kernel[grid](act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, **launch)
+    down_kernel[grid](act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, TMA=False, **launch)
     act_MF.assert_alive(written=here)
     y_MD.assert_alive(written=here)
     weights_TK = p.top_k_weights_TK.to(DEVICE)
@@ -367,6 +438,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         D=narrow,
         F=wide,
         K=1,
+        TMA=False,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
     exact = x_MD[row : row + 10].double() @ w13[0].double().t()
@@ -382,6 +454,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         n_col_tiles=wide // 16,
         D=wide,
         F=narrow,
+        TMA=False,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
     assert_close(y_MD[row : row + 10], narrow_act_MF[row : row + 10].double() @ w2[0].double().t())
@@ -393,6 +466,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         n_col_tiles=1,
         D=narrow,
         F=wide,
+        TMA=False,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
     assert_close(y_MD[row : row + 10], act_MF[row : row + 10].double() @ w2[0].double().t())
@@ -419,6 +493,7 @@ def test_experts_past_two_billion_elements_are_found() -> None:
             D=depth,
             F=width,
             K=1,
+            TMA=False,
             **far_tile(0, rows=10, expert=expert, experts=3),
         )
         return torch.cat([hidden_MG[:10, :16], hidden_MG[:10, width : width + 16]], 1)
@@ -434,6 +509,7 @@ def test_experts_past_two_billion_elements_are_found() -> None:
         n_col_tiles=1,
         D=2**16,
         F=depth,
+        TMA=False,
         **far_tile(0, rows=10, expert=2, experts=3),
     )
     assert_close(y_MD[:10, :16], x_TD.double() @ w2[2, :16].double().t())
@@ -456,6 +532,7 @@ def test_tokens_past_two_billion_elements_are_found() -> None:
         D=16,
         F=16,
         K=2,
+        TMA=False,
         **far_tile(0, rows=3, expert=0, experts=1),
     )
     gate, up = (x_TD[[2, 1, 0], :16].double() @ w13[0].double().t()).chunk(2, 1)
