@@ -1,0 +1,224 @@
+"""The experts layer on one GPU against its peers and the roofline; a side that disagrees gets no figure.
+
+    python kernels/bench/gpu_layer.py
+    python kernels/bench/gpu_layer.py --shapes qwen3-30b-a3b@8192 32768,16,4,4096,688 --routing zipf --plot roof.svg
+    python kernels/bench/gpu_layer.py --resume --minutes 30
+    python kernels/bench/gpu_layer.py --cpu
+
+Columns: median ms of forward, backward, both, and forward without gradients, L2 overwritten before each run, the first
+call (compiling, tuning) apart; TF/s = 18 T K D F / full; ``roof``, the fraction of the roofline with each pass as one
+block; ``kernels``, the same with the floors of the kernels added up; time / our time; bytes kept for backward and peak
+bytes above the inputs; whether two runs gave equal bits; the largest relative error of output and gradients.
+
+``--cpu`` runs the same program on small shapes with a wall clock: ours on its CPU path (under TRITON_INTERPRET=1 the
+Triton kernels, interpreted; with --dtype float16, because the interpreter computes most peers' bf16 wrongly). It shows
+that the program works; its figures say nothing of a GPU.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench import plot
+from bench.check import reference
+from bench.device import Cpu, Cuda, Device
+from bench.measure import attempt
+from bench.peers import OURS, Peer, all_peers
+from bench.report import HEADER, Report, add_ratios, commit, line, verdict
+from bench.roofline import Card, find_card, full_flops, pass_floor, saved_bytes
+from bench.shapes import ALL, DEFAULT, ROUTINGS, SMALL, RoutingName, Shape, make_problem, parse_shape
+
+NO_GPU = (
+    "gpu_layer.py measures one CUDA device, and torch sees none here. On a machine with one, install a CUDA build of "
+    "torch and run the same command.\nWithout: --cpu runs the same program on small shapes with CPU times, to see "
+    "that it works; kernels/bench/cpu_layer.py measures the CPU path."
+)
+
+
+class Poisoned(Exception):
+    """The CUDA context is lost (an illegal access, say): nothing more can be measured in this process."""
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", help="NAME@T or T,E,K,D,F, or all; by default ten of the table")
+    parser.add_argument("--routing", default=",".join(ROUTINGS), help="uniform, zipf, or both with a comma")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--minutes", type=float, help="of the whole run (8; 90 with --autotune)")
+    parser.add_argument("--box", type=float, help="seconds for one side of one shape (30; 600 with --autotune)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of measuring for each time")
+    parser.add_argument("--autotune", action="store_true", help="let Liger tune itself: minutes for each new D, F")
+    parser.add_argument("--peak-tflops", type=float, help="of a card that is not known: dense, half precision")
+    parser.add_argument("--bandwidth", type=float, help="of a card that is not known: GB/s")
+    parser.add_argument("--json", type=Path, default=Path(".scratch/gpu_layer.json"))
+    parser.add_argument("--resume", action="store_true", help="keep what the JSON file has, measure the rest")
+    parser.add_argument("--plot", type=Path, help="write a figure (.svg, .png); needs matplotlib")
+    parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU, to see the program work")
+    args = parser.parse_args(argv)
+    args.routings = args.routing.split(",")
+    if not set(args.routings) <= set(ROUTINGS):
+        parser.error(f"--routing {args.routing!r}: choose from {', '.join(ROUTINGS)}")
+    args.box = args.box or (600 if args.autotune else 30)
+    args.minutes = args.minutes or (90 if args.autotune else 8)
+    if args.box >= 60 * args.minutes:
+        parser.error(f"--box {args.box:g}: one side's seconds are fewer than those of --minutes {args.minutes:g}")
+    named = args.shapes or (SMALL if args.cpu else DEFAULT)
+    try:
+        args.shapes = [parse_shape(text) for text in (ALL if named == ["all"] else named)]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def about(args: argparse.Namespace, device: Device) -> dict[str, Any]:
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "missing"
+
+    versions = {name: installed(name) for name in ("torch", "triton", "transformers")}
+    figures = {"peak_tflops": args.peak_tflops, "bandwidth_gbps": args.bandwidth}
+    rest = {"dtype": args.dtype, "commit": commit(), "command": " ".join(sys.argv)}
+    return {"card": device.name, "driver": device.driver()} | versions | figures | rest
+
+
+def estimate(args: argparse.Namespace, peers: Sequence[Peer], *, peak: float) -> float:
+    """Seconds of the whole run, from guesses: a fifth of the peak, and what the adapters say of a first call."""
+    total, seen = 0.0, set()
+    for shape in args.shapes:
+        for _ in args.routings:
+            total += 2  # the problem and its reference
+            for peer in peers:
+                step = full_flops(shape) / (0.2 * peak) + peer.expert_ms * shape.experts / 1e3
+                known = (peer.name, shape.hidden, shape.width) in seen
+                seen.add((peer.name, shape.hidden, shape.width))
+                total += min(args.box, (0.2 if known else peer.first_s) + max(5 * args.seconds, 20 * step) + 8 * step)
+    return total
+
+
+def run(
+    args: argparse.Namespace, peers: Sequence[Peer], *, device: Device, card: Card | None, report: Report, until: float
+) -> int:
+    """Measures what the report lacks; gives the number of sides that were left for want of time.
+
+    Raises:
+        Poisoned: a side took the device down; it is in the report.
+    """
+    left = 0
+    for shape in args.shapes:
+        for routing in args.routings:
+            sides = report.sides(shape, routing, card=card)
+            todo = [peer for peer in peers if peer.name not in sides]
+            if time.monotonic() >= until and not sides:
+                left += len(todo)
+                continue
+            print(f"\n{shape}, {routing}; keeps {saved_bytes(shape) / 1e6:.1f} MB by the formula", end="")
+            print("" if card is None else f"; floor {pass_floor(shape, card)['full']:.3f} ms")
+            print(HEADER, *(line(name, result) for name, result in sides.items()), sep="\n", flush=True)
+            if todo:
+                left += run_cell(todo, shape, routing, args=args, device=device, card=card, report=report, until=until)
+            print(verdict(shape, routing, sides.get(OURS)) or "", flush=True)
+    return left
+
+
+def run_cell(
+    peers: Sequence[Peer],
+    shape: Shape,
+    routing: RoutingName,
+    *,
+    args: argparse.Namespace,
+    device: Device,
+    card: Card | None,
+    report: Report,
+    until: float,
+) -> int:
+    """Measures ``peers`` on one problem; gives the number of those left for want of time."""
+    sides = report.sides(shape, routing, card=card)
+    try:
+        problem = make_problem(shape, routing, dtype=getattr(torch, args.dtype), device=device.type)
+        expected = reference(problem)
+    except torch.OutOfMemoryError:
+        print("this shape and its reference do not fit into the device's memory")
+        return 0
+    for done, peer in enumerate(peers):
+        if time.monotonic() >= until:
+            return len(peers) - done
+        sides[peer.name] = {"status": "running"}
+        report.save()
+        try:
+            result = attempt(peer, problem, expected=expected, device=device, seconds=args.seconds, box=args.box)
+        except BaseException:  # Ctrl-C is no fault of the side
+            del sides[peer.name]
+            report.save()
+            raise
+        add_ratios(result, shape, card=card, ours=sides.get(OURS) if peer.name != OURS else None, bound=peer.bound)
+        sides[peer.name] = result
+        report.save()
+        print(line(peer.name, result), flush=True)
+        try:
+            device.clean()
+        except RuntimeError as error:
+            raise Poisoned(peer.name) from error
+    return 0
+
+
+def announce(args: argparse.Namespace, peers: Sequence[Peer], *, card: Card | None, report: Report) -> list[Peer]:
+    """Says what will be measured, on what, by when, and who is missing; gives those who are not."""
+    print(", ".join(f"{key} {value}" for key, value in report.about.items() if value and key != "command"))
+    if card is not None:
+        print(f"roofline: {card.peak / 1e12:.1f} TFLOP/s, {card.bandwidth / 1e9:.0f} GB/s")
+    absent = {peer.name: said for peer in peers if (said := peer.missing())}
+    print(*absent.values(), sep="\n", end="\n" if absent else "")
+    present = [peer for peer in peers if peer.name not in absent]
+    if args.plot and (said := plot.missing()):
+        print(said)
+    minutes = estimate(args, present, peak=card.peak if card else 1e12) / 60
+    counts = f"{len(args.shapes)} shapes x {len(args.routings)} routings x {len(present)} sides"
+    print(f"{counts}: about {minutes:.1f} minutes, {args.minutes:g} at most", flush=True)
+    return present
+
+
+def main(argv: Sequence[str] | None = None, *, peers: Sequence[Peer] | None = None) -> None:
+    args = arguments(argv)
+    if not args.cpu and not torch.cuda.is_available():
+        raise SystemExit(NO_GPU)
+    start = time.monotonic()
+    device: Device = Cpu() if args.cpu else Cuda()
+    card = None
+    try:
+        if not args.cpu or args.peak_tflops or args.bandwidth:
+            card = find_card(device.name, peak_tflops=args.peak_tflops, bandwidth_gbps=args.bandwidth)
+        report = Report(args.json, about=about(args, device), resume=args.resume)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    present = announce(args, peers or all_peers(autotune=args.autotune), card=card, report=report)
+    until = start + 60 * args.minutes - args.box  # no side begins that might end after the time
+    try:
+        left = run(args, present, device=device, card=card, report=report, until=until)
+    except Poisoned as error:
+        minutes = args.minutes - (time.monotonic() - start) / 60
+        if 60 * minutes <= args.box:
+            raise SystemExit(f"{error} took the device down; --resume goes on without it") from None
+        print(f"{error} took the device down; going on without it in a new process", flush=True)
+        given = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, __file__, *given, "--resume", f"--minutes={minutes:.2f}"])
+    report.save()
+    if args.plot and not plot.missing():
+        plot.draw(report.cells, args.plot, title=f"{device.name}, torch {torch.__version__}, {report.about['commit']}")
+    print(f"\n{args.json}: {len(report.cells)} cells after {(time.monotonic() - start) / 60:.1f} minutes")
+    if left:
+        print(f"{left} sides were left for want of time; the same command with --resume measures them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a perfect layer would take on a card: FLOPs, bytes and the floors that follow.
+
+Two floors. ``pass_floor`` takes forward and backward each as one block, ``max(F/P, B/BW)``: published fractions are of
+this one, it is the smaller, and goals are held to it. ``kernel_floor`` sums that maximum over the kernels, which
+cannot hide the memory traffic of one kernel behind the arithmetic of another: what this algorithm can reach.
+
+Counted: x and grad_out gathered on load, hidden and activations stored, every expert's weights read once and every
+weight gradient written once, perfect cache inside a kernel. The router is not part of the layer.
+
+Shapes: T tokens, D hidden, F width of one expert, E experts, M = T*K routed rows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.shapes import Shape
+
+Pass = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A device's dense peak in half precision with fp32 sums, FLOP/s, and its memory bandwidth, B/s."""
+
+    name: str
+    peak: float
+    bandwidth: float
+
+
+# By the name that the driver gives. Vendors' data sheets; sustained clocks are lower.
+CARDS = {
+    "NVIDIA H100 80GB HBM3": (989.4e12, 3.35e12),
+    "NVIDIA H200": (989.4e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.0e12),
+    "NVIDIA B200": (2250e12, 8e12),
+}
+
+
+def find_card(name: str, *, peak_tflops: float | None = None, bandwidth_gbps: float | None = None) -> Card:
+    """The card of that name, or of those figures (TFLOP/s and GB/s), which win.
+
+    Raises:
+        ValueError: an unknown card without both figures.
+    """
+    known = CARDS.get(name)
+    peak = peak_tflops * 1e12 if peak_tflops else known and known[0]
+    bandwidth = bandwidth_gbps * 1e9 if bandwidth_gbps else known and known[1]
+    if not peak or not bandwidth:
+        raise ValueError(
+            f"{name}: unknown card; give --peak-tflops (dense, half precision) and --bandwidth (GB/s) of its data "
+            f"sheet (known: {', '.join(CARDS)})"
+        )
+    return Card(name=name, peak=peak, bandwidth=bandwidth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Least FLOPs and bytes of one kernel."""
+
+    kernel: str
+    of: Pass
+    flops: int
+    bytes: int
+
+
+def work(shape: Shape, *, itemsize: int = 2, keep_hidden: bool = True) -> list[Work]:
+    """Every kernel of one forward and backward; without ``keep_hidden`` as inference, which stores no hidden."""
+    tokens, rows = shape.tokens * shape.hidden, shape.rows * shape.hidden  # elements of (T, D) and (M, D)
+    wide, weight = shape.rows * shape.width, shape.experts * shape.hidden * shape.width  # of (M, F) and (E, D, F)
+    gemm = 2 * shape.rows * shape.hidden * shape.width
+    hidden = 2 * wide if keep_hidden else 0
+    table: list[tuple[str, Pass, int, int]] = [
+        ("up", "forward", 2 * gemm, tokens + 2 * weight + hidden + wide),
+        ("down", "forward", gemm, wide + weight + rows),
+        ("combine", "forward", 0, rows + tokens),
+        ("down_backward", "backward", gemm, tokens + weight + 5 * wide),
+        ("w2_gradient", "backward", gemm, tokens + wide + weight),
+        ("x_gradient", "backward", 2 * gemm, 2 * wide + 2 * weight + rows),
+        ("combine_backward", "backward", 0, rows + tokens),
+        ("w13_gradient", "backward", 2 * gemm, tokens + 2 * wide + 2 * weight),
+    ]
+    return [Work(kernel=name, of=of, flops=flops, bytes=itemsize * count) for name, of, flops, count in table]
+
+
+def floor_ms(flops: int, bytes_: int, card: Card) -> float:
+    return max(flops / card.peak, bytes_ / card.bandwidth) * 1e3
+
+
+def _passes(shape: Shape) -> dict[str, list[Work]]:
+    every = work(shape)
+    return {
+        "forward": [item for item in every if item.of == "forward"],
+        "backward": [item for item in every if item.of == "backward"],
+        "inference": [item for item in work(shape, keep_hidden=False) if item.of == "forward"],
+    }
+
+
+def pass_floor(shape: Shape, card: Card) -> dict[str, float]:
+    """ms of ``forward``, ``backward``, ``full`` (their sum) and ``inference``, each pass as one block."""
+    floors = {
+        name: floor_ms(sum(item.flops for item in items), sum(item.bytes for item in items), card)
+        for name, items in _passes(shape).items()
+    }
+    return floors | {"full": floors["forward"] + floors["backward"]}
+
+
+def kernel_floor(shape: Shape, card: Card) -> dict[str, float]:
+    """The same, summed over kernels."""
+    floors = {
+        name: sum(floor_ms(item.flops, item.bytes, card) for item in items) for name, items in _passes(shape).items()
+    }
+    return floors | {"full": floors["forward"] + floors["backward"]}
+
+
+def full_flops(shape: Shape) -> int:
+    """18 T K D F."""
+    return sum(item.flops for item in work(shape))
+
+
+def saved_bytes(shape: Shape, *, itemsize: int = 2) -> int:
+    """What the layer has to keep from forward to backward: x, hidden, and 12 bytes of indices a routed row."""
+    return itemsize * (shape.tokens * shape.hidden + 2 * shape.rows * shape.width) + 12 * shape.rows

@@ -1,0 +1,96 @@
+"""The floors against the published table that they were checked with (H100, bf16)."""
+
+import pytest
+from bench.roofline import find_card, full_flops, kernel_floor, pass_floor, saved_bytes, work
+from bench.shapes import Shape
+
+H100 = find_card("NVIDIA H100 80GB HBM3")
+
+
+def shape(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> Shape:
+    return Shape(name="", tokens=tokens, experts=experts, top_k=top_k, hidden=hidden, width=width)
+
+
+QWEN3 = shape(8192, 128, 8, 2048, 768)
+
+# T, E, K, D, F; GFLOP of the forward, its FLOP a byte; ms of forward, backward, both
+TABLE = [
+    ((8192, 16, 4, 4096, 688), (554, 494), (0.560, 1.120, 1.680)),
+    ((8192, 16, 2, 4096, 688), (277, 363), (0.280, 0.560, 0.840)),
+    ((8192, 8, 2, 4096, 1376), (554, 649), (0.560, 1.120, 1.680)),
+    ((32768, 16, 4, 4096, 688), (2216, 603), (2.240, 4.480, 6.720)),
+    ((8192, 64, 8, 2048, 1024), (825, 424), (0.833, 1.667, 2.500)),
+    ((8192, 8, 2, 4096, 14336), (5772, 1132), (5.834, 11.669, 17.503)),
+    ((8192, 128, 8, 2048, 768), (618, 279), (0.661, 1.250, 1.911)),
+    ((32768, 128, 8, 2048, 768), (2474, 473), (2.500, 5.001, 7.501)),
+    ((8192, 40, 8, 1536, 512), (309, 340), (0.313, 0.625, 0.938)),
+    ((24576, 128, 8, 1536, 256), (464, 225), (0.616, 0.938, 1.554)),
+    ((32768, 256, 16, 4096, 256), (3299, 279), (3.526, 6.668, 10.193)),
+    ((8192, 32, 4, 2880, 2880), (1631, 578), (1.648, 3.296, 4.945)),
+    ((8192, 64, 6, 2048, 1408), (850, 399), (0.860, 1.719, 2.579)),
+]
+
+
+@pytest.mark.parametrize(("sizes", "gemms", "ms"), TABLE, ids=str)
+def test_the_floors_of_the_published_table_are_reproduced_to_three_digits(
+    sizes: tuple[int, ...], gemms: tuple[int, int], ms: tuple[float, ...]
+) -> None:
+    floors = pass_floor(shape(*sizes), H100)
+    assert [floors[name] for name in ("forward", "backward", "full")] == pytest.approx(ms, abs=6e-4)
+    forward = [item for item in work(shape(*sizes)) if item.of == "forward"]
+    flops, bytes_ = sum(item.flops for item in forward), sum(item.bytes for item in forward)
+    assert (round(flops / 1e9), round(flops / bytes_)) == gemms
+    assert full_flops(shape(*sizes)) == 3 * flops
+
+
+def test_the_published_fractions_of_the_best_triton_kernel_follow_from_its_times() -> None:
+    full_ms = {128: 1.275, 1024: 1.663, 8192: 5.417, 32768: 19.005}
+    fractions = [pass_floor(shape(t, 128, 8, 2048, 768), H100)["full"] / ms for t, ms in full_ms.items()]
+    assert [round(fraction, 2) for fraction in fractions] == [0.86, 0.71, 0.35, 0.39]
+
+
+def test_the_floor_of_each_kernel_is_that_of_the_published_gap_table() -> None:
+    # GFLOP, MB and us of each kernel; both combines are one row there.
+    published = {
+        "up": (412, 1141, 417),
+        "down": (206, 772, 230),
+        "down_backward": (206, 940, 280),
+        "x_gradient": (412, 1275, 417),
+        "w13_gradient": (412, 1040, 417),
+        "w2_gradient": (206, 537, 208),
+    }
+    found = {item.kernel: item for item in work(QWEN3)}
+    for kernel, (gigaflop, megabytes, _) in published.items():
+        assert (round(found[kernel].flops / 1e9), round(found[kernel].bytes / 1e6)) == (gigaflop, megabytes)
+    assert round((found["combine"].bytes + found["combine_backward"].bytes) / 1e6) == 604
+    floors_us = sum(us for _, _, us in published.values()) + 180
+    assert kernel_floor(QWEN3, H100)["full"] * 1e3 == pytest.approx(floors_us, abs=2)
+
+
+def test_the_kernels_of_a_pass_move_the_bytes_of_the_closed_formula() -> None:
+    t, e, d, n, m = 8192, 128, 2048, 768, 65536
+    bytes_ = {name: sum(item.bytes for item in work(QWEN3) if item.of == name) for name in ("forward", "backward")}
+    assert bytes_["forward"] == 2 * (2 * t * d + 3 * e * d * n + 4 * m * n + 2 * m * d)
+    assert bytes_["backward"] == 2 * (4 * t * d + 6 * e * d * n + 10 * m * n + 2 * m * d)
+    inference = sum(item.bytes for item in work(QWEN3, keep_hidden=False) if item.of == "forward")
+    assert bytes_["forward"] - inference == 2 * 2 * m * n
+
+
+def test_no_kernel_hides_behind_another_so_their_floors_add_up_to_no_less() -> None:
+    for sizes, _, _ in TABLE:
+        coarse, fine = pass_floor(shape(*sizes), H100), kernel_floor(shape(*sizes), H100)
+        assert all(coarse[name] <= fine[name] * (1 + 1e-12) for name in coarse)
+
+
+def test_saved_bytes_are_x_hidden_and_twelve_bytes_a_row() -> None:
+    assert saved_bytes(shape(8192, 16, 4, 4096, 688)) == pytest.approx(157e6 + 12 * 32768, abs=0.5e6)
+    assert saved_bytes(QWEN3) == pytest.approx(235e6 + 12 * 65536, abs=0.5e6)
+
+
+def test_an_unknown_card_asks_for_its_figures_and_given_figures_win() -> None:
+    with pytest.raises(ValueError, match=r"GeForce.*--peak-tflops.*--bandwidth"):
+        find_card("GeForce")
+    with pytest.raises(ValueError, match="unknown card"):
+        find_card("GeForce", peak_tflops=100)
+    card = find_card("NVIDIA H200", peak_tflops=800)
+    assert (card.peak, card.bandwidth) == (800e12, 4.8e12)
