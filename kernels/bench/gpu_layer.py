@@ -161,6 +161,7 @@ def run_cell(
             del sides[peer.name]
             report.save()
             raise
+        result["version"] = peer.version()
         add_ratios(result, shape, card=card, ours=sides.get(OURS) if peer.name != OURS else None, bound=peer.bound)
         sides[peer.name] = result
         report.save()
@@ -180,6 +181,7 @@ def announce(args: argparse.Namespace, peers: Sequence[Peer], *, card: Card | No
     absent = {peer.name: said for peer in peers if (said := peer.missing())}
     print(*absent.values(), sep="\n", end="\n" if absent else "")
     present = [peer for peer in peers if peer.name not in absent]
+    print("sides:", "; ".join(" ".join(filter(None, (peer.name, peer.version()))) for peer in present))
     if args.plot and (said := plot.missing()):
         print(said)
     minutes = estimate(args, present, peak=card.peak if card else 1e12) / 60

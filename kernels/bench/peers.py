@@ -6,10 +6,12 @@ implementation cannot run this problem; whatever else it raises is reported by n
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows.
 """
 
+import functools
+import importlib.metadata
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +62,16 @@ class Peer:
         if self.module is None or importlib.util.find_spec(self.module) is not None:
             return None
         return f"{self.name} is not installed: {self.install}"
+
+    def version(self) -> str | None:
+        """Of the installed package; None for what is part of this benchmark, or imported from a bare folder."""
+        names = _distributions().get(self.module or "")
+        return importlib.metadata.version(names[0]) if names else None
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def by_autograd(layer: Callable[[], Tensor], leaves: Sequence[Tensor], grad_out: Tensor) -> Side:

@@ -25,7 +25,8 @@ def draw(cells: dict[str, dict[str, Any]], path: Path, *, title: str) -> None:
 
     routings = list(dict.fromkeys(cell["routing"] for cell in cells.values()))
     names = list(dict.fromkeys(name for cell in cells.values() for name in cell["sides"]))
-    figure = Figure(figsize=(12, 1 + 3.5 * len(routings)), layout="constrained")
+    columns = max(sum(cell["routing"] == routing for cell in cells.values()) for routing in routings)
+    figure = Figure(figsize=(max(8, 1.5 * columns), 1 + 3.5 * len(routings)), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     for routing, axes in zip(routings, figure.subplots(len(routings), squeeze=False)[:, 0], strict=True):
         shown = [cell for cell in cells.values() if cell["routing"] == routing]

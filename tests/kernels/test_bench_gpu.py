@@ -9,6 +9,7 @@ from typing import Any
 import moe_kernels
 import pytest
 import torch
+import transformers
 from bench import gpu_layer, plot
 from bench.check import NAMES, disagreement, reference
 from bench.device import Cpu, median_ms
@@ -121,6 +122,7 @@ def test_every_peer_of_this_machine_agrees_or_says_why_not(tmp_path: Path) -> No
     for bound in ("dense SwiGLU, same FLOPs", "cuBLAS bmm, balanced"):
         assert "speed_up" not in sides[bound]
         assert sides[bound]["bound_vs_ours"]["full"] > 0
+    assert sides["transformers eager"]["version"] == transformers.__version__
 
 
 def test_two_runs_with_different_bits_are_not_called_repeatable() -> None:
@@ -196,10 +198,10 @@ def test_a_side_that_takes_the_device_down_is_left_behind_in_a_new_process(
     assert json.loads((tmp_path / "r.json").read_text())["cells"].popitem()[1]["sides"].keys() == {"crashing"}
 
 
-def test_what_does_not_end_is_stopped_after_its_box_and_the_next_is_measured(tmp_path: Path) -> None:
-    sides = bench(tmp_path / "r.json", [Peer(name="slow", build=slow), OURS], "--box", "2")
-    assert "took more than 2 s (--box)" in sides["slow"]["reason"]
-    assert sides["moe_kernels"]["status"] == "ok"
+def test_what_does_not_end_is_stopped_after_its_box_and_the_next_is_tried(tmp_path: Path) -> None:
+    sides = bench(tmp_path / "r.json", [Peer(name="slow", build=slow), Peer(name="next", build=unfit)], "--box", "1")
+    assert sides["slow"]["reason"] == "OverTime: it took more than 1 s (--box)"
+    assert sides["next"]["status"] == "unfit"
 
 
 def test_no_side_begins_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,17 +252,26 @@ def test_memory_is_counted_from_the_inputs_with_x_and_without_the_output() -> No
     assert found == {"kept_bytes": 700 + p.x_TD.nbytes, "peak_bytes": 4000}
 
 
-def test_a_median_is_of_the_step_alone_and_of_three_runs_at_least() -> None:
+def test_a_median_is_of_the_step_alone_over_as_many_runs_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("bench.device.time.perf_counter", lambda: now)
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
     prepared: list[int] = []
 
     def prepare() -> int:
-        prepared.append(len(prepared))
-        time.sleep(0.03)
-        return prepared[-1]
+        pass_time(30)
+        prepared.append(0)
+        return 0
 
-    ms = median_ms(lambda ready: time.sleep(0.001), prepare, device=Cpu(), seconds=1e-9)
-    assert 1 <= ms < 25
-    assert len(prepared) == 1 + 1 + 3
+    for budget, runs in ((0.01, 3), (2.1, 8), (1000, 100)):
+        prepared.clear()
+        ms = median_ms(lambda ready: pass_time(0.25), prepare, device=Cpu(), seconds=budget)
+        assert ms == pytest.approx(250)
+        assert len(prepared) == 1 + max(runs // 4, 1) + runs
 
 
 def test_the_goal_is_held_to_the_roofline_of_the_card() -> None:
