@@ -1,7 +1,7 @@
 """Trains two experts layers for a few steps by plain torch, then in two processes under DeepSpeed's ZeRO-3.
 
-Each process prints a JSON line: the losses of both, and whether the storages that ZeRO-3 had gathered for each
-forward were gone before its backward. (In one process alone ZeRO-3 gathers nothing: it lends its own partition.)
+Prints one JSON line: the losses of both, and by process, whether the storages that ZeRO-3 had gathered for each forward
+were gone before its backward. (In one process alone ZeRO-3 gathers nothing: it lends its own partition.)
 
     DS_ACCELERATOR=cpu python -m torch.distributed.run --standalone --nproc_per_node 2 \
         tests/kernels/train_under_zero3.py
@@ -66,7 +66,7 @@ def plain() -> list[float]:
     return losses
 
 
-def zero3() -> tuple[list[float], list[bool]]:
+def zero3() -> tuple[list[float], list[list[bool]]]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling for nothing
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -86,11 +86,14 @@ def zero3() -> tuple[list[float], list[bool]]:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / ranks)
-    dist.destroy_process_group()
-    return losses, freed
+    by_rank: list[list[bool]] = [[]] * ranks
+    dist.all_gather_object(by_rank, freed)
+    return losses, by_rank
 
 
 if __name__ == "__main__":
     expected = plain()
     losses, freed = zero3()
-    print(json.dumps({"plain": expected, "zero3": losses, "freed": freed}), flush=True)
+    if dist.get_rank() == 0:
+        print(json.dumps({"plain": expected, "zero3": losses, "freed": freed}), flush=True)
+    dist.destroy_process_group()
