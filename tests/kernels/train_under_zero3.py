@@ -1,7 +1,7 @@
 """Trains two experts layers for a few steps by plain torch, then in two processes under DeepSpeed's ZeRO-3.
 
-Prints one JSON line: the losses of both, and by process, whether the storages that ZeRO-3 had gathered for each forward
-were gone before its backward. (In one process alone ZeRO-3 gathers nothing: it lends its own partition.)
+Prints one JSON line: the losses of both, and by process, whether the storages that ZeRO-3 had gathered for each
+forward were gone before its backward. (In one process alone ZeRO-3 gathers nothing: it lends its own partition.)
 
     DS_ACCELERATOR=cpu python -m torch.distributed.run --standalone --nproc_per_node 2 \
         tests/kernels/train_under_zero3.py
