@@ -1,14 +1,16 @@
 """One GEMM an expert over its own rows: the path for experts wide enough to pay for moving rows.
 
-Rows are gathered expert by expert, so that a gathered slice is still in cache when its GEMM reads it and no (M, D)
-copy of the tokens exists. The K rows of a token are added in the order of k, in fp32 or better, by one
-``embedding_bag`` pass. Rows past the last expert (absent experts, padding) are not computed and count as zero.
+Rows are gathered in chunks of whole experts, so that they are still in cache when the GEMMs read them and no (M, D)
+copy of the tokens exists. The K rows of a token are added in a fixed order, in fp32 or better. Rows past the last
+expert (absent experts, padding) are not computed and count as zero.
 
 Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by
-expert, C rows of one expert.
+expert, C rows of a chunk.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,21 @@ from torch import Tensor
 
 from .routing import Routing
 
+# Whole experts are taken until they have so many rows: enough to hide the cost of calling an operator.
+_CHUNK_ROWS = 1024
+# Below this width the columns of a chunk are contiguous, not its rows; see _block.
+_NARROW = 64
+
+_silu = torch.ops.aten.silu.out
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+
 
 def forward(
     x_TD: Tensor, w13: Tensor, w3_EFD: Tensor | None, w2_EDF: Tensor, *, weights_TK: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
     """The output (T, D) and the pre-activations (M, G) in sorted order, both in the dtype of ``x_TD``.
+
+    The layout of the pre-activations, :func:`_block`, is for :func:`backward` alone.
 
     Args:
         x_TD: tokens in the dtype of the GEMMs.
@@ -30,29 +42,30 @@ def forward(
         weights_TK: routing weights; None for rows that came sorted.
         routing: of these tokens; its rows past ``offset_E1[E]`` are skipped.
     """
-    _, model_dim, width = w2_EDF.shape
-    dtype = x_TD.dtype
-    bounds: list[int] = routing.offset_E1.tolist()
-    token_M, weights_M1 = _rows(routing, weights_TK, dtype=dtype)
-    rows_total = x_TD.shape[0] if token_M is None else token_M.numel()
-    hidden_MG = x_TD.new_empty((rows_total, 2 * width))
-    y_MD = x_TD.new_empty((rows_total, model_dim))
-    y_MD[bounds[-1] :].zero_()
-    for expert, rows in _slices(bounds):
-        if rows.start == rows.stop:
-            continue
-        hidden_CG = hidden_MG[rows]
-        rows_CD = _take(x_TD, token_M, rows)
-        if w3_EFD is None:
-            torch.mm(rows_CD, w13[expert].to(dtype).t(), out=hidden_CG)
-        else:
-            torch.mm(rows_CD, w13[expert].to(dtype).t(), out=hidden_CG[:, :width])
-            torch.mm(rows_CD, w3_EFD[expert].to(dtype).t(), out=hidden_CG[:, width:])
-        act_CF = F.silu(hidden_CG[:, :width]).mul_(hidden_CG[:, width:])
-        if weights_M1 is not None:
-            act_CF.mul_(weights_M1[rows])
-        torch.mm(act_CF, w2_EDF[expert].to(dtype).t(), out=y_MD[rows])
-    return _combine(y_MD, routing), hidden_MG
+    dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
+    rows = _Rows(x_TD, routing, weights_TK=weights_TK)
+    hidden_MG = x_TD.new_empty((rows.total, 2 * width))
+    x_scratch, act_scratch = x_TD.new_empty((rows.most, model_dim)), x_TD.new_empty((rows.most, width))
+    out = _Sum(x_TD, rows, scratch=x_scratch)
+    for chunk in rows.chunks():
+        x_CD = chunk.take(x_TD, out=x_scratch)
+        hidden_CG = _block(hidden_MG, chunk.start, chunk.stop, width=width)
+        gate_CF, up_CF = hidden_CG.split(width, dim=1)
+        for expert, rows_e in chunk.experts:
+            x_e = x_CD[rows_e]
+            if w3_EFD is None:
+                torch.mm(x_e, w13[expert].to(dtype).t(), out=hidden_CG[rows_e])
+            else:
+                torch.mm(x_e, w13[expert].to(dtype).t(), out=gate_CF[rows_e])
+                torch.mm(x_e, w3_EFD[expert].to(dtype).t(), out=up_CF[rows_e])
+        act_CF = _silu(gate_CF, out=_block(act_scratch, 0, chunk.size, width=width)).mul_(up_CF)
+        if out.adds:
+            chunk.scale(act_CF)
+        y_CD = out.block(chunk)
+        for expert, rows_e in chunk.experts:
+            torch.mm(act_CF[rows_e], w2_EDF[expert].to(dtype).t(), out=y_CD[rows_e])
+        out.add(chunk, y_CD)
+    return out.result(weights_TK), hidden_MG
 
 
 def backward(
@@ -74,94 +87,186 @@ def backward(
 
     An expert without rows gets zeros, never None: a missing gradient desynchronises data-parallel reductions.
     """
-    _, model_dim, width = w2_EDF.shape
-    dtype = x_TD.dtype
-    bounds: list[int] = routing.offset_E1.tolist()
-    token_M, weights_M1 = _rows(routing, weights_TK, dtype=dtype)
-    sum_dtype = torch.promote_types(dtype, torch.float32)
-    grad_x_MD = x_TD.new_empty((hidden_MG.shape[0], model_dim)) if need_x else None
-    grad_w13, grad_w3_EFD = (
-        torch.empty_like(w, memory_format=torch.contiguous_format) if need_w13 and w is not None else None
-        for w in (w13, w3_EFD)
-    )
-    grad_w2_EDF = torch.empty_like(w2_EDF, memory_format=torch.contiguous_format) if need_w2 else None
-    grad_weights_M = x_TD.new_empty(hidden_MG.shape[0], dtype=sum_dtype) if need_weights else None
-    for buffer in (grad_x_MD, grad_weights_M):
-        if buffer is not None:
-            buffer[bounds[-1] :].zero_()
+    dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
+    rows = _Rows(x_TD, routing, weights_TK=weights_TK)
+    grad_w13 = _gradient_like(w13, rows) if need_w13 else None
+    grad_w3_EFD = _gradient_like(w3_EFD, rows) if need_w13 and w3_EFD is not None else None
+    grad_w2_EDF = _gradient_like(w2_EDF, rows) if need_w2 else None
+    row_scratch = x_TD.new_empty((rows.most, model_dim))
+    scratch = [x_TD.new_empty((rows.most, size * width)) for size in (1, 1, 1, 2)]
+    grad_x = _Sum(x_TD, rows, scratch=row_scratch) if need_x else None
+    grad_weights_M = x_TD.new_zeros(rows.total, dtype=torch.promote_types(dtype, torch.float32))
 
-    for expert, rows in _slices(bounds):
-        if rows.start == rows.stop:
-            for grad in (grad_w13, grad_w3_EFD, grad_w2_EDF):
-                if grad is not None:
-                    grad[expert].zero_()
-            continue
-        gate_CF, up_CF = hidden_MG[rows].split(width, dim=1)
-        grad_out_CD = _take(grad_out_TD, token_M, rows)
-        silu_CF = F.silu(gate_CF)
-        act_CF = silu_CF * up_CF
+    for chunk in rows.chunks():
+        gate_CF, up_CF = _block(hidden_MG, chunk.start, chunk.stop, width=width).split(width, dim=1)
+        silu_CF, act_CF, grad_act_CF, grad_hidden_CG = (
+            _block(buffer, 0, chunk.size, width=width) for buffer in scratch
+        )
+        grad_gate_CF, grad_up_CF = grad_hidden_CG.split(width, dim=1)
+        grad_out_CD = chunk.take(grad_out_TD, out=row_scratch)
+        _silu(gate_CF, out=silu_CF)
+        torch.mul(silu_CF, up_CF, out=act_CF)
         if need_x or need_w13 or need_weights:
-            grad_act_CF = grad_out_CD @ w2_EDF[expert].to(dtype)
-            if grad_weights_M is not None:
+            for expert, rows_e in chunk.experts:
+                torch.mm(grad_out_CD[rows_e], w2_EDF[expert].to(dtype), out=grad_act_CF[rows_e])
+            if need_weights:
                 # <dO, Y> = <dO W2, a>: the gradient of a routing weight needs no expert output.
-                torch.sum(grad_act_CF * act_CF, 1, dtype=sum_dtype, out=grad_weights_M[rows])
+                product_CF = torch.mul(grad_act_CF, act_CF, out=grad_up_CF)
+                torch.sum(product_CF, 1, dtype=grad_weights_M.dtype, out=grad_weights_M[chunk.start : chunk.stop])
         if grad_w2_EDF is not None:
-            if weights_M1 is not None:
-                act_CF.mul_(weights_M1[rows])
-            _mm_into(grad_w2_EDF[expert], grad_out_CD.t(), act_CF)
+            chunk.scale(act_CF)
+            for expert, rows_e in chunk.experts:
+                _mm_into(grad_w2_EDF[expert], grad_out_CD[rows_e].t(), act_CF[rows_e])
         if need_x or need_w13:
-            if weights_M1 is not None:
-                grad_act_CF.mul_(weights_M1[rows])
-            grad_hidden_CG = torch.empty_like(hidden_MG[rows])
-            grad_gate_CF, grad_up_CF = grad_hidden_CG.split(width, dim=1)
+            chunk.scale(grad_act_CF)
             torch.mul(grad_act_CF, silu_CF, out=grad_up_CF)
-            torch.ops.aten.silu_backward.grad_input(grad_act_CF.mul_(up_CF), gate_CF, grad_input=grad_gate_CF)
-            if grad_x_MD is not None:
+            _silu_backward(grad_act_CF.mul_(up_CF), gate_CF, grad_input=grad_gate_CF)
+        if grad_x is not None:
+            grad_x_CD = grad_x.block(chunk)
+            for expert, rows_e in chunk.experts:
                 if w3_EFD is None:
-                    torch.mm(grad_hidden_CG, w13[expert].to(dtype), out=grad_x_MD[rows])
+                    torch.mm(grad_hidden_CG[rows_e], w13[expert].to(dtype), out=grad_x_CD[rows_e])
                 else:
-                    torch.mm(grad_gate_CF, w13[expert].to(dtype), out=grad_x_MD[rows])
-                    grad_x_MD[rows].addmm_(grad_up_CF, w3_EFD[expert].to(dtype))
-            if grad_w13 is not None:
-                rows_CD = _take(x_TD, token_M, rows)
+                    torch.mm(grad_gate_CF[rows_e], w13[expert].to(dtype), out=grad_x_CD[rows_e])
+                    grad_x_CD[rows_e].addmm_(grad_up_CF[rows_e], w3_EFD[expert].to(dtype))
+            grad_x.add(chunk, grad_x_CD)
+        if grad_w13 is not None:
+            x_CD = chunk.take(x_TD, out=row_scratch)
+            for expert, rows_e in chunk.experts:
                 if grad_w3_EFD is None:
-                    _mm_into(grad_w13[expert], grad_hidden_CG.t(), rows_CD)
+                    _mm_into(grad_w13[expert], grad_hidden_CG[rows_e].t(), x_CD[rows_e])
                 else:
-                    _mm_into(grad_w13[expert], grad_gate_CF.t(), rows_CD)
-                    _mm_into(grad_w3_EFD[expert], grad_up_CF.t(), rows_CD)
+                    _mm_into(grad_w13[expert], grad_gate_CF[rows_e].t(), x_CD[rows_e])
+                    _mm_into(grad_w3_EFD[expert], grad_up_CF[rows_e].t(), x_CD[rows_e])
 
-    grad_x_TD = None if grad_x_MD is None else _combine(grad_x_MD, routing)
+    grad_x_TD = None if grad_x is None else grad_x.result()
     grad_weights_TK = None
-    if grad_weights_M is not None and weights_TK is not None:
+    if need_weights and weights_TK is not None:
         grad_weights_TK = grad_weights_M[routing.inverse_TK].to(weights_TK.dtype)
     return grad_x_TD, grad_w13, grad_w3_EFD, grad_w2_EDF, grad_weights_TK
 
 
-def _rows(routing: Routing, weights_TK: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Token and routing weight (M, 1) of each sorted row; None where the rows came sorted, or have no weights."""
-    if routing.flat_M is None:
-        return None, None
-    flat_M = routing.flat_M
-    weights_M1 = None if weights_TK is None else weights_TK.reshape(-1)[flat_M].to(dtype).unsqueeze(1)
-    return flat_M // max(routing.top_k, 1), weights_M1
+@dataclass(frozen=True)
+class _Chunk:
+    """Sorted rows ``start:stop``: those of whole experts, each with its slice of the chunk."""
+
+    start: int
+    stop: int
+    experts: list[tuple[int, slice]]
+    token_C: Tensor | None
+    weight_C1: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def take(self, rows_TD: Tensor, *, out: Tensor) -> Tensor:
+        """The rows of the chunk, gathered into ``out`` unless they came sorted."""
+        if self.token_C is None:
+            return rows_TD[self.start : self.stop]
+        return torch.index_select(rows_TD, 0, self.token_C, out=out[: self.size])
+
+    def scale(self, act_CF: Tensor) -> None:
+        """Multiplies each row by its routing weight, in place."""
+        if self.weight_C1 is not None:
+            act_CF.mul_(self.weight_C1)
 
 
-def _take(rows_TD: Tensor, token_M: Tensor | None, rows: slice) -> Tensor:
-    return rows_TD[rows] if token_M is None else rows_TD.index_select(0, token_M[rows])
+class _Rows:
+    """The sorted rows of a call."""
+
+    def __init__(self, x_TD: Tensor, routing: Routing, *, weights_TK: Tensor | None) -> None:
+        self.bounds: list[int] = routing.offset_E1.tolist()
+        self.inverse_TK = routing.inverse_TK
+        self.total = x_TD.shape[0] if routing.flat_M is None else routing.flat_M.numel()
+        self.cuts = self._cut()
+        most = max((self.bounds[last] - self.bounds[first] for first, last in self.cuts), default=0)
+        self.most = -(-most // 256) * 256  # few different strides; see _block
+        self.token_M = self.weight_M1 = None
+        if routing.flat_M is not None:
+            flat_M = routing.flat_M.long()
+            self.token_M = flat_M // max(routing.top_k, 1)
+            if weights_TK is not None:
+                self.weight_M1 = weights_TK.reshape(-1)[flat_M].to(x_TD.dtype).unsqueeze(1)
+
+    def _cut(self) -> list[tuple[int, int]]:
+        """Ranges of experts with ``_CHUNK_ROWS`` rows or more each, but for the last."""
+        cuts, first = [], 0
+        for expert, bound in enumerate(self.bounds):
+            if bound - self.bounds[first] >= _CHUNK_ROWS or (
+                expert == len(self.bounds) - 1 and bound > self.bounds[first]
+            ):
+                cuts.append((first, expert))
+                first = expert
+        return cuts
+
+    def chunks(self) -> Iterator[_Chunk]:
+        for first, last in self.cuts:
+            start, stop = self.bounds[first], self.bounds[last]
+            experts = [
+                (expert, slice(self.bounds[expert] - start, self.bounds[expert + 1] - start))
+                for expert in range(first, last)
+                if self.bounds[expert] < self.bounds[expert + 1]
+            ]
+            token_C = None if self.token_M is None else self.token_M[start:stop]
+            yield _Chunk(start, stop, experts, token_C, None if self.weight_M1 is None else self.weight_M1[start:stop])
 
 
-def _slices(bounds: list[int]) -> Iterator[tuple[int, slice]]:
-    for expert in range(len(bounds) - 1):
-        yield expert, slice(bounds[expert], bounds[expert + 1])
+class _Sum:
+    """``out[t]`` = the sum of the K rows of token t, in a fixed order, in fp32 or better.
+
+    In fp32 and fp64 each block is added while it is in cache. Half precision needs a wider sum than its rows: there
+    the blocks are kept, (M, D), and added at the end by one ``embedding_bag``. Rows that came sorted are the output.
+    """
+
+    def __init__(self, x_TD: Tensor, rows: _Rows, *, scratch: Tensor) -> None:
+        self.inverse_TK, self.end, self.scratch = rows.inverse_TK, rows.bounds[-1], scratch
+        self.adds = rows.token_M is not None and x_TD.dtype.itemsize >= 4
+        if self.adds:
+            self.out = torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
+        else:
+            self.out = x_TD.new_empty((rows.total, x_TD.shape[1]))
+            self.out[self.end :].zero_()
+
+    def block(self, chunk: _Chunk) -> Tensor:
+        """Where the rows of a chunk go before :meth:`add`; may be ``scratch``."""
+        return self.scratch[: chunk.size] if self.adds else self.out[chunk.start : chunk.stop]
+
+    def add(self, chunk: _Chunk, y_CD: Tensor) -> None:
+        if self.adds and chunk.token_C is not None:
+            self.out.index_add_(0, chunk.token_C, y_CD)
+
+    def result(self, weights_TK: Tensor | None = None) -> Tensor:
+        """The sum, of rows times ``weights_TK`` where blocks are kept: the product costs nothing there."""
+        if self.adds or self.inverse_TK is None:
+            return self.out
+        if self.inverse_TK.numel() == 0:
+            return self.out.new_zeros((self.inverse_TK.shape[0], self.out.shape[1]))
+        if weights_TK is not None:
+            weights_TK = weights_TK.to(self.out.dtype).contiguous()
+            if self.end < self.out.shape[0]:  # or the weight of an absent expert would be read, and might be NaN
+                weights_TK = weights_TK.masked_fill(self.inverse_TK >= self.end, 0)
+        return F.embedding_bag(self.inverse_TK, self.out, mode="sum", per_sample_weights=weights_TK)
 
 
-def _combine(y_MD: Tensor, routing: Routing) -> Tensor:
-    """(T, D): the sum of each token's K rows, in the order of k, accumulated in fp32 or better."""
-    if routing.inverse_TK is None:
-        return y_MD
-    if routing.inverse_TK.numel() == 0:
-        return y_MD.new_zeros((routing.inverse_TK.shape[0], y_MD.shape[1]))
-    return F.embedding_bag(routing.inverse_TK, y_MD, mode="sum")
+def _block(buffer_MX: Tensor, start: int, stop: int, *, width: int) -> Tensor:
+    """Rows ``start:stop`` (C, X) of a buffer, which is laid out (X, M) where experts are narrow.
+
+    An elementwise operator takes the tail of each contiguous run one element at a time: of a row of F = 24, all of it.
+    All chunks share the stride of the buffer, because oneDNN compiles a kernel for every stride it meets.
+    """
+    if width >= _NARROW:
+        return buffer_MX[start:stop]
+    return buffer_MX.view(buffer_MX.shape[1], -1)[:, start:stop].t()
+
+
+def _gradient_like(weight: Tensor, rows: _Rows) -> Tensor:
+    """An unwritten gradient, zero for the experts without rows."""
+    grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for expert, (start, stop) in enumerate(pairwise(rows.bounds)):
+        if start == stop:
+            grad[expert].zero_()
+    return grad
 
 
 def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
