@@ -280,24 +280,24 @@ def weight_gradient_kernel(
     begin = tl.load(offset_E1 + expert)
     end = tl.load(offset_E1 + expert + 1)
     grad = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    depth_K = tl.arange(0, BLOCK_K)
+    # The tokens of a step are loaded one step ahead: a load that waits for another would halve the pipeline's depth.
+    flat_K = depth_K
+    if flat_M is not None:
+        flat_K = tl.load(flat_M + begin + depth_K, mask=depth_K < end - begin, other=0)
     for start in range(begin, end, BLOCK_K):
-        row_K = start + tl.arange(0, BLOCK_K)
+        row_K = start + depth_K
         mask_K = row_K < end
-        token = row_K
+        token_K = row_K
         if flat_M is not None:
-            token = tl.load(flat_M + row_K, mask=mask_K, other=0) // K
-        left_row = (token if GATHER_LEFT else row_K).to(tl.int64)
-        right_row = (row_K if GATHER_LEFT else token).to(tl.int64)
-        left = tl.load(
-            left_ptr + left_row[:, None] * stride_lm + row_R[None, :],
-            mask=mask_K[:, None] & mask_R[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_ptr + right_row[:, None] * stride_rm + col_C[None, :],
-            mask=mask_K[:, None] & mask_C[None, :],
-            other=0.0,
-        )
+            token_K = flat_K // K
+            flat_K = tl.load(flat_M + row_K + BLOCK_K, mask=row_K < end - BLOCK_K, other=0)
+        left_row_K = (token_K if GATHER_LEFT else row_K).to(tl.int64)
+        left_ptrs = left_ptr + (left_row_K * stride_lm)[:, None] + row_R[None, :]
+        left = tl.load(left_ptrs, mask=mask_K[:, None] & mask_R[None, :], other=0.0)
+        right_row_K = (row_K if GATHER_LEFT else token_K).to(tl.int64)
+        right_ptrs = right_ptr + (right_row_K * stride_rm)[:, None] + col_C[None, :]
+        right = tl.load(right_ptrs, mask=mask_K[:, None] & mask_C[None, :], other=0.0)
         grad = dot(tl.trans(left), right, grad, INTERPRETED)
     row_R = row_R.to(tl.int64)
     row_start = expert.to(tl.int64) * split * C + row_R * C + tl.where(row_R < split, 0, jump)
