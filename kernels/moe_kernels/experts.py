@@ -16,6 +16,7 @@ from .cpu import choose_regime
 from .routing import presorted_routing
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INDEX_DTYPES = (torch.int32, torch.int64)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,8 +35,8 @@ def experts_layer(
         x_TD: tokens, (T, D), any strides; T may be 0.
         w13_EGD: ``[gate; up]`` projections, (E, 2F, D); pass the Parameter itself, not a view or a cast of it.
         w2_EDF: down projections, (E, D, F); the same holds.
-        top_k_index_TK: chosen experts, integers in ``[0, E]``, (T, K). E is an absent expert, which adds nothing: the
-            mark that expert parallelism gives to the experts of other ranks.
+        top_k_index_TK: chosen experts, int32 or int64 in ``[0, E]``, (T, K). E is an absent expert, which adds nothing:
+            the mark that expert parallelism gives to the experts of other ranks.
         top_k_weights_TK: routing weights, (T, K), any floating dtype; need not sum to one.
         path: forces a path, for tests and benchmarks. By default ``"triton"`` on CUDA where it is installed (fp32,
             fp16, bf16), what :func:`moe_kernels.cpu.choose_regime` says on CPU, and ``"sorted"`` elsewhere.
@@ -72,7 +73,7 @@ def experts_sorted(
         x_MD: rows, those of expert 0 first, (M, D); rows past the sum of the counts are padding.
         w13: ``[gate; up]`` projections, (E, 2F, D); or the gate alone, (E, F, D), where ``w3_EFD`` is given.
         w2_EDF: down projections, (E, D, F).
-        counts_E: rows of each expert, integers whose sum is at most M, (E,).
+        counts_E: rows of each expert, int32 or int64 whose sum is at most M, (E,).
         w3_EFD: up projections, (E, F, D), if they are not in ``w13``.
         path: ``"sorted"`` or ``"triton"``; as in :func:`experts_layer`.
 
@@ -152,9 +153,9 @@ def _check(x: Tensor, w13: Tensor, w3: Tensor | None, w2: Tensor, **routing: Ten
         if tensor.device != x.device:
             raise ValueError(f"experts layer: {name} is on {tensor.device} and x on {x.device}; move one of them")
         integer = name in ("top_k_index", "counts")
-        if tensor.is_floating_point() == integer or tensor.dtype is torch.bool:
-            kind = "an integer" if integer else "a floating"
-            raise ValueError(f"experts layer: {name} is {tensor.dtype}, expected {kind} dtype")
+        if not (tensor.dtype in _INDEX_DTYPES if integer else tensor.is_floating_point()):
+            expected = "int32 or int64" if integer else "a floating dtype"
+            raise ValueError(f"experts layer: {name} is {tensor.dtype}, expected {expected}")
 
 
 # The package takes this name from here; below the layer, because register.py imports it.

@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M
 """
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -237,14 +238,21 @@ def no_weight_lives_from_forward_to_backward_when_its_owner_lets_go(s: Subject) 
         assert torch.equal(leaf.grad.cpu(), expected[name]), name
 
 
-def rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(s: Subject) -> None:
-    p = make_problem(30, 4, top_k=1, hidden=24, width=8).rounded(s.dtype)
-    counts_E = torch.tensor([7, 0, 16, 4])
-    rows = int(counts_E.sum())
-    padding = torch.arange(30) >= rows
+def an_index_of_32_bits_does(s: Subject) -> None:
+    p = make_problem(12, 4, top_k=2, hidden=16, width=8)
+    wide, narrow = s.run(p), s.run(p.replaced(top_k_index_TK=p.top_k_index_TK.int()))
+    assert all(torch.equal(narrow[name], wide[name]) for name in NAMES)
+
+
+def rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(
+    s: Subject, *, counts: Sequence[int] = (7, 0, 16, 4), padding: int = 3
+) -> None:
+    rows, counts_E = sum(counts), torch.tensor(counts)
+    p = make_problem(rows + padding, len(counts), top_k=1, hidden=24, width=8).rounded(s.dtype)
+    past = torch.arange(rows + padding) >= rows
     nan = float("nan")
-    x_MD, grad_out_MD = (t.masked_fill(padding[:, None], nan) for t in (p.x_TD, p.grad_out_TD))
-    index_MK = torch.repeat_interleave(torch.arange(4), counts_E)[:, None]
+    x_MD, grad_out_MD = (t.masked_fill(past[:, None], nan) for t in (p.x_TD, p.grad_out_TD))
+    index_MK = torch.repeat_interleave(torch.arange(len(counts)), counts_E)[:, None]
     real = p.replaced(
         x_TD=p.x_TD[:rows],
         grad_out_TD=p.grad_out_TD[:rows],
@@ -280,4 +288,5 @@ PROPERTIES = (
     under_autocast_the_gemms_run_in_bf16_and_gradients_keep_the_dtypes_of_the_inputs,
     gradient_checkpointing_gives_the_same_bits,
     no_weight_lives_from_forward_to_backward_when_its_owner_lets_go,
+    an_index_of_32_bits_does,
 )

@@ -74,9 +74,15 @@ def test_gradients_agree_with_finite_differences(path: Path) -> None:
     assert torch.autograd.gradcheck(layer, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(dtype: torch.dtype) -> None:
-    rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(Subject(path="sorted", dtype=dtype))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(counts=st.lists(st.integers(0, 12), min_size=1, max_size=6), padding=st.integers(0, 5))
+def test_rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(
+    dtype: torch.dtype, counts: list[int], padding: int
+) -> None:
+    rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(
+        Subject(path="sorted", dtype=dtype), counts=counts, padding=padding
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
