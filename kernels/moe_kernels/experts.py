@@ -35,7 +35,7 @@ def experts_layer(
         x_TD: tokens, (T, D), any strides; T may be 0.
         w13_EGD: ``[gate; up]`` projections, (E, 2F, D); pass the Parameter itself, not a view or a cast of it.
         w2_EDF: down projections, (E, D, F); the same holds.
-        top_k_index_TK: chosen experts, int32 or int64 in ``[0, E]``, (T, K). E is an absent expert, which adds nothing:
+        top_k_index_TK: chosen experts, int32 or int64 in ``[0, E]``, (T, K). E is an absent expert and adds nothing:
             the mark that expert parallelism gives to the experts of other ranks.
         top_k_weights_TK: routing weights, (T, K), any floating dtype; need not sum to one.
         path: forces a path, for tests and benchmarks. By default ``"triton"`` on CUDA where it is installed (fp32,
