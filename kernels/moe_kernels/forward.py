@@ -15,6 +15,10 @@ from .config import Kernel, current_arch, tile
 from .forward_kernels import combine_kernel, down_kernel, up_kernel, zero_padding_kernel
 from .routing import Routing, tile_map
 
+# From this many elements on, a tile's accumulator leaves no registers for a second program on a multiprocessor, which
+# would compute while the first one writes. The kernel then overlaps the two itself.
+LARGE_TILE = 128 * 256
+
 
 def experts_forward_triton(
     x_TD: Tensor,
@@ -80,13 +84,19 @@ def experts_forward_triton(
         grid, launch = row_tile_launch("down", routing, rows=rows, columns=model_dim, depth=width, like=x_TD)
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
         tma = loads_by_descriptor(w2_EDF, width, depth=block_k)
+        # Blackwell's accumulators lie in a memory of their own.
+        persistent = tma and block_m * block_n >= LARGE_TILE and current_arch() < 100
+        if persistent:
+            grid = (min(grid[0], multiprocessors(x_TD.device)),)
         down_kernel[grid](
             act_ptr=TensorDescriptor.from_tensor(act_MF, [block_m, block_k]) if tma else act_MF,
             w2_ptr=TensorDescriptor.from_tensor(w2_EDF, [1, block_n, block_k]) if tma else w2_EDF,
             y_ptr=y_MD,
             D=model_dim,
             F=width,
+            BLOCK_E=triton.next_power_of_2(routing.experts),
             TMA=tma,
+            PERSISTENT=persistent,
             **launch,
         )
     if sorted_rows:
@@ -94,6 +104,11 @@ def experts_forward_triton(
     else:
         combine(y_MD, out_TD, weights_TK=weights_TK, routing=routing)
     return out_TD, hidden_MG
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of large tiles run at once; in the interpreter few, so that each has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def gate_and_up_offset(w13: Tensor, w3: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -19,7 +19,7 @@ row tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M
 import triton
 import triton.language as tl
 
-from .tiles import dot, row_tile_start
+from .tiles import dot, row_tile_at, row_tile_start
 
 
 @triton.jit(do_not_specialize=["n_row_tiles"])
@@ -118,37 +118,47 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    expert, row, end, col_tile = row_tile_start(
-        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
-    )
-    if expert >= E:
-        return
-    col = col_tile * BLOCK_N
-    col_N = col + tl.arange(0, BLOCK_N)
+    """One program a tile, or with PERSISTENT as many programs as run at once, which compute tile after tile and load
+    the next while they write the last: the reduction over F is short."""
+    if PERSISTENT:  # no tiles past the last real one
+        expert_E = tl.arange(0, BLOCK_E)
+        begin_E = tl.load(offset_E1 + expert_E, mask=expert_E < E, other=0)
+        end_E = tl.load(offset_E1 + expert_E + 1, mask=expert_E < E, other=0)
+        n_row_tiles = tl.sum((end_E - begin_E + BLOCK_M - 1) // BLOCK_M)
     depth_K = tl.arange(0, BLOCK_K)
-    if not TMA:
-        act_row_M = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64) * F
-        act_ptrs = act_ptr + act_row_M[:, None] + depth_K[None, :]
-        w2_row_N = (expert.to(tl.int64) * D + tl.minimum(col_N, D - 1)) * F
-        w2_ptrs = w2_ptr + w2_row_N[:, None] + depth_K[None, :]
-    y_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, F, BLOCK_K):
-        if TMA:
-            act_MK = act_ptr.load([row, start])
-            w2_NK = w2_ptr.load([expert, col, start]).reshape(BLOCK_N, BLOCK_K)
-        else:
-            mask_1K = (depth_K < F - start)[None, :]
-            act_MK = tl.load(act_ptrs, mask=mask_1K, other=0.0)
-            w2_NK = tl.load(w2_ptrs, mask=mask_1K, other=0.0)
-            act_ptrs += BLOCK_K
-            w2_ptrs += BLOCK_K
-        y_MN = dot(act_MK, w2_NK.T, y_MN, INTERPRETED)
     row_M = tl.arange(0, BLOCK_M)
-    y_ptrs = y_ptr + row.to(tl.int64) * D + (row_M[:, None] * D + col_N[None, :])
-    tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=(row_M < end - row)[:, None] & (col_N < D)[None, :])
+    for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=PERSISTENT):
+        expert, row, end, col_tile = row_tile_at(
+            tile, tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
+        )
+        if PERSISTENT or expert < E:
+            col = col_tile * BLOCK_N
+            col_N = col + tl.arange(0, BLOCK_N)
+            if not TMA:
+                act_row_M = tl.minimum(row + row_M, end - 1).to(tl.int64) * F
+                act_ptrs = act_ptr + act_row_M[:, None] + depth_K[None, :]
+                w2_row_N = (expert.to(tl.int64) * D + tl.minimum(col_N, D - 1)) * F
+                w2_ptrs = w2_ptr + w2_row_N[:, None] + depth_K[None, :]
+            y_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for start in range(0, F, BLOCK_K):
+                if TMA:
+                    act_MK = act_ptr.load([row, start])
+                    w2_NK = w2_ptr.load([expert, col, start]).reshape(BLOCK_N, BLOCK_K)
+                else:
+                    mask_1K = (depth_K < F - start)[None, :]
+                    act_MK = tl.load(act_ptrs, mask=mask_1K, other=0.0)
+                    w2_NK = tl.load(w2_ptrs, mask=mask_1K, other=0.0)
+                    act_ptrs += BLOCK_K
+                    w2_ptrs += BLOCK_K
+                y_MN = dot(act_MK, w2_NK.T, y_MN, INTERPRETED)
+            y_ptrs = y_ptr + row.to(tl.int64) * D + (row_M[:, None] * D + col_N[None, :])
+            mask_MN = (row_M < end - row)[:, None] & (col_N < D)[None, :]
+            tl.store(y_ptrs, y_MN.to(y_ptr.dtype.element_ty), mask=mask_MN)
 
 
 @triton.jit

@@ -21,21 +21,14 @@ def dot(a, b, acc, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def row_tile_start(tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M: tl.constexpr):
-    """This program's expert (E past the last real tile), its first sorted row, the end of the expert's rows, and its
-    column tile. GROUP_M row tiles take turns at one column tile, so that both operands are found in L2."""
-    tile, col_tile = tl.swizzle2d(
-        tl.program_id(0) // n_col_tiles, tl.program_id(0) % n_col_tiles, n_row_tiles, n_col_tiles, GROUP_M
-    )
-    expert = tl.load(tile_expert_B + tile)
-    return expert, tl.load(tile_row_B + tile), tl.load(offset_E1 + tl.minimum(expert + 1, E)), col_tile
+    """:func:`row_tile_at` for a program that computes one tile, its own."""
+    return row_tile_at(tl.program_id(0), tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M)
 
 
 @triton.jit
-def row_tile(
-    tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
-):
-    """:func:`row_tile_start` with all BLOCK_M rows of the tile instead of the first."""
-    expert, row, end, col_tile = row_tile_start(
-        tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M
-    )
-    return expert, row + tl.arange(0, BLOCK_M), end, col_tile
+def row_tile_at(tile, tile_expert_B, tile_row_B, offset_E1, n_row_tiles, n_col_tiles, E, GROUP_M: tl.constexpr):
+    """A tile's expert (E past the last real one), its first sorted row, the end of the expert's rows, and its column
+    tile. GROUP_M row tiles take turns at one column tile, so that both operands are found in L2."""
+    row_tile, col_tile = tl.swizzle2d(tile // n_col_tiles, tile % n_col_tiles, n_row_tiles, n_col_tiles, GROUP_M)
+    expert = tl.load(tile_expert_B + row_tile)
+    return expert, tl.load(tile_row_B + row_tile), tl.load(offset_E1 + tl.minimum(expert + 1, E)), col_tile

@@ -17,6 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = Tile(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2, group_m=2)
+BY_POINTER = {"TMA": False, "PERSISTENT": False, "BLOCK_E": 4}
 # (T, E, K, D, F)
 SHAPES: list[tuple[tuple[int, int, int, int, int], Spread]] = [
     ((64, 8, 2, 64, 48), "uniform"),
@@ -156,17 +157,19 @@ def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return chosen
 
 
-@pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(("dtype", "separate"), [(torch.float16, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize("shape", [(40, 4, 2, 40, 24), (1, 3, 3, 16, 8), (6, 9, 1, 72, 16)])
 def test_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
     shape: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     separate: bool,
+    persistent: bool,
     descriptors: list[bool],
     monkeypatch: pytest.MonkeyPatch,
     poisoned_memory: None,
 ) -> None:
+    monkeypatch.setattr(forward, "LARGE_TILE", 0 if persistent else 2**30)
     tokens, experts, top_k, hidden, width = shape
     p = make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width).rounded(dtype)
     both = p.w13_EGD.to(DEVICE).unflatten(1, (2, width)).transpose(0, 1).contiguous()
@@ -344,7 +347,9 @@ def test_the_kernels_write_their_rows_and_nothing_else(shape: Tile, monkeypatch:
     hidden_MG.assert_alive(written=here)
     act_MF.assert_alive(written=here)
     grid, launch = forward.row_tile_launch("down", routing, rows=rows, columns=hidden, depth=width, like=x_TD)
-    down_kernel[grid](act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, TMA=False, **launch)
+    down_kernel[grid](
+        act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, **BY_POINTER, **launch
+    )
     act_MF.assert_alive(written=here)
     y_MD.assert_alive(written=here)
     weights_TK = p.top_k_weights_TK.to(DEVICE)
@@ -454,7 +459,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         n_col_tiles=wide // 16,
         D=wide,
         F=narrow,
-        TMA=False,
+        **BY_POINTER,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
     assert_close(y_MD[row : row + 10], narrow_act_MF[row : row + 10].double() @ w2[0].double().t())
@@ -466,7 +471,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         n_col_tiles=1,
         D=narrow,
         F=wide,
-        TMA=False,
+        **BY_POINTER,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
     assert_close(y_MD[row : row + 10], act_MF[row : row + 10].double() @ w2[0].double().t())
@@ -509,7 +514,7 @@ def test_experts_past_two_billion_elements_are_found() -> None:
         n_col_tiles=1,
         D=2**16,
         F=depth,
-        TMA=False,
+        **BY_POINTER,
         **far_tile(0, rows=10, expert=2, experts=3),
     )
     assert_close(y_MD[:10, :16], x_TD.double() @ w2[2, :16].double().t())
