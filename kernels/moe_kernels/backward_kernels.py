@@ -268,7 +268,10 @@ def weight_gradient_kernel(
     GROUP_M: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``grad[e] = left[rows of e]^T right[rows of e]``; zeros for an expert without rows."""
+    """``grad[e] = left[rows of e]^T right[rows of e]``; zeros for an expert without rows.
+
+    left is loaded as its transpose: behind a ``tl.trans`` the load would not be pipelined on sm_80.
+    """
     n_tiles = n_row_tiles * n_col_tiles
     expert = tl.program_id(0) // n_tiles
     within = tl.program_id(0) % n_tiles
@@ -293,12 +296,12 @@ def weight_gradient_kernel(
             token_K = flat_K // K
             flat_K = tl.load(flat_M + row_K + BLOCK_K, mask=row_K < end - BLOCK_K, other=0)
         left_row_K = (token_K if GATHER_LEFT else row_K).to(tl.int64)
-        left_ptrs = left_ptr + (left_row_K * stride_lm)[:, None] + row_R[None, :]
-        left = tl.load(left_ptrs, mask=mask_K[:, None] & mask_R[None, :], other=0.0)
+        left_ptrs = left_ptr + row_R[:, None] + (left_row_K * stride_lm)[None, :]
+        left = tl.load(left_ptrs, mask=mask_R[:, None] & mask_K[None, :], other=0.0)
         right_row_K = (row_K if GATHER_LEFT else token_K).to(tl.int64)
         right_ptrs = right_ptr + (right_row_K * stride_rm)[:, None] + col_C[None, :]
         right = tl.load(right_ptrs, mask=mask_K[:, None] & mask_C[None, :], other=0.0)
-        grad = dot(tl.trans(left), right, grad, INTERPRETED)
+        grad = dot(left, right, grad, INTERPRETED)
     row_R = row_R.to(tl.int64)
     row_start = expert.to(tl.int64) * split * C + row_R * C + tl.where(row_R < split, 0, jump)
     tl.store(
