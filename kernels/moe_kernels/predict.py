@@ -1,9 +1,9 @@
 """Arithmetic of tiles: what a kernel computes at a shape, which tiles it might have, and what time each would take.
 
 The model orders candidates; it is no substitute for a measurement. A kernel takes the longest of four times (products
-with their padding, operands from L2, all tensors once from HBM, latency of a program's steps), scaled by how unevenly
-its programs fill the multiprocessors, plus that part of the epilogue which no other program on the multiprocessor
-hides.
+with their padding, at the rate that shared memory feeds them; operands from L2; all tensors once from HBM; latency of
+a program's steps), scaled by how unevenly its programs fill the multiprocessors, plus that part of the epilogue which
+no other program on the multiprocessor hides.
 
 Shapes: T tokens, D hidden, F width of one expert, E experts, K top-k, M = T*K routed rows.
 """
@@ -100,7 +100,7 @@ def candidates(work: Gemm, *, itemsize: int, arch: int) -> Iterator[Tile]:
     depths, stages = ((32, 64) if arch == 80 else (64, 128)), [3, 4, 5]
     sums = 128  # fp32 of a thread: more would spill
     if itemsize > 2:  # no tensor cores: operands pass through registers too
-        sides, depths, stages, sums = product((16, 32, 64), (32, 64)), (16, 32), [2, 3], 32
+        sides, depths, stages, sums = product((16, 32, 64, 128), (32, 64, 128)), (16, 32), [2, 3], 64
     for (rows, columns), depth, count, warps in product(sides, depths, stages, (4, 8)):
         elements = rows * columns * work.accumulators
         operands = operand_bytes(rows, columns, depth, work=work, itemsize=itemsize)
@@ -112,6 +112,20 @@ def candidates(work: Gemm, *, itemsize: int, arch: int) -> Iterator[Tile]:
 def operand_bytes(rows: int, columns: int, depth: int, *, work: Gemm, itemsize: int) -> int:
     """What one step of a program reads."""
     return (rows + columns * work.accumulators) * depth * itemsize
+
+
+def _peak(tile: Tile, work: Gemm, *, itemsize: int, arch: int) -> float:
+    """FLOP/s that the card's multipliers reach with the operands they are given."""
+    card, width = CARDS[arch], tile.block_n * work.accumulators
+    if itemsize > 2:  # no tensor cores: a thread's n x n sums take n * n multiply-adds and n / 2 wide loads a step
+        sums = tile.block_m * width / (32 * tile.num_warps)
+        return card.full_flops * sums / (sums + sums**0.5 / 2)
+    if tile.block_m < 64:
+        return card.half_flops * card.mma_share
+    if arch != 90:
+        return card.half_flops
+    # Bytes of shared memory a cycle at full rate: wgmma reads 64 + 4096 / N, copies write 4096 / M + 4096 / N.
+    return card.half_flops * min(1.0, 128 / (64 + 4096 / width + 4096 / tile.block_m + 4096 / width))
 
 
 def seconds(
@@ -136,7 +150,7 @@ def seconds(
     steps = halves * math.ceil(work.depth / halves / tile.block_k)
 
     flops = programs * steps * 2 * tile.block_m * tile.block_n * tile.block_k * work.accumulators
-    peak = card.full_flops if itemsize > 2 else card.half_flops * (1.0 if tile.block_m >= 64 else card.mma_share)
+    peak = _peak(tile, work, itemsize=itemsize, arch=arch)
     operands = operand_bytes(tile.block_m, tile.block_n, tile.block_k, work=work, itemsize=itemsize)
     epilogue = work.outer * rows * work.columns * itemsize
     once = epilogue + work.depth * (rows + experts * work.accumulators * work.columns) * itemsize

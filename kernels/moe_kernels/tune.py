@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ SHAPES = (
     Shape(8192, 8, 2, 4096, 14336),  # Mixtral-8x7B
     Shape(8192, 40, 8, 1536, 512),  # Granite-3B-A800M
     Shape(8192, 48, 16, 576, 24),  # SmolLM2-135M in 48 experts
-    Shape(512, 16, 4, 4096, 688),
+    Shape(512, 16, 4, 4096, 688),  # few rows an expert
+    Shape(256, 16, 4, 4096, 688),
+    Shape(64, 16, 4, 4096, 688),
     Shape(8, 16, 4, 4096, 688),  # decoding
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -115,6 +118,9 @@ def fill(
             measure = measure or measure_at(shape)
             tiles = promising(kernel, shape, itemsize=itemsize, arch=arch, most=most)
             best = fastest(kernel, tiles, measure=measure, known=[row.tile for row in rows if row.key[:3] == key[:3]])
+            if best is not None and card:  # the model knows nothing of the order of programs
+                orders = [replace(best[0], group_m=group) for group in (1, 4, 16)]
+                best = min(best, fastest(kernel, orders, measure=measure, known=[]) or best, key=lambda pair: pair[1])
             if best is None:
                 continue
             tile, milliseconds = best
@@ -169,11 +175,12 @@ def place(rows: Sequence[Row], new: Row) -> tuple[Row, ...]:
 
 
 def without_redundant(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The table without those unmeasured rows whose tile their neighbours answer as well."""
+    """The table without those unmeasured rows that change no answer: at the shape of every row it stays the same."""
     kept = list(rows)
     for row in rows:
         others = [other for other in kept if other is not row]
-        if row.measured is None and config.nearest(others, row.key) == row.tile:
+        alike = [other for other in rows if other.key[:3] == row.key[:3]]
+        if row.measured is None and all(config.nearest(others, other.key) == other.tile for other in alike):
             kept = others
     return tuple(kept)
 

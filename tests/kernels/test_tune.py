@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 from moe_kernels import config, tune  # noqa: E402
 from moe_kernels.config import Kernel, Row, Tile  # noqa: E402
-from moe_kernels.predict import Shape, candidates, gemm, seconds  # noqa: E402
+from moe_kernels.predict import Shape, seconds  # noqa: E402
 from moe_kernels.trial import Layer, Trial, measured  # noqa: E402
 
 SMALL, LARGE = Shape(64, 4, 2, 64, 32), Shape(8192, 16, 4, 4096, 688)
@@ -83,6 +83,14 @@ def test_every_kernel_at_every_shape_gets_a_row_that_says_who_measured_it() -> N
     assert all(row.measured is not None and "a card" in row.measured for row in rows)
 
 
+def test_on_a_device_the_order_of_programs_of_the_fastest_tile_is_measured_too() -> None:
+    def measure_at(shape: Shape) -> Callable[[Kernel, Tile], Trial]:
+        return lambda kernel, tile: Trial(tile.block_m / tile.group_m, "")
+
+    assert {row.tile.group_m for row in fill((), measure_at=measure_at)} == {16}
+    assert {row.tile.group_m for row in fill((), measure_at=measure_at, card=None)} == {8}
+
+
 def test_a_killed_run_goes_on_where_it_stopped() -> None:
     stored: list[Sequence[Row]] = []
     measured_shapes: list[Shape] = []
@@ -90,7 +98,7 @@ def test_a_killed_run_goes_on_where_it_stopped() -> None:
     def killed(shape: Shape) -> Callable[[Kernel, Tile], Trial]:
         if shape == LARGE:
             raise KeyboardInterrupt
-        return times(dict.fromkeys(candidates(gemm("up", shape), itemsize=2, arch=90), 1.0))
+        return lambda kernel, tile: Trial(1.0, "")
 
     def resumed(shape: Shape) -> Callable[[Kernel, Tile], Trial]:
         measured_shapes.append(shape)
