@@ -55,7 +55,6 @@ def experts_forward(
         if path == "dense":
             assert index is not None
             assert weights is not None
-            w13, w2 = w13.contiguous(), w2.contiguous()
             out_TD, hidden = dense_path.forward(x, w13, None, w2, weights_TK=weights, index_TK=index)
             return out_TD, hidden if keep else x.new_empty(0), *_no_routing(x)
         routing = _routing(index, offset, experts=w2.shape[0])
@@ -108,9 +107,9 @@ def experts_backward(
             grads = dense_path.backward(
                 grad_out,
                 x,
-                w13.contiguous(),
+                w13,
                 None,
-                w2.contiguous(),
+                w2,
                 hidden,
                 weights_TK=weights,
                 index_TK=index,

@@ -1,6 +1,6 @@
 """The experts layer on its CPU paths: gradients, dtypes, strides, compilation, and what is kept for backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from layer_properties import (
     PROPERTIES,
     Subject,
+    poisoned_memory,
     rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways,
     saved_bytes,
 )
@@ -21,6 +22,12 @@ from torch import Tensor
 PATHS: tuple[Path, ...] = ("sorted", "dense")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 both_paths = pytest.mark.parametrize("path", PATHS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @both_paths
@@ -112,8 +119,9 @@ def test_inference_keeps_nothing_and_gives_the_bits_of_training(path: Path) -> N
     _, *kept = experts_forward(p.x_TD, p.w13_EGD, None, p.w2_EDF, *tensors[3:], None, path, False)
     assert sum(tensor.numel() for tensor in kept) == 0
     x = p.x_TD.requires_grad_()
-    with torch.no_grad():
-        assert experts_layer(x, *tensors[1:], path=path).grad_fn is None
+    for without_gradients in (torch.no_grad(), torch.inference_mode()):
+        with without_gradients:
+            assert torch.equal(experts_layer(x, *tensors[1:], path=path), trained)
     out, *_ = experts_forward(x, p.w13_EGD, None, p.w2_EDF, *tensors[3:], None, path, False)
     with pytest.raises(RuntimeError, match="keep=False"):
         out.sum().backward()

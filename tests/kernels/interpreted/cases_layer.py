@@ -1,6 +1,6 @@
 """The whole experts layer by Triton, gradients included, against fp64. Run by ``test_interpreted.py``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from layer_properties import (
     PROPERTIES,
     Subject,
+    poisoned_memory,
     rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways,
     saved_bytes,
 )
@@ -22,16 +23,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (T, E, K, D, F)
 SHAPES: list[tuple[tuple[int, int, int, int, int], Spread]] = [
-    ((40, 6, 2, 64, 48), "uniform"),
-    ((17, 10, 4, 40, 12), "uniform"),
+    ((40, 5, 2, 64, 48), "uniform"),
     ((21, 4, 2, 97, 47), "uniform"),
     ((1, 4, 4, 17, 5), "uniform"),
     ((9, 3, 3, 16, 1), "uniform"),
-    ((6, 1, 1, 1, 8), "uniform"),
     ((3, 16, 2, 24, 8), "uniform"),
-    ((90, 3, 1, 33, 20), "one expert"),
+    ((70, 3, 1, 33, 20), "one expert"),
     ((0, 4, 2, 16, 8), "uniform"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 @pytest.mark.parametrize("property_of_the_layer", PROPERTIES, ids=lambda check: check.__name__)
@@ -53,7 +58,7 @@ def test_output_and_gradients_are_as_accurate_as_plain_torch(
     assert_layer_accurate(problem, partial(experts_layer, path="triton"), dtype, slack=slack, device=DEVICE)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(0, 30),
     experts=st.integers(1, 6),
