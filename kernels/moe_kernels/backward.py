@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E expert
 expert, B row tiles. Index arrays: see ``routing.py``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -115,12 +116,15 @@ def _down_backward(
         D=model_dim,
         F=width,
         K=routing.top_k,
+        ALIGN=math.gcd(width, 16),
         **launch,
     )
     if ds_partial_MN is None or weights_TK is None:
         return grad_hidden_MG, act_scaled_MF, None
     grad_weights_TK = _empty(weights_TK.shape, weights_TK)
-    router_gradient_kernel[(triton.cdiv(rows, 128),)](
+    block_columns = triton.next_power_of_2(n_col_tiles)
+    block_rows = max(1, 2048 // block_columns)
+    router_gradient_kernel[(triton.cdiv(rows, block_rows),)](
         ds_partial_ptr=ds_partial_MN,
         ds_ptr=grad_weights_TK,
         inverse_TK=routing.inverse_TK,
@@ -128,8 +132,8 @@ def _down_backward(
         M=rows,
         E=routing.experts,
         n_col_tiles=n_col_tiles,
-        BLOCK_M=128,
-        BLOCK_N=triton.next_power_of_2(n_col_tiles),
+        BLOCK_M=block_rows,
+        BLOCK_N=block_columns,
     )
     return grad_hidden_MG, act_scaled_MF, grad_weights_TK
 
@@ -174,6 +178,7 @@ def _weight_gradient(
         n_row_tiles=n_row_tiles,
         n_col_tiles=n_col_tiles,
         GATHER_LEFT=kernel == "w2_gradient",
+        ALIGN=math.gcd(columns, left.stride(0), right.stride(0), 16),
         BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n,
         BLOCK_K=shape.block_k,
@@ -202,6 +207,7 @@ def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, token
             up_offset=up_offset,
             D=model_dim,
             F=width,
+            ALIGN=math.gcd(width, 16),
             **launch,
         )
     if routing.flat_M is None:

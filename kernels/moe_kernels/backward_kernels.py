@@ -6,6 +6,9 @@
     x_gradient        dx[m] = grad_hidden[m] W13[e]                        one GEMM over 2F
     router_gradient  ds[t, k] = sum of the partials of row inverse[t, k]  fp32, in a fixed order
 
+Triton knows of an integer argument only whether 16 divides it. ``F // ALIGN * ALIGN`` tells the compiler of smaller
+divisors, without which a width such as 24 = 3 * 8 would be loaded element by element.
+
 Rows past the last expert's end are uninitialised in every (M, ...) array; they are masked wherever they are read.
 
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by expert, B row
@@ -135,6 +138,7 @@ def down_backward_kernel(
     F,
     E,
     K,
+    ALIGN: tl.constexpr,  # F is a multiple of it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,6 +150,7 @@ def down_backward_kernel(
     )
     if expert >= E:
         return
+    F = F // ALIGN * ALIGN
     row_M = tl.arange(0, BLOCK_M)
     mask_M = row_M < end - first_row
     flat = first_row + row_M
@@ -208,6 +213,7 @@ def x_gradient_kernel(
     E,
     n_row_tiles,
     n_col_tiles,
+    ALIGN: tl.constexpr,  # F is a multiple of it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -219,6 +225,7 @@ def x_gradient_kernel(
     )
     if expert >= E:
         return
+    F = F // ALIGN * ALIGN
     row_M = tl.arange(0, BLOCK_M)
     mask_M = row_M < end - first_row
     first_row = first_row.to(tl.int64)
@@ -262,6 +269,7 @@ def weight_gradient_kernel(
     n_col_tiles,
     K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
+    ALIGN: tl.constexpr,  # C and the strides are multiples of it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -272,6 +280,9 @@ def weight_gradient_kernel(
 
     left is loaded as its transpose: behind a ``tl.trans`` the load would not be pipelined on sm_80.
     """
+    stride_lm = stride_lm // ALIGN * ALIGN
+    stride_rm = stride_rm // ALIGN * ALIGN
+    C = C // ALIGN * ALIGN
     n_tiles = n_row_tiles * n_col_tiles
     expert = tl.program_id(0) // n_tiles
     within = tl.program_id(0) % n_tiles

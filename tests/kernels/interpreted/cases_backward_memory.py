@@ -84,7 +84,7 @@ def test_a_token_or_an_expert_of_nan_spoils_no_other() -> None:
 # Past 2^31 elements. Memory is mapped but not touched: only a few pages of these gigabytes exist.
 
 FAR = 2**30
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 1, "INTERPRETED": DEVICE == "cpu"}
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 1, "ALIGN": 1, "INTERPRETED": DEVICE == "cpu"}
 
 
 def index(*values: int) -> Tensor:
