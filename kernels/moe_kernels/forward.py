@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows sorted by expert.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ def experts_forward_triton(
             up_offset=up_offset,
             D=model_dim,
             F=width,
+            ALIGN_F=math.gcd(width, 16),
             K=routing.top_k,
             TMA=tma,
             **launch,
@@ -94,6 +96,7 @@ def experts_forward_triton(
             y_ptr=y_MD,
             D=model_dim,
             F=width,
+            ALIGN_F=math.gcd(width, 16),
             BLOCK_E=triton.next_power_of_2(routing.experts),
             TMA=tma,
             PERSISTENT=persistent,

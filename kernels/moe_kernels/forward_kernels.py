@@ -41,6 +41,7 @@ def up_kernel(
     F,
     E,
     K,
+    ALIGN_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,6 +54,7 @@ def up_kernel(
     )
     if expert >= E:
         return
+    F = F // ALIGN_F * ALIGN_F  # by itself the compiler sees multiples of 16 only, and F = 24 in single elements
     depth_K = tl.arange(0, BLOCK_K)
     token_M = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1)
     if flat_M is not None:
@@ -114,6 +116,7 @@ def down_kernel(
     D,
     F,
     E,
+    ALIGN_F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -130,6 +133,7 @@ def down_kernel(
         begin_E = tl.load(offset_E1 + expert_E, mask=expert_E < E, other=0)
         end_E = tl.load(offset_E1 + expert_E + 1, mask=expert_E < E, other=0)
         n_row_tiles = tl.sum((end_E - begin_E + BLOCK_M - 1) // BLOCK_M)
+    F = F // ALIGN_F * ALIGN_F
     depth_K = tl.arange(0, BLOCK_K)
     row_M = tl.arange(0, BLOCK_M)
     for tile in tl.range(tl.program_id(0), n_row_tiles * n_col_tiles, tl.num_programs(0), flatten=PERSISTENT):

@@ -1,5 +1,7 @@
 """The Triton forward against fp64: every output, every edge. Run by ``test_interpreted.py``."""
 
+import ctypes
+import mmap
 from typing import Any
 
 import pytest
@@ -299,6 +301,33 @@ def test_a_token_or_an_expert_of_nan_spoils_no_other() -> None:
     assert torch.equal(out[~spoiled.to(DEVICE)], run(p, experts=4)[0][~spoiled.to(DEVICE)])
 
 
+def test_nothing_behind_a_tensor_is_read() -> None:
+    """Every input ends at a page that a read of would end the process at."""
+    if not INTERPRETED:
+        pytest.skip("pages are the processor's")
+    p = make_problem(21, 3, top_k=2, hidden=19, width=11).rounded(torch.float32)
+    names = ("x_TD", "w13_EGD", "w2_EDF", "top_k_weights_TK")
+    out, hidden, routing = run(p, experts=3, **{name: before_a_wall(getattr(p, name)) for name in names})
+    assert torch.equal(out, run(p, experts=3)[0])
+    act_MF, y_MD = before_a_wall(hidden[:, :11]), torch.empty(42, 19)
+    grid, launch = forward.row_tile_launch("down", routing, rows=42, columns=19, depth=11, like=act_MF)
+    down_kernel[grid](
+        act_ptr=act_MF, w2_ptr=before_a_wall(p.w2_EDF), y_ptr=y_MD, D=19, F=11, ALIGN_F=1, **BY_POINTER, **launch
+    )
+    forward.combine(before_a_wall(y_MD), out, weights_TK=None, routing=routing)
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A contiguous copy whose last byte is the last one before memory that must not be touched."""
+    size = tensor.numel() * tensor.element_size()
+    wall = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, wall + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + wall), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=wall - size)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
 class Canary:
     """A tensor inside a larger buffer, whose remainder must keep its value."""
 
@@ -340,6 +369,7 @@ def test_the_kernels_write_their_rows_and_nothing_else(shape: Tile, monkeypatch:
         up_offset=width * hidden,
         D=hidden,
         F=width,
+        ALIGN_F=1,
         K=top_k,
         TMA=False,
         **launch,
@@ -348,7 +378,7 @@ def test_the_kernels_write_their_rows_and_nothing_else(shape: Tile, monkeypatch:
     act_MF.assert_alive(written=here)
     grid, launch = forward.row_tile_launch("down", routing, rows=rows, columns=hidden, depth=width, like=x_TD)
     down_kernel[grid](
-        act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, **BY_POINTER, **launch
+        act_ptr=act_MF.tensor, w2_ptr=w2_EDF, y_ptr=y_MD.tensor, D=hidden, F=width, ALIGN_F=1, **BY_POINTER, **launch
     )
     act_MF.assert_alive(written=here)
     y_MD.assert_alive(written=here)
@@ -442,6 +472,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         up_offset=wide * narrow,
         D=narrow,
         F=wide,
+        ALIGN_F=1,
         K=1,
         TMA=False,
         **far_tile(row, rows=10, expert=0, experts=1),
@@ -459,6 +490,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         n_col_tiles=wide // 16,
         D=wide,
         F=narrow,
+        ALIGN_F=1,
         **BY_POINTER,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
@@ -471,6 +503,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
         n_col_tiles=1,
         D=narrow,
         F=wide,
+        ALIGN_F=1,
         **BY_POINTER,
         **far_tile(row, rows=10, expert=0, experts=1),
     )
@@ -497,6 +530,7 @@ def test_experts_past_two_billion_elements_are_found() -> None:
             up_offset=up_offset,
             D=depth,
             F=width,
+            ALIGN_F=1,
             K=1,
             TMA=False,
             **far_tile(0, rows=10, expert=expert, experts=3),
@@ -514,6 +548,7 @@ def test_experts_past_two_billion_elements_are_found() -> None:
         n_col_tiles=1,
         D=2**16,
         F=depth,
+        ALIGN_F=1,
         **BY_POINTER,
         **far_tile(0, rows=10, expert=2, experts=3),
     )
@@ -536,6 +571,7 @@ def test_tokens_past_two_billion_elements_are_found() -> None:
         up_offset=256,
         D=16,
         F=16,
+        ALIGN_F=1,
         K=2,
         TMA=False,
         **far_tile(0, rows=3, expert=0, experts=1),
