@@ -99,7 +99,6 @@ def experts_backward(
     :func:`experts_forward`.
     """
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        grad_out = grad_out.contiguous()
         grads: tuple[Tensor | None, ...]
         if path == "dense":
             assert index is not None

@@ -196,6 +196,16 @@ def under_autocast_the_gemms_run_in_bf16_and_gradients_keep_the_dtypes_of_the_in
     assert_as_accurate_as_torch(got, plain=under_autocast(experts_reference), exact=exact, slack=slack)
 
 
+def a_backward_inside_autocast_computes_in_the_dtype_of_its_forward(s: Subject) -> None:
+    p = make_problem(20, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
+    leaves = [getattr(p, name).to(s.device).requires_grad_() for name in INPUTS]
+    out = s.layer(*leaves[:3], p.top_k_index_TK.to(s.device), leaves[3])
+    grad_out = p.grad_out_TD.to(s.device)
+    expected = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
+        assert all(map(torch.equal, torch.autograd.grad(out, leaves, grad_out), expected))
+
+
 def gradient_checkpointing_gives_the_same_bits(s: Subject) -> None:
     p = make_problem(24, 4, top_k=3, hidden=24, width=8)
     plain = s.run(p)
@@ -296,6 +306,7 @@ PROPERTIES = (
     every_tensor_may_have_any_strides,
     a_second_derivative_is_refused,
     under_autocast_the_gemms_run_in_bf16_and_gradients_keep_the_dtypes_of_the_inputs,
+    a_backward_inside_autocast_computes_in_the_dtype_of_its_forward,
     gradient_checkpointing_gives_the_same_bits,
     no_weight_lives_from_forward_to_backward_when_its_owner_lets_go,
     an_index_of_32_bits_does,

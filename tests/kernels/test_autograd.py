@@ -18,6 +18,7 @@ from moe_kernels.autograd import Path, experts_backward, experts_forward
 from moe_kernels.experts import experts_layer, experts_sorted
 from problems import INPUTS, NAMES, Spread, assert_layer_accurate, make_problem
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PATHS: tuple[Path, ...] = ("sorted", "dense")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -127,9 +128,40 @@ def test_inference_keeps_nothing_and_gives_the_bits_of_training(path: Path) -> N
         out.sum().backward()
 
 
+class Dispatched(TorchDispatchMode):
+    """The operators that run while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@both_paths
+def test_a_backward_is_one_operator_and_fills_no_gradient_for_what_it_kept(path: Path) -> None:
+    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
+    leaves = [getattr(p, name).requires_grad_() for name in INPUTS]
+    out = experts_layer(*leaves[:3], p.top_k_index_TK, leaves[3], path=path)
+    with Dispatched() as dispatched:
+        torch.autograd.grad(out, leaves, p.grad_out_TD)
+    assert dispatched.operators == ["moe_kernels.experts_backward.default"]
+
+
 def operands(path: Path) -> tuple[object, ...]:
     p = make_problem(12, 4, top_k=2, hidden=16, width=8).rounded(torch.float32)
     return p.x_TD, p.w13_EGD, None, p.w2_EDF, p.top_k_index_TK, p.top_k_weights_TK, None, path, True
+
+
+@both_paths
+def test_the_forward_operator_computes_in_the_dtype_of_the_tokens_whatever_autocast_says(path: Path) -> None:
+    expected = experts_forward(*operands(path))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, experts_forward(*operands(path)), expected))
 
 
 @both_paths
