@@ -1,224 +1,249 @@
-"""One experts layer on CPU against its peers and its floors, after a check against the reference.
+"""One experts layer on CPU against its peers and its floors: time, peak memory, bytes kept for backward.
 
-    OMP_NUM_THREADS=1 python kernels/bench/cpu_layer.py
-    OMP_NUM_THREADS=2 python kernels/bench/cpu_layer.py --dtype float32 --shape 1024,16,4,512,344
-    OMP_NUM_THREADS=1 python kernels/bench/cpu_layer.py --crossover
+    python kernels/bench/cpu_layer.py --json cpu_layer.json
+    python kernels/bench/cpu_layer.py --threads 1 --dtypes float32 --shapes 1024,16,4,512,344
+    python kernels/bench/cpu_layer.py --threads 1 --crossover
 
-Rows are interleaved in one run and the best of several is kept: read the ratios, the milliseconds belong to a shared
-machine. Ratios are time / time of ``moe_kernels``, so above 1 means slower than this package.
+Sides take turns in one run and the best of several turns is kept. One thread is timed in CPU time, which a busy
+neighbour changes least; more threads in wall time, which wants an idle machine. ``x floor`` is time / time of the bare
+GEMMs, forward + backward. A side that disagrees with the fp64 reference gets no figure.
 
-Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows.
+The floor is what any implementation must do: the six GEMMs of each expert over slices of sorted buffers, with its own
+weights and gradients. The hot floor reuses the weights of one expert, which then stay in cache.
+
+Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by expert.
 """
 
 import argparse
-import inspect
+import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moe_kernels import choose_regime, experts_layer, experts_reference, experts_torch
+from moe_kernels import choose_regime, experts_layer
 
-# T, E, K, D, F
-SHAPES = {
-    "wide": (1024, 16, 4, 512, 344),
-    "SmolLM2-135M, 96 experts": (1024, 96, 32, 576, 12),
-    "SmolLM2-135M, 48 experts": (1024, 48, 16, 576, 24),
-    "Mixtral-tiny": (1024, 8, 2, 256, 704),
+from bench.check import disagreement, reference
+from bench.peers import OURS, Peer, Side, Unfit, batched_mm, by_autograd, dense, eager, grouped_mm, ours
+from bench.shapes import Problem, Shape, make_problem, parse_shape
+
+FLOOR = "bare GEMMs"
+SHAPES = {  # T, E, K, D, F
+    "wide": "1024,16,4,512,344",
+    "SmolLM2-135M, 96 experts": "1024,96,32,576,12",
+    "SmolLM2-135M, 48 experts": "1024,48,16,576,24",
+    "Mixtral-tiny": "1024,8,2,256,704",
 }
 CROSSOVER = (
-    (1024, 192, 64, 576, 8),
-    (1024, 96, 32, 576, 12),
-    (1024, 96, 16, 576, 12),
-    (1024, 96, 12, 576, 12),
-    (1024, 64, 16, 192, 12),
-    (1024, 64, 16, 2048, 12),
-    (1024, 48, 16, 576, 24),
-    (1024, 48, 12, 576, 32),
-    (1024, 64, 8, 576, 24),
-    (1024, 24, 8, 576, 48),
-    (1024, 16, 8, 576, 96),
-    (1024, 8, 6, 576, 192),
-    (1024, 16, 4, 512, 344),
+    "1024,192,64,576,8",
+    "1024,96,32,576,12",
+    "1024,64,16,192,12",
+    "1024,64,16,2048,12",
+    "1024,96,16,576,12",
+    "1024,48,16,576,24",
+    "1024,48,12,576,32",
+    "1024,24,8,576,48",
+    "1024,24,12,576,48",
+    "1024,16,8,576,96",
+    "1024,8,6,576,192",
+    "1024,8,7,576,192",
 )
-Step = Callable[[], Tensor]
+Step = Callable[[], object]
+Row = dict[str, Any]
 
 
-class Experts(nn.Module):
-    """The module that transformers' implementations expect."""
+def bare_gemms(p: Problem, *, hot: bool = False) -> Side:
+    """Only the GEMMs of the sorted path, rows as routed, into buffers that exist."""
+    dtype, shape = p.x_TD.dtype, p.shape
+    counts = p.index_TK.flatten().bincount(minlength=shape.experts).tolist()
+    w13_EGD, w2_EDF = p.w13_EGD.detach(), p.w2_EDF.detach()
+    x, hidden, act, y, grad_x, grad_hidden, grad_act, grad_y = (
+        torch.randn(shape.rows, size).to(dtype).split(counts)
+        for size in (shape.hidden, 2 * shape.width, shape.width, shape.hidden) * 2
+    )
+    grad_w13_EGD, grad_w2_EDF = torch.empty_like(w13_EGD), torch.empty_like(w2_EDF)
+    weights = list(zip(w13_EGD, w2_EDF, grad_w13_EGD, grad_w2_EDF, strict=True))
+    experts = [(e, *weights[0 if hot else e]) for e, count in enumerate(counts) if count]
 
-    def __init__(self, experts: int, hidden: int, width: int, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.num_experts, self.has_gate, self.has_bias, self.is_transposed = experts, True, False, False
-        self.has_post_expert_norm = self._is_expert_parallel = False
-        self.gate_up_proj = nn.Parameter((torch.randn(experts, 2 * width, hidden) / hidden**0.5).to(dtype))
-        self.down_proj = nn.Parameter((torch.randn(experts, hidden, width) / width**0.5).to(dtype))
-        self.act_fn = nn.SiLU()
+    def forward() -> Tensor:
+        for e, w13, w2, _, _ in experts:
+            torch.mm(x[e], w13.t(), out=hidden[e])
+            torch.mm(act[e], w2.t(), out=y[e])
+        return grad_w2_EDF
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
+    def backward(out: Tensor) -> Sequence[Tensor]:
+        for e, w13, w2, grad_w13, grad_w2 in experts:
+            torch.mm(grad_y[e], w2, out=grad_act[e])
+            torch.mm(grad_y[e].t(), act[e], out=grad_w2)
+            torch.mm(grad_hidden[e], w13, out=grad_x[e])
+            torch.mm(grad_hidden[e].t(), x[e], out=grad_w13)
+        return []
+
+    return Side(forward=forward, backward=backward)
 
 
-def best_ms(steps: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """The best wall time of each step in ms; the steps take turns, so that a busy neighbour slows all alike."""
+PEERS = (
+    Peer(name=OURS, build=ours),
+    Peer(name="transformers grouped_mm", build=grouped_mm),
+    Peer(name="transformers eager", build=eager),
+    Peer(name="transformers batched_mm", build=batched_mm),
+    Peer(name="dense MLP, same active FLOPs", build=dense, bound=True),
+    Peer(name=FLOOR, build=bare_gemms, bound=True),
+    Peer(name="bare GEMMs, one expert's weights", build=lambda p: bare_gemms(p, hot=True), bound=True),
+)
+
+
+def best_ms(steps: dict[str, Step], *, turns: int) -> dict[str, float]:
+    """The best time of each step in ms. A step that takes over a second is run once more and no oftener."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(steps, float("inf"))
-    for turn in range(repeats + 1):
+    for turn in range(turns + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
+            if turn > 1 and best[name] > 1e3:
+                continue
+            start = clock()
             step()
             if turn:  # the first turn warms up
-                best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
+                best[name] = min(best[name], (clock() - start) * 1e3)
     return best
 
 
-def gemm_floor(rows: list[int], hidden: int, width: int, *, dtype: torch.dtype) -> tuple[Step, Step]:
-    """Only the GEMMs of the sorted algorithm, same rows an expert, into buffers that exist: (fwd, fwd+bwd)."""
-    w13, w2 = torch.randn(2 * width, hidden).to(dtype), torch.randn(hidden, width).to(dtype)
-    most = max(rows)
-    x, h, a = (torch.randn(most, size).to(dtype) for size in (hidden, 2 * width, width))
-    out = torch.empty(most, hidden, dtype=dtype)
-    grad_w13, grad_w2 = torch.empty_like(w13), torch.empty_like(w2)
-
-    def forward() -> Tensor:
-        for c in rows:
-            torch.mm(x[:c], w13.t(), out=h[:c])
-            torch.mm(a[:c], w2.t(), out=out[:c])
-        return out
-
-    def both() -> Tensor:
-        forward()
-        for c in rows:
-            torch.mm(x[:c], w2, out=a[:c])
-            torch.mm(x[:c].t(), a[:c], out=grad_w2)
-            torch.mm(h[:c], w13, out=out[:c])
-            torch.mm(h[:c].t(), x[:c], out=grad_w13)
-        return out
-
-    return forward, both
+def peak_bytes(step: Step) -> int:
+    """The most that torch's allocator held at once during ``step``, beyond what it held before."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = step()
+    del kept
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most
 
 
-def problem(shape: tuple[int, ...], *, dtype: torch.dtype) -> SimpleNamespace:
-    tokens, experts, top_k, hidden, width = shape
-    torch.manual_seed(0)
-    return SimpleNamespace(
-        module=Experts(experts, hidden, width, dtype=dtype),
-        x=torch.randn(tokens, hidden).to(dtype).requires_grad_(),
-        index=torch.rand(tokens, experts).topk(top_k).indices,
-        weights=torch.rand(tokens, top_k).softmax(-1).to(dtype).requires_grad_(),
-        grad_out=torch.randn(tokens, hidden).to(dtype),
-    )
+def kept_bytes(side: Side, p: Problem) -> int:
+    """What autograd keeps between forward and backward, each storage once, the weights apart."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        side.forward()
+    for weight in (p.w13_EGD, p.w2_EDF):
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
-def check(p: SimpleNamespace, outputs: dict[str, Step]) -> dict[str, Step]:
-    """The steps that can run this shape; refuses to time anything that disagrees with the fp64 reference."""
-    able = {}
-    x, w13, w2 = (t.detach().double() for t in (p.x, p.module.gate_up_proj, p.module.down_proj))
-    expected = experts_reference(x, w13, w2, p.index, p.weights.detach().double())
-    for name, step in outputs.items():
+def bench(shape: Shape, *, dtype: torch.dtype, turns: int) -> dict[str, Row]:
+    """Every side of one shape, by name: a figure for each, or the reason why there is none."""
+    p = make_problem(shape, "uniform", dtype=dtype, device="cpu")
+    expected = reference(p, dtype=torch.float64)
+    rows: dict[str, Row] = {}
+    sides: dict[str, Side] = {}
+    for peer in PEERS:
         try:
-            out = step()
-        except RuntimeError as reason:
-            print(f"{name} cannot run this shape: {reason}")
+            side = peer.build(p)
+            out = side.forward()
+            got = [out.detach(), *side.backward(out)]
+        except (Unfit, RuntimeError) as reason:
+            rows[peer.name] = {"reason": f"cannot run: {str(reason).strip().partition(chr(10))[0][:100]}"}
             continue
-        error = ((out.double() - expected).norm() / expected.norm()).item()
-        limit = 2e-2 if p.x.dtype.itemsize <= 2 else 1e-5
-        if not error <= limit:
-            raise SystemExit(f"{name} disagrees with the reference: relative error {error:.1e}, limit {limit:.0e}")
-        able[name] = step
-    return able
+        rows[peer.name] = {}
+        if not peer.bound:
+            rows[peer.name]["error"], reason_given = disagreement(got, expected, dtype=dtype)
+            if reason_given is not None:
+                rows[peer.name]["reason"] = f"disagrees with the reference: {reason_given}"
+                continue
+        sides[peer.name] = side
 
+    def both(side: Side) -> Step:
+        return lambda: side.backward(side.forward())
 
-def bench(name: str, shape: tuple[int, ...], *, dtype: torch.dtype, repeats: int) -> None:
-    from transformers.integrations.moe import grouped_mm_experts_forward
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    tokens, experts, top_k, hidden, width = shape
-    p = problem(shape, dtype=dtype)
-    w13, w2 = p.module.gate_up_proj, p.module.down_proj
-    eager_forward = inspect.unwrap(MixtralExperts.forward)  # past the dispatch on experts_implementation
-    sparse: dict[str, Step] = {
-        "moe_kernels": lambda: experts_layer(p.x, w13, w2, p.index, p.weights),
-        "transformers grouped_mm": lambda: grouped_mm_experts_forward(p.module, p.x, p.index, p.weights),
-        "transformers eager": lambda: eager_forward(p.module, p.x, p.index, p.weights),
-    }
-    print(f"\n{name}: T={tokens} E={experts} K={top_k} D={hidden} F={width} {dtype}")
-    sparse = check(p, sparse)
-    dense13 = torch.randn(2 * top_k * width, hidden).mul_(hidden**-0.5).to(dtype).requires_grad_()
-    dense2 = torch.randn(hidden, top_k * width).mul_(hidden**-0.5).to(dtype).requires_grad_()
-
-    def dense() -> Tensor:
-        gate, up = F.linear(p.x, dense13).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, dense2)
-
-    def with_backward(step: Step, leaves: list[Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(step(), leaves, p.grad_out)
-
-    rows = [c for c in p.index.flatten().bincount().tolist() if c]
-    active = gemm_floor(rows, hidden, width, dtype=dtype)
-    every = gemm_floor([tokens], hidden, experts * width, dtype=dtype)
-    leaves = [p.x, w13, w2, p.weights]
-    forward: dict[str, Callable[[], object]] = dict(sparse)
-    both: dict[str, Callable[[], object]] = {key: with_backward(step, leaves) for key, step in sparse.items()}
-    forward |= {"dense MLP, same active FLOPs": dense, "bare GEMMs, rows of each expert": active[0]}
-    forward |= {"bare GEMMs, all experts at once": every[0]}
-    both |= {"dense MLP, same active FLOPs": with_backward(dense, [p.x, dense13, dense2])}
-    both |= {"bare GEMMs, rows of each expert": active[1], "bare GEMMs, all experts at once": every[1]}
     with torch.no_grad():
-        forward_ms = best_ms(forward, repeats=repeats)
-    both_ms = best_ms(both, repeats=repeats)
+        forward = best_ms({name: side.forward for name, side in sides.items()}, turns=turns)
+    full = best_ms({name: both(side) for name, side in sides.items()}, turns=turns)
+    for name, side in sides.items():
+        rows[name] |= {"forward_ms": forward[name], "full_ms": full[name]}
+        rows[name]["forward_per_floor"] = forward[name] / forward[FLOOR]
+        rows[name]["full_per_floor"] = full[name] / full[FLOOR]
+        if "bare" not in name:
+            rows[name] |= {"peak_bytes": peak_bytes(both(side)), "kept_bytes": kept_bytes(side, p)}
+    return rows
 
-    regime = choose_regime(experts, top_k, width=width, tokens=tokens, dtype=dtype)
-    print(f"{'regime ' + regime:34}{'fwd ms':>9}{'ratio':>8}{'fwd+bwd ms':>12}{'ratio':>8}")
-    for key in forward:
-        ratios = forward_ms[key] / forward_ms["moe_kernels"], both_ms[key] / both_ms["moe_kernels"]
-        print(f"{key:34}{forward_ms[key]:9.1f}{ratios[0]:8.2f}{both_ms[key]:12.1f}{ratios[1]:8.2f}", flush=True)
+
+def show(rows: dict[str, Row]) -> None:
+    print(
+        f"{'':34}{'fwd ms':>9}{'x floor':>9}{'fwd+bwd ms':>12}{'x floor':>9}{'/ ours':>8}{'peak MB':>9}{'kept MB':>9}"
+    )
+    for name, row in rows.items():
+        if "reason" in row:
+            print(f"{name:34}  {row['reason']}")
+            continue
+        line = f"{name:34}{row['forward_ms']:9.1f}{row['forward_per_floor']:9.2f}"
+        line += f"{row['full_ms']:12.1f}{row['full_per_floor']:9.2f}"
+        line += f"{row['full_ms'] / rows[OURS]['full_ms']:8.2f}" if "full_ms" in rows[OURS] else f"{'':8}"
+        if "peak_bytes" in row:
+            line += f"{row['peak_bytes'] / 1e6:9.1f}{row['kept_bytes'] / 1e6:9.1f}"
+        print(line, flush=True)
 
 
-def crossover(*, dtype: torch.dtype, repeats: int) -> None:
-    """The table behind ``choose_regime``: both regimes on each shape, forward + backward."""
-    print(f"{dtype}\n| T, E, K, D, F | E/K*F | sorted ms | dense ms | dense/sorted | chosen |")
-    print("|---|---|---|---|---|---|")
-    for shape in CROSSOVER:
-        tokens, experts, top_k, _, width = shape
-        p = problem(shape, dtype=dtype)
-        leaves = [p.x, p.module.gate_up_proj, p.module.down_proj, p.weights]
-        steps: dict[str, Callable[[], object]] = {}
-        for regime in ("sorted", "dense"):
+def crossover(shape: Shape, *, dtype: torch.dtype, turns: int) -> dict[str, Row]:
+    """Both CPU paths, forward + backward: what :func:`moe_kernels.choose_regime` rests on."""
+    p = make_problem(shape, "uniform", dtype=dtype, device="cpu")
+    x, w13, w2, weights = p.leaves
 
-            def step(regime: str = regime, p: SimpleNamespace = p, leaves: list[Tensor] = leaves) -> object:
-                out = experts_torch(leaves[0], leaves[1], leaves[2], p.index, p.weights, regime=regime)  # type: ignore[arg-type]
-                return torch.autograd.grad(out, leaves, p.grad_out)
+    def step(path: Literal["sorted", "dense"]) -> Step:
+        side = by_autograd(lambda: experts_layer(x, w13, w2, p.index_TK, weights, path=path), p.leaves, p.grad_out_TD)
+        return lambda: side.backward(side.forward())
 
-            steps[regime] = step
-        ms = best_ms(steps, repeats=repeats)
-        chosen = choose_regime(experts, top_k, width=width, tokens=tokens, dtype=dtype)
-        cells = [", ".join(map(str, shape)), f"{experts * width / top_k:.0f}", f"{ms['sorted']:.1f}"]
-        cells += [f"{ms['dense']:.1f}", f"{ms['dense'] / ms['sorted']:.2f}", chosen]
-        print("| " + " | ".join(cells) + " |", flush=True)
+    full = best_ms({"sorted": step("sorted"), "dense": step("dense")}, turns=turns)
+    return {path: {"full_ms": ms} for path, ms in full.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", help="T,E,K,D,F; by default the four of the table in docs/kernels.md")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--crossover", action="store_true", help="compare the two regimes instead")
+    parser.add_argument("--shapes", nargs="+", help="T,E,K,D,F; by default the four of the table in docs/kernels.md")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", default="1,2", help="one run for each, separated by commas")
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--crossover", action="store_true", help="compare the two CPU paths instead")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratio = time / time of moe_kernels")
-    if args.crossover:
-        crossover(dtype=dtype, repeats=args.repeats)
-        return
-    shapes = SHAPES if args.shape is None else {"custom": tuple(map(int, args.shape.split(",")))}
-    for name, shape in shapes.items():
-        bench(name, shape, dtype=dtype, repeats=args.repeats)
+    named = SHAPES if args.shapes is None else dict(zip(args.shapes, args.shapes, strict=True))
+    named = dict(zip(CROSSOVER, CROSSOVER, strict=True)) if args.crossover and args.shapes is None else named
+    cells = []
+    for threads in map(int, args.threads.split(",")):
+        torch.set_num_threads(threads)
+        for dtype_name in args.dtypes:
+            for name, text in named.items():
+                shape, dtype = parse_shape(text), getattr(torch, dtype_name)
+                path = choose_regime(shape.experts, shape.top_k, width=shape.width, tokens=shape.tokens, dtype=dtype)
+                print(f"\n{name}: {shape}, {dtype_name}, {threads} thread(s), path {path}", flush=True)
+                if args.crossover:
+                    rows = crossover(shape, dtype=dtype, turns=args.turns)
+                    ms = {side: row["full_ms"] for side, row in rows.items()}
+                    ratio = ms["dense"] / ms["sorted"]
+                    units = shape.experts * shape.width / shape.top_k
+                    print(f"E/K*F {units:.0f}: sorted {ms['sorted']:.1f} ms, dense {ms['dense']:.1f} ms, {ratio:.2f}")
+                else:
+                    rows = bench(shape, dtype=dtype, turns=args.turns)
+                    show(rows)
+                cell = {"shape": text, "dtype": dtype_name, "threads": threads, "path": path, "rows": rows}
+                cells.append({"name": name, **cell})
+                if args.json is not None:
+                    args.json.write_text(json.dumps({"torch": torch.__version__, "cells": cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

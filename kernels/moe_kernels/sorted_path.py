@@ -190,7 +190,7 @@ class _Rows:
                 self.weight_M1 = weights_TK.reshape(-1)[flat_M].to(x_TD.dtype).unsqueeze(1)
 
     def _cut(self) -> list[tuple[int, int]]:
-        """Ranges of experts with ``_CHUNK_ROWS`` rows or more each, but for the last."""
+        """Ranges of experts with at least ``_CHUNK_ROWS`` rows each, but for the last."""
         cuts, first = [], 0
         for expert, bound in enumerate(self.bounds):
             if bound - self.bounds[first] >= _CHUNK_ROWS or (

@@ -1,243 +1,152 @@
+"""The CPU twin below autograd: chunks, layouts, separate up projections, absent experts, and which path is chosen."""
+
+import json
+import sys
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from moe_kernels import choose_regime, experts_reference, experts_torch
-from problems import NAMES, Problem, Spread, assert_as_accurate_as_torch, make_problem, relative_error
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from bench import cpu_layer
+from bench.shapes import make_problem as make_bench_problem
+from bench.shapes import parse_shape
+from layer_properties import poisoned_memory
+from moe_kernels import choose_regime, sorted_path
+from moe_kernels.experts import experts_layer
+from moe_kernels.routing import Routing, build_routing
+from problems import Problem, Spread, assert_layer_accurate, make_problem
 
-REGIMES = ("sorted", "dense")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-both_regimes = pytest.mark.parametrize("regime", REGIMES)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NARROW, WIDE = 24, 72  # on either side of the width at which the layout changes
+NEEDS_ALL = {"need_x": True, "need_w13": True, "need_w2": True, "need_weights": True}
 
 
-def assert_accurate(problem: Problem, regime: str, dtype: torch.dtype, *, slack: float) -> None:
-    """``slack`` in units of the dtype's eps; in fp64 plain torch is the yardstick itself, hence 32 times that."""
-    p = problem.rounded(dtype)
-    assert_as_accurate_as_torch(
-        p.run(partial(experts_torch, regime=regime), dtype),
-        plain=p.run(experts_reference, dtype),
-        exact=p.run(experts_reference, torch.float64),
-        slack=torch.finfo(dtype).eps * slack * (32 if dtype is torch.float64 else 1),
+@pytest.fixture(autouse=True, scope="module")
+def memory() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+def run(p: Problem, routing: Routing, *, dtype: torch.dtype, separate: bool = False) -> list[torch.Tensor | None]:
+    """The output and the gradients of the sorted path, called as the operators call it."""
+    x, w13, w2, weights, grad_out = (
+        t.to(dtype) for t in (p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_weights_TK, p.grad_out_TD)
     )
+    gate, up = (w.contiguous() for w in w13.chunk(2, dim=1)) if separate else (w13, None)
+    where = {"weights_TK": None if routing.flat_M is None else weights, "routing": routing}
+    out, hidden = sorted_path.forward(x, gate, up, w2, **where)
+    assert hidden.shape == (x.shape[0] * routing.top_k, 2 * w2.shape[2])
+    needs = NEEDS_ALL | {"need_weights": routing.flat_M is not None}
+    return [out, *sorted_path.backward(grad_out, x, gate, up, w2, hidden, **where, **needs)]
 
 
-@both_regimes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    tokens=st.integers(0, 40),
-    experts=st.integers(1, 9),
-    top_k=st.integers(1, 9),
-    hidden=st.integers(1, 40),
-    width=st.integers(1, 30),
-    spread=st.sampled_from(["uniform", "one expert", "first half"]),
-)
-def test_output_and_gradients_are_as_accurate_as_plain_torch_on_ragged_shapes(
-    regime: str, dtype: torch.dtype, tokens: int, experts: int, top_k: int, hidden: int, width: int, spread: Spread
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("spread", ["uniform", "one expert", "first half"])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_chunks_of_any_number_of_experts_are_as_accurate_as_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, spread: Spread, rows: int
 ) -> None:
-    problem = make_problem(
-        tokens, experts, top_k=min(top_k, experts), hidden=hidden, width=width, spread=spread, seed=tokens
-    )
-    # A handful of numbers may cancel, or be exact in one order by luck; a wrong index is an error of order one.
-    assert_accurate(problem, regime, dtype, slack=4)
+    monkeypatch.setattr(sorted_path, "_CHUNK_ROWS", rows)
+    p = make_problem(60, 9, top_k=3, hidden=40, width=width, spread=spread)
+    assert_layer_accurate(p, partial(experts_layer, path="sorted"), dtype, slack=0.5, device="cpu")
 
 
-@both_regimes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(64, 96, 32, 72, 12), (64, 48, 16, 72, 24), (96, 8, 2, 64, 88), (1, 4, 4, 17, 5), (50, 6, 1, 33, 16)]
-)
-def test_output_and_gradients_are_as_accurate_as_plain_torch_on_model_shapes(
-    regime: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
-) -> None:
-    tokens, experts, top_k, hidden, width = shape
-    assert_accurate(make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width), regime, dtype, slack=0.5)
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_separate_up_projections_give_the_gradients_of_fused_ones(dtype: torch.dtype, width: int) -> None:
+    p = make_problem(40, 6, top_k=2, hidden=32, width=width)
+    routing = build_routing(p.top_k_index_TK, experts=6)
+    out, x, w13, w3, *rest = run(p, routing, dtype=dtype)
+    assert w3 is None
+    assert w13 is not None
+    fused = [out, x, *w13.chunk(2, dim=1), *rest]
+    tolerance = 8 * torch.finfo(dtype).eps
+    for got, expected in zip(run(p, routing, dtype=dtype, separate=True), fused, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=8 * tolerance)
 
 
-@both_regimes
-def test_gradients_agree_with_finite_differences(regime: str) -> None:
-    p = make_problem(5, 4, top_k=2, hidden=6, width=3)
-    leaves = [t.requires_grad_() for t in (p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_weights_TK)]
-
-    def layer(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor) -> Tensor:
-        return experts_torch(x, w13, w2, p.top_k_index_TK, weights, regime=regime)
-
-    assert torch.autograd.gradcheck(layer, leaves)
-
-
-@both_regimes
-def test_an_expert_named_twice_by_one_token_counts_twice(regime: str) -> None:
-    p = make_problem(6, 3, top_k=2, hidden=8, width=4)
-    p.top_k_index_TK[:, 1] = p.top_k_index_TK[:, 0]
-    assert_accurate(p, regime, torch.float64, slack=0.5)
-
-
-@both_regimes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_inputs_give_equal_bits(regime: str, dtype: torch.dtype) -> None:
-    p = make_problem(200, 12, top_k=5, hidden=72, width=24)
-    first, second = (p.run(partial(experts_torch, regime=regime), dtype) for _ in range(2))
-    for name in NAMES:
-        assert torch.equal(first[name], second[name]), name
-
-
-@both_regimes
-def test_relabelling_the_experts_changes_nothing_but_the_order_of_their_gradients(regime: str) -> None:
-    p = make_problem(40, 6, top_k=3, hidden=24, width=8)
-    old_E = torch.randperm(6, generator=torch.Generator().manual_seed(1))
-    index_TK = old_E.argsort()[p.top_k_index_TK]
-    relabelled = Problem(
-        **vars(p) | {"w13_EGD": p.w13_EGD[old_E], "w2_EDF": p.w2_EDF[old_E], "top_k_index_TK": index_TK}
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_the_routing_weight_of_an_absent_expert_is_never_read(dtype: torch.dtype, width: int) -> None:
+    p = make_problem(30, 5, top_k=3, hidden=24, width=width)
+    absent_TK = p.top_k_index_TK == 2
+    routing = build_routing(p.top_k_index_TK.masked_fill(absent_TK, 5), experts=5)
+    clean, poisoned = (
+        run(p.replaced(top_k_weights_TK=p.top_k_weights_TK.masked_fill(absent_TK, weight)), routing, dtype=dtype)
+        for weight in (0.5, float("nan"))
     )
-    layer = partial(experts_torch, regime=regime)
-    before, after = p.run(layer, torch.float64), relabelled.run(layer, torch.float64)
-    for name in NAMES:
-        expected = before[name][old_E] if name in ("dw13", "dw2") else before[name]
-        torch.testing.assert_close(after[name], expected, msg=name)
+    for got, expected in zip(poisoned, clean, strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or expected is None or torch.equal(got, expected)
+    assert (poisoned[-1][absent_TK] == 0).all()  # type: ignore[index]
 
 
-@both_regimes
-def test_permuting_the_tokens_permutes_the_output_and_leaves_the_weight_gradients(regime: str) -> None:
-    p = make_problem(40, 6, top_k=3, hidden=24, width=8)
-    order_T = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    rows = ("x_TD", "top_k_index_TK", "top_k_weights_TK", "grad_out_TD")
-    permuted = Problem(**vars(p) | {name: getattr(p, name)[order_T] for name in rows})
-    layer = partial(experts_torch, regime=regime)
-    before, after = p.run(layer, torch.float64), permuted.run(layer, torch.float64)
-    for name in NAMES:
-        expected = before[name] if name in ("dw13", "dw2") else before[name][order_T]
-        torch.testing.assert_close(after[name], expected, msg=name)
-
-
-@both_regimes
-def test_an_expert_without_tokens_gets_zero_gradients_not_none(regime: str) -> None:
-    p = make_problem(20, 8, top_k=2, hidden=16, width=8, spread="first half")
-    got = p.run(partial(experts_torch, regime=regime), torch.float32)
-    assert (got["dw13"][4:] == 0).all()
-    assert (got["dw2"][4:] == 0).all()
-    assert (got["dw13"][:4] != 0).any(-1).all()
-
-
-@both_regimes
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_backward_keeps_the_parameters_and_no_view_or_copy_of_a_weight(regime: str, autocast: bool) -> None:
-    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
-    w13, w2 = torch.nn.Parameter(p.w13_EGD.float()), torch.nn.Parameter(p.w2_EDF.float())
-    with torch.autocast("cpu", enabled=autocast):
-        out = experts_torch(p.x_TD.float(), w13, w2, p.top_k_index_TK, p.top_k_weights_TK.float(), regime=regime)
-    saved = out.grad_fn.saved_tensors
-    for weight in (w13, w2):
-        same = [t for t in saved if t.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()]
-        assert [(t.data_ptr(), t.shape, t._base, t.is_leaf) for t in same] == [
-            (weight.data_ptr(), weight.shape, None, True)
-        ]
-        others = [t for t in saved if t is not same[0]]
-        assert not any(t.shape == weight.shape or t.numel() == weight.numel() for t in others)
-
-
-@both_regimes
-def test_under_autocast_the_gemms_run_in_bf16_and_the_gradients_keep_the_dtype_of_the_parameters(regime: str) -> None:
-    p = make_problem(64, 6, top_k=2, hidden=48, width=24).rounded(torch.float32)
-
-    def under_autocast(layer: object) -> dict[str, Tensor]:
-        def run(*args: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return layer(*args)  # type: ignore[operator, no-any-return]
-
-        return p.run(run, torch.float32)
-
-    got = under_autocast(partial(experts_torch, regime=regime))
-    assert all(tensor.dtype is torch.float32 for tensor in got.values())
-    exact = p.run(experts_reference, torch.float64)
-    assert relative_error(got["out"], exact["out"]) > 1e-3, "the GEMMs did not run in bf16"
-    slack = torch.finfo(torch.bfloat16).eps / 2
-    assert_as_accurate_as_torch(got, plain=under_autocast(experts_reference), exact=exact, slack=slack)
-
-
-@both_regimes
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_bits(regime: str, reentrant: bool) -> None:
-    p = make_problem(30, 6, top_k=3, hidden=24, width=8)
-    layer = partial(experts_torch, regime=regime)
-    plain = p.run(layer, torch.float32)
-
-    def checkpointed(*args: Tensor) -> Tensor:
-        return checkpoint(layer, *args, use_reentrant=reentrant)  # type: ignore[no-any-return]
-
-    if reentrant:  # re-entrant checkpointing supports .backward() only
-        leaves = [t.float().requires_grad_() for t in (p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_weights_TK)]
-        checkpointed(*leaves[:3], p.top_k_index_TK, leaves[3]).backward(p.grad_out_TD.float())
-        again = dict(zip(NAMES[1:], [leaf.grad for leaf in leaves], strict=True))
-    else:
-        again = p.run(checkpointed, torch.float32)
-    for name, tensor in again.items():
-        assert torch.equal(tensor, plain[name]), name
-
-
-@both_regimes
-@pytest.mark.parametrize("wanted", NAMES[1:])
-def test_only_the_gradients_that_are_needed_are_computed(regime: str, wanted: str) -> None:
-    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
-    leaves = dict(zip(NAMES[1:], (p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_weights_TK), strict=True))
-    leaves[wanted].requires_grad_()
-    x, w13, w2, weights = leaves.values()
-    out = experts_torch(x, w13, w2, p.top_k_index_TK, weights, regime=regime)
-    out.backward(p.grad_out_TD)
-    expected = p.run(experts_reference, torch.float64)[wanted]
-    torch.testing.assert_close(leaves[wanted].grad, expected)
-    assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
-
-
-@both_regimes
-def test_tokens_and_upstream_gradients_may_have_any_strides(regime: str) -> None:
-    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
-    layer = partial(experts_torch, regime=regime)
-    strided = Problem(**vars(p) | {"grad_out_TD": p.grad_out_TD.t().contiguous().t()})
-
-    def through_a_view(x_TD: Tensor, *rest: Tensor) -> Tensor:
-        return layer(x_TD.t().contiguous().t(), *rest)
-
-    before, after = p.run(layer, torch.float64), strided.run(through_a_view, torch.float64)
-    for name in NAMES:
-        torch.testing.assert_close(after[name], before[name], msg=name)
-
-
-@both_regimes
-def test_an_index_outside_the_experts_is_refused(regime: str) -> None:
-    p = make_problem(8, 4, top_k=2, hidden=16, width=8)
-    for bad in (-1, 4):
-        p.top_k_index_TK[3, 1] = bad
-        with pytest.raises((IndexError, RuntimeError), match="index"):
-            experts_torch(p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_index_TK, p.top_k_weights_TK, regime=regime)
-
-
-def test_a_wrong_shape_is_named() -> None:
-    p = make_problem(8, 4, top_k=2, hidden=16, width=8)
-    with pytest.raises(ValueError, match=r"w2 has shape \(4, 8, 16\), expected \(4, 16, 8\)"):
-        experts_torch(p.x_TD, p.w13_EGD, p.w2_EDF.transpose(1, 2), p.top_k_index_TK, p.top_k_weights_TK)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_behind_sorted_rows_is_not_read_and_comes_out_as_zero(dtype: torch.dtype) -> None:
+    p = make_problem(24, 3, top_k=1, hidden=16, width=NARROW)
+    routing = Routing(top_k=1, offset_E1=torch.tensor([0, 7, 7, 19], dtype=torch.int32))
+    rows = torch.arange(24)[:, None] < 19
+    poison = {name: getattr(p, name).where(rows, float("nan")) for name in ("x_TD", "grad_out_TD")}
+    clean, poisoned = (run(q, routing, dtype=dtype) for q in (p, p.replaced(**poison)))
+    for got, expected in zip(poisoned[:5], clean[:5], strict=True):
+        assert got is None or torch.equal(got, expected)  # type: ignore[arg-type]
+    for tensor in poisoned[:2]:
+        assert (tensor[19:] == 0).all()  # type: ignore[index]
+    assert poisoned[5] is None
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "regime"),
+    ("shape", "dtype", "path"),
     [
         ((96, 32, 12), torch.bfloat16, "dense"),
-        ((48, 16, 24), torch.bfloat16, "dense"),
+        ((96, 32, 12), torch.float32, "sorted"),
+        ((48, 16, 24), torch.bfloat16, "sorted"),
         ((48, 16, 24), torch.float32, "sorted"),
         ((16, 4, 344), torch.bfloat16, "sorted"),
         ((8, 2, 704), torch.float32, "sorted"),
         ((8, 8, 704), torch.float32, "dense"),
     ],
 )
-def test_narrow_experts_are_computed_densely_and_wide_ones_sorted(
-    shape: tuple[int, int, int], dtype: torch.dtype, regime: str
+def test_very_narrow_experts_are_computed_densely_and_others_sorted(
+    shape: tuple[int, int, int], dtype: torch.dtype, path: str
 ) -> None:
     experts, top_k, width = shape
-    assert choose_regime(experts, top_k, width=width, tokens=1024, dtype=dtype) == regime
+    assert choose_regime(experts, top_k, width=width, tokens=1024, dtype=dtype) == path
 
 
 def test_a_single_decoded_token_never_computes_all_experts() -> None:
     assert choose_regime(96, 32, width=12, tokens=1, dtype=torch.bfloat16) == "sorted"
+
+
+def test_the_benchmark_writes_times_memory_and_agreement_of_every_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "cpu.json"
+    flags = ["--threads", "1", "--dtypes", "float32", "--shapes", "32,4,2,16,8", "--turns", "1", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["cpu_layer.py", *flags])
+    cpu_layer.main()
+    rows = json.loads(file.read_text())["cells"][0]["rows"]
+    assert list(rows) == [peer.name for peer in cpu_layer.PEERS]
+    for name in ("moe_kernels", "transformers grouped_mm", "transformers eager", "transformers batched_mm"):
+        assert rows[name]["error"] < 1e-6, name
+        assert min(rows[name][key] for key in ("full_per_floor", "peak_bytes", "kept_bytes")) > 0, name
+
+
+def test_the_benchmark_gives_no_figure_to_a_side_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(p: object) -> cpu_layer.Side:
+        side = cpu_layer.ours(p)  # type: ignore[arg-type]
+        return cpu_layer.Side(forward=lambda: side.forward() * 1.01, backward=side.backward)
+
+    monkeypatch.setattr(cpu_layer, "PEERS", (cpu_layer.Peer(name="wrong", build=wrong), *cpu_layer.PEERS[-2:]))
+    rows = cpu_layer.bench(parse_shape("32,4,2,16,8"), dtype=torch.float32, turns=1)
+    assert "disagrees with the reference" in rows["wrong"]["reason"]
+    assert "full_ms" not in rows["wrong"]
+
+
+def test_kept_bytes_are_tokens_pre_activations_and_twelve_bytes_a_row_of_fp32_weights() -> None:
+    p = make_bench_problem(parse_shape("32,16,2,16,8"), "uniform", dtype=torch.float32, device="cpu")
+    x, hidden, indices, offset = 32 * 16 * 4, 64 * 16 * 4, 64 * 12, 17 * 4
+    assert cpu_layer.kept_bytes(cpu_layer.ours(p), p) == x + hidden + indices + offset
