@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward_kernels import (
     down_backward_kernel,
@@ -20,7 +21,7 @@ from .backward_kernels import (
     x_gradient_kernel,
 )
 from .config import tile
-from .forward import combine, gate_and_up_offset, row_tile_launch, zero_padding
+from .forward import combine, gate_and_up_offset, loads_by_descriptor, row_tile_launch, zero_padding
 from .routing import Routing
 
 
@@ -103,9 +104,11 @@ def _down_backward(
     grid, launch = row_tile_launch("down_backward", routing, rows=rows, columns=width, depth=model_dim, like=hidden_MG)
     n_col_tiles = launch["n_col_tiles"]
     ds_partial_MN = _empty((rows, n_col_tiles), hidden_MG, dtype=torch.float32) if need_weights else None
+    w2_EDF = w2_EDF.to(hidden_MG.dtype).contiguous()
+    tma = loads_by_descriptor(w2_EDF, width, depth=0)
     down_backward_kernel[grid](
         grad_out_ptr=grad_out_TD,
-        w2_ptr=w2_EDF.to(hidden_MG.dtype).contiguous(),
+        w2_ptr=TensorDescriptor.from_tensor(w2_EDF, [1, launch["BLOCK_K"], launch["BLOCK_N"]]) if tma else w2_EDF,
         hidden_ptr=hidden_MG,
         weights_ptr=None if weights_TK is None else weights_TK.contiguous(),
         ds_partial_ptr=ds_partial_MN,
@@ -117,6 +120,7 @@ def _down_backward(
         F=width,
         K=routing.top_k,
         ALIGN=math.gcd(width, 16),
+        TMA=tma,
         **launch,
     )
     if ds_partial_MN is None or weights_TK is None:
@@ -199,15 +203,24 @@ def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, token
         grid, launch = row_tile_launch(
             "x_gradient", routing, rows=rows, columns=model_dim, depth=2 * width, like=grad_hidden_MG
         )
+        block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
+        tma = loads_by_descriptor(gate, gate.stride(0), up_offset, model_dim, 2 * width, depth=0)
+        w13_ptr: Tensor | TensorDescriptor = gate
+        if tma:
+            shape, strides = [gate.shape[0], 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1]
+            w13_ptr = TensorDescriptor(gate, shape, strides, [1, 1, block_k, block_n])
         x_gradient_kernel[grid](
-            grad_hidden_ptr=grad_hidden_MG,
-            w13_ptr=gate,
+            grad_hidden_ptr=TensorDescriptor.from_tensor(grad_hidden_MG, [block_m, block_k])
+            if tma
+            else grad_hidden_MG,
+            w13_ptr=w13_ptr,
             dx_ptr=dx_MD,
             stride_we=gate.stride(0),
             up_offset=up_offset,
             D=model_dim,
             F=width,
             ALIGN=math.gcd(width, 16),
+            TMA=tma,
             **launch,
         )
     if routing.flat_M is None:

@@ -121,7 +121,7 @@ def _swiglu_backward(
 @triton.jit(do_not_specialize=["n_row_tiles", "n_col_tiles", "E"])
 def down_backward_kernel(
     grad_out_ptr,  # (T, D), unit stride along D
-    w2_ptr,  # (E, D, F), contiguous
+    w2_ptr,  # (E, D, F), contiguous; with TMA a descriptor
     hidden_ptr,  # (M, G) [gate | up], contiguous
     weights_ptr,  # (T, K), contiguous; None: all one
     ds_partial_ptr,  # (M, n_col_tiles) fp32; None: not needed
@@ -143,6 +143,7 @@ def down_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     expert, first_row, end, col_tile = row_tile_start(
@@ -166,14 +167,18 @@ def down_backward_kernel(
         depth_K = tl.arange(0, BLOCK_K)
         col_N = first_col + tl.arange(0, BLOCK_N)
         grad_out_ptrs = grad_out_ptr + (flat // K)[:, None].to(tl.int64) * stride_gt + depth_K[None, :]
-        w2_ptrs = w2_ptr + expert.to(tl.int64) * D * F + depth_K[:, None] * F + col_N[None, :]
+        if not TMA:
+            w2_ptrs = w2_ptr + expert.to(tl.int64) * D * F + depth_K[:, None] * F + col_N[None, :]
         for start in range(0, D, BLOCK_K):
             mask_K = depth_K < D - start
             grad_out = tl.load(grad_out_ptrs, mask=mask_M[:, None] & mask_K[None, :], other=0.0)
-            w2 = tl.load(w2_ptrs, mask=mask_K[:, None] & (col_N < F)[None, :], other=0.0)
-            grad_act = dot(grad_out, w2, grad_act, INTERPRETED)
             grad_out_ptrs += BLOCK_K
-            w2_ptrs += BLOCK_K * F
+            if TMA:
+                w2 = w2_ptr.load([expert, start, first_col]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                w2 = tl.load(w2_ptrs, mask=mask_K[:, None] & (col_N < F)[None, :], other=0.0)
+                w2_ptrs += BLOCK_K * F
+            grad_act = dot(grad_out, w2, grad_act, INTERPRETED)
     weight_M = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
     if weights_ptr is not None:
         weight_M = tl.load(weights_ptr + flat, mask=mask_M, other=0.0).to(tl.float32)
@@ -200,8 +205,8 @@ def down_backward_kernel(
 
 @triton.jit(do_not_specialize=["n_row_tiles", "n_col_tiles", "E"])
 def x_gradient_kernel(
-    grad_hidden_ptr,  # (M, G) [gate | up], contiguous
-    w13_ptr,  # gate rows (E, F, D), stride_we from expert to expert; up rows lie up_offset further
+    grad_hidden_ptr,  # (M, G) [gate | up], contiguous; with TMA a descriptor
+    w13_ptr,  # gate rows (E, F, D), stride_we between experts; up rows lie up_offset further; with TMA a descriptor
     dx_ptr,  # (M, D), contiguous
     offset_E1,
     tile_expert_B,
@@ -218,6 +223,7 @@ def x_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     expert, first_row, end, col_tile = row_tile_start(
@@ -228,27 +234,32 @@ def x_gradient_kernel(
     F = F // ALIGN * ALIGN
     row_M = tl.arange(0, BLOCK_M)
     mask_M = row_M < end - first_row
-    first_row = first_row.to(tl.int64)
-    col_N = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = first_row.to(tl.int64)
+    first_col = col_tile * BLOCK_N
+    col_N = first_col + tl.arange(0, BLOCK_N)
     mask_N = col_N < D
     depth_K = tl.arange(0, BLOCK_K)
-    grad_hidden_ptrs = grad_hidden_ptr + first_row * (2 * F) + row_M[:, None] * (2 * F) + depth_K[None, :]
-    w13_ptrs = w13_ptr + expert.to(tl.int64) * stride_we + depth_K[:, None] * D + col_N[None, :]
+    if not TMA:
+        grad_hidden_ptrs = grad_hidden_ptr + row * (2 * F) + row_M[:, None] * (2 * F) + depth_K[None, :]
+        w13_ptrs = w13_ptr + expert.to(tl.int64) * stride_we + depth_K[:, None] * D + col_N[None, :]
     dx = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(F, BLOCK_K)
     # One product a step, gate rows first: two products into one accumulator miscompile on Blackwell.
     for step in range(2 * steps):
         half = tl.where(step < steps, 0, 1)
         start = (step - half * steps) * BLOCK_K
-        mask_K = depth_K < F - start
-        grad_hidden = tl.load(grad_hidden_ptrs + half * F + start, mask=mask_M[:, None] & mask_K[None, :], other=0.0)
-        w13 = tl.load(
-            w13_ptrs + half.to(tl.int64) * up_offset + start.to(tl.int64) * D,
-            mask=mask_K[:, None] & mask_N[None, :],
-            other=0.0,
-        )
+        if TMA:
+            # Past the gate's columns come the up projection's, which meet the zeros past the gate's rows.
+            grad_hidden = grad_hidden_ptr.load([first_row, half * F + start])
+            w13 = w13_ptr.load([expert, half, start, first_col]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            mask_K = depth_K < F - start
+            mask_MK = mask_M[:, None] & mask_K[None, :]
+            grad_hidden = tl.load(grad_hidden_ptrs + half * F + start, mask=mask_MK, other=0.0)
+            offset = half.to(tl.int64) * up_offset + start.to(tl.int64) * D
+            w13 = tl.load(w13_ptrs + offset, mask=mask_K[:, None] & mask_N[None, :], other=0.0)
         dx = dot(grad_hidden, w13, dx, INTERPRETED)
-    dx_ptrs = dx_ptr + first_row * D + row_M[:, None] * D + col_N[None, :]
+    dx_ptrs = dx_ptr + row * D + row_M[:, None] * D + col_N[None, :]
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_M[:, None] & mask_N[None, :])
 
 

@@ -1,6 +1,7 @@
 """The Triton backward against fp64: every gradient. Run by ``test_interpreted.py``."""
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,6 +83,19 @@ def test_every_tile_computes_the_same(blocks: tuple[int, int, int, int], monkeyp
     for module in (forward, backward):
         monkeypatch.setattr(module, "tile", lambda kernel, **_: shape)
     assert_accurate(make_problem(60, 3, top_k=2, hidden=40, width=50), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_tensor_descriptors_load_what_pointers_load(
+    dtype: torch.dtype, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = make_problem(60, 3, top_k=2, hidden=40, width=72).rounded(dtype)
+    by_pointers = gradients(p)
+    descriptors = Mock(wraps=backward.TensorDescriptor)
+    monkeypatch.setattr(forward, "current_arch", lambda: 90)
+    monkeypatch.setattr(backward, "TensorDescriptor", descriptors)
+    assert_equal_bits(gradients(p), by_pointers)
+    assert len(descriptors.mock_calls) == 3  # w2, grad_hidden, w13
 
 
 def test_only_needed_gradients_are_computed_and_their_bits_do_not_depend_on_the_others(poisoned_memory: None) -> None:

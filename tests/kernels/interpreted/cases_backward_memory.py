@@ -95,7 +95,7 @@ def far_tile(row: int, *, rows: int, expert: int, experts: int) -> dict[str, Any
     """The shared arguments of a launch with one row tile of one expert, for one column tile."""
     offset_E1 = index(*[row] * (expert + 1), *[row + rows] * (experts - expert))
     maps = {"tile_expert_B": index(expert), "tile_row_B": index(row), "offset_E1": offset_E1}
-    return maps | BLOCKS | {"n_row_tiles": 1, "n_col_tiles": 1, "E": experts}
+    return maps | BLOCKS | {"n_row_tiles": 1, "n_col_tiles": 1, "E": experts, "TMA": False}
 
 
 def half(*shape: int) -> Tensor:
