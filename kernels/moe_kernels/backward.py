@@ -182,7 +182,7 @@ def _weight_gradient(
         n_row_tiles=n_row_tiles,
         n_col_tiles=n_col_tiles,
         GATHER_LEFT=kernel == "w2_gradient",
-        ALIGN=math.gcd(columns, left.stride(0), right.stride(0), 16),
+        ALIGN=math.gcd(height, columns, left.stride(0), right.stride(0), 16),
         BLOCK_M=shape.block_m,
         BLOCK_N=shape.block_n,
         BLOCK_K=shape.block_k,

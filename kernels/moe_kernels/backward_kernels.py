@@ -4,12 +4,13 @@
                       grad_hidden = s * dA' * d(silu(gate) * up)
     weight_gradient   dW2[e] = sum over the rows of e of dO^T act_scaled;  dW13[e] = the same of grad_hidden^T x
     x_gradient        dx[m] = grad_hidden[m] W13[e]                        one GEMM over 2F
-    router_gradient  ds[t, k] = sum of the partials of row inverse[t, k]  fp32, in a fixed order
+    router_gradient   ds[t, k] = sum of the partials of row inverse[t, k]  fp32, in a fixed order
 
 Triton knows of an integer argument only whether 16 divides it. ``F // ALIGN * ALIGN`` tells the compiler of smaller
 divisors, without which a width such as 24 = 3 * 8 would be loaded element by element.
 
-Rows past the last expert's end are uninitialised in every (M, ...) array; they are masked wherever they are read.
+Rows past the last expert's end are uninitialised in every (M, ...) array: a reduction over rows masks them on both
+operands, and elsewhere a row only reaches itself, which is not stored.
 
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by expert, B row
 tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M*D passes 2^31 on real batches.
@@ -280,7 +281,7 @@ def weight_gradient_kernel(
     n_col_tiles,
     K: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
-    ALIGN: tl.constexpr,  # C and the strides are multiples of it
+    ALIGN: tl.constexpr,  # R, C and the strides are multiples of it
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -293,6 +294,7 @@ def weight_gradient_kernel(
     """
     stride_lm = stride_lm // ALIGN * ALIGN
     stride_rm = stride_rm // ALIGN * ALIGN
+    R = R // ALIGN * ALIGN
     C = C // ALIGN * ALIGN
     n_tiles = n_row_tiles * n_col_tiles
     expert = tl.program_id(0) // n_tiles
