@@ -6,8 +6,7 @@ Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M
 """
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -21,15 +20,6 @@ from problems import INPUTS, NAMES, Problem, assert_as_accurate_as_torch, assert
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """What is allocated but not written holds NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,3 +107,12 @@ def assert_layer_accurate(problem: Problem, layer: Layer, dtype: torch.dtype, *,
         exact=p.run(experts_reference, torch.float64),
         slack=torch.finfo(dtype).eps * slack * (32 if dtype is torch.float64 else 1),
     )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated but not written holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from layer_properties import (
     PROPERTIES,
     Subject,
-    poisoned_memory,
     rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways,
     saved_bytes,
 )
 from moe_kernels.autograd import Path, experts_backward, experts_forward
 from moe_kernels.experts import experts_layer, experts_sorted
-from problems import INPUTS, NAMES, Spread, assert_layer_accurate, make_problem
+from problems import INPUTS, NAMES, Spread, assert_layer_accurate, make_problem, poisoned_memory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from layer_properties import (
     PROPERTIES,
     Subject,
-    poisoned_memory,
     rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways,
     saved_bytes,
 )
 from moe_kernels.autograd import experts_backward, experts_forward
 from moe_kernels.experts import experts_layer
-from problems import NAMES, Spread, assert_layer_accurate, make_problem
+from problems import NAMES, Spread, assert_layer_accurate, make_problem, poisoned_memory
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
