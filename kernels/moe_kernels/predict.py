@@ -155,7 +155,7 @@ def seconds(
     epilogue = work.outer * rows * work.columns * itemsize
     once = epilogue + work.depth * (rows + experts * work.accumulators * work.columns) * itemsize
     uneven = math.ceil(programs / card.processors) * card.processors / programs
-    longest = max(flops / peak, programs * steps * operands / card.l2_bytes, once / card.hbm_bytes) * uneven
+    times = (flops / peak, programs * steps * operands / card.l2_bytes, once / card.hbm_bytes)
 
     registers = registers or 64 + tile.block_m * tile.block_n * work.accumulators // (32 * tile.num_warps)
     shared = shared or operands * tile.num_stages
@@ -163,5 +163,6 @@ def seconds(
     resident = max(1, min(65536 // (registers * 32 * tile.num_warps), memory // shared, 64 // tile.num_warps))
     turns = math.ceil(programs / (card.processors * resident))
     latency = turns * (steps * _LATENCY / max(1, tile.num_stages - 1) + _START)
-    # Of two tiles that are bound by the same thing, the one that hides more latency.
-    return max(longest, latency) + 0.05 * min(longest, latency) + epilogue / card.hbm_bytes / resident
+    busy = [*(time * uneven for time in times), latency]
+    # Nothing overlaps wholly: of two tiles that are bound by the same, the one wins that has less of the rest.
+    return max(busy) + 0.1 * (sum(busy) - max(busy)) + epilogue / card.hbm_bytes / resident

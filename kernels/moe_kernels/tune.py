@@ -35,6 +35,8 @@ SHAPES = (
     Shape(8192, 64, 8, 2048, 1024),  # OLMoE-1B-7B
     Shape(8192, 8, 2, 4096, 14336),  # Mixtral-8x7B
     Shape(8192, 40, 8, 1536, 512),  # Granite-3B-A800M
+    Shape(8192, 16, 4, 4096, 896),  # Llama-3-8B in 16 experts
+    Shape(8192, 16, 4, 2048, 352),  # TinyLlama in 16 experts
     Shape(8192, 48, 16, 576, 24),  # SmolLM2-135M in 48 experts
     Shape(512, 16, 4, 4096, 688),  # few rows an expert
     Shape(256, 16, 4, 4096, 688),
