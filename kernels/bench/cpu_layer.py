@@ -34,6 +34,7 @@ from bench.peers import OURS, Peer, Side, Unfit, batched_mm, by_autograd, dense,
 from bench.shapes import Problem, Shape, make_problem, parse_shape
 
 FLOOR = "bare GEMMs"
+FP32_LIMIT = 2e-6  # sums of hundreds of terms round in fp32 itself; half precision sums in fp32
 SHAPES = {  # T, E, K, D, F
     "wide": "1024,16,4,512,344",
     "SmolLM2-135M, 96 experts": "1024,96,32,576,12",
@@ -162,9 +163,9 @@ def bench(shape: Shape, *, dtype: torch.dtype, turns: int) -> dict[str, Row]:
             continue
         rows[peer.name] = {}
         if not peer.bound:
-            rows[peer.name]["error"], reason_given = disagreement(got, expected, dtype=dtype)
-            if reason_given is not None:
-                rows[peer.name]["reason"] = f"disagrees with the reference: {reason_given}"
+            rows[peer.name]["error"], wrong = disagreement(got, expected, dtype=dtype)
+            if wrong is not None and not (dtype is torch.float32 and rows[peer.name]["error"] <= FP32_LIMIT):
+                rows[peer.name]["reason"] = f"disagrees with the reference: {wrong}"
                 continue
         sides[peer.name] = side
 

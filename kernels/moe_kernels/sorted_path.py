@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .routing import Routing
 
-# Whole experts are taken until they have so many rows: enough to hide the cost of calling an operator.
-_CHUNK_ROWS = 1024
+# Whole experts are taken until their activations have so many elements, or are so many rows: enough to hide the cost
+# of calling an operator, little enough for the cache.
+_CHUNK_ELEMENTS, _CHUNK_ROWS = 2**16, 1024
 # Below this width the columns of a chunk are contiguous, not its rows; see _block.
 _NARROW = 64
 
@@ -43,7 +44,7 @@ def forward(
         routing: of these tokens; its rows past ``offset_E1[E]`` are skipped.
     """
     dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
-    rows = _Rows(x_TD, routing, weights_TK=weights_TK)
+    rows = _Rows(x_TD, routing, weights_TK=weights_TK, width=width)
     hidden_MG = x_TD.new_empty((rows.total, 2 * width))
     x_scratch, act_scratch = x_TD.new_empty((rows.most, model_dim)), x_TD.new_empty((rows.most, width))
     out = _Sum(x_TD, rows, scratch=x_scratch)
@@ -88,30 +89,29 @@ def backward(
     An expert without rows gets zeros, never None: a missing gradient desynchronises data-parallel reductions.
     """
     dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
-    rows = _Rows(x_TD, routing, weights_TK=weights_TK)
+    rows = _Rows(x_TD, routing, weights_TK=weights_TK, width=width)
     grad_w13 = _gradient_like(w13, rows) if need_w13 else None
     grad_w3_EFD = _gradient_like(w3_EFD, rows) if need_w13 and w3_EFD is not None else None
     grad_w2_EDF = _gradient_like(w2_EDF, rows) if need_w2 else None
     row_scratch = x_TD.new_empty((rows.most, model_dim))
-    scratch = [x_TD.new_empty((rows.most, size * width)) for size in (1, 1, 1, 2)]
+    scratch = [x_TD.new_empty((rows.most, size * width)) for size in (1, 1, 2)]
     grad_x = _Sum(x_TD, rows, scratch=row_scratch) if need_x else None
     grad_weights_M = x_TD.new_zeros(rows.total, dtype=torch.promote_types(dtype, torch.float32))
 
     for chunk in rows.chunks():
         gate_CF, up_CF = _block(hidden_MG, chunk.start, chunk.stop, width=width).split(width, dim=1)
-        silu_CF, act_CF, grad_act_CF, grad_hidden_CG = (
-            _block(buffer, 0, chunk.size, width=width) for buffer in scratch
-        )
+        product_CF, grad_act_CF, grad_hidden_CG = (_block(buffer, 0, chunk.size, width=width) for buffer in scratch)
         grad_gate_CF, grad_up_CF = grad_hidden_CG.split(width, dim=1)
         grad_out_CD = chunk.take(grad_out_TD, out=row_scratch)
-        _silu(gate_CF, out=silu_CF)
-        torch.mul(silu_CF, up_CF, out=act_CF)
+        # Where no gradient of an activation is yet, the activations themselves are at home: two buffers less in cache.
+        silu_CF = _silu(gate_CF, out=grad_up_CF)
+        act_CF = torch.mul(silu_CF, up_CF, out=grad_gate_CF)
         if need_x or need_w13 or need_weights:
             for expert, rows_e in chunk.experts:
                 torch.mm(grad_out_CD[rows_e], w2_EDF[expert].to(dtype), out=grad_act_CF[rows_e])
             if need_weights:
                 # <dO, Y> = <dO W2, a>: the gradient of a routing weight needs no expert output.
-                product_CF = torch.mul(grad_act_CF, act_CF, out=grad_up_CF)
+                torch.mul(grad_act_CF, act_CF, out=product_CF)
                 torch.sum(product_CF, 1, dtype=grad_weights_M.dtype, out=grad_weights_M[chunk.start : chunk.stop])
         if grad_w2_EDF is not None:
             chunk.scale(act_CF)
@@ -175,11 +175,11 @@ class _Chunk:
 class _Rows:
     """The sorted rows of a call."""
 
-    def __init__(self, x_TD: Tensor, routing: Routing, *, weights_TK: Tensor | None) -> None:
+    def __init__(self, x_TD: Tensor, routing: Routing, *, weights_TK: Tensor | None, width: int) -> None:
         self.bounds: list[int] = routing.offset_E1.tolist()
         self.inverse_TK = routing.inverse_TK
         self.total = x_TD.shape[0] if routing.flat_M is None else routing.flat_M.numel()
-        self.cuts = self._cut()
+        self.cuts = self._cut(min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))
         most = max((self.bounds[last] - self.bounds[first] for first, last in self.cuts), default=0)
         self.most = -(-most // 256) * 256  # few different strides; see _block
         self.token_M = self.weight_M1 = None
@@ -189,11 +189,11 @@ class _Rows:
             if weights_TK is not None:
                 self.weight_M1 = weights_TK.reshape(-1)[flat_M].to(x_TD.dtype).unsqueeze(1)
 
-    def _cut(self) -> list[tuple[int, int]]:
-        """Ranges of experts with at least ``_CHUNK_ROWS`` rows each, but for the last."""
+    def _cut(self, rows: int) -> list[tuple[int, int]]:
+        """Ranges of experts with ``rows`` rows or more each, but for the last."""
         cuts, first = [], 0
         for expert, bound in enumerate(self.bounds):
-            if bound - self.bounds[first] >= _CHUNK_ROWS or (
+            if bound - self.bounds[first] >= max(rows, 1) or (
                 expert == len(self.bounds) - 1 and bound > self.bounds[first]
             ):
                 cuts.append((first, expert))

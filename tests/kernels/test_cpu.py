@@ -11,11 +11,10 @@ import torch
 from bench import cpu_layer
 from bench.shapes import make_problem as make_bench_problem
 from bench.shapes import parse_shape
-from layer_properties import poisoned_memory
 from moe_kernels import choose_regime, sorted_path
 from moe_kernels.experts import experts_layer
 from moe_kernels.routing import Routing, build_routing
-from problems import Problem, Spread, assert_layer_accurate, make_problem
+from problems import Problem, Spread, assert_layer_accurate, make_problem, poisoned_memory
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NARROW, WIDE = 24, 72  # on either side of the width at which the layout changes
