@@ -4,12 +4,26 @@
     moe_kernels.register()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_kernels")
 
-Importing this package imports torch and nothing else; triton and transformers wait until they are used.
+Importing this package imports torch and nothing else; triton, transformers and deepspeed wait until they are used.
 """
 
-from .cpu import choose_regime, experts_torch
-from .experts import experts_forward, experts_layer
-from .reference import experts_reference
-from .register import register
+from . import flops as flops  # for its effect on FlopCounterMode
+from .cpu import choose_regime
+from .expert_parallel import use_in_deepspeed
+from .experts import experts_layer, experts_sorted
+from .reference import experts_reference, router_gradient_reference, router_reference
+from .register import experts_forward, register
+from .router import route
 
-__all__ = ["choose_regime", "experts_forward", "experts_layer", "experts_reference", "experts_torch", "register"]
+__all__ = [
+    "choose_regime",
+    "experts_forward",
+    "experts_layer",
+    "experts_reference",
+    "experts_sorted",
+    "register",
+    "route",
+    "router_gradient_reference",
+    "router_reference",
+    "use_in_deepspeed",
+]

@@ -38,8 +38,9 @@ def experts_layer(
         top_k_index_TK: chosen experts, int32 or int64 in ``[0, E]``, (T, K). E is an absent expert and adds nothing:
             the mark that expert parallelism gives to the experts of other ranks.
         top_k_weights_TK: routing weights, (T, K), any floating dtype; need not sum to one.
-        path: forces a path, for tests and benchmarks. By default ``"triton"`` on CUDA where it is installed (fp32,
-            fp16, bf16), what :func:`moe_kernels.cpu.choose_regime` says on CPU, and ``"sorted"`` elsewhere.
+        path: forces a path, for tests and benchmarks. By default ``"triton"`` on CUDA of sm_80 and newer where it is
+            installed (fp32, fp16, bf16), what :func:`moe_kernels.cpu.choose_regime` says on CPU, and ``"sorted"``
+            elsewhere.
 
     Returns:
         (T, D) in the dtype of ``x_TD``. Under autocast the GEMMs run in its dtype, otherwise in that of ``w13_EGD``.
@@ -102,9 +103,9 @@ def compute_dtype(x: Tensor, w13: Tensor) -> torch.dtype:
 
 
 def _path_of_device(x: Tensor, dtype: torch.dtype) -> Path | None:
-    """The path of a device that has but one; None on CPU."""
-    if x.is_cuda and dtype in _TRITON_DTYPES and _TRITON_INSTALLED:
-        return "triton"
+    """The path of a device that has but one; None on CPU. The kernels are compiled for NVIDIA's sm_80 and newer."""
+    if x.is_cuda and dtype in _TRITON_DTYPES and _TRITON_INSTALLED and torch.version.hip is None:
+        return "triton" if torch.cuda.get_device_properties(x.device).major >= 8 else "sorted"
     return None if x.device.type == "cpu" else "sorted"
 
 
@@ -156,7 +157,3 @@ def _check(x: Tensor, w13: Tensor, w3: Tensor | None, w2: Tensor, **routing: Ten
         if not (tensor.dtype in _INDEX_DTYPES if integer else tensor.is_floating_point()):
             expected = "int32 or int64" if integer else "a floating dtype"
             raise ValueError(f"experts layer: {name} is {tensor.dtype}, expected {expected}")
-
-
-# The package takes this name from here; below the layer, because register.py imports it.
-from .register import experts_forward  # noqa: E402, F401
