@@ -1,5 +1,6 @@
 """Which path computes the layer and in which dtype, and what is refused."""
 
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -90,21 +91,23 @@ def test_narrow_experts_take_the_dense_path_and_wide_ones_the_sorted_path(width:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "installed", "path"),
+    ("device", "major", "dtype", "installed", "path"),
     [
-        ("cuda", torch.bfloat16, True, "triton"),
-        ("cuda", torch.float16, True, "triton"),
-        ("cuda", torch.float32, True, "triton"),
-        ("cuda", torch.float64, True, "sorted"),
-        ("cuda", torch.bfloat16, False, "sorted"),
-        ("meta", torch.bfloat16, True, "sorted"),
-        ("cpu", torch.bfloat16, True, None),
+        ("cuda", 9, torch.bfloat16, True, "triton"),
+        ("cuda", 8, torch.float16, True, "triton"),
+        ("cuda", 12, torch.float32, True, "triton"),
+        ("cuda", 9, torch.float64, True, "sorted"),
+        ("cuda", 9, torch.bfloat16, False, "sorted"),
+        ("cuda", 7, torch.float16, True, "sorted"),
+        ("meta", 0, torch.bfloat16, True, "sorted"),
+        ("cpu", 0, torch.bfloat16, True, None),
     ],
 )
 def test_a_device_has_its_path(
-    device: str, dtype: torch.dtype, installed: bool, path: str | None, monkeypatch: pytest.MonkeyPatch
+    device: str, major: int, dtype: torch.dtype, installed: bool, path: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(experts, "_TRITON_INSTALLED", installed)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     on_device = type("OnDevice", (), {"is_cuda": device == "cuda", "device": torch.device(device)})
     assert experts._path_of_device(on_device, dtype) == path  # type: ignore[arg-type]
 
