@@ -7,7 +7,6 @@
 Importing this package imports torch and nothing else; triton, transformers and deepspeed wait until they are used.
 """
 
-from . import flops as flops  # for its effect on FlopCounterMode
 from .cpu import choose_regime
 from .expert_parallel import use_in_deepspeed
 from .experts import experts_layer, experts_sorted

@@ -1,5 +1,7 @@
 """What torch's FLOP counter, which cannot see into the two operators, takes them for: the products that are computed.
 
+    import moe_kernels.flops  # not with the package: the counter's module imports triton
+
 2 FLOPs a multiplication; elementwise operators count nothing, as everywhere in that counter. Rows of absent experts
 and padding are counted, since their number is known on the device alone.
 

@@ -1,3 +1,4 @@
+import moe_kernels.flops  # noqa: F401
 import pytest
 import torch
 from moe_kernels import experts_layer, experts_sorted
