@@ -2,8 +2,8 @@
 
 The model orders candidates; it is no substitute for a measurement. A kernel takes the longest of four times (products
 with their padding, at the rate that shared memory feeds them; operands from L2; all tensors once from HBM; latency of
-a program's steps), scaled by how unevenly its programs fill the multiprocessors, plus that part of the epilogue which
-no other program on the multiprocessor hides.
+a program's steps) and a tenth of the other three, scaled by how unevenly its programs fill the multiprocessors, plus
+that part of the epilogue which no other program on the multiprocessor hides.
 
 Shapes: T tokens, D hidden, F width of one expert, E experts, K top-k, M = T*K routed rows.
 """

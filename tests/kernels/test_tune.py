@@ -180,12 +180,12 @@ def test_candidates_fit_in_shared_memory_and_the_model_prefers_tall_tiles_for_ma
     assert many.block_m * many.block_n >= 128 * 128
 
 
-def test_the_predicted_time_is_not_below_the_roofline() -> None:
+def test_the_predicted_time_is_one_to_four_times_that_of_the_products_alone() -> None:
     flops = 2 * 8192 * 4 * 4096 * 688
     for kernel, share in {"up": 2, "down": 1, "down_backward": 1, "x_gradient": 2, "w13_gradient": 2}.items():
         best = tune.promising(kernel, LARGE, itemsize=2, arch=90, most=1)[0]  # type: ignore[arg-type]
         time = seconds(kernel, best, LARGE, itemsize=2, arch=90)  # type: ignore[arg-type]
-        assert share * flops / 989e12 < time < 3 * share * flops / 989e12, kernel
+        assert share * flops / 989e12 < time < 4 * share * flops / 989e12, kernel
 
 
 def test_without_a_device_the_command_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
