@@ -8,6 +8,10 @@ Sides take turns in one run and the best of several turns is kept. One thread is
 neighbour changes least; more threads in wall time, which wants an idle machine. ``x floor`` is time / time of the bare
 GEMMs, forward + backward. A side that disagrees with the fp64 reference gets no figure.
 
+glibc gives freed memory back and maps it anew at 2 us a page, which costs a side that allocates 45 MB a call 20 ms.
+Put MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 before the command to leave that out; the JSON
+file says whether it was so.
+
 The floor is what any implementation must do: the six GEMMs of each expert over slices of sorted buffers, with its own
 weights and gradients. The hot floor reuses the weights of one expert, which then stay in cache.
 
@@ -16,6 +20,7 @@ Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -55,6 +60,7 @@ CROSSOVER = (
     "1024,8,6,576,192",
     "1024,8,7,576,192",
 )
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 Step = Callable[[], object]
 Row = dict[str, Any]
 
@@ -244,7 +250,8 @@ def main() -> None:
                 cell = {"shape": text, "dtype": dtype_name, "threads": threads, "path": path, "rows": rows}
                 cells.append({"name": name, **cell})
                 if args.json is not None:
-                    args.json.write_text(json.dumps({"torch": torch.__version__, "cells": cells}, indent=1) + "\n")
+                    about = {"torch": torch.__version__, "malloc": {k: os.environ.get(k) for k in MALLOC}}
+                    args.json.write_text(json.dumps(about | {"cells": cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

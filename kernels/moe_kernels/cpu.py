@@ -3,7 +3,7 @@
 Shapes: T tokens, D hidden, F width of one expert, E experts, K top-k.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -35,10 +35,3 @@ def choose_regime(experts: int, top_k: int, *, width: int, tokens: int, dtype: t
         return "sorted"
     toll = TOLL_HALF_PRECISION if dtype.itemsize <= 2 else TOLL_FULL_PRECISION
     return "dense" if experts * width <= top_k * (width + toll) else "sorted"
-
-
-def experts_torch(*args: Any, **kwargs: Any) -> Any:
-    """The former name of :func:`moe_kernels.experts_layer`."""
-    from .experts import experts_layer
-
-    return experts_layer(*args, **kwargs)
