@@ -58,15 +58,8 @@ def experts_forward(
             out_TD, hidden = dense_path.forward(x, w13, None, w2, weights_TK=weights, index_TK=index)
             return out_TD, hidden if keep else x.new_empty(0), *_no_routing(x)
         routing = _routing(index, offset, experts=w2.shape[0])
-        if path == "triton":
-            require_device(x)
-            from .forward import experts_forward_triton
-
-            out_TD, hidden = experts_forward_triton(
-                x, w13, w3, w2, weights_TK=weights, routing=routing, keep_hidden=keep
-            )
-        else:
-            out_TD, hidden = sorted_path.forward(x, w13, w3, w2, weights_TK=weights, routing=routing)
+        forward = sorted_path.forward if path == "sorted" else _triton_forward(x)
+        out_TD, hidden = forward(x, w13, w3, w2, weights_TK=weights, routing=routing, keep_hidden=keep)
         if not keep:
             return out_TD, x.new_empty(0), *_no_routing(x)
         if routing.flat_M is None or routing.inverse_TK is None:
@@ -152,6 +145,13 @@ def require_device(x: Tensor) -> None:
             f"experts layer: path='triton' needs CUDA tensors, x is on {x.device}; use path='sorted' there, or run "
             "Triton's interpreter by setting TRITON_INTERPRET=1 before the first import of triton"
         )
+
+
+def _triton_forward(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    require_device(x)
+    from .forward import experts_forward_triton
+
+    return experts_forward_triton
 
 
 def _triton_backward() -> Callable[..., tuple[Tensor | None, ...]]:

@@ -29,7 +29,14 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def forward(
-    x_TD: Tensor, w13: Tensor, w3_EFD: Tensor | None, w2_EDF: Tensor, *, weights_TK: Tensor | None, routing: Routing
+    x_TD: Tensor,
+    w13: Tensor,
+    w3_EFD: Tensor | None,
+    w2_EDF: Tensor,
+    *,
+    weights_TK: Tensor | None,
+    routing: Routing,
+    keep_hidden: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The output (T, D) and the pre-activations (M, G) in sorted order, both in the dtype of ``x_TD``.
 
@@ -42,15 +49,18 @@ def forward(
         w2_EDF: down projections.
         weights_TK: routing weights; None for rows that came sorted.
         routing: of these tokens; its rows past ``offset_E1[E]`` are skipped.
+        keep_hidden: whether the backward will want the pre-activations; those of one chunk at a time exist otherwise,
+            and none are returned.
     """
     dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
     rows = _Rows(x_TD, routing, weights_TK=weights_TK, width=width)
-    hidden_MG = x_TD.new_empty((rows.total, 2 * width))
+    hidden_MG = x_TD.new_empty((rows.total if keep_hidden else rows.most, 2 * width))
     x_scratch, act_scratch = x_TD.new_empty((rows.most, model_dim)), x_TD.new_empty((rows.most, width))
     out = _Sum(x_TD, rows, scratch=x_scratch)
     for chunk in rows.chunks():
         x_CD = chunk.take(x_TD, out=x_scratch)
-        hidden_CG = _block(hidden_MG, chunk.start, chunk.stop, width=width)
+        start = chunk.start if keep_hidden else 0
+        hidden_CG = _block(hidden_MG, start, start + chunk.size, width=width)
         gate_CF, up_CF = hidden_CG.split(width, dim=1)
         for expert, rows_e in chunk.experts:
             x_e = x_CD[rows_e]
@@ -66,7 +76,7 @@ def forward(
         for expert, rows_e in chunk.experts:
             torch.mm(act_CF[rows_e], w2_EDF[expert].to(dtype).t(), out=y_CD[rows_e])
         out.add(chunk, y_CD)
-    return out.result(weights_TK), hidden_MG
+    return out.result(weights_TK), hidden_MG if keep_hidden else x_TD.new_empty(0)
 
 
 def backward(
