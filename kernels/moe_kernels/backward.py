@@ -21,7 +21,14 @@ from .backward_kernels import (
     x_gradient_kernel,
 )
 from .config import tile
-from .forward import combine, gate_and_up_offset, loads_by_descriptor, row_tile_launch, zero_padding
+from .forward import (
+    combine,
+    gate_and_up_by_descriptor,
+    gate_and_up_offset,
+    loads_by_descriptor,
+    row_tile_launch,
+    zero_padding,
+)
 from .routing import Routing
 
 
@@ -204,7 +211,7 @@ def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, token
             "x_gradient", routing, rows=rows, columns=model_dim, depth=2 * width, like=grad_hidden_MG
         )
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
-        tma = loads_by_descriptor(gate, gate.stride(0), up_offset, model_dim, 2 * width, depth=0)
+        tma = gate_and_up_by_descriptor(gate, up_offset, depth=0) and loads_by_descriptor(gate, 2 * width, depth=0)
         w13_ptr: Tensor | TensorDescriptor = gate
         if tma:
             shape, strides = [gate.shape[0], 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1]

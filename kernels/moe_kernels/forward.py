@@ -63,7 +63,7 @@ def experts_forward_triton(
     if rows:
         grid, launch = row_tile_launch("up", routing, rows=rows, columns=width, depth=model_dim, like=x_TD)
         w13_ptr: Tensor | TensorDescriptor = gate
-        tma = loads_by_descriptor(gate, gate.stride(0), up_offset, model_dim, depth=launch["BLOCK_K"])
+        tma = gate_and_up_by_descriptor(gate, up_offset, depth=launch["BLOCK_K"])
         if tma:
             shape, strides = [gate.shape[0], 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1]
             w13_ptr = TensorDescriptor(gate, shape, strides, [1, 2, launch["BLOCK_N"], launch["BLOCK_K"]])
@@ -116,19 +116,30 @@ def multiprocessors(device: torch.device) -> int:
 
 def gate_and_up_offset(w13: Tensor, w3: Tensor | None, *, dtype: torch.dtype) -> tuple[Tensor, int]:
     """The gate projections (or the fused ones, which begin with them) in ``dtype``, contiguous, and the elements from
-    one of them to the same element of the up projections: separate weights need no concatenated copy.
+    one of them to the same element of the up projections: separate weights need no concatenated copy, unless they are
+    of another dtype.
 
-    ``w3`` must outlive the use of the result; a copy of it lives as long as the first tensor.
+    ``w3`` must outlive the use of the result.
     """
     if w3 is None:
         w13 = w13.to(dtype).contiguous()
         return w13, w13.shape[1] // 2 * w13.shape[2]
     if w13.dtype == w3.dtype == dtype and w13.is_contiguous() and w3.is_contiguous():
         return w13, (w3.data_ptr() - w13.data_ptr()) // w13.element_size()
-    both = w13.new_empty((2, *w13.shape), dtype=dtype)
-    both[0].copy_(w13)
-    both[1].copy_(w3)
-    return both[0], both[0].numel()
+    experts, width, model_dim = w13.shape
+    fused = w13.new_empty((experts, 2 * width, model_dim), dtype=dtype)
+    fused[:, :width].copy_(w13)
+    fused[:, width:].copy_(w3)
+    return fused, width * model_dim
+
+
+def gate_and_up_by_descriptor(gate: Tensor, up_offset: int, *, depth: int) -> bool:
+    """:func:`loads_by_descriptor` for both projections as one (E, 2, F, D).
+
+    CUDA specifies that each stride spans the dimension inside it, which separate projections in memory do not.
+    """
+    nested = gate.stride(0) == 2 * up_offset
+    return nested and loads_by_descriptor(gate, gate.stride(0), up_offset, gate.shape[2], depth=depth)
 
 
 def loads_by_descriptor(weight: Tensor, *strides: int, depth: int) -> bool:

@@ -138,12 +138,21 @@ def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize(("dtype", "separate"), [(torch.float16, False), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "separate", "expected"),
+    [
+        (torch.float16, None, [True, True]),
+        (torch.bfloat16, torch.float32, [True, True]),  # cast, and so copied side by side
+        (torch.bfloat16, torch.bfloat16, [True]),  # read where they lie, by pointer: the other is down's
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(40, 4, 2, 40, 24), (1, 3, 3, 16, 8), (6, 9, 1, 72, 16)])
 def test_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
     shape: tuple[int, int, int, int, int],
     dtype: torch.dtype,
-    separate: bool,
+    separate: torch.dtype | None,
+    expected: list[bool],
     persistent: bool,
     descriptors: list[bool],
     monkeypatch: pytest.MonkeyPatch,
@@ -153,10 +162,10 @@ def test_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
     tokens, experts, top_k, hidden, width = shape
     p = make_problem(tokens, experts, top_k=top_k, hidden=hidden, width=width).rounded(dtype)
     both = p.w13_EGD.to(DEVICE).unflatten(1, (2, width)).transpose(0, 1).contiguous()
-    weights = {"w13_EGD": both[0], "w3": both[1]} if separate else {}
+    weights = {"w13_EGD": both[0].to(separate), "w3": both[1].to(separate)} if separate else {}
     absent = {"top_k_index_TK": (p.top_k_index_TK + 1).to(DEVICE)}  # expert E among them
     out, kept, routing = run(p, experts=experts, **weights, **absent)
-    assert descriptors == [True, True]
+    assert descriptors == expected
     monkeypatch.setattr(forward, "loads_by_descriptor", lambda *args, **kwargs: False)
     by_pointer = run(p, experts=experts, **weights, **absent)
     here = int(routing.offset_E1[-1])
@@ -170,7 +179,7 @@ def test_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
         ((9, 2, 1, 16, 12), {}, [True, False]),  # rows of w2 are 24 bytes apart
         ((9, 2, 1, 20, 16), {}, [False, True]),  # rows of w13 are 40 bytes apart
         ((9, 2, 1, 16, 16), {"dtype": torch.float32}, [False, False]),
-        ((9, 2, 1, 16, 16), {"up first": True}, [False, True]),
+        ((9, 2, 1, 16, 16), {"up first": True}, [True]),
         ((9, 2, 1, 16, 16), {"odd address": True}, [False, True]),
     ],
 )
