@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path as Folder
 
 import pytest
 import torch
+from children import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_properties import (
@@ -221,12 +223,19 @@ def test_sorted_rows_compile_to_one_graph_with_the_bits_of_the_eager_layer() -> 
         assert all(torch.equal(got[name], eager[name]) for name in NAMES)
 
 
-def test_inductor_compiles_the_layer() -> None:
-    def step(x: Tensor, *rest: Tensor) -> Tensor:
-        return experts_layer(x.sin(), *rest).cos()
+def test_inductor_compiles_the_layer(tmp_path: Folder) -> None:
+    """In a process of its own: inductor's C++ builder imports setuptools, which refuses to after distutils."""
+    code = """
+import torch
+from moe_kernels import experts_layer
+from problems import NAMES, make_problem
 
-    torch._dynamo.reset()
-    p = make_problem(16, 4, top_k=2, hidden=16, width=8)
-    eager, got = p.run(step, torch.float32), p.run(torch.compile(step, fullgraph=True), torch.float32)
-    for name in NAMES:
-        torch.testing.assert_close(got[name], eager[name], msg=name)
+def step(x, *rest):
+    return experts_layer(x.sin(), *rest).cos()
+
+p = make_problem(16, 4, top_k=2, hidden=16, width=8)
+eager, got = p.run(step, torch.float32), p.run(torch.compile(step, fullgraph=True), torch.float32)
+for name in NAMES:
+    torch.testing.assert_close(got[name], eager[name], msg=name)
+"""
+    run_python("-c", code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
