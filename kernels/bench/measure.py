@@ -18,8 +18,8 @@ from bench.shapes import Problem
 Result = dict[str, Any]  # as it stands in the JSON file; ``status`` is ok, refused, unfit or failed
 
 
-class OverTime(Exception):
-    """A side took longer than its box."""
+class OverTime(BaseException):
+    """A side took longer than its box; no Exception, which a side (or Triton's interpreter) may catch and wrap."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def attempt(
             return measure(peer, problem, expected=expected, device=device, seconds=seconds)
     except Unfit as reason:
         return {"status": "unfit", "reason": str(reason)}
-    except Exception as error:  # a peer may raise anything, and the others are still to be measured
+    except (Exception, OverTime) as error:  # a peer may raise anything, and the others are still to be measured
         first_line = str(error).strip().partition("\n")[0]
         return {"status": "failed", "reason": f"{type(error).__name__}: {first_line[:200]}"}
 
