@@ -113,6 +113,8 @@ def assert_layer_accurate(problem: Problem, layer: Layer, dtype: torch.dtype, *,
 def poisoned_memory() -> Iterator[None]:
     """What is allocated but not written holds NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.empty(3).new_empty(2).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

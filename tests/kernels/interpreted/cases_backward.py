@@ -10,7 +10,6 @@ from backward_problems import (
     NEEDS,
     assert_equal_bits,
     gradients,
-    poisoned_memory,
     small_problem,
 )
 from hypothesis import given, settings
@@ -20,8 +19,6 @@ from moe_kernels.config import Tile
 from moe_kernels.routing import Routing
 from problems import Problem, Spread, assert_as_accurate_as_torch, make_problem, relative_error
 from torch import Tensor
-
-__all__ = ["poisoned_memory"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (T, E, K, D, F)

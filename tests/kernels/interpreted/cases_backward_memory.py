@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from backward_problems import DEVICE, assert_equal_bits, gradients, small_problem
+from far import BLOCKS, FAR, assert_close, far_tile, half, index, normal
 from moe_kernels.backward_kernels import (
     down_backward_kernel,
     router_gradient_kernel,
     weight_gradient_kernel,
     x_gradient_kernel,
 )
-from problems import make_problem, relative_error
+from problems import make_problem
 from torch import Tensor
 
 CANARY, MARGIN = 12345.0, 4096
@@ -83,31 +84,10 @@ def test_a_token_or_an_expert_of_nan_spoils_no_other() -> None:
 
 # Past 2^31 elements. Memory is mapped but not touched: only a few pages of these gigabytes exist.
 
-FAR = 2**30
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 1, "ALIGN": 1, "INTERPRETED": DEVICE == "cpu"}
 
-
-def index(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def far_tile(row: int, *, rows: int, expert: int, experts: int) -> dict[str, Any]:
-    """The shared arguments of a launch with one row tile of one expert, for one column tile."""
-    offset_E1 = index(*[row] * (expert + 1), *[row + rows] * (experts - expert))
-    maps = {"tile_expert_B": index(expert), "tile_row_B": index(row), "offset_E1": offset_E1}
-    return maps | BLOCKS | {"n_row_tiles": 1, "n_col_tiles": 1, "E": experts, "TMA": False}
-
-
-def half(*shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.float16, device=DEVICE)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(torch.float16).to(DEVICE)
-
-
-def assert_close(got: Tensor, exact: Tensor) -> None:
-    assert relative_error(got, exact) < torch.finfo(torch.float16).eps
+def far_column(row: int, *, rows: int, expert: int, experts: int) -> dict[str, Any]:
+    """:func:`far_tile` and one column tile, by pointer."""
+    return far_tile(row, rows=rows, expert=expert, experts=experts) | {"n_col_tiles": 1, "ALIGN": 1, "TMA": False}
 
 
 def first_columns(hidden: Tensor) -> Tensor:
@@ -126,7 +106,7 @@ def swiglu_backward(hidden: Tensor, grad_act: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_rows_past_two_billion_elements_are_found() -> None:
     row, width, depth = 2**20, 2**11, 16
-    tile, rows = far_tile(row, rows=10, expert=0, experts=1), slice(row, row + 10)
+    tile, rows = far_column(row, rows=10, expert=0, experts=1), slice(row, row + 10)
     grad_out_MD, hidden_MG, w2 = half(row + 16, depth), half(row + 16, 2 * width), normal(1, depth, width)
     act_MF, grad_hidden_MG = half(row + 16, width), half(row + 16, 2 * width)
     grad_out_MD[rows], hidden_MG[rows] = normal(10, depth), normal(10, 2 * width)
@@ -168,7 +148,7 @@ def test_rows_past_two_billion_elements_are_found() -> None:
 
 
 def test_experts_past_two_billion_elements_are_found() -> None:
-    depth, width, tile = 2**10, 2**20, far_tile(0, rows=10, expert=2, experts=3)
+    depth, width, tile = 2**10, 2**20, far_column(0, rows=10, expert=2, experts=3)
     grad_out_TD, w2, hidden_MG = normal(10, depth) / 32, half(3, depth, width), half(10, 2 * width)
     w2[2, :, :16], hidden_MG[:, :16], hidden_MG[:, width : width + 16] = normal(depth, 16), 1, 2
     act_MF, grad_hidden_MG = half(10, width), half(10, 2 * width)
@@ -204,7 +184,7 @@ def test_experts_past_two_billion_elements_are_found() -> None:
             up_offset=up_offset,
             D=16,
             F=16,
-            **far_tile(0, rows=10, expert=expert, experts=3),
+            **far_column(0, rows=10, expert=expert, experts=3),
         )
         assert_close(dx_MD[:10], exact)
 
@@ -226,7 +206,7 @@ def test_tokens_past_two_billion_elements_are_found() -> None:
         D=16,
         F=16,
         K=2,
-        **far_tile(0, rows=3, expert=0, experts=1),
+        **far_column(0, rows=3, expert=0, experts=1),
     )
     _, exact = swiglu_backward(hidden_MG, grad_out_TD[[2, 1, 0], :16].double() @ w2[0].double())
     assert_close(grad_hidden_MG[:3], exact)
@@ -243,7 +223,7 @@ def launch_weight_gradient(left: Tensor, right: Tensor, grad: Tensor, **rest: An
         n_row_tiles=1,
         n_col_tiles=1,
         K=1,
-        **rest | BLOCKS,
+        **rest | BLOCKS | {"ALIGN": 1},
     )
 
 

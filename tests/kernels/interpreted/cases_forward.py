@@ -29,15 +29,6 @@ SHAPES: list[tuple[tuple[int, int, int, int, int], Spread]] = [
 ]
 
 
-@pytest.fixture
-def poisoned_memory() -> Any:
-    """What is allocated but not written holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).new_empty(2).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def torch_layer(p: Problem, dtype: torch.dtype, *, flat_M: Tensor) -> dict[str, Tensor]:
     """The output of the oracle in ``dtype``, and its pre-activations in the order of ``flat_M``."""
     q = p.rounded(dtype)

@@ -2,16 +2,16 @@
 
 import ctypes
 import mmap
-from typing import Any
 
 import pytest
 import torch
+from far import FAR, assert_close, far_tile, half, normal
 from forward_problems import BY_POINTER, DEVICE, INTERPRETED, SMALL, run
 from moe_kernels import forward
 from moe_kernels.config import Tile
 from moe_kernels.forward_kernels import combine_kernel, down_kernel, up_kernel, zero_padding_kernel
 from moe_kernels.routing import build_routing
-from problems import make_problem, relative_error
+from problems import make_problem
 from torch import Tensor
 
 
@@ -103,30 +103,6 @@ def test_the_kernels_write_their_rows_and_nothing_else(shape: Tile, monkeypatch:
     assert (padded_MD.tensor[here:] == 0).all()
     padded_MD.tensor[here:] = 12345
     padded_MD.assert_alive(written=0)
-
-
-FAR = 2**30
-
-
-def far_tile(row: int, *, rows: int, expert: int, experts: int) -> dict[str, Any]:
-    """The shared arguments of a launch with one row tile of one expert."""
-    offset_E1 = torch.full((experts + 1,), row, dtype=torch.int32)
-    offset_E1[expert + 1 :] = row + rows
-    index = {"tile_expert_B": torch.tensor([expert]), "tile_row_B": torch.tensor([row]), "offset_E1": offset_E1}
-    blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 1, "INTERPRETED": INTERPRETED}
-    return {k: v.int().to(DEVICE) for k, v in index.items()} | blocks | {"n_row_tiles": 1, "E": experts}
-
-
-def half(*shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.float16, device=DEVICE)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(torch.float16).to(DEVICE)
-
-
-def assert_close(got: Tensor, exact: Tensor) -> None:
-    assert relative_error(got, exact) < torch.finfo(torch.float16).eps
 
 
 def test_rows_past_two_billion_elements_are_found() -> None:
