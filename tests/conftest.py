@@ -49,9 +49,9 @@ pipelines:
       batch: 4
       micro_batch: 2
       learning_rate: 1e-3
-      warmup_steps: 1
-      dynamic: true
-      eval_every: 2
+      warmup_tokens: 256
+      dynamic: {{rule: paper}}
+      eval_tokens: 512
       eval_windows: 2
       save_every: 2
       precision: float32

@@ -162,7 +162,7 @@ def training(results: Results) -> str:
         f"{ran['steps']} steps of {knobs.batch} × {knobs.seq_len} tokens ({ran['tokens']:,} in all), learning rate "
         f"{knobs.learning_rate:g} with cosine decay, {ran['precision']}, ZeRO stage {knobs.zero_stage} over "
         f"{ran['processes']} process{'es' if ran['processes'] > 1 else ''}, {weights} domain weights, load-balancing "
-        f"loss × {knobs.balance_loss:g}. {ran['tokens_per_second']:,.0f} tokens/s, {ran['mfu']:.0%} of the "
+        f"loss × {knobs.balance.coefficient:g}. {ran['tokens_per_second']:,.0f} tokens/s, {ran['mfu']:.0%} of the "
         f"matrix-product speed of the machine (by active parameters), {ran['seconds'] / 60:.1f} minutes."
     )
 

@@ -28,7 +28,9 @@ def run(pipeline: str) -> Path:
     entry = settings.load().pipeline(pipeline)
     root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus
     model, mixture, manifest = root / "moe", root / "mixture.json", corpus / "manifest.json"
-    for path, stage in ((model / "config.json", "partition"), (mixture, "mixture"), (manifest, "corpus")):
+    parent = Path("data/models") / entry.model
+    needed = {parent / "config.json": "model", model / "config.json": "partition", mixture: "mixture", manifest: "corpus"}
+    for path, stage in needed.items():
         if not path.exists():
             raise TrainingError(f"{path}: not found; run the stage `{stage}` first")
     inputs = {
@@ -39,7 +41,13 @@ def run(pipeline: str) -> Path:
     }
     with scratch.workspace("pretrain", pipeline, inputs=inputs) as workspace:
         job = Job(
-            pipeline=pipeline, params=entry.pretrain, corpus=corpus, model=model, mixture=mixture, workspace=workspace
+            pipeline=pipeline,
+            params=entry.pretrain,
+            corpus=corpus,
+            model=model,
+            parent=parent,
+            mixture=mixture,
+            workspace=workspace,
         )
         launch.run(job)
         outputs.publish(job)

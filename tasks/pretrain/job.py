@@ -13,6 +13,7 @@ from tasks import scratch
 from tasks.settings import Pretrain
 
 JOB = "job.json"
+_FOLDERS = ("corpus", "model", "parent", "mixture", "workspace")
 
 
 class TrainingError(RuntimeError):
@@ -28,12 +29,14 @@ class Job:
     corpus: Path
     model: Path
     """The split model, a Hugging Face checkpoint."""
+    parent: Path
+    """The dense model that it was split from."""
     mixture: Path
     workspace: Path
 
     def write(self) -> Path:
         """Write workspace/job.json, which `read` reads."""
-        fields = {name: str(getattr(self, name)) for name in ("pipeline", "corpus", "model", "mixture", "workspace")}
+        fields = {name: str(getattr(self, name)) for name in ("pipeline", *_FOLDERS)}
         path = self.workspace / JOB
         scratch.write_json(path, {**fields, "params": self.params.model_dump()})
         return path
@@ -41,7 +44,7 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         fields = json.loads(path.read_text())
-        folders = {name: Path(fields[name]) for name in ("corpus", "model", "mixture", "workspace")}
+        folders = {name: Path(fields[name]) for name in _FOLDERS}
         return cls(pipeline=fields["pipeline"], params=Pretrain(**fields["params"]), **folders)
 
 

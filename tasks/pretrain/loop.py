@@ -111,12 +111,12 @@ class Trainer:
             mark = time.perf_counter()
             rows = slice(start, start + params.micro_batch)
             loss_B, balance = objective.losses(
-                engine, batch, rows=rows, device=self.place.device, balance=params.balance_loss > 0
+                engine, batch, rows=rows, device=self.place.device, balance=params.balance.loss != "none"
             )
             losses.append(loss_B.detach())
             balances.append(balance.detach().expand_as(loss_B))
             forward = time.perf_counter()
-            engine.backward(loss_B.mean() + params.balance_loss * balance)
+            engine.backward(loss_B.mean() + params.balance.coefficient * balance)
             backward = time.perf_counter()
             if start + params.micro_batch < len(batch.input_ids):
                 engine.step()

@@ -19,6 +19,7 @@ from tasks.settings.corpus import Domain as Domain  # callers say settings.Domai
 from tasks.settings.corpus import Items as Items
 from tasks.settings.fields import Frozen, Name, Positive, Sha256
 from tasks.settings.partition import Partition
+from tasks.settings.pretrain import Pretrain
 
 FILE = Path("pipelines.yaml")
 
@@ -71,57 +72,6 @@ class Mixture(Frozen):
         return self
 
 
-class Pretrain(Frozen):
-    """Continual pre-training (tasks/pretrain)."""
-
-    tokens: Positive
-    """Training tokens; rounded up to whole steps of batch x seq_len."""
-    seq_len: Positive
-    packing: Literal["concat", "best_fit"] = "concat"
-    """How documents fill the windows: end to end and cut anywhere, or whole where they fit, with padding behind."""
-    mask_documents: bool = False
-    """Attention, positions and loss stop at document boundaries."""
-    batch: Positive
-    """Sequences per optimizer step, over all processes."""
-    micro_batch: Positive = 1
-    """Sequences per forward pass and process; batch must be a multiple of micro_batch x processes."""
-    processes: Positive = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto: bfloat16 where the processor has it."""
-    gradient_checkpointing: bool = False
-    learning_rate: Annotated[float, Field(gt=0)]
-    final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Cosine decay ends at this share of learning_rate."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    balance_loss: Annotated[float, Field(ge=0)] = 0.01
-    """Coefficient of the Switch load-balancing loss (transformers' router_aux_loss_coef)."""
-    dynamic: bool = False
-    """Dynamic batch loading: move the domain weights towards domains above their reference loss."""
-    eval_every: Positive = 50
-    """Steps between held-out evaluations."""
-    eval_windows: Positive = 2
-    """Held-out windows per domain in each of them."""
-    save_every: Positive = 50
-    seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        return -(-self.tokens // (self.batch * self.seq_len))
-
-    @model_validator(mode="after")
-    def _batch(self) -> Self:
-        step = self.micro_batch * self.processes
-        if self.batch % step:
-            raise ValueError(f"batch = {self.batch} is not a multiple of micro_batch x processes = {step}")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps} leaves none of the {self.steps} steps")
-        return self
-
-
 class Task(Frozen):
     """An lm-eval task: over a local file, described by tasks/evaluate/harness/<name>.yaml, or a hub task by name."""
 
@@ -153,8 +103,11 @@ class Pipeline(Frozen):
 
     @model_validator(mode="after")
     def _reference(self) -> Self:
-        if self.pretrain.dynamic and self.mixture.method != "reference_loss":
-            raise ValueError("pretrain.dynamic needs reference losses: set mixture.method: reference_loss")
+        dynamic = self.pretrain.dynamic
+        if dynamic and dynamic.references == "parent" and self.mixture.method != "reference_loss":
+            raise ValueError(
+                "pretrain.dynamic.references: parent needs the parent's losses: set mixture.method: reference_loss"
+            )
         return self
 
 
