@@ -1,0 +1,85 @@
+"""Distillation from the dense parent: what the student's distributions and states differ from the parent's by.
+
+Shapes: B windows of one forward pass, L tokens of a window, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from tasks.corpus.loader import IGNORED, Batch
+from tasks.pretrain import teacher
+from tasks.pretrain.job import Job
+from tasks.settings import Distill
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Distiller:
+    """The distillation losses of one run."""
+
+    def __init__(self, settings: Distill, parent: teacher.Teacher) -> None:
+        self._settings, self._parent = settings, parent
+
+    @classmethod
+    def load(cls, job: Job, *, device: torch.device, dtype: torch.dtype) -> Self | None:
+        """Read what the settings ask for; None without `pretrain.distill`.
+
+        Args:
+            dtype: the training dtype, in which the parent computes as well.
+
+        Raises:
+            TrainingError: the parent's vocabulary, hidden size or number of layers isn't the student's.
+        """
+        if job.params.distill is None:
+            return None
+        return cls(job.params.distill, teacher.Teacher.load(job, device=device, dtype=dtype))
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the student must be called with output_hidden_states=True."""
+        return self._settings.hidden > 0
+
+    def losses(self, batch: Batch, *, rows: slice, out: Any, target_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of the windows `rows` of a batch by name, fp32 [B], without the coefficients of the settings.
+
+        Each is the mean over the window's predicted tokens, 0 where there are none; so it doesn't depend on how
+        windows are grouped.
+
+        Args:
+            out: the student's output: `logits` [B, L, V] and, if `needs_hidden`, `hidden_states`.
+            target_BL: the token to be predicted at each position, IGNORED where there is none.
+
+        Returns:
+            "kl": temperature ** 2 * KL(parent | student) in nats per token at that temperature (arXiv 1503.02531).
+            "hidden": |h - h_parent|^2 / |h_parent|^2, the mean over the layers asked for: of the state before the
+            head, or of that and those after every decoder layer but the last. Relative, because a few tokens have
+            huge activations. Only those with a coefficient above 0.
+        """
+        from tasks.pretrain import divergence
+
+        settings, counted_BL = self._settings, target_BL != IGNORED
+        states = self._parent.states(batch, rows=rows, every_layer=self.needs_hidden and settings.layers == "all")
+        found = {}
+        if settings.logits:
+            parent = divergence.Whole(states[-1].flatten(0, 1), self._parent.logits, temperature=settings.temperature)
+            found["kl"] = divergence.kl(out.logits, parent, counted_BL=counted_BL, temperature=settings.temperature)
+        if settings.hidden:
+            own = teacher.layers(out.hidden_states)[-len(states) :]
+            found["hidden"] = _relative(own, states, counted_BL)
+        return found
+
+
+def _relative(
+    own: tuple[torch.Tensor, ...], parents: tuple[torch.Tensor, ...], counted_BL: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error relative to the parent's squared norm over layers and counted tokens, fp32 [B]."""
+    import torch
+
+    total_B = torch.zeros(len(counted_BL), dtype=torch.float32, device=counted_BL.device)
+    for h_BLD, parent_BLD in zip(own, parents, strict=True):
+        p_BLD = parent_BLD.float()
+        error_BL = (h_BLD.float() - p_BLD).square().sum(2) / p_BLD.square().sum(2)
+        total_B = total_B + error_BL.masked_fill(~counted_BL, 0.0).sum(1)
+    return total_B / counted_BL.sum(1).clamp(min=1) / len(parents)
