@@ -1,0 +1,216 @@
+"""Experts spread over processes by DeepSpeed's AutoEP, computed by moe_kernels, and gathered back for export.
+
+With `expert_parallel: N`, DeepSpeed replaces each sparse block by an `AutoEPMoELayer` that holds E / N experts of this
+process, and sends tokens to the process of their expert. What such an engine can't do is refused before it is built.
+
+Shapes: E experts, F width of an expert, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tasks.moe import counts, families
+from tasks.pretrain.job import TrainingError
+from tasks.settings import Pretrain
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed import DeepSpeedEngine
+    from torch import nn
+
+_GRANITE = {"moe_layer_pattern": r"model\.layers\.\d+\.block_sparse_moe", "router_pattern": "router"}
+_FIELDS: dict[str, dict[str, str]] = {
+    "mixtral": {"preset_model": "mixtral"},
+    "qwen2_moe": {"preset_model": "qwen3_moe"},
+    "qwen3_moe": {"preset_model": "qwen3_moe"},
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+}
+"""model_type -> how AutoEP finds its sparse blocks. Granite has no preset; its names are given instead."""
+
+
+def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
+    """The `expert_parallel` block of DeepSpeed's configuration; {} if every process has all experts.
+
+    Raises:
+        TrainingError: AutoEP can't train this model, or not in this way.
+    """
+    if params.expert_parallel == 1:
+        return {}
+    if model_type not in _FIELDS:
+        raise _refusal(params, f"model_type = {model_type!r} is none of {', '.join(_FIELDS)}")
+    if params.balance.loss == "bias":
+        raise _refusal(
+            params,
+            "balance.loss: bias moves a bias that DeepSpeed's router lacks; use balance.loss: global_batch",
+        )
+    if params.noise:
+        raise _refusal(params, "noise: true needs a router of ours, and DeepSpeed puts its own in its place")
+    return {"enabled": True, "autoep_size": params.expert_parallel, **_FIELDS[model_type]}
+
+
+def can_reshape(params: Pretrain) -> str | None:
+    """Why a checkpoint can't be taken up by another number of processes; None if it can."""
+    if params.expert_parallel > 1 and params.zero_stage == 3:
+        return (
+            "DeepSpeed 0.19.8 converts a checkpoint of zero_stage: 3 with expert_parallel > 1 so that training goes "
+            "on from wrong optimizer states, without an error; zero_stage: 1 and 2 can change the number of processes"
+        )
+    return None
+
+
+def groups(parameter_groups: list[dict[str, Any]], *, model: nn.Module, params: Pretrain) -> list[dict[str, Any]]:
+    """The optimizer's groups with the experts in groups of their own, named as DeepSpeed asks; as they are if off.
+
+    Call it on the stock model, before `deepspeed.initialize`, which puts its own experts in the place of the stock
+    ones, in the same groups. Other keys of a group are kept.
+
+    Raises:
+        TrainingError: the experts can't be shared out evenly, or DeepSpeed's router would compute something else.
+    """
+    if params.expert_parallel == 1:
+        return parameter_groups
+    _check(model, params)
+    experts = {
+        id(parameter)
+        for module in model.modules()
+        if type(module).__name__.endswith("Experts")
+        for parameter in module.parameters()
+    }
+    marked = {"moe": True, "name": f"ep_size_{params.expert_parallel}"}
+    split = []
+    for group in parameter_groups:
+        for mark, inside in (({}, False), (marked, True)):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in experts) == inside]
+            if chosen:
+                split.append({**group, **mark, "params": chosen})
+    return split
+
+
+def _check(model: nn.Module, params: Pretrain) -> None:
+    config: Any = model.config
+    experts = counts.experts(config)["experts"]
+    if experts % params.expert_parallel:
+        raise _refusal(params, f"the model has {experts} experts a layer, which it doesn't divide")
+    if jitter := getattr(config, "router_jitter_noise", 0):
+        raise _refusal(
+            params, f"config.json: router_jitter_noise = {jitter}, which DeepSpeed's router lacks; set it to 0"
+        )
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind.endswith("Router") and set(dict(module.named_parameters())) != {"weight"}:
+            raise _refusal(params, f"{name} is a {kind}, and DeepSpeed's router is linear; use a linear router")
+
+
+def _refusal(params: Pretrain, reason: str) -> TrainingError:
+    return TrainingError(
+        f"pretrain.expert_parallel = {params.expert_parallel}: {reason}. With expert_parallel: 1, every process has "
+        "all experts; zero_stage: 3 then keeps a share of each on every process"
+    )
+
+
+def active(engine: DeepSpeedEngine) -> bool:
+    """True if the engine's experts are spread over processes."""
+    return bool(_blocks(engine))
+
+
+def prepare(engine: DeepSpeedEngine) -> int:
+    """Let moe_kernels compute the experts. Returns how many layers it serves; 0 without expert parallelism."""
+    from moe_kernels.expert_parallel import use_in_deepspeed
+
+    return use_in_deepspeed(engine.module) if active(engine) else 0
+
+
+def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
+    """Every parameter whole, in fp32 and under its stock name, from the master weights: on rank 0, on the CPU.
+
+    All ranks must call it; the others get None. Experts come as the stock class stores them, `gate_up_proj`
+    [E, 2 F, D], the gate first, and `down_proj` [E, D, F]. A tied parameter comes under its first name.
+
+    Raises:
+        TrainingError: names or shapes are not those of the stock model.
+    """
+    import torch
+
+    blocks = _blocks(engine)
+    owner = {id(parameter): block for block in blocks.values() for parameter in block.experts.parameters()}
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = _master(parameter)
+        if (block := owner.get(id(parameter))) is not None:
+            whole = _gather(whole, block)
+        if torch.distributed.get_rank() == 0:
+            found[name] = whole.to("cpu", torch.float32, copy=True)
+    if torch.distributed.get_rank() != 0:
+        return None
+    weights = _stock(
+        found, list(blocks), router=_FIELDS[engine.module.config.model_type].get("router_pattern", "gate")
+    )
+    try:
+        families.account(
+            {name: tuple(tensor.shape) for name, tensor in weights.items()}, families.expected(engine.module.config)
+        )
+    except ValueError as error:
+        raise TrainingError(f"what expert_parallel gathered {error}; nothing was exported") from None
+    return weights
+
+
+def _blocks(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The AutoEP layers by the name of the block that each has replaced."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    return {name: module for name, module in engine.module.named_modules() if isinstance(module, AutoEPMoELayer)}
+
+
+def _master(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole parameter, of this process's experts if it is one of theirs, in fp32 where there is a master."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad and (master := safe_get_full_fp32_param(parameter)) is not None:
+        return master.detach()
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().clone()
+
+
+def _gather(own: torch.Tensor, block: Any) -> torch.Tensor:
+    """All experts of a block [E, ...], on the first process of its group; elsewhere, `own`."""
+    import torch
+    from deepspeed.checkpoint.autoep_affine import autoep_experts_for_rank
+
+    first = torch.distributed.get_rank(block.ep_group) == 0
+    parts = [torch.empty_like(own) for _ in range(block.ep_size)] if first else None
+    torch.distributed.gather(own.contiguous(), parts, group=block.ep_group, group_dst=0)
+    if parts is None:
+        return own
+    whole = own.new_empty(block.num_experts, *own.shape[1:])
+    for rank, part in enumerate(parts):
+        whole[list(autoep_experts_for_rank(block.expert_placement_descriptor, rank))] = part
+    return whole
+
+
+def _stock(found: dict[str, torch.Tensor], blocks: list[str], *, router: str) -> dict[str, torch.Tensor]:
+    """AutoEP's names and expert matrices as the stock class has them."""
+    import torch
+
+    parts = {
+        "router.gate.": f"{router}.",
+        "shared_experts.": "shared_expert.",
+        "shared_experts_gate.": "shared_expert_gate.",
+    }
+    weights = {}
+    for name, tensor in found.items():
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        if block is None:
+            weights[name] = tensor
+            continue
+        inner = name.removeprefix(f"{block}.")
+        if inner == "experts.w1":
+            weights[f"{block}.experts.gate_up_proj"] = torch.cat([tensor, found[f"{block}.experts.w3"]], dim=1)
+        elif inner == "experts.w2":
+            weights[f"{block}.experts.down_proj"] = tensor
+        elif inner != "experts.w3":
+            old = next((part for part in parts if inner.startswith(part)), "")
+            weights[f"{block}.{parts.get(old, old)}{inner.removeprefix(old)}"] = tensor
+    return weights
