@@ -1,22 +1,39 @@
-"""Start the workers, stream what they print, leave none behind, and turn a failed one into one error."""
+"""Start the workers, stream what they print, leave none behind, and turn failed ones into one error.
+
+`pretrain.launcher` says who starts the processes: torchrun on this machine, DeepSpeed's launcher on the machines of a
+hostfile, or srun in the Slurm job around the stage. All of them run the same module, `tasks.pretrain.worker`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
+from tasks.pretrain import place, supervise
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.worker import FAILURE
+from tasks.settings import Pretrain
 
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+_SLOTS = re.compile(r"(\S+)\s+slots=(\d+)")
+_REPORTS = (b"torch/distributed/elastic/", b"torch.distributed.elastic")
+_CHATTER = (b"[launch.py:", b"[runner.py:", b"[real_accelerator.py:")
+_KILLED = (
+    "killed by signal 9: by hand, or because memory ran out (then lower pretrain.micro_batch or set "
+    "gradient_checkpointing: true)"
+)
+_KINDS = ("told", "killed", "unexpected")
 
 
 class Interrupted(SystemExit):
@@ -27,20 +44,22 @@ def run(job: Job) -> None:
     """Run the workers of a job to their end.
 
     Raises:
-        TrainingError: one failed; the message is the worker's own.
+        TrainingError: they cannot be started, or one failed; the message is the worker's own.
         Interrupted: SIGTERM, SIGINT or SIGHUP came; the workers are gone.
     """
     path = job.write()
-    failure = job.workspace / FAILURE
-    failure.unlink(missing_ok=True)
-    processes = job.params.processes
+    for old in job.workspace.glob(supervise.FAILURES):
+        old.unlink()
+    line = command(str(path), job.params, environ=os.environ)
     with _interruptible():
         process = subprocess.Popen(
-            command(str(path), processes),
-            env=environment(processes),
+            line,
+            env=environment(job.params, os.environ),
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C reaches the stage alone, which then stops the workers
+            # pdsh doesn't pass the lifeline on to other machines; DeepSpeed's launcher ends them when it is told to
+            preexec_fn=lambda: supervise.die_with_parent(signal.SIGTERM),
         )
         assert process.stdin is not None
         assert process.stderr is not None
@@ -51,24 +70,105 @@ def run(job: Job) -> None:
         finally:
             stop(process)
         pump.join(timeout=_GRACE)
-    if code:
-        raise TrainingError(_reason(code, json.loads(failure.read_text())["message"] if failure.exists() else None))
+    failures = [json.loads(found.read_text()) for found in job.workspace.glob(supervise.FAILURES)]
+    if code or failures:
+        raise TrainingError(reason(code, failures, processes=job.params.processes))
 
 
-def command(job: str, processes: int) -> list[str]:
-    """The command line: the worker itself, or torchrun on a port that it finds free."""
-    worker = ["-m", "tasks.pretrain.worker", job, "--lifeline"]
-    if processes == 1:
-        return [sys.executable, *worker]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *worker]
+def command(job: str, params: Pretrain, *, environ: Mapping[str, str]) -> list[str]:
+    """The command line that starts the workers of `job`, a path to job.json.
+
+    Raises:
+        TrainingError: the hostfile or the Slurm job does not fit the settings, or a program is missing.
+    """
+    worker = ["tasks.pretrain.worker", job, "--lifeline"]
+    if params.launcher == "hostfile":
+        assert params.hostfile is not None
+        return [*_deepspeed(Path(params.hostfile), params.processes), *worker]
+    if params.launcher == "slurm":
+        return [*_srun(params.processes, environ), sys.executable, "-m", *worker]
+    if params.processes == 1:
+        return [sys.executable, "-m", *worker]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.processes}"]
+    return [*torchrun, "-m", *worker]
 
 
-def environment(processes: int) -> dict[str, str]:
-    """The workers' environment: the machine's cores are shared out unless OMP_NUM_THREADS is set already."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    left_over = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in left_over}
-    return {"OMP_NUM_THREADS": str(max(1, cores // processes)), "TOKENIZERS_PARALLELISM": "false", **kept}
+def slots(hostfile: Path) -> dict[str, int]:
+    """Host -> processes, of DeepSpeed's hostfile: a line `host slots=N` a machine; `#` begins a comment.
+
+    Raises:
+        TrainingError: no such file, or a line that says something else.
+    """
+    if not hostfile.is_file():
+        raise TrainingError(f"pretrain.hostfile: {hostfile} is not there; it has a line `host slots=N` a machine")
+    found: dict[str, int] = {}
+    for number, line in enumerate(hostfile.read_text().splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _SLOTS.match(line.strip())
+        if match is None or match[1] in found:
+            raise TrainingError(f"{hostfile}: line {number} ({line.strip()!r}) is not `host slots=N` of a new host")
+        found[match[1]] = int(match[2])
+    return found
+
+
+def _deepspeed(hostfile: Path, processes: int) -> list[str]:
+    machines = slots(hostfile)
+    if sum(machines.values()) != processes:
+        listed = ", ".join(f"{host}: {count}" for host, count in machines.items()) or "none"
+        raise TrainingError(
+            f"pretrain.processes = {processes}, and {hostfile} has {sum(machines.values())} slots ({listed}); "
+            "make them equal"
+        )
+    where = ["--hostfile", str(hostfile), "--master_port", str(_free_port())]
+    if set(machines) <= {"localhost", "127.0.0.1", socket.gethostname()}:
+        where += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    elif shutil.which("pdsh") is None:
+        raise TrainingError(
+            f"pretrain.launcher: hostfile reaches {', '.join(machines)} by pdsh, and it is not installed here; "
+            "install it (Debian: apt-get install pdsh), or set launcher: slurm in a Slurm job"
+        )
+    else:
+        where += ["--force_multi"]  # else a single machine of the file would be taken for this one
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    return [*runner, *where, "--no_local_rank", "--module"]
+
+
+def _srun(processes: int, environ: Mapping[str, str]) -> list[str]:
+    if "SLURM_JOB_ID" not in environ:
+        raise TrainingError(
+            "pretrain.launcher: slurm needs a Slurm job around the stage, and SLURM_JOB_ID is not set; start it by "
+            f"`sbatch --ntasks={processes} …` or `salloc`, or set launcher: local"
+        )
+    tasks = int(environ.get("SLURM_NTASKS", processes))
+    if tasks != processes:
+        raise TrainingError(
+            f"pretrain.processes = {processes}, and the Slurm job has {tasks} tasks (SLURM_NTASKS); make them equal"
+        )
+    if shutil.which("srun", path=environ.get("PATH")) is None:
+        raise TrainingError("pretrain.launcher: slurm starts the workers by `srun`, which is not in PATH")
+    # srun gives its standard input to every task, and closes theirs when its own closes: the lifeline
+    line = ["srun", f"--ntasks={processes}", "--kill-on-bad-exit=1", "--unbuffered", "--input=all"]
+    if "SLURM_CPUS_PER_TASK" in environ:  # which srun does not take from the job since Slurm 22.05
+        line.append(f"--cpus-per-task={environ['SLURM_CPUS_PER_TASK']}")
+    return line
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(params: Pretrain, environ: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's environment, without what an outer run may have left in it.
+
+    Every worker shares out the cores of its own machine (`place.adopt`); torchrun would set one thread for each.
+    """
+    kept = {name: value for name, value in environ.items() if name not in place.TORCH}
+    if params.launcher == "local":
+        kept.setdefault("OMP_NUM_THREADS", str(place.threads({"LOCAL_SIZE": str(params.processes)})))
+    return kept
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -84,24 +184,38 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _reason(code: int, message: str | None) -> str:
-    if message:
-        return message
-    if code == -signal.SIGKILL:
-        return (
-            "the training process was killed by signal 9: by hand, or because memory ran out (then lower "
-            "pretrain.micro_batch or set gradient_checkpointing: true). Run again to go on from the checkpoint"
-        )
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-    return f"a training process {how}; its own report stands above. Run again: training goes on from its checkpoint"
+def reason(code: int, failures: list[dict[str, Any]], *, processes: int) -> str:
+    """What the user reads: the failure that came first, of the kind that says most, with its rank and host.
+
+    When one rank fails the others do too, by losing their peer or by the launcher's hand.
+
+    Args:
+        code: exit status of the launcher, negative for a signal.
+        failures: the records of `supervise.report`.
+    """
+    again = "Run again: training goes on from its checkpoint"
+    if not failures:
+        if code == -signal.SIGKILL:
+            return f"the training process was {_KILLED}. {again}"
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return f"a training process {how}; its own report stands above. {again}"
+    first = min(failures, key=lambda failure: (_KINDS.index(failure["kind"]), failure["time"]))
+    which = f"rank {first['rank']} on {first['host']}"
+    if first["kind"] == "told":
+        alike = [failure for failure in failures if failure["message"] == first["message"]]
+        return str(first["message"]) if len(alike) == processes else f"{first['message']} ({which})"
+    which = "the training process" if processes == 1 else f"the training process of {which}"
+    if first["kind"] == "killed":
+        return f"{which} was {_KILLED if first['signal'] == signal.SIGKILL else first['message']}. {again}"
+    return f"{which} failed: {first['message']}; its own report stands above. {again}"
 
 
 def _pump(stream: IO[bytes]) -> None:
-    """Copy the workers' stderr to ours, without torchrun's report on a failure that the worker has explained."""
-    launcher = False
+    """Copy the workers' stderr to ours, without the launchers' reports on a failure that the worker has explained."""
+    torchrun = False
     for line in iter(stream.readline, b""):
-        launcher = launcher or b"torch/distributed/elastic/" in line or b"torch.distributed.elastic" in line
-        if not launcher:
+        torchrun = torchrun or any(sign in line for sign in _REPORTS)
+        if not torchrun and not any(sign in line for sign in _CHATTER):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
 

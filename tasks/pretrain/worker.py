@@ -2,7 +2,7 @@
 
     python -m tasks.pretrain.worker .scratch/pretrain-<pipeline>/<fingerprint>/job.json
 
-The stage starts it, alone or through torchrun. With `--lifeline` it dies as soon as its standard input closes: the
+The stage starts it (`launch`). With `--lifeline` it dies as soon as its standard input closes: the
 stage holds the other end, so no worker outlives it, not even after kill -9.
 """
 
@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 from pathlib import Path
 
-from tasks import scratch
-from tasks.pretrain.job import Job, TrainingError
-
-FAILURE = "failure.json"
+from tasks.pretrain import place, supervise
+from tasks.pretrain.job import Job
 
 
 def run(job: Job) -> None:
@@ -49,30 +46,18 @@ def run(job: Job) -> None:
         engines.close()
 
 
-def _die_with_stage() -> None:
-    def wait() -> None:
-        os.read(0, 1)  # returns at end of file; sys.stdin would hold a lock at exit
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.pretrain.worker", description="One training process.")
     parser.add_argument("job", type=Path, help="job.json in the stage's workspace")
     parser.add_argument("--lifeline", action="store_true", help="exit when standard input closes")
     arguments = parser.parse_args()
-    if arguments.lifeline:
-        _die_with_stage()
     job = Job.read(arguments.job)
-    try:
+
+    def train() -> None:
+        place.adopt(os.environ, launcher=job.params.launcher, processes=job.params.processes)
         run(job)
-    except (TrainingError, ValueError, OSError) as error:
-        scratch.write_json(job.workspace / FAILURE, {"message": str(error)})
-        if not arguments.lifeline:  # the stage says it otherwise
-            print(f"pretrain: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+
+    return supervise.run(train, workspace=job.workspace, lifeline=arguments.lifeline)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""What surrounds a training process: its lifeline, and the report of how it ended.
+
+The process forks before anything heavy is loaded. The child trains; the parent, which is small, waits for it. So a
+child that the kernel kills for its memory is told of too, with rank and host, whatever launched it: DeepSpeed's
+launcher and srun do not say whose process died.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks import scratch
+from tasks.pretrain.job import TrainingError
+
+FAILURES = "failure-*.json"
+_ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
+    """Train in a child process, write down how it failed if it did, and return its exit status.
+
+    Args:
+        train: TrainingError, ValueError and OSError of it are for the user to read; others are printed whole.
+        workspace: gets `failure-<rank>.json`: kind (`told`, `killed`, `unexpected`), message, rank, host, time, signal.
+        lifeline: end as soon as standard input closes: whoever started the run holds the other end.
+    """
+    child = os.fork()
+    if child == 0:
+        die_with_parent(signal.SIGKILL)
+        if lifeline:
+            _end_with_input()
+        return _train(train, workspace=workspace, quiet=lifeline)
+    for number in _ASKED:
+        signal.signal(number, lambda number, _frame: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code >= 0:
+        return code
+    if -code not in _ASKED:
+        name = signal.Signals(-code).name
+        report(workspace, kind="killed", message=f"killed by signal {-code} ({name})", signal=-code)
+    return 128 - code  # as a shell would say it
+
+
+def report(workspace: Path, *, kind: str, message: str, **more: Any) -> None:
+    """Write workspace/failure-<rank>.json; a full disk loses it, and the launcher's words remain."""
+    rank = int(os.environ.get("RANK", "0"))
+    record = {"kind": kind, "message": message, "rank": rank, "host": socket.gethostname(), "time": time.time()}
+    try:
+        scratch.write_json(workspace / FAILURES.replace("*", str(rank)), record | more)
+    except OSError as error:
+        print(f"pretrain: {message} ({error})", file=sys.stderr, flush=True)
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def _train(train: Callable[[], None], *, workspace: Path, quiet: bool) -> int:
+    try:
+        train()
+    except (TrainingError, ValueError, OSError) as error:
+        report(workspace, kind="told", message=str(error))
+        if not quiet:  # the stage says it otherwise
+            print(f"pretrain: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        report(workspace, kind="unexpected", message=f"{type(error).__name__}: {error}".splitlines()[0])
+        return 1
+    return 0
+
+
+def _end_with_input() -> None:
+    def wait() -> None:
+        os.read(0, 1)  # returns at end of file; sys.stdin would hold a lock at exit
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
