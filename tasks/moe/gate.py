@@ -1,44 +1,58 @@
-"""LLaMA-MoE's two-layer gate (arXiv 2406.16554) in the place of a stock linear router.
+"""What training puts into the place of a stock linear router, and what is kept of it beside a stock checkpoint.
 
-logits = outer tanh(inner x), without biases; the top k of them, softmax in float32 over the k. In training, where the
-gate has noise weights: + N(0, 1) * (softplus(noise x) + 0.01), after Shazeer et al. (arXiv 1701.06538, eq. 4). The
-load loss that goes with that noise is not here: training balances by the Switch loss.
+- LLaMA-MoE's two-layer gate (arXiv 2406.16554): logits = outer tanh(inner x), without biases.
+- Noise in training, after Shazeer et al. (arXiv 1701.06538, eq. 4): + N(0, 1) * (softplus(noise x) + 0.01).
+- A bias on the choice (arXiv 2408.15664): the top k of logits + bias, weighed by the logits.
 
-No stock class has such a gate, so the weights stand beside a stock checkpoint, in `gates.safetensors`, as
-`layers.<i>.gate.{0,2}.weight` and `layers.<i>.noise.weight`. Shapes: T tokens, D hidden, E routed experts.
+No stock class has any of these, so what a linear router cannot express stands beside the checkpoint, in
+`gates.safetensors`: `layers.<i>.gate.{0,2}.weight` or `layers.<i>.linear.weight`, `layers.<i>.noise.weight`,
+`layers.<i>.selection_bias`. Shapes: T tokens, D hidden, E routed experts.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tasks.moe import routing
+from tasks.moe.router import TrainingRouter, extend
+
 FILE = "gates.safetensors"
 INIT_STD = 0.02
-NOISE_EPSILON = 0.01
-_FIELDS = {"gate.0": "inner_ED", "gate.2": "outer_EE", "noise": "noise_ED"}
-_NAME = re.compile(r"(?:|.*\.)layers\.(\d+)\.(?:.*\.)?(gate\.0|gate\.2|noise)\.weight")
+_FIELDS = {
+    "gate.0.weight": "inner_ED",
+    "gate.2.weight": "outer_EE",
+    "linear.weight": "inner_ED",
+    "noise.weight": "noise_ED",
+    "selection_bias": "bias_E",
+}
+_NAME = re.compile(r"(?:|.*\.)layers\.(\d+)\.(?:.*\.)?(" + "|".join(map(re.escape, _FIELDS)) + ")")
+_ROUTER = re.compile(r"(?:|.*\.)layers\.(\d+)\.(?:.*\.)?(?:gate|router)\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """The weights of one layer's gate; without noise_ED it trains without noise."""
+    """One layer's router as it trains."""
 
     inner_ED: torch.Tensor
-    outer_EE: torch.Tensor
+    outer_EE: torch.Tensor | None = None
+    """Without it the router is linear."""
     noise_ED: torch.Tensor | None = None
+    """Without it there is no noise."""
+    bias_E: torch.Tensor | None = None
+    """fp32; without it the choice is by the logits."""
 
     def logits(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """What the gate gives without noise, in the dtype of x: [T, E]."""
-        return torch.tanh(x_TD @ self.inner_ED.to(x_TD).T) @ self.outer_EE.to(x_TD).T
+        """What it gives without noise and bias, in the dtype of x: [T, E]."""
+        inner_TE = x_TD @ self.inner_ED.to(x_TD).T
+        return inner_TE if self.outer_EE is None else torch.tanh(inner_TE) @ self.outer_EE.to(x_TD).T
 
 
 def start(experts: int, hidden: int, *, seed: int, layer: int) -> Gate:
@@ -62,10 +76,11 @@ def from_linear(router_ED: torch.Tensor) -> Gate:
 def write(folder: Path, gates: dict[int, Gate]) -> None:
     """Write the gates, by layer, into a checkpoint folder."""
     tensors = {
-        f"layers.{layer}.{name}.weight": value.contiguous()
+        f"layers.{layer}.{name}": value.contiguous()
         for layer, gate in sorted(gates.items())
         for name, field in _FIELDS.items()
         if (value := getattr(gate, field)) is not None
+        and name != ("gate.0.weight" if gate.outer_EE is None else "linear.weight")
     }
     save_file(tensors, folder / FILE)
     (folder / FILE).chmod(0o644)  # safetensors writes 0600
@@ -90,23 +105,39 @@ def read(folder: Path) -> dict[int, Gate]:
     return gates
 
 
-def take_out(weights: dict[str, torch.Tensor]) -> dict[int, Gate]:
-    """Take the gates out of the weights of a model that they are swapped into, by layer.
+def take_out(weights: dict[str, torch.Tensor], *, biases: list[list[float]] | None = None) -> dict[int, Gate]:
+    """Take what the stock class does not have out of the weights of a model, as gates by layer.
 
-    A zero router of the stock class takes the place of each in `weights`.
+    In `weights` a zero router of the stock class takes the place of each two-layer gate; a linear router stays. The
+    noise of a linear router is dropped: it is no part of what the trained model computes.
+
+    Args:
+        weights: whole tensors by the names of the model in training.
+        biases: what `biases(model)` gives; a biased linear router is among the gates, with its bias.
     """
-    routers = {name.removesuffix("gate.0.weight") + "weight": name for name in weights if _inner(name)}
+    routers = {
+        name.removesuffix("gate.0.weight") + "weight": name for name in weights if _matches(name, "gate.0.weight")
+    }
     zeros = {router: torch.zeros_like(weights[name]) for router, name in routers.items()}
+    for name in list(weights):
+        if _matches(name, "noise.weight") and name.removesuffix("noise.weight") + "weight" not in routers:
+            del weights[name]
     gates = _take(weights, "the trained weights")
     weights |= zeros
-    return gates
+    if biases:
+        linear = {int(match[1]): weights[name] for name in weights if (match := _ROUTER.fullmatch(name))}
+        for (layer, router_ED), values in zip(sorted(linear.items()), biases, strict=True):
+            gate = gates.get(layer) or Gate(inner_ED=router_ED)
+            gates[layer] = replace(gate, bias_E=torch.tensor(values, device=router_ED.device))
+    return dict(sorted(gates.items()))
 
 
 def swap_in(model: nn.Module, gates: dict[int, Gate]) -> None:
     """Turn the routers of these layers into gates, in place; they keep their dtype, device, top_k and hooks.
 
     Raises:
-        ValueError: a layer has no router, or one of another shape or with weights that do not sum to 1.
+        ValueError: a layer has no router, or one of another shape, or whose weights do not sum to 1 as a two-layer
+            gate's do.
     """
     layers: Any = model.base_model.layers  # type: ignore[union-attr]
     for layer, gate in gates.items():
@@ -130,42 +161,90 @@ def swap(router: nn.Module, gate: Gate) -> None:
     """Turn one stock router into the gate, in place. Raises ValueError if it does not fit."""
     weight: Any = router.weight
     if weight.shape != gate.inner_ED.shape:
-        raise ValueError(f"gate.0.weight is {list(gate.inner_ED.shape)}, the router's {list(weight.shape)}")
-    if not getattr(router, "norm_topk_prob", True):
+        name = "linear" if gate.outer_EE is None else "gate.0"
+        raise ValueError(f"{name}.weight is {list(gate.inner_ED.shape)}, the router's {list(weight.shape)}")
+    if gate.outer_EE is not None and not getattr(router, "norm_topk_prob", True):
         raise ValueError("config.json has norm_topk_prob = false, and the gate's weights sum to 1; set it to true")
-    del router.weight
+    made = extend(router)
     experts, hidden = weight.shape
-    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    inner, outer = (nn.Linear(width, experts, bias=False, **place) for width in (hidden, experts))
-    router.gate = nn.Sequential(inner, nn.Tanh(), outer)
-    noise = None if gate.noise_ED is None else nn.Linear(hidden, experts, bias=False, **place)
-    router.register_module("noise", noise)
-    # The stock class multiplies by its weight, then chooses and weighs in its own dtypes: let it, by the logits.
-    router.register_buffer("weight", torch.eye(experts, **place), persistent=False)
-    router.hidden_dim = experts
-    router.__class__ = type("TanhTopKRouter", (_Tanh, type(router)), {})  # transformers records by isinstance
     with torch.no_grad():
-        inner.weight.copy_(gate.inner_ED)
-        outer.weight.copy_(gate.outer_EE)
-        if noise is not None and gate.noise_ED is not None:
-            noise.weight.copy_(gate.noise_ED)
+        if gate.outer_EE is None:
+            weight.copy_(gate.inner_ED)
+        else:
+            del made.weight
+            place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "bias": False}
+            made.gate = nn.Sequential(
+                nn.Linear(hidden, experts, **place), nn.Tanh(), nn.Linear(experts, experts, **place)
+            )
+            for linear, value in ((made.gate[0], gate.inner_ED), (made.gate[2], gate.outer_EE)):
+                linear.weight.copy_(value)
+        if gate.noise_ED is not None:
+            _add_noise(made, like=weight).weight.copy_(gate.noise_ED)
+        if gate.bias_E is not None:
+            _add_bias(made, like=weight).copy_(gate.bias_E)
 
 
-class _Tanh(nn.Module):
-    gate: nn.Sequential
-    noise: nn.Linear | None
+def add_noise(model: nn.Module) -> None:
+    """Let every router train with noisy top-k (arXiv 1701.06538, eq. 4), from noise weights 0: a deviation of 0.703.
 
-    def forward(self, hidden_states: torch.Tensor) -> Any:
-        x_TD = hidden_states.flatten(0, -2)
-        logits_TE = self.gate(x_TD)
-        if self.training and self.noise is not None:
-            logits_TE = logits_TE + torch.randn_like(logits_TE) * (F.softplus(self.noise(x_TD)) + NOISE_EPSILON)
-        return super().forward(logits_TE)
+    In training mode alone: + N(0, 1) * (softplus(noise x) + 0.01), drawn from torch's global generator of the logits'
+    device. Routers that have noise weights keep them.
+    """
+    for router in routing.routers(model):
+        made = extend(router)
+        if made.noise is None:
+            _add_noise(made, like=_weight(made))
 
 
-def _inner(name: str) -> bool:
+def add_bias(model: nn.Module) -> None:
+    """Give every router a selection bias, of zeros where it has none (arXiv 2408.15664): fp32, no parameter.
+
+    It is added to the logits to choose the experts, in evaluation too; their weights are those of the logits alone.
+    """
+    for router in routing.routers(model):
+        made = extend(router)
+        if made.selection_bias is None:
+            _add_bias(made, like=_weight(made))
+
+
+def biases(model: nn.Module) -> list[list[float]]:
+    """The selection biases [sparse layers][experts], exactly, as JSON holds them; [] if there are none."""
+    found = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
+    return [bias_E.tolist() for bias_E in found if bias_E is not None]
+
+
+def set_biases(model: nn.Module, values: list[list[float]]) -> None:
+    """Set what `biases` gave. Raises ValueError if the model has other biases than these."""
+    made = [router for router in routing.routers(model) if getattr(router, "selection_bias", None) is not None]
+    have, given = [len(router.selection_bias) for router in made], [len(each) for each in values]  # type: ignore[arg-type]
+    if have != given:
+        raise ValueError(f"selection biases of {given} experts for a model that has {have}, layer by layer")
+    for router, value in zip(made, values, strict=True):
+        router.selection_bias.copy_(torch.tensor(value))  # type: ignore[operator,union-attr]
+
+
+def _weight(router: TrainingRouter) -> torch.Tensor:
+    """The first weight that reads the tokens, [E, D]."""
+    return router.weight if router.gate is None else router.gate[0].weight  # type: ignore[index]
+
+
+def _add_noise(router: TrainingRouter, *, like: torch.Tensor) -> nn.Linear:
+    experts, hidden = like.shape
+    noise = nn.Linear(hidden, experts, bias=False, device=like.device, dtype=like.dtype)
+    nn.init.zeros_(noise.weight)
+    router.noise = noise
+    return noise
+
+
+def _add_bias(router: TrainingRouter, *, like: torch.Tensor) -> torch.Tensor:
+    bias_E = torch.zeros(len(like), dtype=torch.float32, device=like.device)
+    router.selection_bias = bias_E
+    return bias_E
+
+
+def _matches(name: str, what: str) -> bool:
     match = _NAME.fullmatch(name)
-    return bool(match and match[2] == "gate.0")
+    return bool(match and match[2] == what)
 
 
 def _take(tensors: dict[str, torch.Tensor], source: Path | str) -> dict[int, Gate]:
@@ -173,9 +252,11 @@ def _take(tensors: dict[str, torch.Tensor], source: Path | str) -> dict[int, Gat
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name in list(tensors):
         if match := _NAME.fullmatch(name):
-            found.setdefault(int(match[1]), {})[_FIELDS[match[2]]] = tensors.pop(name)
-    for layer, fields in found.items():
-        for name in ("gate.0", "gate.2"):
-            if _FIELDS[name] not in fields:
-                raise ValueError(f"{source}: layers.{layer}.{name}.weight is missing; write the file again")
-    return {layer: Gate(**fields) for layer, fields in sorted(found.items())}
+            found.setdefault(int(match[1]), {})[match[2]] = tensors.pop(name)
+    gates = {}
+    for layer, parts in sorted(found.items()):
+        for name in () if "linear.weight" in parts else ("gate.0.weight", "gate.2.weight"):
+            if name not in parts:
+                raise ValueError(f"{source}: layers.{layer}.{name} is missing; write the file again")
+        gates[layer] = Gate(**{_FIELDS[name]: value for name, value in parts.items()})
+    return gates
