@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: process group, precision, parameter groups, configuration, full weights.
+"""The DeepSpeed engine: process group, precision, configuration, optimizer step, full weights.
 
 Nothing here needs a compiler: the optimizer is torch's fused AdamW, and DeepSpeed's shared-memory collectives, which
 it would build with g++ at the first collective, are switched off.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from tasks.settings import Pretrain
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
-    from torch import nn
+    from transformers import PreTrainedModel
 
 _BUILD_SIGNS = ("ninja", "jit load", "cuda_home", "error building extension", "missingcuda", "compiler", "nvcc")
+_FIRST_MICRO_STEP = {1: -1, 2: -1, 3: 0}
+"""What DeepSpeed's count of micro-batches stands at before the first one, by ZeRO stage."""
 
 
 def initialise(workspace: Path) -> tuple[int, int, torch.device]:
@@ -71,60 +74,101 @@ def cpu_has_bfloat16(cpuinfo: Path) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
-def configuration(params: Pretrain, *, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The effective DeepSpeed configuration."""
+def configuration(
+    params: Pretrain, *, world_size: int, dtype: torch.dtype, load_universal: bool = False, model_type: str = ""
+) -> dict[str, Any]:
+    """The effective DeepSpeed configuration, as JSON.
+
+    Args:
+        load_universal: the checkpoint that will be loaded is a universal one.
+        model_type: of the model's config; asked for by expert parallelism alone.
+
+    Raises:
+        TrainingError: settings that DeepSpeed cannot follow together.
+    """
     import torch
 
-    bfloat16 = dtype == torch.bfloat16
+    from tasks.pretrain import expert_parallel
+
+    bfloat16, cuda = dtype == torch.bfloat16, torch.cuda.is_available()
     accumulation = params.batch // (params.micro_batch * world_size)
+    zero: dict[str, Any] = {"stage": params.zero_stage, "overlap_comm": cuda}
+    if params.offload:
+        if params.zero_stage == 0:
+            raise TrainingError(
+                "pretrain.offload: true needs zero_stage 1, 2 or 3: without ZeRO, DeepSpeed keeps the optimizer where "
+                "the weights are"
+            )
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        if params.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     config: dict[str, Any] = {
         "train_batch_size": params.batch,
         "train_micro_batch_size_per_gpu": params.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": params.clip,
         "bf16": {"enabled": bfloat16},
-        "zero_optimization": {"stage": params.zero_stage, "overlap_comm": torch.cuda.is_available()},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "torch_adam": True,  # DeepSpeed's own are compiled at the first start
+                "fused": True,
+                "lr": params.learning_rate,
+                "betas": list(params.betas),
+                "weight_decay": params.weight_decay,
+            },
+        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
     if bfloat16 and accumulation > 1 and params.zero_stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}  # bfloat16 sums of many micro-batches lose the small ones
+    if load_universal:
+        config["checkpoint"] = {"load_universal": True}
+    if experts := expert_parallel.configuration(params, model_type=model_type):
+        config["expert_parallel"] = experts
     return config
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: matrices with weight decay; norms, biases, routers and embeddings without.
+def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -> DeepSpeedEngine:
+    """Wrap the model, and freeze in it what no phase trains.
 
-    A router's logits have no scale to spare, and the embedding of a token that the corpus lacks would only shrink.
+    Raises:
+        TrainingError: DeepSpeed asks for a compiler that is not there, or the settings ask for parts that the model
+            does not have.
     """
-    from torch import nn
-
-    free: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Router"):
-            free |= {id(parameter) for parameter in module.parameters()}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in model.parameters():  # a tied matrix comes once
-        (kept if id(parameter) in free or parameter.ndim < 2 else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def build(model: nn.Module, params: Pretrain, *, config: dict[str, Any]) -> DeepSpeedEngine:
-    """Wrap the model. Raises TrainingError when DeepSpeed asks for a compiler that is not there."""
     import deepspeed
-    import torch
 
-    groups = parameter_groups(model, params.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, fused=True)
+    from tasks.pretrain import expert_parallel, trainable
+
+    trainable.freeze(model, params)
+    groups = expert_parallel.groups(trainable.groups(model, params), model=model, params=params)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     except (RuntimeError, OSError, ImportError) as error:
         if message := needs_compiler(error):
             raise TrainingError(message) from error
         raise
+    if params.expert_parallel > 1:
+        expert_parallel.prepare(engine)
+    _forget_first_step(engine)
+    trainable.leave_out_inactive(engine.basic_optimizer)
     return engine
+
+
+def _forget_first_step(engine: DeepSpeedEngine) -> None:
+    """Undo the step with zero gradients that stage 0 in bfloat16 takes to make its moments.
+
+    It decays the masters once at the full rate, and counts as a step in the correction of the moments.
+    """
+    if hasattr(engine.optimizer, "fp32_groups"):
+        engine.basic_optimizer.state.clear()
+        for low, high in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(low, high, strict=True):
+                master.data.copy_(parameter.data)
 
 
 def needs_compiler(error: BaseException) -> str | None:
@@ -139,21 +183,43 @@ def needs_compiler(error: BaseException) -> str | None:
 
 
 def finish_step(engine: DeepSpeedEngine) -> float:
-    """Take the optimizer step after the last micro-batch.
+    """Take the optimizer step after the last micro-batch's backward pass, if the gradient is finite.
 
     Returns:
-        The norm of the whole gradient before clipping; NaN if DeepSpeed skipped the step because of an overflow.
+        The norm of the whole gradient before clipping, the same on every rank. If it is not finite, weights and
+        optimizer are as they were, and the gradients are forgotten.
     """
     import torch
 
     norm = None
-    if not engine.zero_optimization() and not engine.bfloat16_enabled():  # the one case where DeepSpeed keeps none
+    if not engine.zero_optimization() and not engine.bfloat16_enabled():  # the one case where DeepSpeed has no norm
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            discard_step(engine)
+            return norm
     engine.step()
     if not engine.was_step_applied():
         return float("nan")
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def discard_step(engine: DeepSpeedEngine) -> None:
+    """Forget the gradients of this optimizer step's micro-batches: the next one begins as if they had not been.
+
+    To be called after a backward pass and before `finish_step`, by all ranks, at any micro-batch.
+    """
+    optimizer = engine.optimizer
+    engine.zero_grad()
+    if hasattr(optimizer, "micro_step_id"):  # ZeRO 1, 2 and 3 keep sums of their own
+        optimizer.zero_grad()
+        optimizer.micro_step_id = _FIRST_MICRO_STEP[engine.zero_optimization_stage()]
+        optimizer.reset_cpu_buffers()
+        for sums in (optimizer.averaged_gradients, getattr(optimizer, "all_grad_tensors", {})):
+            sums.update(dict.fromkeys(sums))
+    elif engine.bfloat16_enabled():
+        optimizer.zero_grad()
+    engine.micro_steps -= engine.micro_steps % engine.gradient_accumulation_steps()
 
 
 def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
@@ -161,9 +227,14 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
 
     All ranks must call it. A tied parameter comes under its first name.
     """
+    import deepspeed
     import torch
     from deepspeed.utils import safe_get_full_fp32_param
 
+    from tasks.pretrain import expert_parallel
+
+    if expert_parallel.active(engine):
+        return expert_parallel.full_weights(engine)
     optimizer = engine.optimizer
     masters: dict[int, torch.Tensor] = {}
     if hasattr(optimizer, "fp32_groups"):  # stage 0 in bfloat16 keeps its masters beside the parameters
@@ -172,10 +243,12 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     weights = {}
     for name, parameter in engine.module.named_parameters():
         master = masters.get(id(parameter))
-        if master is None:
+        sharded = hasattr(parameter, "ds_id")  # by stage 3, which has no master of what is never trained
+        if master is None and (not sharded or hasattr(parameter, "_z3_optimizer")):
             master = safe_get_full_fp32_param(parameter)
-        if torch.distributed.get_rank() == 0:
-            weights[name] = (parameter if master is None else master).detach().to("cpu", torch.float32, copy=True)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded and master is None):
+            if torch.distributed.get_rank() == 0:
+                weights[name] = (parameter if master is None else master).detach().to("cpu", torch.float32, copy=True)
     return weights if torch.distributed.get_rank() == 0 else None
 
 

@@ -100,9 +100,7 @@ class Trainer:
         begun = time.perf_counter()
         spent = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         params, engine = self.params, self.engine
-        lr = params.learning_rate * schedule.share(
-            self.step, steps=params.steps, warmup=params.warmup_steps, final=params.final_lr_share
-        )
+        lr = params.learning_rate * schedule.share(self.step, params)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         batch = self.loader.next()

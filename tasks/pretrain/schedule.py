@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tasks.settings import Pretrain
 
 
-def share(step: int, *, steps: int, warmup: int, final: float) -> float:
-    """Share of the peak learning rate for optimizer step `step` (1 to steps).
+def share(step: int, params: Pretrain) -> float:
+    """Share of the peak learning rate for optimizer step `step` (1 to params.steps).
 
-    Linear from peak/warmup at step 1 to the peak at step `warmup`, then half a cosine down to `final` at step `steps`.
-    The cosine reaches its floor at the last step, not before: LLaMA-MoE's clipped cosine is flat from 80 % on.
+    Linear from peak/warmup at step 1 to the peak at step `warmup_steps`. From there down to f = `final_lr_share` in
+    the last step, where p is the share of that way that is behind:
+
+    cosine: f + (1 - f) (1 + cos(pi p)) / 2. It reaches its floor at the last step, not before: LLaMA-MoE's clipped
+        cosine is flat from 80 % on.
+    wsd: the peak, until `decay_share` of all steps is left; over these f + (1 - f) (1 - sqrt(p)), which reaches a
+        lower loss than a linear decay of the same length (arXiv 2405.18392).
+    linear: f + (1 - f) (1 - p).
+    constant: the peak.
     """
+    steps, warmup, final = params.steps, params.warmup_steps, params.final_lr_share
     if step <= warmup:
         return step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if params.schedule == "constant":
+        return 1.0
+    decay = steps - warmup
+    if params.schedule == "wsd":
+        decay = min(decay, max(1, round(params.decay_share * steps)))
+        if step <= steps - decay:
+            return 1.0
+    progress = (step - (steps - decay)) / max(1, decay)
+    if params.schedule == "cosine":
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if params.schedule == "linear":
+        return final + (1 - final) * (1 - progress)
+    return final + (1 - final) * (1 - math.sqrt(progress))
