@@ -145,7 +145,8 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
     from tasks.pretrain import expert_parallel, trainable
 
     trainable.freeze(model, params)
-    groups = expert_parallel.groups(trainable.groups(model, params), model=model, params=params)
+    groups = trainable.groups(model, params)
+    expert_parallel.check(model, params)
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     except (RuntimeError, OSError, ImportError) as error:

@@ -3,14 +3,15 @@
 With `expert_parallel: N`, DeepSpeed replaces each sparse block by an `AutoEPMoELayer` that holds E / N experts of this
 process, and sends tokens to the process of their expert. What such an engine can't do is refused before it is built.
 
-Shapes: E experts, F width of an expert, D hidden.
+Shapes: T tokens of a forward pass, K experts per token, E experts, F width of one, D hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tasks.moe import counts, families
+from tasks.moe import counts, families, routing
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -41,12 +42,18 @@ def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
     if model_type not in _FIELDS:
         raise _refusal(params, f"model_type = {model_type!r} is none of {', '.join(_FIELDS)}")
     if params.balance.loss == "bias":
-        raise _refusal(
-            params,
-            "balance.loss: bias moves a bias that DeepSpeed's router lacks; use balance.loss: global_batch",
-        )
+        raise _refusal(params, "balance.loss: bias needs a router of ours, and DeepSpeed puts its own in its place")
     if params.noise:
         raise _refusal(params, "noise: true needs a router of ours, and DeepSpeed puts its own in its place")
+    trained = {what for _, what in params.phases}
+    if trained == {"router"}:
+        raise _refusal(
+            params, "train: router leaves the experts as they are, and DeepSpeed wants to train those it spreads"
+        )
+    if "router" in trained and params.zero_stage == 3:
+        raise _refusal(
+            params, "with zero_stage: 3 DeepSpeed can't save while a phase trains the router alone; use 1 or 2"
+        )
     return {"enabled": True, "autoep_size": params.expert_parallel, **_FIELDS[model_type]}
 
 
@@ -60,47 +67,27 @@ def can_reshape(params: Pretrain) -> str | None:
     return None
 
 
-def groups(parameter_groups: list[dict[str, Any]], *, model: nn.Module, params: Pretrain) -> list[dict[str, Any]]:
-    """The optimizer's groups with the experts in groups of their own, named as DeepSpeed asks; as they are if off.
-
-    Call it on the stock model, before `deepspeed.initialize`, which puts its own experts in the place of the stock
-    ones, in the same groups. Other keys of a group are kept.
+def check(model: nn.Module, params: Pretrain) -> None:
+    """Look at the stock model before DeepSpeed takes its sparse blocks apart.
 
     Raises:
         TrainingError: the experts can't be shared out evenly, or DeepSpeed's router would compute something else.
     """
     if params.expert_parallel == 1:
-        return parameter_groups
-    _check(model, params)
-    experts = {
-        id(parameter)
-        for module in model.modules()
-        if type(module).__name__.endswith("Experts")
-        for parameter in module.parameters()
-    }
-    marked = {"moe": True, "name": f"ep_size_{params.expert_parallel}"}
-    split = []
-    for group in parameter_groups:
-        for mark, inside in (({}, False), (marked, True)):
-            chosen = [parameter for parameter in group["params"] if (id(parameter) in experts) == inside]
-            if chosen:
-                split.append({**group, **mark, "params": chosen})
-    return split
-
-
-def _check(model: nn.Module, params: Pretrain) -> None:
+        return
     config: Any = model.config
     experts = counts.experts(config)["experts"]
     if experts % params.expert_parallel:
-        raise _refusal(params, f"the model has {experts} experts a layer, which it doesn't divide")
+        raise _refusal(params, f"it doesn't divide the model's {experts} experts a layer")
     if jitter := getattr(config, "router_jitter_noise", 0):
         raise _refusal(
             params, f"config.json: router_jitter_noise = {jitter}, which DeepSpeed's router lacks; set it to 0"
         )
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind.endswith("Router") and set(dict(module.named_parameters())) != {"weight"}:
-            raise _refusal(params, f"{name} is a {kind}, and DeepSpeed's router is linear; use a linear router")
+        if type(module).__name__.endswith("Router"):
+            tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+            if set(tensors) != {"weight"}:
+                raise _refusal(params, f"{name} is not linear as DeepSpeed's router is; it has {', '.join(tensors)}")
 
 
 def _refusal(params: Pretrain, reason: str) -> TrainingError:
@@ -116,10 +103,37 @@ def active(engine: DeepSpeedEngine) -> bool:
 
 
 def prepare(engine: DeepSpeedEngine) -> int:
-    """Let moe_kernels compute the experts. Returns how many layers it serves; 0 without expert parallelism."""
+    """Let moe_kernels compute the experts, and tasks/moe/routing read the routers.
+
+    Returns:
+        How many layers' experts are computed by moe_kernels: all; 0 without expert parallelism.
+    """
     from moe_kernels.expert_parallel import use_in_deepspeed
 
-    return use_in_deepspeed(engine.module) if active(engine) else 0
+    if not active(engine):
+        return 0
+    routing.readers["TokenChoiceTopKRouter"] = _read
+    return use_in_deepspeed(engine.module)
+
+
+def _read(router: nn.Module, give: Callable[[routing.Routed], None]) -> list[Any]:
+    """The reader of AutoEP's routers, whose output is (weights, choice, tokens per expert); see routing.Reader."""
+    gate: Any = router.gate
+    logits: list[torch.Tensor] = []
+
+    def hook(_router: nn.Module, _inputs: Any, output: Any) -> None:
+        (logits_TE,), (weights_TK, chosen_TK, _) = logits, output
+        logits.clear()
+        give(
+            routing.Routed(
+                clean_TE=logits_TE, logits_TE=logits_TE, std_TE=None, weights_TK=weights_TK, chosen_TK=chosen_TK
+            )
+        )
+
+    return [
+        gate.register_forward_hook(lambda _gate, _inputs, logits_TE: logits.append(logits_TE)),
+        router.register_forward_hook(hook),
+    ]
 
 
 def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
@@ -168,9 +182,11 @@ def _master(parameter: nn.Parameter) -> torch.Tensor:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if parameter.requires_grad and (master := safe_get_full_fp32_param(parameter)) is not None:
+    sharded = hasattr(parameter, "ds_id")  # by stage 3, which has no master of what is never trained
+    master = safe_get_full_fp32_param(parameter) if not sharded or hasattr(parameter, "_z3_optimizer") else None
+    if master is not None:
         return master.detach()
-    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+    with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
         return parameter.detach().clone()
 
 
