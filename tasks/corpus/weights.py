@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 ONE = 1 << 32  # a weight of 1
+SMOOTHING = 1e-4
+Rule = Literal["paper", "code"]
 
 
 def update(
-    weights: Mapping[str, float], *, losses: Mapping[str, float], references: Mapping[str, float]
+    weights: Mapping[str, float],
+    *,
+    losses: Mapping[str, float],
+    references: Mapping[str, float],
+    rule: Rule = "paper",
 ) -> dict[str, float]:
-    """One step of dynamic batch loading (Sheared-LLaMA, arXiv 2310.06694, algorithm 1).
+    """One step of dynamic batch loading (Sheared-LLaMA, arXiv 2310.06694, algorithm 1), in double precision.
 
-    w <- w exp(max(loss - reference, 0)), normalised: domains above their reference loss are drawn more.
+    paper: w <- w exp(max(loss - reference, 0)), normalised: domains above their reference loss are drawn more. A
+        weight of 0 stays 0.
+    code: w <- (1 - c) softmax(ln w + loss - reference) + c / k, c = 1e-4, normalised, over k domains: domains below
+        their reference are drawn less, and none less than c / k. So a weight of 0 becomes c / k. As
+        princeton-nlp/LLM-Shearing and pjlab-sys4nlp/llama-moe do it in single precision.
 
     Args:
         weights: the weights in use, per domain; they need not sum to 1.
         losses: held-out loss now, nats per token.
         references: the loss each domain is to reach.
+        rule: which.
 
     Raises:
         ValueError: a domain is missing, or a number isn't finite.
@@ -27,13 +39,21 @@ def update(
         bad = [d for d in weights if not math.isfinite(values.get(d, math.nan))]
         if bad:
             raise ValueError(f"{name}: no finite number for {', '.join(bad)}; found {dict(values)}")
-    excess = {domain: max(losses[domain] - references[domain], 0.0) for domain in weights}
-    top = max(excess.values())  # taken off before the exponential, which would overflow above 709
-    raised = {domain: weight * math.exp(excess[domain] - top) for domain, weight in weights.items()}
-    total = sum(raised.values())
-    if not (total > 0 and math.isfinite(total)):
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"weights {dict(weights)} must be finite, not negative and have a positive sum")
-    return {domain: value / total for domain, value in raised.items()}
+    excess = {domain: losses[domain] - references[domain] for domain in weights}
+    if rule == "paper":
+        excess = {domain: max(value, 0.0) for domain, value in excess.items()}
+    top = max(excess[domain] for domain, weight in weights.items() if weight)
+    # taken off before the exponential, which would overflow above 709
+    raised = {d: weight * math.exp(excess[d] - top) if weight else 0.0 for d, weight in weights.items()}
+    total = math.fsum(raised.values())
+    new = {domain: value / total for domain, value in raised.items()}
+    if rule == "code":
+        new = {domain: (1 - SMOOTHING) * value + SMOOTHING / len(new) for domain, value in new.items()}
+        total = math.fsum(new.values())
+        new = {domain: value / total for domain, value in new.items()}
+    return new
 
 
 def quantise(weights: Mapping[str, float] | Iterable[float]) -> list[int]:

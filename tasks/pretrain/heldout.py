@@ -15,19 +15,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Heldout:
-    """The windows, the same at every evaluation, and the dense parent's loss on them."""
+    """The windows, the same at every evaluation, and the dense parent's loss on them if that is asked for."""
 
     windows: dict[str, np.ndarray]
     """Domain -> int64 [n, seq_len]."""
     references: dict[str, float] | None
-    """Domain -> nats per token of the dense parent on these windows; None without dynamic batch loading."""
+    """Domain -> nats per token of the dense parent on these windows; None unless `dynamic.references` is parent."""
 
     @classmethod
     def load(cls, job: Job, evidence: dict[str, Any]) -> Heldout:
         """Choose the windows.
 
-        For dynamic batch loading they are some of those that the references were measured on, of the same length, so
-        that student and parent are compared on the same text.
+        If dynamic batch loading compares with the parent, they are some of those that the parent was measured on, of
+        the same length, so that both are compared on the same text.
+
+        Args:
+            job: whose corpus and settings.
+            evidence: of its mixture.json.
 
         Raises:
             TrainingError: the mixture has no reference losses, or on fewer windows than are asked for.
@@ -35,14 +39,14 @@ class Heldout:
         from tasks.corpus import windows
 
         params = job.params
-        if not params.dynamic:
+        if not params.dynamic or params.dynamic.references != "parent":
             return cls(
                 windows=windows.heldout(job.corpus, seq_len=params.seq_len, count=params.eval_windows), references=None
             )
         if "window_losses" not in evidence:
             raise TrainingError(
-                f"pretrain.dynamic needs reference losses, and {job.mixture} has none; run the stage `mixture` with "
-                "mixture.method: reference_loss"
+                f"pretrain.dynamic.references: parent needs the parent's losses, and {job.mixture} has none; run the "
+                "stage `mixture` with mixture.method: reference_loss, or give the references"
             )
         asked = evidence["windows"]
         if params.eval_windows > asked:
@@ -59,10 +63,17 @@ class Heldout:
         )
 
     def evaluate(self, model: PreTrainedModel, *, batch: int, rank: int, world_size: int) -> dict[str, float]:
-        """Loss per domain in nats per predicted token, without the balance loss; the same on every rank.
+        """Loss per domain in nats per predicted token, without any auxiliary loss; the same on every rank.
 
-        Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), and every window is
-        computed by one rank, so the figures do not depend on the world size beyond rounding.
+        Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), also those that have no
+        window of their own, and every window is counted on one rank, so the figures do not depend on the world size
+        beyond rounding.
+
+        Args:
+            model: dense or sparse.
+            batch: windows per forward pass.
+            rank: of this process; all call it together.
+            world_size: how many there are; process groups are needed from 2 on.
         """
         import torch
 
@@ -75,8 +86,9 @@ class Heldout:
         own = mine < len(every)
         total = torch.zeros(len(every), dtype=torch.float64)
         total[torch.from_numpy(mine[own])] = torch.from_numpy(nll[own])
-        total = total.to(model.device)
-        torch.distributed.all_reduce(total)
+        if world_size > 1:
+            total = total.to(model.device)
+            torch.distributed.all_reduce(total)
         losses, start = {}, 0
         for domain, ids in self.windows.items():
             part = total[start : start + len(ids)]

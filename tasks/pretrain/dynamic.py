@@ -1,0 +1,147 @@
+"""Dynamic batch loading: what each domain's loss is compared with, and how its weight has moved."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tasks.corpus import weights as domain_weights
+from tasks.pretrain.heldout import Heldout
+from tasks.pretrain.job import Job, TrainingError
+from tasks.settings.pretrain import Fit
+
+_START = (406.4, 0.336, 0.69)  # a, b, c; where Sheared-LLaMA's notebook starts
+_EVALUATIONS = 20_000
+
+
+class Reweighter:
+    """Moves the domain weights at evaluations, and keeps what was decided on what grounds.
+
+    Every rank has one and comes to the same weights, because the held-out losses are the same on all.
+    """
+
+    def __init__(self, references: Mapping[str, float], *, rule: domain_weights.Rule) -> None:
+        self.references, self.rule = dict(references), rule
+        self.history: list[dict[str, Any]] = []
+        """A record an evaluation, as JSON values: step, weights from there on, losses, references."""
+
+    @classmethod
+    def load(cls, job: Job, *, heldout: Heldout) -> Reweighter | None:
+        """The reweighter of a job; None without `pretrain.dynamic`.
+
+        Raises:
+            TrainingError: the references miss a domain of the corpus, name one that it lacks, or can't be predicted.
+        """
+        dynamic = job.params.dynamic
+        if dynamic is None:
+            return None
+        given = dynamic.references
+        if isinstance(given, Fit):
+            _same_domains("pretrain.dynamic.references.losses", given.losses, heldout.windows)
+            size = given.size or _active(job)
+            references = {
+                domain: predict(losses, sizes=given.sizes, size=size, domain=domain)
+                for domain, losses in given.losses.items()
+            }
+        elif given == "parent":
+            assert heldout.references is not None
+            references = heldout.references
+        else:
+            _same_domains("pretrain.dynamic.references", given, heldout.windows)
+            references = given
+        return cls({domain: references[domain] for domain in heldout.windows}, rule=dynamic.rule)
+
+    def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
+        """The weights after an evaluation (`tasks.corpus.weights.update`), noted in the history.
+
+        Args:
+            weights: those in use.
+            losses: held-out losses of this evaluation, nats per token.
+            step: after which step it was.
+        """
+        new = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
+        self.note(new, losses=losses, step=step)
+        return new
+
+    def note(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> None:
+        """Note an evaluation that moves no weights: the last one, after which no batch is drawn."""
+        self.history.append(
+            {"step": step, "weights": dict(weights), "losses": dict(losses), "references": self.references}
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as JSON values."""
+        return {"history": list(self.history)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the reweighter that gave `state`."""
+        self.history = list(state["history"])
+
+    def csv(self, *, step_tokens: int) -> str:
+        """The history as a table: step, tokens, then weight, loss and reference of each domain.
+
+        Args:
+            step_tokens: training tokens of a step.
+        """
+        domains = list(self.references)
+        columns = [f"{domain} {what}" for what in ("weight", "loss", "reference") for domain in domains]
+        lines = [",".join(["step", "tokens", *columns])]
+        for entry in self.history:
+            numbers = [entry[what][domain] for what in ("weights", "losses", "references") for domain in domains]
+            lines.append(",".join([str(entry["step"]), str(entry["step"] * step_tokens), *map(str, numbers)]))
+        return "\n".join(lines) + "\n"
+
+
+def predict(losses: Iterable[float], *, sizes: Iterable[int], size: int, domain: str) -> float:
+    """A family's loss at a size that it lacks: f(N) = a / N^b + c by least squares (Sheared-LLaMA, section 2.2, and
+    scaling_law/reference_loss_estimation.ipynb of princeton-nlp/LLM-Shearing).
+
+    It goes exactly through three losses that fall, and c, the loss of an infinitely large model, may come out below 0:
+    use it between the sizes and for smaller ones, but not for far larger ones.
+
+    Args:
+        losses: nats per token at `sizes`.
+        sizes: parameters, three or more.
+        size: parameters to predict for.
+        domain: its name, for errors.
+
+    Raises:
+        TrainingError: the fit doesn't converge, or predicts no positive loss.
+    """
+    import numpy as np
+    from scipy.optimize import OptimizeWarning, curve_fit
+
+    def f(n: Any, a: float, b: float, c: float) -> Any:
+        return a / n**b + c
+
+    where = f"pretrain.dynamic.references: the fit of {domain}'s losses {[*losses]} at {[*sizes]} parameters"
+    mend = "give references by domain, or `parent`, or losses of other sizes"
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore", OptimizeWarning)  # three points leave no covariance
+            found, _ = curve_fit(f, np.array([*sizes], float), np.array([*losses]), p0=_START, maxfev=_EVALUATIONS)
+            value = float(f(float(size), *found))
+    except RuntimeError as error:
+        raise TrainingError(f"{where} doesn't converge; {mend}") from error
+    if not (math.isfinite(value) and value > 0):
+        raise TrainingError(f"{where} predicts {value:.4g} for {size} parameters, which is no loss; {mend}")
+    return value
+
+
+def _active(job: Job) -> int:
+    from tasks.moe import counts
+
+    return counts.parameters(json.loads((job.model / "config.json").read_text()))["active"]
+
+
+def _same_domains(field: str, given: Mapping[str, Any], domains: Iterable[str]) -> None:
+    missing, unknown = sorted(set(domains) - given.keys()), sorted(given.keys() - set(domains))
+    faults = [f"nothing for {', '.join(missing)}"] if missing else []
+    faults += [f"{', '.join(unknown)} not in the corpus"] if unknown else []
+    if faults:
+        raise TrainingError(
+            f"{field}: {'; '.join(faults)}; it needs a reference loss for exactly {', '.join(domains)}"
+        )
