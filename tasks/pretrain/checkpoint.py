@@ -1,152 +1,251 @@
-"""Checkpoints that are whole or invisible, and exact resume.
+"""Checkpoints that are whole or invisible, written while training goes on, and exact resume.
 
-    checkpoints/
-      latest.json            {"tag": …}, replaced in one rename once everything under the tag is on the disk
-      step-00000016/         DeepSpeed's files, state.json (rank 0's loop state) and rng-<rank>.json
-      .tmp-step-00000032/    one being written, or left by a crash; deleted at the next start
-
-DeepSpeed reads its own files back with pickle; they never leave this machine's scratch folder.
+Each rank writes its files in a thread (tasks/pretrain/background.py), and rank 0's then waits for a marker file of
+every rank and makes the whole visible (tasks/pretrain/checkpoint_files.py); no collective runs beside training. At
+another world size a checkpoint is converted first (tasks/pretrain/reshape.py).
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import random
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tasks import scratch
+from tasks.pretrain import checkpoint_files as files
+from tasks.pretrain import random_state
+from tasks.pretrain.checkpoint_files import find, steps, tag
 from tasks.pretrain.job import TrainingError
+from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-KEEP = 2
+    from tasks.pretrain.background import Write
+
+_POLL = 0.02  # seconds between looks for other ranks' markers
 
 
-def save(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], rank: int) -> None:
-    """Write the checkpoint of `state["step"]`; all ranks must call it.
+class Checkpoints:
+    """A run's checkpoints, seen from one rank. All ranks must make the same calls in order; `check` alone is free."""
 
-    Args:
-        folder: checkpoints/.
-        state: the loop's state, JSON-able, the same on every rank.
+    def __init__(self, folder: Path, *, params: Pretrain, rank: int, world_size: int) -> None:
+        """Args: folder: checkpoints/, on a disk that all ranks share."""
+        self.folder, self.params, self.rank, self.world_size = folder, params, rank, world_size
+        self.notes: list[str] = []
+        """What the user should read about the checkpoints found, such as a damaged one passed over."""
+        self._blocked = 0.0
+        self._write: Write | None = None
+        self._step = 0
+        self._stop = threading.Event()
+        self._engine: DeepSpeedEngine | None = None
 
-    Raises:
-        TrainingError: it could not be written (a full disk); the previous checkpoint is as it was.
-    """
-    import torch
+    @property
+    def blocked(self) -> float:
+        """Seconds that training stood still for checkpoints, so far."""
+        from tasks.pretrain.background import BackgroundEngine
 
-    tag = f"step-{state['step']:08}"
-    staging = folder / f".tmp-{tag}"
-    try:
-        engine.save_checkpoint(str(folder), tag=staging.name, save_latest=False)
-        scratch.write_json(staging / f"rng-{rank}.json", _rng_state())
-        if rank == 0:
-            scratch.write_json(staging / "state.json", state)
-        torch.distributed.barrier()
-        if rank == 0:
-            _commit(folder, staging, tag)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        last = find(folder)
+        return self._blocked + (BackgroundEngine.of(self._engine).waited if self._engine else 0.0)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint, with its `tag`; deletes what a crash left.
+
+        Raises:
+            TrainingError: there are checkpoints, and all are damaged.
+        """
+        import torch
+
+        self._settle()
+        found: list[Any] = [None, [], None]
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                found = [*files.newest(self.folder), None]
+                files.sweep(self.folder, found[0])
+            except TrainingError as error:
+                found[2] = str(error)
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        self.notes, problem = found[1:]
+        if problem:
+            raise TrainingError(problem)
+        state: dict[str, Any] | None = found[0]
+        return state
+
+    def save(self, engine: DeepSpeedEngine, *, state: dict[str, Any]) -> None:
+        """Begin the checkpoint of `state["step"]`; returns when training may go on, before it is on the disk.
+
+        Waits for the checkpoint before it, if that is still on its way.
+
+        Args:
+            state: the loop's, JSON-able, the same on every rank.
+
+        Raises:
+            TrainingError: that one, or the beginning of this one, could not be written; the last whole one is kept.
+        """
+        from tasks.pretrain.background import BackgroundEngine
+
+        self._settle()
+        begun = time.perf_counter()
+        self._engine, self._step = engine, state["step"]
+        staging = self.folder / f".tmp-{tag(self._step)}"
+        client: dict[str, Any] = {}
+        if self.params.zero_stage in (1, 2) and self.params.expert_parallel == 1:  # AutoEP adds it itself
+            client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        state = {**state, "world_size": self.world_size, "params": self.params.model_dump(mode="json")}
+        writer = BackgroundEngine.of(engine)
+        try:
+            engine.save_checkpoint(str(self.folder), tag=staging.name, client_state=client, save_latest=False)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._stop = threading.Event()
+        stop = self._stop
+
+        def then(sizes: dict[str, int]) -> None:
+            scratch.write_json(_marker(staging, self.rank), sizes)
+            if self.rank == 0 and self._all_written(staging, stop):
+                self._commit(staging, state)
+
+        texts = {staging / f"rng-{self.rank}.json": json.dumps(random_state.save())}
+        self._write = writer.start(texts, then=then)
+        self._blocked += time.perf_counter() - begun
+
+    def finish(self) -> None:
+        """Wait until the checkpoint on its way is on the disk. Raises TrainingError if it could not be written."""
+        self._settle()
+
+    def check(self) -> None:
+        """Raise TrainingError if this rank's part of the checkpoint on its way could not be written; never waits."""
+        if self._write is not None and self._write.error is not None:
+            raise self._failure(self._write.error)
+
+    def restore(self, engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
+        """Load what `latest` returned: weights, optimizer, random states.
+
+        At the world size that wrote it, bit for bit. At another the weights and the optimizer are, and the random
+        states start anew from (seed, step, rank).
+
+        Raises:
+            TrainingError: it cannot be loaded here, and why.
+        """
+        from tasks.pretrain import reshape
+        from tasks.pretrain.background import BackgroundEngine
+
+        self._settle()
+        BackgroundEngine.of(engine)  # which reads without unpickling code
+        if state["world_size"] == self.world_size or self.params.zero_stage == 0:
+            reshape.load(engine, self.folder, name=state["tag"], universal=False)
+        else:
+            reshape.across(engine, self.folder, state=state, params=self.params, rank=self.rank)
+        if state["world_size"] == self.world_size:
+            random_state.restore(json.loads((self.folder / state["tag"] / f"rng-{self.rank}.json").read_text()))
+        else:
+            random_state.reseed(self.params.seed, step=state["step"], rank=self.rank)
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints newer than `step`, to go on from an older one.
+
+        Raises:
+            TrainingError: there would be none left.
+        """
+        import torch
+
+        self._settle()
+        if not any(each <= step for each in steps(self.folder)):
+            raise TrainingError(f"{self.folder}: there is no checkpoint of step {step} or before to go back to")
+        if self.world_size > 1:
+            torch.distributed.barrier()  # all have looked
+        if self.rank == 0:
+            for each in reversed(steps(self.folder)):
+                if each <= step:
+                    files.point(self.folder, each)
+                    break
+            for each in steps(self.folder):
+                if each > step:
+                    files.delete(self.folder / tag(each))
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint on its way; every rank raises if any failed."""
+        if self._write is None:
+            return
+        begun = time.perf_counter()
+        self._write.written.wait()
+        error = self._shared(self._write.error)
+        if error is None:
+            if self.rank == 0:
+                self._write.done.wait()
+            error = self._shared(self._write.error)
+        if error is not None:
+            raise self._failure(error)
+        self._write = None
+        self._blocked += time.perf_counter() - begun
+
+    def _shared(self, error: Exception | None) -> Exception | None:
+        """An error of any rank."""
+        import torch
+
+        if self.world_size == 1:
+            return error
+        texts: list[str | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(texts, None if error is None else f"{error}")
+        return next((error or OSError(f"rank {rank}: {text}") for rank, text in enumerate(texts) if text), None)
+
+    def _failure(self, error: Exception) -> Exception:
+        """What to raise; nothing half is left."""
+        self._stop.set()
+        if self.rank == 0:
+            if self._write is not None:
+                self._write.done.wait()
+            shutil.rmtree(self.folder / f".tmp-{tag(self._step)}", ignore_errors=True)
+        self._write = None
+        if not isinstance(error, OSError | RuntimeError | MemoryError):  # torch's writer: a full disk as RuntimeError
+            return error
+        last = find(self.folder)
         kept = f"the checkpoint of step {last['step']} is whole" if last else "no checkpoint was written before"
-        free = shutil.disk_usage(folder).free
-        raise TrainingError(
-            f"the checkpoint of step {state['step']} could not be written to {folder} ({error}; {free / 1e9:.1f} GB "
+        free = shutil.disk_usage(self.folder).free
+        made = TrainingError(
+            f"the checkpoint of step {self._step} could not be written to {self.folder} ({error}; {free / 1e9:.1f} GB "
             f"free); {kept}. Make room and run again: training goes on from it"
-        ) from error
-    torch.distributed.barrier()
-
-
-def _commit(folder: Path, staging: Path, tag: str) -> None:
-    for path in staging.rglob("*"):
-        _fsync(path)
-    _fsync(staging)
-    final = folder / tag
-    if final.exists():  # left by a crash between this rename and the pointer's
-        shutil.rmtree(final)
-    staging.rename(final)
-    _fsync(folder)
-    scratch.write_json(folder / "latest.json", {"tag": tag})
-    _fsync(folder)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
-
-
-def find(folder: Path) -> dict[str, Any] | None:
-    """The state of the last whole checkpoint, with its `tag`; None if there is none."""
-    pointer = folder / "latest.json"
-    if not pointer.exists():
-        return None
-    tag = json.loads(pointer.read_text())["tag"]
-    state: dict[str, Any] = json.loads((folder / tag / "state.json").read_text())
-    return {**state, "tag": tag}
-
-
-def clean(folder: Path) -> None:
-    """Delete what a crash left: half-written checkpoints, and whole ones that the pointer does not know yet."""
-    found = find(folder)
-    for path in [*folder.glob(".tmp-*"), *folder.glob("step-*")]:
-        if path.name.startswith(".tmp-") or found is None or path.name > found["tag"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def check_world_size(state: dict[str, Any], world_size: int) -> None:
-    """Raise TrainingError if the checkpoint was written by another number of processes."""
-    if state["world_size"] != world_size:
-        raise TrainingError(
-            f"the checkpoint of step {state['step']} was written by {state['world_size']} processes and "
-            f"pretrain.processes is {world_size} now; optimizer states are sharded by process. Set pretrain.processes "
-            f"to {state['world_size']} to go on, or delete the stage's folder under {scratch.ROOT}/ to start over"
         )
+        made.__cause__ = error
+        return made
+
+    def _all_written(self, staging: Path, stop: threading.Event) -> bool:
+        """Wait for the other ranks' markers; False if the run gave up meanwhile."""
+        waiting = set(range(self.world_size))
+        while waiting := {rank for rank in waiting if not _marker(staging, rank).exists()}:
+            if stop.wait(_POLL):
+                return False
+        return True
+
+    def _commit(self, staging: Path, state: dict[str, Any]) -> None:
+        sizes: dict[str, int] = {}
+        for rank in range(self.world_size):
+            sizes |= json.loads(_marker(staging, rank).read_text())
+            _marker(staging, rank).unlink()
+        scratch.write_json(staging / files.STATE, {**state, "files": sizes})
+        files.sync_folder(staging)
+        final = self.folder / tag(state["step"])
+        if final.exists():  # left by a crash between this rename and the pointer's
+            files.delete(final)
+        staging.rename(final)
+        files.point(self.folder, state["step"])
+        kept = steps(self.folder)
+        for old in kept[: -self.params.keep]:
+            if self.params.keep_every is None or old % self.params.keep_every:
+                files.delete(self.folder / tag(old))
 
 
-def restore(engine: DeepSpeedEngine, folder: Path, *, tag: str, rank: int) -> None:
-    """Load weights, optimizer and this rank's random states; all ranks must call it."""
-    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-    if path is None:
-        raise TrainingError(f"{folder / tag}: DeepSpeed could not load this checkpoint; delete {folder} to start over")
-    _set_rng_state(json.loads((folder / tag / f"rng-{rank}.json").read_text()))
+def needs_universal(folder: Path, *, world_size: int, zero_stage: int) -> bool:
+    """True if the newest checkpoint was written at another world size, so that the engine will read it converted."""
+    state = find(folder)
+    return zero_stage > 0 and state is not None and state["world_size"] != world_size
 
 
-def _rng_state() -> dict[str, Any]:
-    import torch
-
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "torch": {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()},
-    }
-
-
-def _set_rng_state(saved: dict[str, Any]) -> None:
-    import torch
-
-    version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    states = {
-        name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in saved["torch"].items()
-    }
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _marker(staging: Path, rank: int) -> Path:
+    return staging / f"written-{rank}.json"

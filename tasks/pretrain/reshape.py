@@ -1,0 +1,106 @@
+"""Loading a checkpoint, also one of another world size, by DeepSpeed's universal checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.pretrain.job import TrainingError
+from tasks.settings import Pretrain
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def load(engine: DeepSpeedEngine, folder: Path, *, name: str, universal: bool) -> None:
+    """Load folder/name into the engine. Raises TrainingError if DeepSpeed finds nothing there."""
+    # The configuration says how the first is read; a later one, after a rollback, may be of this world size.
+    engine._config.load_universal_checkpoint = universal
+    path, _ = engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
+    if path is None:
+        raise TrainingError(f"{folder / name}: DeepSpeed cannot load this checkpoint")
+    if universal:
+        _load_buffers(engine, Path(path))
+
+
+def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], params: Pretrain, rank: int) -> None:
+    """Load a checkpoint that another number of processes wrote; all ranks must call it.
+
+    Rank 0 converts it; the masters and the Adam moments come out bit for bit.
+
+    Raises:
+        TrainingError: this kind of checkpoint cannot change its world size.
+    """
+    import torch
+
+    if reason := refusal(params):
+        raise TrainingError(
+            f"the checkpoint of step {state['step']} was written by {state['world_size']} processes and "
+            f"pretrain.processes is {params.processes} now, and {reason}. Set pretrain.processes to "
+            f"{state['world_size']} to go on"
+        )
+    target = folder / f".tmp-universal-{state['tag']}"
+    if rank == 0:
+        convert(folder / state["tag"], target)
+    while not target.exists():  # longer than a collective may wait
+        time.sleep(0.1)
+    load(engine, folder, name=target.name, universal=True)
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(target)
+
+
+def refusal(params: Pretrain) -> str | None:
+    """Why a run with these settings cannot change its number of processes, or None."""
+    if params.expert_parallel == 1:
+        return None
+    from tasks.pretrain import expert_parallel
+
+    return expert_parallel.can_reshape(params)
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write the universal form of a checkpoint, whole or not at all.
+
+    It is read with pickle, so the source must be one that this machine wrote.
+
+    Raises:
+        TrainingError: a full disk, or a checkpoint that cannot be converted.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    staging = target.with_name(f"{target.name}.part")
+    for path in (staging, target):
+        shutil.rmtree(path, ignore_errors=True)
+    arguments = argparse.Namespace(
+        input_folder=str(source), output_folder=str(staging), num_extract_workers=1, num_merge_workers=1,
+        keep_temp_folder=False, strict=True, inject_missing_state=False,
+    )  # fmt: skip
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            ds_to_universal.main(arguments)
+    except (OSError, RuntimeError, AssertionError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise TrainingError(f"{source} could not be converted for another number of processes: {error}") from error
+    finally:
+        (target.parent / "latest_universal").unlink(missing_ok=True)  # its pointer, which nobody reads
+    staging.rename(target)
+
+
+def _load_buffers(engine: DeepSpeedEngine, path: Path) -> None:
+    """DeepSpeed's universal checkpoints restore parameters alone."""
+    import torch
+
+    from tasks.pretrain import background
+
+    saved = background.load(path)["module"]
+    with torch.no_grad():
+        for name, buffer in engine.module.named_buffers():
+            if name in saved:
+                buffer.copy_(saved[name])
