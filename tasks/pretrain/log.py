@@ -1,4 +1,12 @@
-"""The log of a run: JSON lines and TensorBoard, cut back to the checkpoint on resume.
+"""The log of a run: JSON lines, cut back to the checkpoint on resume, and the same numbers to trackers.
+
+Records, by `kind`:
+
+    step     step, tokens, predicted, loss (the cross-entropy alone), parts {balance, z, kl, hidden: those there are},
+             total, grad_norm, lr, rates {part: lr} where they differ, domains {name: {loss, windows, epochs}}, experts
+             (meters.expert_load), timing (meters.timing)
+    heldout  step, tokens, mean, losses {domain: nats per token}, weights, references, sampler, experts, timing
+    event    step, what, message, and what belongs to it
 
 A record's `timing` is the only part that differs between an interrupted and an uninterrupted run.
 """
@@ -6,22 +14,47 @@ A record's `timing` is the only part that differs between an interrupted and an 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.trackers import Tracker, start
 
 Record = dict[str, Any]
 
+_HAS_NUMBERS = re.compile(rb'"kind": "(step|heldout)".*\n')  # a whole line of log.jsonl
+_NOT_CURVES = {"kind", "step", "tokens", "sampler"}
+
 
 class Log:
-    """Appends records to log.jsonl and, where they are numbers, to TensorBoard."""
+    """Appends records to log.jsonl, and their numbers to the trackers, as `step/loss` or `heldout/losses/books`."""
 
-    def __init__(self, folder: Path, *, offset: int, step: int) -> None:
-        """Go on after `offset` bytes of folder/log.jsonl and after step `step`; what lies behind is dropped."""
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        offset: int,
+        step: int,
+        trackers: Sequence[str] = (),
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Go on after `offset` bytes of folder/log.jsonl and after step `step`; what lies behind is dropped.
 
+        Training does it again and writes the same numbers. Trackers that can't drop them get none of them twice.
+
+        Args:
+            trackers: names; each shows the run as `name`, with the settings `config`.
+            say: tells a person that a tracker has failed; training goes on without it.
+
+        Raises:
+            TrainingError: the log is shorter than `offset`, or a tracker can't start.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         path.touch()
@@ -30,58 +63,132 @@ class Log:
                 f"{path} has {path.stat().st_size} bytes, but was {offset} long when the checkpoint was written; "
                 f"delete {folder.parent} to start over"
             )
+        with path.open("rb") as file:
+            file.seek(offset)
+            self._repeated = sum(_HAS_NUMBERS.search(line) is not None for line in file)
         os.truncate(path, offset)
         self._file = path.open("ab")
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else 0)
+        self._step, self._say = step, say
+        self._trackers = start(trackers, folder, name=name, config=config or {}, step=step) if trackers else []
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
+        """Append a record. A step that isn't after the last one means that training was rolled back to before it."""
+        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
         self._file.flush()
-        for name, value in _numbers(record):
-            self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if record["kind"] == "event":
+            return
+        step = record["step"]
+        back = record["kind"] == "step" and step <= self._step
+        again, self._repeated = self._repeated > 0, max(0, self._repeated - 1)
+        if record["kind"] == "step":
+            self._step = step
+        curves = dict(numbers(record))
+        for tracker in list(self._trackers):
+            try:
+                if back:
+                    tracker.rewind(step - 1)
+                if tracker.forgets or not again:
+                    tracker.write(step, curves)
+            except Exception as error:  # a server that is gone, say: no reason to lose the run
+                self._drop(tracker, error)
 
     def sync(self) -> int:
         """Bring everything to the disk; returns the length of log.jsonl in bytes."""
         os.fsync(self._file.fileno())
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         return self._file.tell()
 
     def close(self) -> None:
         self.sync()
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _drop(self, tracker: Tracker, error: Exception) -> None:
+        self._trackers.remove(tracker)
+        self._say(
+            f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); training goes on without it, and "
+            "log.jsonl has every number"
+        )
 
 
 def read(path: Path, kind: str) -> list[Record]:
-    """The records of one kind: `step` or `heldout`."""
-    records = (json.loads(line) for line in path.read_text().splitlines())
-    return [record for record in records if record["kind"] == kind]
+    """The records of one kind: `step`, `heldout` or `event`.
+
+    Of steps that were done again after a rollback, only the last course is given.
+    """
+    records: list[Record] = []
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "step":  # it takes the place of what an earlier course had from there on
+            while records and records[-1]["step"] >= record["step"] and kind != "event":
+                records.pop()
+        if record["kind"] == kind:
+            records.append(record)
+    return records
 
 
 def loss_csv(records: list[Record]) -> str:
-    """The step records as CSV: step,tokens,loss,balance,grad_norm,lr."""
-    columns = ("step", "tokens", "loss", "balance", "grad_norm", "lr")
-    return _csv(columns, [[record[column] for column in columns] for record in records])
+    """The step records as CSV: step,tokens,loss, the parts of the loss that there are, grad_norm,lr, the other rates.
+
+    Losses are in nats per token, parts as they enter the total.
+    """
+    parts = _keys(record.get("parts", {}) for record in records)
+    rates = _keys(record.get("rates", {}) for record in records)
+    more = [key for key in ("total",) if any(key in record for record in records)]
+    columns = ["step", "tokens", "loss", *parts, *more, "grad_norm", "lr", *(f"lr_{part}" for part in rates)]
+    rows = [
+        [
+            *(record[key] for key in ("step", "tokens", "loss")),
+            *(record.get("parts", {}).get(part) for part in parts),
+            *(record.get(key) for key in (*more, "grad_norm", "lr")),
+            *(record.get("rates", {}).get(part) for part in rates),
+        ]
+        for record in records
+    ]
+    return _csv(columns, rows)
 
 
 def heldout_csv(records: list[Record]) -> str:
     """The held-out records as CSV: step,tokens,mean and a column for each domain; nats per token."""
     domains = list(records[0]["losses"]) if records else []
     rows = [[r["step"], r["tokens"], r["mean"], *(r["losses"][domain] for domain in domains)] for r in records]
-    return _csv(("step", "tokens", "mean", *domains), rows)
+    return _csv(["step", "tokens", "mean", *domains], rows)
 
 
-def _csv(columns: tuple[str, ...], rows: list[list[Any]]) -> str:
-    return "".join(",".join(map(str, row)) + "\n" for row in [list(columns), *rows])
+def numbers(record: Record) -> list[tuple[str, float]]:
+    """The finite numbers of a record as curves, (name, value); tables, such as every expert's tokens, are left out."""
+    return [(f"{record['kind']}/{name}", value) for name, value in _flat(record) if math.isfinite(value)]
 
 
-def _numbers(record: Record, prefix: str = "") -> list[tuple[str, float]]:
+def _flat(value: Record, prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
-    for key, value in record.items():
-        if key == "sampler":  # a state to replay batches from, not a curve
+    for key, item in value.items():
+        if not prefix and key in _NOT_CURVES:
             continue
-        if isinstance(value, dict):
-            found += _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key not in {"step", "tokens"}:
-            found.append((prefix + key, value))
+        if isinstance(item, list):
+            item = {} if item and isinstance(item[0], list) else {str(i): entry for i, entry in enumerate(item)}
+        if isinstance(item, dict):
+            found += _flat(item, f"{prefix}{key}/")
+        elif isinstance(item, int | float):
+            found.append((prefix + key, item))
     return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keys(found: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(key for record in found for key in record))
+
+
+def _csv(columns: list[str], rows: list[list[Any]]) -> str:
+    cells = [columns, *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    return "".join(",".join(row) + "\n" for row in cells)

@@ -1,47 +1,41 @@
 """Where the log goes besides log.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio.
 
-Each keeps its files in the log's folder and sends nothing over a network, unless the user's own variables say
-otherwise: WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL.
+Each keeps its files in a folder of its name beside the log, and sends nothing over a network unless the user's own
+variables say so: WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL. (Trackio asks the
+Hugging Face hub for the name that belongs to a stored token, if HF_HUB_OFFLINE doesn't forbid it.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from tasks import scratch
 from tasks.pretrain.job import TrainingError
 
 PROJECT = "moeforge"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a tracker calls a run by. The same values after an interruption find the same run again."""
-
-    folder: Path
-    """Of the log; a tracker's own files go into a folder of its name in it."""
-    name: str
-    """What a person reads, such as the pipeline."""
-    key: str
-    """Unique and stable, such as the pipeline and its workspace's fingerprint; letters, digits, - and _."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """The settings to show beside the curves."""
+_TAG = "moeforge.run"
 
 
 class Tracker(Protocol):
-    """Takes numbers by step."""
+    """Takes numbers by step. `write` may be called several times for a step, with other names."""
 
-    forgets: bool
-    """`rewind` takes back what was written; without it, what an interrupted run wrote must not be written again."""
+    forgets: ClassVar[bool]
+    """`rewind` takes back what was written. Without it, what an interrupted run has written mustn't come again."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
     def rewind(self, step: int) -> None:
-        """What was written for steps after `step` is void, and comes again."""
+        """What was written for steps after `step` is void; training has gone back and writes them anew."""
 
     def flush(self) -> None: ...
 
@@ -50,9 +44,202 @@ class Tracker(Protocol):
 
 def check(names: Sequence[str]) -> None:
     """Raise TrainingError if a tracker's package isn't installed, saying how to get it."""
-    raise NotImplementedError
+    missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
+    if missing:
+        raise TrainingError(
+            f"pretrain.trackers: {', '.join(missing)} not installed; `pip install 'moeforge[trackers]'`, or take "
+            f"{'it' if len(missing) == 1 else 'them'} out of pretrain.trackers (training/log.jsonl has every number)"
+        )
 
 
-def start(names: Sequence[str], run: Run, *, step: int) -> list[Tracker]:
-    """Open each tracker's run, the interrupted one if there is one, to go on after `step`."""
-    raise NotImplementedError
+def start(names: Sequence[str], folder: Path, *, name: str, config: Mapping[str, Any], step: int) -> list[Tracker]:
+    """Open a run with each tracker, the interrupted one if `folder` knows of one, to go on after step `step`.
+
+    Args:
+        names: those of `check`.
+        folder: the log's; `run.json` in it has the id that stays the same until the folder goes.
+        name: what a person reads, such as the pipeline.
+        config: the settings to show beside the curves.
+
+    Raises:
+        TrainingError: a package is missing, or its service refuses the run.
+    """
+    check(names)
+    run = _Run(id=f"{name}-{_identify(folder)}", name=name, config=dict(config), step=step)
+    started: list[Tracker] = []
+    for tracker in dict.fromkeys(names):
+        (folder / tracker).mkdir(exist_ok=True)
+        try:
+            started.append(_TRACKERS[tracker](run, folder / tracker))
+        except Exception as error:  # each package has errors of its own
+            for before in started:
+                before.close()
+            raise TrainingError(
+                f"pretrain.trackers: {tracker} cannot start ({type(error).__name__}: {error}); mend that, or take it "
+                "out of pretrain.trackers"
+            ) from error
+    return started
+
+
+def _identify(folder: Path) -> str:
+    path = folder / "run.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch.write_json(path, {"id": uuid.uuid4().hex[:12]})
+    return str(json.loads(path.read_text())["id"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    id: str
+    """Letters, digits, - and _."""
+    name: str
+    config: dict[str, Any]
+    step: int
+
+
+class TensorBoard:
+    """Event files. A later file's purge_step hides what earlier ones have from that step on."""
+
+    forgets: ClassVar[bool] = True
+
+    def __init__(self, run: _Run, folder: Path) -> None:
+        self._folder = folder
+        self._open(run.step + 1 if run.step else 0)  # from 0, the first evaluation is done again too
+
+    def _open(self, purge: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(self._folder, purge_step=purge)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        self._board.close()
+        self._open(step + 1)
+
+    def flush(self) -> None:
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class WandB:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise; `wandb sync` sends the parts of a run in order.
+
+    Its own step counts calls, so curves are drawn over ours, and a rolled-back stretch stays visible as a second line.
+    """
+
+    forgets: ClassVar[bool] = False
+
+    def __init__(self, run: _Run, folder: Path) -> None:
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=run.id,
+            name=run.name,
+            dir=folder,
+            config=run.config,
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **numbers})
+
+    def rewind(self, step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """MLflow, in an SQLite file beside the log unless MLFLOW_TRACKING_URI names a server.
+
+    A metric keeps all values of a step, so a rolled-back stretch stays visible.
+    """
+
+    forgets: ClassVar[bool] = False
+
+    def __init__(self, run: _Run, folder: Path) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        self._client = MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        place = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        runs = self._client.search_runs([place], filter_string=f"tags.`{_TAG}` = '{run.id}'")
+        if runs:
+            self._id = runs[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        self._id = self._client.create_run(place, run_name=run.name, tags={_TAG: run.id}).info.run_id
+        for key, value in run.config.items():
+            self._client.log_param(self._id, key, value)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value in numbers.items()]
+        for first in range(0, len(metrics), 1000):  # what a server takes at once
+            self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
+
+    def rewind(self, step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class Trackio:
+    """Trackio, in its SQLite file in TRACKIO_DIR, or beside the log. All values of a step are kept, as in MLflow."""
+
+    forgets: ClassVar[bool] = False
+
+    def __init__(self, run: _Run, folder: Path) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str(folder.resolve()))  # read when trackio is imported
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run = trackio.init(
+                project=PROJECT,
+                name=run.id,
+                config=run.config,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def rewind(self, step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+_TRACKERS: dict[str, Callable[[_Run, Path], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
