@@ -17,12 +17,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.trackers import Tracker, start
+from tasks.pretrain.trackers import Run, Tracker, start
 
 Record = dict[str, Any]
 
@@ -35,98 +35,87 @@ class Log:
 
     def __init__(
         self,
-        folder: Path,
+        run: Run,
         *,
+        names: Sequence[str],
         offset: int,
         step: int,
-        trackers: Sequence[str] = (),
-        name: str = "",
-        config: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Go on after `offset` bytes of folder/log.jsonl and after step `step`; what lies behind is dropped.
+        """Go on after `offset` bytes of run.folder/log.jsonl and after step `step`; what lies behind is dropped.
 
         Training does it again and writes the same numbers. Trackers that can't drop them get none of them twice.
 
         Args:
-            trackers: names; each shows the run as `name`, with the settings `config`.
+            names: of the trackers.
             say: tells a person that a tracker has failed; training goes on without it.
 
         Raises:
             TrainingError: the log is shorter than `offset`, or a tracker can't start.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
+        run.folder.mkdir(parents=True, exist_ok=True)
+        path = run.folder / "log.jsonl"
         path.touch()
         if path.stat().st_size < offset:
             raise TrainingError(
                 f"{path} has {path.stat().st_size} bytes, but was {offset} long when the checkpoint was written; "
-                f"delete {folder.parent} to start over"
+                f"delete {run.folder.parent} to start over"
             )
         with path.open("rb") as file:
             file.seek(offset)
             self._repeated = sum(_HAS_NUMBERS.search(line) is not None for line in file)
         os.truncate(path, offset)
         self._file = path.open("ab")
-        self._step, self._say = step, say
-        self._trackers = start(trackers, folder, name=name, config=config or {}, step=step) if trackers else []
+        self._say = say
+        self._trackers = start(names, run, step=step)
 
     def write(self, record: Record) -> None:
-        """Append a record. A step that isn't after the last one means that training was rolled back to before it."""
+        """Append a record."""
         self._file.write(json.dumps(_finite(record)).encode() + b"\n")
         self._file.flush()
         if record["kind"] == "event":
             return
-        step = record["step"]
-        back = record["kind"] == "step" and step <= self._step
         again, self._repeated = self._repeated > 0, max(0, self._repeated - 1)
-        if record["kind"] == "step":
-            self._step = step
         curves = dict(numbers(record))
         for tracker in list(self._trackers):
-            try:
-                if back:
-                    tracker.rewind(step - 1)
-                if tracker.forgets or not again:
-                    tracker.write(step, curves)
-            except Exception as error:  # a server that is gone, say: no reason to lose the run
-                self._drop(tracker, error)
+            if tracker.forgets or not again:
+                self._tell(tracker, lambda it: it.write(record["step"], curves))
+
+    def rewind(self, *, offset: int, step: int) -> None:
+        """Drop what lies behind `offset` bytes and step `step`: training was rolled back and takes another course."""
+        os.ftruncate(self._file.fileno(), offset)
+        self._repeated = 0
+        for tracker in list(self._trackers):
+            self._tell(tracker, lambda it: it.rewind(step))
 
     def sync(self) -> int:
         """Bring everything to the disk; returns the length of log.jsonl in bytes."""
         os.fsync(self._file.fileno())
-        for tracker in self._trackers:
-            tracker.flush()
-        return self._file.tell()
+        for tracker in list(self._trackers):
+            self._tell(tracker, lambda it: it.flush())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self.sync()
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for tracker in list(self._trackers):
+            self._tell(tracker, lambda it: it.close())
 
-    def _drop(self, tracker: Tracker, error: Exception) -> None:
-        self._trackers.remove(tracker)
-        self._say(
-            f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); training goes on without it, and "
-            "log.jsonl has every number"
-        )
+    def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+        try:
+            call(tracker)
+        except Exception as error:  # a server that is gone, say: no reason to lose the run
+            self._trackers.remove(tracker)
+            self._say(
+                f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); training goes on without it, "
+                "and log.jsonl has every number"
+            )
 
 
 def read(path: Path, kind: str) -> list[Record]:
-    """The records of one kind: `step`, `heldout` or `event`.
-
-    Of steps that were done again after a rollback, only the last course is given.
-    """
-    records: list[Record] = []
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == "step":  # it takes the place of what an earlier course had from there on
-            while records and records[-1]["step"] >= record["step"] and kind != "event":
-                records.pop()
-        if record["kind"] == kind:
-            records.append(record)
-    return records
+    """The records of one kind: `step`, `heldout` or `event`."""
+    records = (json.loads(line) for line in path.read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
 
 
 def loss_csv(records: list[Record]) -> str:

@@ -26,6 +26,28 @@ PROJECT = "moeforge"
 _TAG = "moeforge.run"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a tracker shows of a run, and by what it finds it again."""
+
+    folder: Path
+    """The log's."""
+    name: str
+    """What a person reads, such as the pipeline."""
+    key: str
+    """What distinguishes it, such as the pipeline and its workspace's fingerprint: letters, digits, - and _."""
+    config: Mapping[str, Any]
+    """The settings to show beside the curves."""
+
+    @property
+    def id(self) -> str:
+        """The key with a number of this run's own, kept in run.json, for a finished run isn't to be gone on with."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            scratch.write_json(path, {"id": f"{self.key}-{uuid.uuid4().hex[:8]}"})
+        return str(json.loads(path.read_text())["id"])
+
+
 class Tracker(Protocol):
     """Takes numbers by step. `write` may be called several times for a step, with other names."""
 
@@ -52,50 +74,26 @@ def check(names: Sequence[str]) -> None:
         )
 
 
-def start(names: Sequence[str], folder: Path, *, name: str, config: Mapping[str, Any], step: int) -> list[Tracker]:
-    """Open a run with each tracker, the interrupted one if `folder` knows of one, to go on after step `step`.
-
-    Args:
-        names: those of `check`.
-        folder: the log's; `run.json` in it has the id that stays the same until the folder goes.
-        name: what a person reads, such as the pipeline.
-        config: the settings to show beside the curves.
+def start(names: Sequence[str], run: Run, *, step: int) -> list[Tracker]:
+    """Open a run with each tracker, the interrupted one if there is one, to go on after step `step`.
 
     Raises:
         TrainingError: a package is missing, or its service refuses the run.
     """
     check(names)
-    run = _Run(id=f"{name}-{_identify(folder)}", name=name, config=dict(config), step=step)
     started: list[Tracker] = []
-    for tracker in dict.fromkeys(names):
-        (folder / tracker).mkdir(exist_ok=True)
+    for name in dict.fromkeys(names):
+        (run.folder / name).mkdir(parents=True, exist_ok=True)
         try:
-            started.append(_TRACKERS[tracker](run, folder / tracker))
+            started.append(_TRACKERS[name](run, step))
         except Exception as error:  # each package has errors of its own
             for before in started:
                 before.close()
             raise TrainingError(
-                f"pretrain.trackers: {tracker} cannot start ({type(error).__name__}: {error}); mend that, or take it "
+                f"pretrain.trackers: {name} cannot start ({type(error).__name__}: {error}); mend that, or take it "
                 "out of pretrain.trackers"
             ) from error
     return started
-
-
-def _identify(folder: Path) -> str:
-    path = folder / "run.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch.write_json(path, {"id": uuid.uuid4().hex[:12]})
-    return str(json.loads(path.read_text())["id"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    id: str
-    """Letters, digits, - and _."""
-    name: str
-    config: dict[str, Any]
-    step: int
 
 
 class TensorBoard:
@@ -103,9 +101,9 @@ class TensorBoard:
 
     forgets: ClassVar[bool] = True
 
-    def __init__(self, run: _Run, folder: Path) -> None:
-        self._folder = folder
-        self._open(run.step + 1 if run.step else 0)  # from 0, the first evaluation is done again too
+    def __init__(self, run: Run, step: int) -> None:
+        self._folder = run.folder / "tensorboard"
+        self._open(step + 1 if step else 0)  # from 0, the first evaluation is done again too
 
     def _open(self, purge: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -135,7 +133,7 @@ class WandB:
 
     forgets: ClassVar[bool] = False
 
-    def __init__(self, run: _Run, folder: Path) -> None:
+    def __init__(self, run: Run, step: int) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -144,8 +142,8 @@ class WandB:
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=run.id,
             name=run.name,
-            dir=folder,
-            config=run.config,
+            dir=run.folder / "wandb",
+            config=dict(run.config),
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
         )
@@ -170,11 +168,11 @@ class MLflow:
 
     forgets: ClassVar[bool] = False
 
-    def __init__(self, run: _Run, folder: Path) -> None:
+    def __init__(self, run: Run, step: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.folder / 'mlflow' / 'mlflow.db').resolve()}"
         self._client = MlflowClient(tracking_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self._client.get_experiment_by_name(name)
@@ -209,15 +207,15 @@ class Trackio:
 
     forgets: ClassVar[bool] = False
 
-    def __init__(self, run: _Run, folder: Path) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(folder.resolve()))  # read when trackio is imported
+    def __init__(self, run: Run, step: int) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str((run.folder / "trackio").resolve()))  # read when trackio is imported
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project=PROJECT,
                 name=run.id,
-                config=run.config,
+                config=dict(run.config),
                 resume="allow",
                 embed=False,
                 auto_log_gpu=False,
@@ -237,7 +235,7 @@ class Trackio:
 
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
-_TRACKERS: dict[str, Callable[[_Run, Path], Tracker]] = {
+_TRACKERS: dict[str, Callable[[Run, int], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "mlflow": MLflow,
