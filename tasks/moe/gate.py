@@ -173,11 +173,10 @@ def swap(router: nn.Module, gate: Gate) -> None:
         else:
             del made.weight
             place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "bias": False}
-            made.gate = nn.Sequential(
-                nn.Linear(hidden, experts, **place), nn.Tanh(), nn.Linear(experts, experts, **place)
-            )
-            for linear, value in ((made.gate[0], gate.inner_ED), (made.gate[2], gate.outer_EE)):
-                linear.weight.copy_(value)
+            inner, outer = nn.Linear(hidden, experts, **place), nn.Linear(experts, experts, **place)
+            inner.weight.copy_(gate.inner_ED)
+            outer.weight.copy_(gate.outer_EE)
+            made.gate = nn.Sequential(inner, nn.Tanh(), outer)
         if gate.noise_ED is not None:
             _add_noise(made, like=weight).weight.copy_(gate.noise_ED)
         if gate.bias_E is not None:
@@ -209,18 +208,18 @@ def add_bias(model: nn.Module) -> None:
 
 def biases(model: nn.Module) -> list[list[float]]:
     """The selection biases [sparse layers][experts], exactly, as JSON holds them; [] if there are none."""
-    found = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
+    found: list[Any] = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
     return [bias_E.tolist() for bias_E in found if bias_E is not None]
 
 
 def set_biases(model: nn.Module, values: list[list[float]]) -> None:
     """Set what `biases` gave. Raises ValueError if the model has other biases than these."""
-    made = [router for router in routing.routers(model) if getattr(router, "selection_bias", None) is not None]
-    have, given = [len(router.selection_bias) for router in made], [len(each) for each in values]  # type: ignore[arg-type]
-    if have != given:
-        raise ValueError(f"selection biases of {given} experts for a model that has {have}, layer by layer")
-    for router, value in zip(made, values, strict=True):
-        router.selection_bias.copy_(torch.tensor(value))  # type: ignore[operator,union-attr]
+    found: list[Any] = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
+    made = [bias_E for bias_E in found if bias_E is not None]
+    if (given := [len(each) for each in values]) != (have := [len(bias_E) for bias_E in made]):
+        raise ValueError(f"selection biases of {given} experts a layer for a model that has {have}")
+    for bias_E, value in zip(made, values, strict=True):
+        bias_E.copy_(torch.tensor(value))
 
 
 def _weight(router: TrainingRouter) -> torch.Tensor:

@@ -1,8 +1,11 @@
-"""The linear router that comes nearest to a two-layer gate, for the checkpoint that a stock class loads.
+"""The linear router that comes nearest to a two-layer gate or to a biased choice, for what a stock class loads.
 
-The router is a mix of the gate's own first layer, A inner, with A by least squares on the gate's logits centred over
-experts: top-k and softmax see differences alone. Were the inputs elliptical, the least-squares router of all would be
-such a mix; on hidden states of text, E x E free numbers keep more choices than E x D do (docs/released.md).
+- For a two-layer gate the router is a mix of the gate's own first layer, A inner, with A by least squares on the
+  gate's logits centred over experts: top-k and softmax see differences alone. Were the inputs elliptical, the
+  least-squares router of all would be such a mix; on hidden states of text, E x E free numbers keep more choices than
+  E x D do (docs/released.md).
+- For a selection bias b it is plus b v, where v x is as near to 1 as a linear function of the hidden states comes. The
+  bias then acts on the weights too, by e^b before they are normalised; `weight_error` has it.
 
 Shapes: T tokens, D hidden, E routed experts, B windows, L their length.
 """
@@ -23,54 +26,86 @@ from tasks.moe.streamed import Streamed
 
 RIDGE = 1e-6
 """Ridge penalty, as a share of the mean diagonal of the inner logits' second moments."""
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Those tried for the bias, as shares of the mean diagonal of the hidden states' second moments."""
 SAMPLES = 4096
 _ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
 
 
-def fit(gate: Gate, x_TD: torch.Tensor, *, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, float]]:
+def fit(
+    gate: Gate, x_TD: torch.Tensor, *, top_k: int, dtype: torch.dtype, normalised: bool = True
+) -> tuple[torch.Tensor, dict[str, float]]:
     """The router that fits the gate best on three quarters of these inputs, and how well it does on the last one.
 
     Args:
         x_TD: what the FFN reads, float32, on the device to compute on.
         top_k: experts per token.
         dtype: in which the router will be stored; it is judged as stored.
+        normalised: whether the weights of the chosen experts sum to 1; else they are their shares of all experts.
 
     Returns:
         The router [E, D], and as `agreement` the share of the gate's choices that it makes as well, as `weight_error`
-        the mean difference of the weights of the gate's choices, as `r2` the share of the centred logits' variance.
+        the mean difference of the weights of the gate's choices, as `r2` the share of the variance of the centred
+        logits, with the bias, that choose.
     """
     used_TD = x_TD[: -(-len(x_TD) * 3 // 4)]
-    inner_TE = (used_TD @ gate.inner_ED.to(x_TD).T).double()
-    moments_EE = inner_TE.T @ inner_TE
-    moments_EE.diagonal().add_(RIDGE * moments_EE.diagonal().mean())
-    mix_EE = torch.linalg.solve(moments_EE, inner_TE.T @ _centred(gate.logits(used_TD)).double()).T
-    router_ED = (mix_EE @ gate.inner_ED.to(mix_EE)).to(dtype)
-    return router_ED, report(gate, router_ED, x_TD[-max(1, len(x_TD) // 4) :], top_k=top_k)
+    router_ED = gate.inner_ED.to(x_TD.device, torch.float64)
+    if gate.outer_EE is not None:
+        inner_TE = (used_TD @ gate.inner_ED.to(x_TD).T).double()
+        moments_EE = inner_TE.T @ inner_TE
+        moments_EE.diagonal().add_(RIDGE * moments_EE.diagonal().mean())
+        router_ED = torch.linalg.solve(moments_EE, inner_TE.T @ _centred(gate.logits(used_TD)).double()).T @ router_ED
+    if gate.bias_E is not None:
+        router_ED = router_ED + torch.outer(gate.bias_E.to(router_ED), _one(used_TD.double()))
+    router_ED = router_ED.to(dtype)
+    others_TD = x_TD[-max(1, len(x_TD) // 4) :]
+    return router_ED, report(gate, router_ED, others_TD, top_k=top_k, normalised=normalised)
+
+
+def _one(x_TD: torch.Tensor) -> torch.Tensor:
+    """The v for which v x comes nearest to 1 by ridge regression, float64 [D].
+
+    Of RIDGES that is taken which does best on the last quarter when fitted on the rest: there can be as many hidden
+    units as tokens.
+    """
+    cut = len(x_TD) * 3 // 4
+    values_D, vectors_DD = torch.linalg.eigh(x_TD[:cut].T @ x_TD[:cut] / cut)
+    mean_D, scale = vectors_DD.T @ x_TD[:cut].mean(0), values_D.mean()
+    found = [vectors_DD @ (mean_D / (values_D.clamp(min=0) + ridge * scale)) for ridge in RIDGES]
+    return min(found, key=lambda v_D: (x_TD[cut:] @ v_D - 1).square().mean().item())
 
 
 def fit_gaussian(
-    gate: Gate, norm_D: torch.Tensor, *, top_k: int, dtype: torch.dtype, seed: int = 0
+    gate: Gate, norm_D: torch.Tensor, *, top_k: int, dtype: torch.dtype, normalised: bool = True, seed: int = 0
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The same without text, for x = norm * N(0, I), which is what a random direction gives behind RMSNorm.
 
     Least squares over all such x, and all routers, has a closed form by Stein's lemma:
-    E[x tanh(w x)] = E[x x'] w E[tanh'(w x)].
+    E[x tanh(w x)] = E[x x'] w E[tanh'(w x)]. No linear function of such x has anything of a constant, so a bias is
+    left out.
     """
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(SAMPLES, len(norm_D), generator=generator) * norm_D.float()
-    slope_E = (1 - torch.tanh(x_TD @ gate.inner_ED.float().T) ** 2).mean(0)
-    outer_EE = gate.outer_EE.float()
-    router_ED = ((outer_EE - outer_EE.mean(0)) * slope_E @ gate.inner_ED.float()).to(dtype)
-    return router_ED, report(gate, router_ED, x_TD, top_k=top_k)
+    router_ED = gate.inner_ED.float()
+    if gate.outer_EE is not None:
+        slope_E = (1 - torch.tanh(x_TD @ router_ED.T) ** 2).mean(0)
+        outer_EE = gate.outer_EE.float()
+        router_ED = (outer_EE - outer_EE.mean(0)) * slope_E @ router_ED
+    router_ED = router_ED.to(dtype)
+    return router_ED, report(gate, router_ED, x_TD, top_k=top_k, normalised=normalised)
 
 
-def report(gate: Gate, router_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: int) -> dict[str, float]:
+def report(
+    gate: Gate, router_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: int, normalised: bool = True
+) -> dict[str, float]:
     """How near a router comes to the gate on these inputs; see `fit`."""
-    wanted_TE, found_TE = gate.logits(x_TD), x_TD @ router_ED.to(x_TD).T
+    clean_TE, found_TE = gate.logits(x_TD), x_TD @ router_ED.to(x_TD).T
+    wanted_TE = clean_TE if gate.bias_E is None else clean_TE + gate.bias_E.to(clean_TE)
     weights, chosen = [], []
-    for logits_TE in (wanted_TE, found_TE):
-        values, index = logits_TE.topk(top_k, dim=1)
-        weights.append(torch.zeros_like(logits_TE).scatter(1, index, values.softmax(1)))
+    for by_TE, logits_TE in ((wanted_TE, clean_TE), (found_TE, found_TE)):
+        index = by_TE.topk(top_k, dim=1).indices
+        values = logits_TE.gather(1, index).softmax(1) if normalised else logits_TE.softmax(1).gather(1, index)
+        weights.append(torch.zeros_like(logits_TE).scatter(1, index, values))
         chosen.append(torch.zeros_like(logits_TE).scatter(1, index, 1.0))
     centred_TE = _centred(wanted_TE)
     lost = (_centred(found_TE) - centred_TE).square().sum() / centred_TE.square().sum().clamp_min(1e-30)
@@ -84,7 +119,7 @@ def report(gate: Gate, router_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: in
 def refit(
     folder: Path, made: Mapping[int, Gate], ids_BL: np.ndarray | None = None, *, batch: int = 4
 ) -> dict[str, Any]:
-    """Fit the routers of a stock checkpoint to its gates, and write them over those in its files.
+    """Fit the routers of a stock checkpoint to its gates or biased routers, and write them over those in its files.
 
     The text passes the model layer by layer with the exact gates; one layer and the text's hidden states are in
     memory.
@@ -99,7 +134,10 @@ def refit(
         inputs (`text` or `gaussian`), tokens; per layer and as mean what `fit` reports.
     """
     model = Streamed(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    top_k = model.config.num_experts_per_tok
+    how: dict[str, Any] = {
+        "top_k": model.config.num_experts_per_tok,
+        "normalised": getattr(model.config, "norm_topk_prob", True),
+    }
     hidden_BLD = None if ids_BL is None else model.embed(torch.from_numpy(ids_BL))
     layers: dict[str, dict[str, float]] = {}
     for i in range(model.layers):
@@ -110,9 +148,9 @@ def refit(
         stored = model.stored[name]
         if x_TD is None:
             norm_D = model.tensor(f"model.layers.{i}.post_attention_layernorm.weight")
-            router_ED, layers[str(i)] = fit_gaussian(made[i], norm_D, top_k=top_k, dtype=stored.dtype)
+            router_ED, layers[str(i)] = fit_gaussian(made[i], norm_D, dtype=stored.dtype, **how)
         else:
-            router_ED, layers[str(i)] = fit(made[i], x_TD, top_k=top_k, dtype=stored.dtype)
+            router_ED, layers[str(i)] = fit(made[i], x_TD, dtype=stored.dtype, **how)
         _overwrite(stored.file, stored.offset, router_ED)
     mean = {key: float(np.mean([each[key] for each in layers.values()])) for key in next(iter(layers.values()))}
     inputs = {"inputs": "gaussian", "tokens": SAMPLES} if ids_BL is None else {"inputs": "text", "tokens": ids_BL.size}

@@ -23,6 +23,7 @@ class TrainingRouter(nn.Module):
     """Mixed into a stock router's class by `extend`, before it."""
 
     stock: type[nn.Module]
+    top_k: int
     weight: torch.Tensor
     gate: nn.Module | None
     """In the place of the linear map."""
@@ -75,9 +76,7 @@ class TrainingRouter(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         exact_E = self.selection_bias
         super()._apply(fn, recurse)
-        if (
-            exact_E is not None and self.selection_bias is not None
-        ):  # fp32 also in a model that turns to half precision
+        if exact_E is not None and self.selection_bias is not None:  # fp32, whatever the model turns to
             self.selection_bias = exact_E.to(self.selection_bias.device)
         return self
 
@@ -90,6 +89,6 @@ def extend(router: nn.Module) -> TrainingRouter:
         for name in ("gate", "noise"):
             router.register_module(name, None)
         router.register_buffer("selection_bias", None, persistent=False)
+        assert isinstance(router, TrainingRouter)
         router.observers = OrderedDict()
-    assert isinstance(router, TrainingRouter)
     return router

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.moe import counts, gate, routing
+from tasks.moe import counts, routing
 from tasks.moe.routing import Routed
 from tasks.settings import Pretrain
 
@@ -70,7 +70,133 @@ class Balancer:
 
         if not routed:
             return {}
-        raise NotImplementedError
+        counts_LE = torch.stack([_count(each.chosen_TK, self._experts, real_T) for each in routed])
+        self._mine_LE += counts_LE
+        parts = {}
+        if (balance := self._balance(routed, counts_LE, real_T)) is not None:
+            parts["balance"] = self._settings.coefficient * balance
+        if self._settings.z_loss:
+            parts["z"] = self._settings.z_loss * z_loss(routed, real_T=real_T)
+        return parts
+
+    def _balance(
+        self, routed: list[Routed], counts_LE: torch.Tensor, real_T: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        import torch
+
+        match self._settings.loss:
+            case "switch":
+                return switch(routed, counts_LE, tokens=counts_LE[0].sum() / self._top_k, real_T=real_T)
+            case "global_batch":
+                here_LE, ranks = _sum_over_ranks(counts_LE)
+                self._all_LE += here_LE
+                tokens = here_LE[0].sum() / self._top_k / ranks
+                return switch(routed, self._all_LE, tokens=tokens, real_T=real_T)
+            case "cv2":
+                layers = zip(routed, counts_LE, strict=True)
+                return torch.stack([cv2(each, count_E, real_T=real_T) for each, count_E in layers]).sum()
+            case "mixtral":
+                from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+                logits: Any = tuple(each.logits_TE for each in routed)
+                return torch.as_tensor(load_balancing_loss_func(logits, self._experts, self._top_k, real_T))
+            case _:
+                return None
 
     def end(self) -> None:
-        """Move the biases, if this is how tokens are spread; all ranks must call it."""
+        """Move the biases, if this is how tokens are spread; all ranks must call it.
+
+        b += u sign(mean - count) with the counts of the whole step, u the coefficient (arXiv 2408.15664, algorithm 1);
+        then the mean of b over the experts is taken off, which changes no choice and keeps b from drifting.
+        """
+        if self._settings.loss != "bias":
+            return
+        counts_LE = _sum_over_ranks(self._mine_LE)[0].double()
+        toward_LE = (counts_LE.mean(1, keepdim=True) - counts_LE).sign()
+        for router, toward_E in zip(routing.routers(self._model), toward_LE, strict=True):
+            bias_E: Any = router.selection_bias
+            bias_E += self._settings.coefficient * toward_E.float()
+            bias_E -= bias_E.mean()
+
+
+def switch(
+    routed: list[Routed], counts_LE: torch.Tensor, *, tokens: torch.Tensor, real_T: torch.Tensor | None
+) -> torch.Tensor:
+    """E sum_e f_e P_e (arXiv 2101.03961, eq. 4 to 6, for K experts a token), mean over the layers; 1 when even.
+
+    f is the share of the assignments in counts_LE, without a gradient; P the probability of the softmax over all
+    experts, summed over the real tokens and divided by `tokens`. With the counts of one micro-batch and its tokens
+    this is Switch's loss.
+
+    With the counts of a whole batch, on every rank, and the mean number of its tokens on a rank, the mean over the
+    ranks is the loss of the batch (arXiv 2501.11873), whatever each rank's padding. Counts accumulate over the
+    micro-batches of a step: the last one has the counts of the whole step, those before it have what was there by
+    then. So a step of one micro-batch a rank has exactly the loss of its batch, and one of several approaches it.
+    """
+    import torch
+
+    probability_LE = torch.stack([_sum(each.logits_TE.float().softmax(1), real_T) for each in routed])
+    share_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)
+    return counts_LE.shape[1] * (share_LE * probability_LE).sum(1).mean() / tokens.clamp(min=1)
+
+
+def z_loss(routed: list[Routed], *, real_T: torch.Tensor | None) -> torch.Tensor:
+    """Mean over tokens and layers of logsumexp(z)^2, z the logits without noise and bias (arXiv 2202.08906, eq. 5)."""
+    import torch
+
+    squares_TL = torch.stack([each.clean_TE.float().logsumexp(1).square() for each in routed], dim=1)
+    tokens = len(squares_TL) if real_T is None else real_T.sum().clamp(min=1)
+    return _sum(squares_TL, real_T).mean() / tokens
+
+
+def cv2(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) -> torch.Tensor:
+    """cv^2(importance) + cv^2(load) of one layer (arXiv 1701.06538, eq. 6 to 11), cv^2 = variance / mean^2, unbiased.
+
+    Importance is the sum of an expert's weights. Load is the sum of the probabilities with which each token keeps or
+    gets the expert were the noise of this one logit drawn again: Phi((clean - threshold) / std), the threshold being
+    the k-th largest of the other noisy logits. LLaMA-MoE's code compares the noise instead of the noisy logits with
+    the threshold, and so takes the wrong one of two. Without noise, or with all experts chosen, load is the count.
+    """
+    import torch
+
+    zero_TE = torch.zeros_like(routed.logits_TE, dtype=torch.float32)
+    weights_TE = zero_TE.scatter(1, routed.chosen_TK, routed.weights_TK.float())
+    load_E, top_k = count_E.float(), routed.chosen_TK.shape[1]
+    if routed.std_TE is not None and top_k < len(count_E):
+        chosen_TE = zero_TE.bool().scatter(1, routed.chosen_TK, True)
+        highest_TK = routed.logits_TE.float().topk(top_k + 1, dim=1).values
+        threshold_TE = torch.where(chosen_TE, highest_TK[:, -1:], highest_TK[:, -2:-1])
+        margin_TE = (routed.clean_TE.float() - threshold_TE) / routed.std_TE.float()
+        load_E = _sum(torch.special.ndtr(margin_TE), real_T)
+    return _cv2(_sum(weights_TE, real_T)) + _cv2(load_E)
+
+
+def _cv2(value_E: torch.Tensor) -> torch.Tensor:
+    if len(value_E) == 1:
+        return value_E.sum() * 0
+    return value_E.var() / (value_E.mean().square() + 1e-10)
+
+
+def _count(chosen_TK: torch.Tensor, experts: int, real_T: torch.Tensor | None) -> torch.Tensor:
+    """Tokens of each expert, int64 [E]; without a wait for the device, as bincount would need."""
+    import torch
+
+    ones_TK = torch.ones_like(chosen_TK) if real_T is None else real_T[:, None].expand_as(chosen_TK).long()
+    zero_E = torch.zeros(experts, dtype=torch.int64, device=chosen_TK.device)
+    return zero_E.scatter_add(0, chosen_TK.flatten(), ones_TK.flatten())
+
+
+def _sum(value_TX: torch.Tensor, real_T: torch.Tensor | None) -> torch.Tensor:
+    """Sum over the real tokens."""
+    return value_TX.sum(0) if real_T is None else value_TX.masked_fill(~real_T[:, None], 0).sum(0)
+
+
+def _sum_over_ranks(counts_LE: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The counts of all ranks in one all-reduce, and the number of ranks."""
+    from torch import distributed
+
+    total_LE = counts_LE.clone()
+    if not distributed.is_initialized():
+        return total_LE, 1
+    distributed.all_reduce(total_LE)
+    return total_LE, distributed.get_world_size()
