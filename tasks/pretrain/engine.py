@@ -7,6 +7,7 @@ it would build with g++ at the first collective, are switched off.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -148,7 +149,8 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
     groups = trainable.groups(model, params)
     expert_parallel.check(model, params)
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the machine's memory before and after each group
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     except (RuntimeError, OSError, ImportError) as error:
         if message := needs_compiler(error):
             raise TrainingError(message) from error
