@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tasks.corpus.loader import IGNORED, Batch
 from tasks.pretrain import teacher
 from tasks.pretrain.job import Job
-from tasks.settings import Distill
+from tasks.settings.pretrain import Distill
 
 if TYPE_CHECKING:
     import torch
@@ -52,22 +52,33 @@ class Distiller:
             target_BL: the token to be predicted at each position, IGNORED where there is none.
 
         Returns:
+            With a coefficient `logits` above 0, from one pass over the logits:
+            "cross_entropy", in nats per token, and
             "kl": temperature ** 2 * KL(parent | student) in nats per token at that temperature (arXiv 1503.02531).
+            They must enter the sum to be differentiated with the coefficients of the settings (`divergence.losses`).
+
+            With a coefficient `hidden` above 0,
             "hidden": |h - h_parent|^2 / |h_parent|^2, the mean over the layers asked for: of the state before the
             head, or of that and those after every decoder layer but the last. Relative, because a few tokens have
-            huge activations. Only those with a coefficient above 0.
+            huge activations.
         """
         from tasks.pretrain import divergence
 
-        settings, counted_BL = self._settings, target_BL != IGNORED
+        settings = self._settings
         states = self._parent.states(batch, rows=rows, every_layer=self.needs_hidden and settings.layers == "all")
         found = {}
         if settings.logits:
-            parent = divergence.Whole(states[-1].flatten(0, 1), self._parent.logits, temperature=settings.temperature)
-            found["kl"] = divergence.kl(out.logits, parent, counted_BL=counted_BL, temperature=settings.temperature)
+            found["cross_entropy"], found["kl"] = divergence.losses(
+                out.logits,
+                target_BL,
+                divergence.Whole(states[-1].flatten(0, 1), self._parent.logits, temperature=settings.temperature),
+                cross_entropy=settings.cross_entropy,
+                kl=settings.logits,
+                temperature=settings.temperature,
+            )
         if settings.hidden:
             own = teacher.layers(out.hidden_states)[-len(states) :]
-            found["hidden"] = _relative(own, states, counted_BL)
+            found["hidden"] = _relative(own, states, target_BL != IGNORED)
         return found
 
 

@@ -63,7 +63,7 @@ class Teacher:
 
 
 def layers(hidden_states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """transformers' hidden states without the embeddings: after each decoder layer, the last after the final norm too."""
+    """transformers' hidden states but the embeddings: after each decoder layer, the last after the final norm too."""
     return hidden_states[1:]
 
 

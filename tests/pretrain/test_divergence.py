@@ -1,0 +1,148 @@
+"""Cross-entropy and KL in one pass over the logits, against torch's own formulas in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.corpus.loader import IGNORED
+from tasks.pretrain import divergence
+
+B, L, V, D = 3, 7, 50, 8
+
+
+def head(scale: float, dtype: torch.dtype) -> torch.nn.Linear:
+    linear = torch.nn.Linear(D, V, bias=False, dtype=dtype).requires_grad_(False)
+    with torch.no_grad():
+        linear.weight *= scale
+    return linear
+
+
+def problem(
+    seed: int, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.nn.Linear]:
+    """Student's logits, targets of which some are ignored (all of one window), the parent's states and its head."""
+    torch.manual_seed(seed)
+    target_BL = torch.randint(V, (B, L))
+    target_BL[:, -1] = IGNORED
+    target_BL[0, 2:4] = IGNORED
+    target_BL[2] = IGNORED
+    linear = head(scale, dtype)
+    states_TD = torch.randn(B * L, D, dtype=dtype) * 3
+    noise = torch.randn(B * L, V, dtype=dtype) * scale
+    logits_BLV = (linear(states_TD) + noise).view(B, L, V).requires_grad_()
+    return logits_BLV, target_BL, states_TD, linear
+
+
+def plain(
+    logits_BLV: torch.Tensor, target_BL: torch.Tensor, parent_BLV: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle: the mean over counted tokens by torch's functions."""
+    counted_BL = target_BL != IGNORED
+    nats_BL = F.cross_entropy(logits_BLV.transpose(1, 2), target_BL, ignore_index=IGNORED, reduction="none")
+    own, parent = (F.log_softmax(x / temperature, -1) for x in (logits_BLV, parent_BLV))
+    kl_BL = F.kl_div(own, parent, log_target=True, reduction="none").sum(-1) * counted_BL * temperature**2
+    count_B = counted_BL.sum(1).clamp(min=1)
+    return nats_BL.sum(1) / count_B, kl_BL.sum(1) / count_B
+
+
+@pytest.fixture(params=[1, 4 * V, 1 << 18], autouse=True)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token at a time, some, all; of the parent's logits, five."""
+    monkeypatch.setattr(divergence, "_CACHE", request.param)
+    monkeypatch.setattr(divergence, "_PRODUCT", 5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("coefficients", [(1.0, 1.0), (0.0, 2.0), (0.7, 0.1)])
+@pytest.mark.parametrize("scale", [0.1, 6.0])
+def test_losses_and_gradients_are_those_of_the_plain_formulas(
+    temperature: float, coefficients: tuple[float, float], scale: float
+) -> None:
+    logits, target, states, linear = problem(0, scale, torch.float32)
+    exact = logits.detach().double().requires_grad_()
+    wanted = plain(exact, target, linear(states).double().view(B, L, V), temperature)
+    parent = divergence.Whole(states, linear, temperature=temperature)
+    ce, kl = coefficients
+    found = divergence.losses(logits, target, parent, cross_entropy=ce, kl=kl, temperature=temperature)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=2e-6)
+    factor_B = torch.tensor([0.5, 2.0, 1.0])  # windows may weigh differently
+    (factor_B * (ce * found[0] + kl * found[1])).sum().backward()
+    (factor_B * (ce * wanted[0] + kl * wanted[1])).sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30), scale=st.floats(0.01, 20), temperature=st.floats(0.3, 8))
+def test_the_divergence_is_not_negative_and_its_gradient_sums_to_nothing(
+    seed: int, scale: float, temperature: float
+) -> None:
+    logits, target, states, linear = problem(seed, scale, torch.float32)
+    parent = divergence.Whole(states, linear, temperature=temperature)
+    _, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.0, kl=1.0, temperature=temperature)
+    assert (kl_B > -1e-5 * temperature**2).all()
+    kl_B.sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.sum(2), torch.zeros(B, L), rtol=0, atol=1e-5 * max(1, temperature))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_student_equal_to_its_parent_has_no_divergence_and_no_gradient(
+    dtype: torch.dtype, temperature: float
+) -> None:
+    logits, target, _, _ = problem(1, 2.0, dtype)
+    parent = divergence.Whole(logits.detach().flatten(0, 1), lambda states: states, temperature=temperature)
+    _, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.0, kl=1.0, temperature=temperature)
+    kl_B.sum().backward()
+    assert logits.grad is not None
+    assert not kl_B.any()
+    assert not logits.grad.any()
+
+
+def test_in_bfloat16_the_gradient_is_rounded_twice_and_the_losses_are_computed_in_float32() -> None:
+    logits, target, states, linear = problem(2, 2.0, torch.bfloat16)
+    exact = logits.detach().double().requires_grad_()
+    wanted = plain(exact, target, linear(states).double().view(B, L, V), 1.0)
+    parent = divergence.Whole(states, linear, temperature=1.0)
+    found = divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-2, atol=1e-3)  # the parent's logits round too
+    sum(found).sum().backward()
+    sum(wanted).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_ignored_tokens_get_no_gradient() -> None:
+    logits, target, states, linear = problem(3, 1.0, torch.float32)
+    parent = divergence.Whole(states, linear, temperature=1.0)
+    nats_B, kl_B = divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)
+    assert nats_B[2] == kl_B[2] == 0
+    (nats_B + kl_B).sum().backward()
+    assert logits.grad is not None
+    assert torch.equal((logits.grad != 0).any(2), target != IGNORED)
+
+
+def test_other_proportions_than_announced_are_refused() -> None:
+    logits, target, states, linear = problem(4, 1.0, torch.float32)
+    parent = divergence.Whole(states, linear, temperature=1.0)
+    nats_B, kl_B = divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)
+    with pytest.raises(RuntimeError, match=r"weighted as 1\.0 to 1\.0"):
+        (nats_B + 2 * kl_B).sum().backward()
+
+
+def test_a_second_backward_is_refused() -> None:
+    logits, target, states, linear = problem(5, 1.0, torch.float32)
+    parent = divergence.Whole(states, linear, temperature=1.0)
+    total = torch.stack(divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second"):
+        total.backward()
