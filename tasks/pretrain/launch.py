@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from tasks.pretrain import place, supervise
+from tasks.pretrain import memory, place, supervise
 from tasks.pretrain.job import Job, TrainingError
 from tasks.settings import Pretrain
 
@@ -29,10 +29,6 @@ _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)")
 _REPORTS = (b"torch/distributed/elastic/", b"torch.distributed.elastic")
 _CHATTER = (b"[launch.py:", b"[runner.py:", b"[real_accelerator.py:")
-_KILLED = (
-    "killed by signal 9: by hand, or because memory ran out (then lower pretrain.micro_batch or set "
-    "gradient_checkpointing: true)"
-)
 _KINDS = ("told", "killed", "unexpected")
 
 
@@ -72,7 +68,7 @@ def run(job: Job) -> None:
         pump.join(timeout=_GRACE)
     failures = [json.loads(found.read_text()) for found in job.workspace.glob(supervise.FAILURES)]
     if code or failures:
-        raise TrainingError(reason(code, failures, processes=job.params.processes))
+        raise TrainingError(reason(code, failures, params=job.params))
 
 
 def command(job: str, params: Pretrain, *, environ: Mapping[str, str]) -> list[str]:
@@ -184,7 +180,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def reason(code: int, failures: list[dict[str, Any]], *, processes: int) -> str:
+def reason(code: int, failures: list[dict[str, Any]], *, params: Pretrain) -> str:
     """What the user reads: the failure that came first, of the kind that says most, with its rank and host.
 
     When one rank fails the others do too, by losing their peer or by the launcher's hand.
@@ -196,17 +192,17 @@ def reason(code: int, failures: list[dict[str, Any]], *, processes: int) -> str:
     again = "Run again: training goes on from its checkpoint"
     if not failures:
         if code == -signal.SIGKILL:
-            return f"the training process was {_KILLED}. {again}"
+            return f"{memory.killed(params)}. {again}"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         return f"a training process {how}; its own report stands above. {again}"
     first = min(failures, key=lambda failure: (_KINDS.index(failure["kind"]), failure["time"]))
     which = f"rank {first['rank']} on {first['host']}"
     if first["kind"] == "told":
         alike = [failure for failure in failures if failure["message"] == first["message"]]
-        return str(first["message"]) if len(alike) == processes else f"{first['message']} ({which})"
-    which = "the training process" if processes == 1 else f"the training process of {which}"
+        return str(first["message"]) if len(alike) == params.processes else f"{first['message']} ({which})"
     if first["kind"] == "killed":
-        return f"{which} was {_KILLED if first['signal'] == signal.SIGKILL else first['message']}. {again}"
+        killed = memory.killed(params) if first["signal"] == signal.SIGKILL else f"it was {first['message']}"
+        return f"{which}: {killed}. {again}"
     return f"{which} failed: {first['message']}; its own report stands above. {again}"
 
 

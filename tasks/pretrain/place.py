@@ -14,6 +14,7 @@ from typing import Literal
 
 from tasks.pretrain.job import TrainingError
 
+Launcher = Literal["local", "hostfile", "slurm"]
 TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(15000, 32000)
 """Below what Linux gives out for outgoing connections."""
@@ -21,9 +22,7 @@ _BRACKETS = re.compile(r"\[([^\]]*)\]")
 _SEPARATOR = re.compile(r",(?![^\[]*\])")
 
 
-def adopt(
-    environ: MutableMapping[str, str], *, launcher: Literal["local", "hostfile", "slurm"], processes: int
-) -> None:
+def adopt(environ: MutableMapping[str, str], *, launcher: Launcher, processes: int) -> None:
     """Complete `environ` with torch's variables and the number of threads, before torch is loaded.
 
     Args:
@@ -43,6 +42,11 @@ def adopt(
         )
     environ.setdefault("OMP_NUM_THREADS", str(threads(environ)))
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def rank(environ: Mapping[str, str]) -> int:
+    """This process's number in the run, before `adopt` too."""
+    return int(environ.get("RANK") or environ.get("SLURM_PROCID") or 0)
 
 
 def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ launcher and srun do not say whose process died.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -17,9 +18,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tasks import scratch
+from tasks.pretrain import place
 from tasks.pretrain.job import TrainingError
 
 FAILURES = "failure-*.json"
@@ -32,7 +35,8 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
 
     Args:
         train: TrainingError, ValueError and OSError of it are for the user to read; others are printed whole.
-        workspace: gets `failure-<rank>.json`: kind (`told`, `killed`, `unexpected`), message, rank, host, time, signal.
+        workspace: gets `failure-<rank>.json`: kind (`told`, `killed`, `unexpected`), message, rank, host, time, and of
+            one that was killed the signal.
         lifeline: end as soon as standard input closes: whoever started the run holds the other end.
     """
     child = os.fork()
@@ -41,9 +45,16 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
         if lifeline:
             _end_with_input()
         return _train(train, workspace=workspace, quiet=lifeline)
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
     for number in _ASKED:
-        signal.signal(number, lambda number, _frame: os.kill(child, number))
+        signal.signal(number, forward)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for number in _ASKED:  # the launcher ends all ranks when one fails, and this report must still be written
+        signal.signal(number, signal.SIG_IGN)
     if code >= 0:
         return code
     if -code not in _ASKED:
@@ -54,7 +65,7 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
 
 def report(workspace: Path, *, kind: str, message: str, **more: Any) -> None:
     """Write workspace/failure-<rank>.json; a full disk loses it, and the launcher's words remain."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = place.rank(os.environ)
     record = {"kind": kind, "message": message, "rank": rank, "host": socket.gethostname(), "time": time.time()}
     try:
         scratch.write_json(workspace / FAILURES.replace("*", str(rank)), record | more)
