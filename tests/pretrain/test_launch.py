@@ -150,7 +150,7 @@ def test_one_process_needs_no_launcher() -> None:
 def test_a_hostfile_must_have_as_many_slots_as_processes(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("one slots=2\n\n#three slots=4\ntwo slots=1\n")
-    fields = {"launcher": "hostfile", "hostfile": str(hosts), "processes": 4}
+    fields = {"launcher": "hostfile", "hostfile": str(hosts), "processes": 4, "micro_batch": 1}
     with pytest.raises(TrainingError, match=r"processes = 4, and .*hosts has 3 slots \(one: 2, two: 1\)"):
         launch.command("job.json", params(**fields), environ={})
 
