@@ -213,7 +213,7 @@ def test_the_reason_is_the_first_failure_of_the_kind_that_says_most() -> None:
     told = failure(5, message="the disk is full")
     assert launch.reason(1, [lost, killed, told], params=EIGHT) == "the disk is full (rank 5 on host5)"
     assert "rank 3 on host3: it was killed by signal 11 (SIGSEGV). Run again" in launch.reason(
-        1, [lost, killed], processes=8
+        1, [lost, killed], params=EIGHT
     )
     assert "rank 0 on host0 failed: RuntimeError: Connection" in launch.reason(1, [lost], params=EIGHT)
     earlier = failure(7, message="first", time=0.5)
