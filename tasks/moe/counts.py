@@ -1,7 +1,9 @@
 """Sizes, parameters and FLOPs of every model class that is known here, from the config alone.
 
 FLOPs count each multiply-add of a matrix product as two and leave out norms, activations and softmax. Attention counts
-all seq_len x seq_len scores, masked or not, as PyTorch's FlopCounterMode does. Training is three times a forward pass.
+all seq_len x seq_len scores, masked or not, as PyTorch's FlopCounterMode does. Training everything is three times a
+forward pass. What is computed twice by choice (gradient checkpointing) and other models' passes (distillation) are not
+in it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    pass
+    from tasks.settings.pretrain import What
 
 DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MOE_TYPES = ("mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe")
@@ -99,14 +101,41 @@ def parameters(config: Any) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: Any, *, seq_len: int) -> dict[str, int]:
-    """Floating-point operations per token of a sequence of `seq_len` tokens: {forward, train}."""
-    p = _parts(_object(config))
-    sparse = p.router + p.shared_gate + p.shared + p.top_k * p.expert
-    products = p.layers * p.attention + p.sparse * sparse + (p.layers - p.sparse) * p.ffn + p.head
-    scores = 2 * p.layers * p.attention_width * seq_len
-    forward = 2 * (products + scores)
-    return {"forward": forward, "train": 3 * forward}
+def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[str, int]:
+    """Floating-point operations per token of a sequence of `seq_len` tokens: {forward, train}.
+
+    Args:
+        config: as in `experts`.
+        what: is trained: all; experts, the routers and all experts, shared ones too; router. A product costs a forward
+            pass once more for the gradient of its input, if anything below it is trained, and once more for that of
+            its weight, if it is trained.
+
+    Raises:
+        ValueError: a dense model has neither routers nor experts.
+    """
+    config = _object(config)
+    p, sparse = _parts(config), experts(config)["layers"]
+    if what != "all" and not sparse:
+        raise ValueError(f"config.json: model_type = {config.model_type!r} has no {what} to train alone")
+    routing, chosen, shared = p.router, p.top_k * p.expert, p.shared + p.shared_gate
+    scores = 2 * p.attention_width * seq_len
+    layers = p.layers * (p.attention + scores) + p.sparse * (routing + chosen + shared) + (p.layers - p.sparse) * p.ffn
+    forward = layers + p.head
+    if what == "all":
+        return {"forward": 2 * forward, "train": 6 * forward}
+    lowest = sparse[0]  # the input of its block has no gradient
+    sparse_above, layers_above = p.sparse - 1, p.layers - lowest - 1
+    inputs = (  # two more products for each of attention's two, since both sides of them have gradients
+        layers_above * (p.attention + 2 * scores)
+        + sparse_above * (routing + chosen + shared)
+        + (layers_above - sparse_above) * p.ffn
+        + p.head
+    )
+    weights = p.sparse * routing
+    if what == "experts":
+        weights += p.sparse * (chosen + shared)
+        inputs += (chosen + p.shared) // 3  # in the lowest too, down_proj's input has one
+    return {"forward": 2 * forward, "train": 2 * (forward + inputs + weights)}
 
 
 def _object(config: Any) -> Any:

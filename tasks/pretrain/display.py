@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
+_REFRESHES = 2  # a second
+_BAR = 24
 
 
 class Display:
     """Shows the records that the log gets.
 
     On a terminal: a bar with step, loss, learning rate, tokens/s, MFU and the time left, the domains in a table, and
-    the load of the experts; what is said stands above. Elsewhere: the first step, the last, and one line every
-    `every` seconds.
+    the load of the experts; events and what is said stand above. Elsewhere: the first step, the last, and a line every
+    `every` seconds between them.
     """
 
-    def __init__(self, steps: int, *, every: float = 10.0) -> None: ...
+    def __init__(self, steps: int, *, every: float = 10.0) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._steps, self._every = steps, every
+        self._begun = self._shown = time.perf_counter()
+        self._done = 0
+        self._step: dict[str, Any] = {}
+        self._heldout: dict[str, Any] = {}
+        self._weights: dict[str, float] = {}
+        console = Console()
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty():
+            # A thread draws, at a rate of its own: a step only leaves its record.
+            self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=_REFRESHES)
+            self._live.start()
+            console.show_cursor(True)  # rich hides it, and kill -9 would leave it so
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a record of the log: `step`, `heldout` or `event`."""
+        if record["kind"] == "event":
+            self.say(f"step {record['step']}: {record['message']}")
+        elif record["kind"] == "heldout":
+            self._heldout = record
+            losses = "  ".join(f"{domain} {loss:.4f}" for domain, loss in record["losses"].items())
+            self.say(f"held out at step {record['step']}: mean {record['mean']:.4f}  {losses}")
+        else:
+            self._step = record
+            self._done += 1
+            now, step = time.perf_counter(), record["step"]
+            due = self._done == 1 or step == self._steps or now - self._shown >= self._every
+            if not self._live and due:
+                self._shown = now
+                print(self._line(), flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the live display."""
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
         """Stop, and leave the last state on the terminal; may be called twice."""
+        if self._live:
+            self._live.stop()
+            self._live = None
 
     def __enter__(self) -> Self:
         return self
@@ -32,3 +78,55 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _line(self) -> str:
+        """The last step in words."""
+        record, timing = self._step, self._step["timing"]
+        step = record["step"]
+        left = (time.perf_counter() - self._begun) / self._done * (self._steps - step)
+        mfu = f"  MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
+        return (
+            f"step {step}/{self._steps}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"{timing['tokens_per_second']:.0f} tokens/s{mfu}  {clock(left)} left"
+        )
+
+    def _draw(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = []
+        if self._heldout or self._step:
+            parts.append(self._table())
+        if load := self._step.get("experts"):
+            parts.append(
+                Text(
+                    f"experts: entropy {load['entropy']:.3f} of 1, busiest {load['peak']:.1%}, "
+                    f"{load['dead']} without tokens"
+                )
+            )
+        filled = _BAR * self._step["step"] // self._steps if self._step else 0
+        bar = Text("█" * filled + "░" * (_BAR - filled) + " ", style="cyan", end="", no_wrap=True)
+        parts.append(bar + Text(self._line() if self._step else f"step 0/{self._steps}"))
+        return Group(*parts)
+
+    def _table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("domain")
+        for title in ("weight", "loss", "held out", "epochs"):
+            table.add_column(title, justify="right")
+        steps, losses = self._step.get("domains", {}), self._heldout.get("losses", {})
+        weights = self._heldout.get("weights", {})
+        for domain in losses or steps:
+            step = steps.get(domain, {})
+            cells = ((weights.get(domain), 3), (step.get("loss"), 4), (losses.get(domain), 4), (step.get("epochs"), 3))
+            table.add_row(domain, *("–" if value is None else f"{value:.{digits}f}" for value, digits in cells))
+        return table
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07 or 1:02:03."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

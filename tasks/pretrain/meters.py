@@ -1,17 +1,51 @@
 """Figures of a step: load of the experts, memory, FLOP/s and the share of the machine's peak (MFU).
 
+MFU counts what training on a token needs with the parameters that are active for it, no more: what gradient
+checkpointing computes twice, padded rows, and the passes of a teacher are not in it, though they take their time.
+
 L = sparse layers, E = experts of a layer.
 """
 
 from __future__ import annotations
 
+import re
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tasks.moe import counts
+
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from tasks.settings.pretrain import What
+
+BF16_PEAKS = {
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756.5e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "GH200": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989.4e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 149.7e12,
+    "A6000": 154.8e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets; the first name that a card's has as a word."""
+_DIGITS = 4  # of the shares in the log: 30 layers a step add up
 
 
 def expert_load(load_LE: np.ndarray, *, detailed: bool) -> dict[str, Any]:
@@ -22,27 +56,68 @@ def expert_load(load_LE: np.ndarray, *, detailed: bool) -> dict[str, Any]:
         detailed: the counts too.
 
     Returns:
-        used: share of the experts that got tokens; entropy: of the shares, over that of the even spread (1: even);
-        peak: the busiest expert's share of the tokens; each the mean over the layers. dead: experts without tokens,
-        over all layers. layers: {used, entropy, peak}: a number a layer each, in the order of the sparse layers.
-        tokens: load_LE as lists, if `detailed`. An empty dict for a dense model.
+        used: share of the experts that got tokens; entropy: of the experts' shares of the tokens, over ln E (1: an
+        even spread); peak: the busiest expert's share; each the mean over the layers. dead: experts without tokens, in
+        all layers. layers: {used, entropy, peak}, each a number a layer, in the order of the sparse layers. tokens:
+        load_LE as lists, if `detailed`. An empty dict for a dense model.
     """
-    raise NotImplementedError
+    if not load_LE.size:
+        return {}
+    share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1)
+    surprise_LE = -share_LE * np.log(np.where(share_LE > 0, share_LE, 1.0))
+    layers = {
+        "used": (load_LE > 0).mean(1),
+        "entropy": surprise_LE.sum(1) / np.log(max(load_LE.shape[1], 2)),
+        "peak": share_LE.max(1),
+    }
+    found: dict[str, Any] = {name: round(float(values.mean()), _DIGITS) for name, values in layers.items()}
+    found["dead"] = int((load_LE == 0).sum())
+    found["layers"] = {name: values.round(_DIGITS).tolist() for name, values in layers.items()}
+    if detailed:
+        found["tokens"] = load_LE.tolist()
+    return found
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes of this process: rss, rss_peak; on CUDA also allocated, allocated_peak, reserved_peak."""
-    raise NotImplementedError
+    """Bytes of this process: rss, rss_peak; on CUDA also allocated, allocated_peak and reserved_peak of `device`."""
+    import torch
+
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    found = {name: int(fields[key].split()[0]) << 10 for name, key in (("rss", "VmRSS"), ("rss_peak", "VmHWM"))}
+    if device.type == "cuda":
+        found["allocated"] = torch.cuda.memory_allocated(device)
+        found["allocated_peak"] = torch.cuda.max_memory_allocated(device)
+        found["reserved_peak"] = torch.cuda.max_memory_reserved(device)
+    return found
 
 
 def flops(config: Any, *, seq_len: int, what: What = "all") -> int:
-    """FLOPs of training on one token: forward, and backward for `what` is trained, on active parameters."""
-    raise NotImplementedError
+    """FLOPs of training on one token with its active parameters: a forward pass, and the backward for `what`."""
+    return counts.flops_per_token(config, seq_len=seq_len, what=what)["train"]
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU is a share of: a known card's dense peak, else the speed of a square matrix product here."""
-    raise NotImplementedError
+def peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, rounds: int = 5) -> float:
+    """FLOP/s of one device that MFU is a share of.
+
+    Of a card in BF16_PEAKS, for bf16 and fp16, its data sheet's; else the best of `rounds` products of square matrices
+    of `size` (8 times that on CUDA) in `dtype`, with the threads that this process has.
+    """
+    import torch
+
+    if device.type == "cuda":
+        if dtype in {torch.bfloat16, torch.float16}:
+            name = torch.cuda.get_device_name(device)
+            known = next((value for card, value in BF16_PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
+            if known is not None:
+                return known
+        size *= 8
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()  # the read waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
 
 
 def timing(
@@ -58,13 +133,22 @@ def timing(
 
     Args:
         seconds: of the whole step.
-        spent: seconds of its parts: data, forward, backward, optimizer.
+        spent: seconds of its parts, such as data, forward, backward, optimizer.
         tokens: of the global batch.
         flops_per_token: `flops`.
         peak: FLOP/s of all ranks together.
         device: this rank's.
 
     Returns:
-        seconds, the parts, other (the rest), tokens_per_second, flops_per_second, mfu, memory.
+        seconds, the parts, other (what they leave), tokens_per_second, flops_per_second, mfu, memory.
     """
-    raise NotImplementedError
+    speed = tokens / seconds
+    return {
+        "seconds": seconds,
+        **spent,
+        "other": seconds - sum(spent.values()),
+        "tokens_per_second": speed,
+        "flops_per_second": flops_per_token * speed,
+        "mfu": flops_per_token * speed / peak,
+        "memory": memory(device),
+    }

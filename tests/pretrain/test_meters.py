@@ -1,0 +1,162 @@
+"""Figures of a step, held to PyTorch's own FLOP counter, to closed forms and to what the system says."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import moe_kernels.flops  # noqa: F401  (tells the counter what the operators of moe_kernels compute)
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks.moe import counts
+from tasks.pretrain import meters, trainable
+from tasks.settings.pretrain import What
+
+CPU = torch.device("cpu")
+TOKENS = 48
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "attn_implementation": "eager",
+}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [2]}
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mixtral": LOCAL,
+    "granitemoe": LOCAL,
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 32},
+    "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**QWEN, "mlp_only_layers": [0]},
+}
+assert tuple(OWN) == counts.MODEL_TYPES
+CASES = [
+    (kind, experts, what)
+    for kind in counts.MODEL_TYPES
+    for experts in (("eager",) if kind in counts.DENSE_TYPES else ("eager", "moe_kernels"))
+    for what in (("all",) if kind in counts.DENSE_TYPES else ("all", "experts", "router"))
+]
+
+
+@pytest.mark.parametrize(("kind", "experts", "what"), CASES)
+def test_flops_of_a_training_step_agree_with_pytorchs_counter_within_2_percent(
+    kind: str, experts: str, what: What
+) -> None:
+    import moe_kernels
+
+    moe_kernels.register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **OWN[kind], experts_implementation=experts)
+    model = AutoModelForCausalLM.from_config(config)
+    trainable.activate(model, what)
+    ids = torch.randint(config.vocab_size, (2, TOKENS // 2))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    counted = meters.flops(config, seq_len=TOKENS // 2, what=what) * TOKENS
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_dense_model_has_no_router_to_train_alone() -> None:
+    with pytest.raises(ValueError, match=r"model_type = 'llama' has no router to train alone"):
+        meters.flops(AutoConfig.for_model("llama", **SIZES), seq_len=8, what="router")
+
+
+LOADS = st.tuples(st.integers(1, 4), st.integers(1, 9)).flatmap(
+    lambda shape: arrays.arrays(np.int64, shape, elements=st.integers(0, 10**9))
+)
+
+
+@given(LOADS)
+@settings(max_examples=60, deadline=None)
+def test_the_load_of_the_experts_is_what_its_definitions_say(load_LE: np.ndarray) -> None:
+    found = meters.expert_load(load_LE, detailed=True)
+    for layer, load_E in enumerate(load_LE.tolist()):
+        shares = [load / max(sum(load_E), 1) for load in load_E]
+        entropy = -sum(share * math.log(share) for share in shares if share) / math.log(max(len(load_E), 2))
+        assert found["layers"]["entropy"][layer] == pytest.approx(entropy, abs=1e-4)
+        assert found["layers"]["peak"][layer] == pytest.approx(max(shares), abs=1e-4)
+        assert found["layers"]["used"][layer] == pytest.approx(
+            sum(load > 0 for load in load_E) / len(load_E), abs=1e-4
+        )
+    for name in ("used", "entropy", "peak"):
+        assert found[name] == pytest.approx(np.mean(found["layers"][name]), abs=1e-4)
+    assert found["dead"] == int((load_LE == 0).sum())
+    assert found["tokens"] == load_LE.tolist()
+
+
+def test_an_even_load_has_entropy_1_and_a_single_expert_0() -> None:
+    found = meters.expert_load(np.array([[5, 5, 5, 5], [20, 0, 0, 0]]), detailed=False)
+    assert found["layers"] == {"used": [1.0, 0.25], "entropy": [1.0, 0.0], "peak": [0.25, 1.0]}
+    assert (found["entropy"], found["dead"]) == (0.5, 3)
+    assert "tokens" not in found
+
+
+def test_a_dense_model_has_no_load() -> None:
+    assert meters.expert_load(np.zeros((0, 0), dtype=np.int64), detailed=True) == {}
+
+
+def test_memory_is_what_this_process_has_and_its_peak_outlives_it() -> None:
+    code = (
+        "import numpy, torch; from tasks.pretrain import meters; cpu = torch.device('cpu'); "
+        "before = meters.memory(cpu); block = numpy.ones(1 << 25); during = meters.memory(cpu); del block; "
+        "after = meters.memory(cpu); print(*(f[k] for f in (before, during, after) for k in ('rss', 'rss_peak')))"
+    )
+    paths = {"PYTHONPATH": str(Path(meters.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, check=True)
+    before, _, during, during_peak, after, after_peak = map(int, done.stdout.split())
+    block = 8 << 25
+    assert during - before == pytest.approx(block, rel=0.05)
+    assert during - after == pytest.approx(block, rel=0.05)
+    assert min(during_peak, after_peak) >= during - (1 << 20)  # Linux counts pages in batches, per thread
+
+
+def test_timing_adds_up_and_mfu_is_flops_over_the_peak() -> None:
+    spent = {"data": 0.1, "forward": 0.5, "backward": 1.0, "optimizer": 0.2}
+    found = meters.timing(2.0, spent, tokens=1000, flops_per_token=3_000_000, peak=6e9, device=CPU)
+    assert found["other"] == pytest.approx(0.2)
+    assert found["tokens_per_second"] == 500
+    assert found["flops_per_second"] == 1.5e9
+    assert found["mfu"] == 0.25
+    assert found["memory"]["rss"] > 0
+
+
+def test_the_peak_of_a_processor_is_the_speed_of_its_best_matrix_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    assert meters.peak(CPU, torch.float32, size=64, rounds=3) == 2 * 64**3 / 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L40S", 362e12),
+    ],
+)
+def test_a_known_card_has_the_peak_of_its_data_sheet(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    assert meters.peak(torch.device("cuda"), torch.bfloat16) == peak
