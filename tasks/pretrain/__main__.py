@@ -1,10 +1,10 @@
 """Continually pre-train the split model of a pipeline.
 
-    python -m tasks.pretrain PIPELINE
+    python -m tasks.pretrain PIPELINE [--discard]
 
 Reads runs/<pipeline>/{moe/,mixture.json} and data/corpora/<corpus>/; writes runs/<pipeline>/{trained/,training/,
 pretrain.json,loss.csv,heldout.csv}. Stopped at any moment, even by kill -9, the same command goes on from the last
-checkpoint and ends with the same weights and the same log.
+checkpoint and ends with the same weights and the same log. With --discard, it deletes the unfinished work instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from tasks import scratch, settings
-from tasks.pretrain import launch, outputs
-from tasks.pretrain.job import Job, TrainingError, identity
+from tasks.pretrain import launch, outputs, resume
+from tasks.pretrain.job import Job, TrainingError
 
 
 def run(pipeline: str) -> Path:
@@ -29,17 +29,23 @@ def run(pipeline: str) -> Path:
     root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus
     model, mixture, manifest = root / "moe", root / "mixture.json", corpus / "manifest.json"
     parent = Path("data/models") / entry.model
-    needed = {parent / "config.json": "model", model / "config.json": "partition", mixture: "mixture", manifest: "corpus"}
+    needed = {
+        parent / "config.json": "model",
+        model / "config.json": "partition",
+        mixture: "mixture",
+        manifest: "corpus",
+    }
     for path, stage in needed.items():
         if not path.exists():
             raise TrainingError(f"{path}: not found; run the stage `{stage}` first")
     inputs = {
-        "params": identity(entry.pretrain),
         "model": scratch.digest(model),
         "mixture": _decided(mixture),
         "corpus": scratch.digest(manifest),
     }
-    with scratch.workspace("pretrain", pipeline, inputs=inputs) as workspace:
+    with resume.workspace(pipeline, params=entry.pretrain, inputs=inputs) as (workspace, notes):
+        for note in notes:
+            print(note, flush=True)
         job = Job(
             pipeline=pipeline,
             params=entry.pretrain,
@@ -64,9 +70,11 @@ def _decided(mixture: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.pretrain", description="Continually pre-train a pipeline.")
     parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
-    pipeline = parser.parse_args().pipeline
+    parser.add_argument("--discard", action="store_true", help="delete its unfinished training, and train nothing")
+    arguments = parser.parse_args()
+    pipeline = arguments.pipeline
     try:
-        print(run(pipeline))
+        print(resume.discard(pipeline) if arguments.discard else run(pipeline))
     except (ValueError, TrainingError, scratch.BusyError, OSError) as error:
         print(f"pretrain {pipeline}: {error}", file=sys.stderr)
         return 1

@@ -241,11 +241,5 @@ class Checkpoints:
                 files.delete(self.folder / tag(old))
 
 
-def needs_universal(folder: Path, *, world_size: int, zero_stage: int) -> bool:
-    """True if the newest checkpoint was written at another world size, so that the engine will read it converted."""
-    state = find(folder)
-    return zero_stage > 0 and state is not None and state["world_size"] != world_size
-
-
 def _marker(staging: Path, rank: int) -> Path:
     return staging / f"written-{rank}.json"

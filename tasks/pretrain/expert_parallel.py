@@ -158,9 +158,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
             found[name] = whole.to("cpu", torch.float32, copy=True)
     if torch.distributed.get_rank() != 0:
         return None
-    weights = _stock(
-        found, list(blocks), router=_FIELDS[engine.module.config.model_type].get("router_pattern", "gate")
-    )
+    weights = stock(found, model_type=engine.module.config.model_type)
     try:
         families.account(
             {name: tuple(tensor.shape) for name, tensor in weights.items()}, families.expected(engine.module.config)
@@ -206,12 +204,13 @@ def _gather(own: torch.Tensor, block: Any) -> torch.Tensor:
     return whole
 
 
-def _stock(found: dict[str, torch.Tensor], blocks: list[str], *, router: str) -> dict[str, torch.Tensor]:
-    """AutoEP's names and expert matrices as the stock class has them."""
+def stock(found: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch.Tensor]:
+    """Whole tensors under AutoEP's names, as the stock class names and joins them."""
     import torch
 
+    blocks = [name.removesuffix(".experts.w1") for name in found if name.endswith(".experts.w1")]
     parts = {
-        "router.gate.": f"{router}.",
+        "router.gate.": f"{_FIELDS[model_type].get('router_pattern', 'gate')}.",
         "shared_experts.": "shared_expert.",
         "shared_experts_gate.": "shared_expert_gate.",
     }

@@ -7,7 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from tasks import scratch
 from tasks.settings import Pretrain
@@ -43,18 +44,17 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Job:
+        """Read workspace/job.json. Raises TrainingError if code with other settings wrote it."""
         fields = json.loads(path.read_text())
-        folders = {name: Path(fields[name]) for name in _FOLDERS}
-        return cls(pipeline=fields["pipeline"], params=Pretrain(**fields["params"]), **folders)
-
-
-def identity(params: Pretrain) -> dict[str, Any]:
-    """The settings that decide the run's course. Work begun with others is not found again.
-
-    `processes` and `save_every` are left out: changing them must find the checkpoint, the one to refuse it with a
-    reason, the other to go on from it.
-    """
-    return params.model_dump(exclude={"processes", "save_every"})
+        try:
+            params = Pretrain(**fields["params"])
+            folders = {name: Path(fields[name]) for name in _FOLDERS}
+        except (KeyError, ValidationError) as error:
+            raise TrainingError(
+                f"{path} was written by code with other settings ({str(error).splitlines()[0]}); read it with that "
+                "code, or train again"
+            ) from None
+        return cls(pipeline=fields["pipeline"], params=params, **folders)
 
 
 def code_version() -> str:

@@ -24,8 +24,6 @@ def load(engine: DeepSpeedEngine, folder: Path, *, name: str, universal: bool) -
     path, _ = engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
     if path is None:
         raise TrainingError(f"{folder / name}: DeepSpeed cannot load this checkpoint")
-    if universal:
-        _load_buffers(engine, Path(path))
 
 
 def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], params: Pretrain, rank: int) -> None:
@@ -91,16 +89,3 @@ def convert(source: Path, target: Path) -> None:
     finally:
         (target.parent / "latest_universal").unlink(missing_ok=True)  # its pointer, which nobody reads
     staging.rename(target)
-
-
-def _load_buffers(engine: DeepSpeedEngine, path: Path) -> None:
-    """DeepSpeed's universal checkpoints restore parameters alone."""
-    import torch
-
-    from tasks.pretrain import background
-
-    saved = background.load(path)["module"]
-    with torch.no_grad():
-        for name, buffer in engine.module.named_buffers():
-            if name in saved:
-                buffer.copy_(saved[name])

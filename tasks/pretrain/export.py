@@ -1,0 +1,269 @@
+"""Write a Hugging Face checkpoint: at the end of a run, or of any step whose checkpoint is kept, while it goes on.
+
+    python -m tasks.pretrain.export PIPELINE [--step N] [--to DIR]
+
+Reads .scratch/pretrain-<pipeline>/; writes DIR, or runs/<pipeline>/exported/step-<N>/. Without --step, the newest. The
+weights are the fp32 masters in the split model's dtype, and load with `AutoModelForCausalLM` and none of this code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tasks import scratch
+from tasks.pretrain import checkpoint_files
+from tasks.pretrain.job import JOB, Job, TrainingError
+from tasks.settings import Pretrain
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.corpus.loader import Loader
+
+FIT_TOKENS = 8192
+"""Training tokens on which linear routers are fitted to two-layer gates."""
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Export a kept checkpoint of an unfinished run, which may be going on.
+
+    Returns:
+        The folder, and what `write` returns.
+
+    Raises:
+        TrainingError: there is no such checkpoint, or it cannot be exported.
+    """
+    from tasks.corpus import manifest
+    from tasks.pretrain import batches
+
+    source = _unfinished(pipeline)
+    job = Job.read(source / JOB)
+    with scratch.workspace("export", pipeline) as folder:
+        linked = folder / "checkpoints"
+        state = _hold(source / "checkpoints", linked, step=step)
+        target = to or Path("runs") / pipeline / "exported" / state["tag"]
+        if to is not None and to.exists() and any(to.iterdir()):
+            raise TrainingError(f"--to {to}: the folder is not empty; name another")
+        params = Pretrain(**state["params"])
+
+        def windows() -> np.ndarray:
+            sampler, loader = batches.draw(
+                job, state["weights"], corpus_sha256=manifest.load(job.corpus).sha256, rank=0,
+                world_size=state["world_size"],
+            )  # fmt: skip
+            with loader:
+                sampler.restore(state["sampler"])
+                return next_windows(loader)
+
+        weights = masters(linked / state["tag"], params=params, model=job.model)
+        made = folder / "made"
+        shutil.rmtree(made, ignore_errors=True)
+        fit = write(made, weights, model=job.model, biases=state.get("biases"), windows=windows)
+        scratch.publish(made, target)
+        shutil.rmtree(folder)
+    return target, fit
+
+
+def write(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    *,
+    model: Path,
+    biases: list[list[float]] | None,
+    windows: Callable[[], np.ndarray],
+) -> dict[str, Any]:
+    """Write a checkpoint into a new folder, in the split model's dtype and with the files beside it.
+
+    Two-layer gates and selection biases go into gates.safetensors, and linear routers fitted to them into the
+    checkpoint.
+
+    Args:
+        weights: every parameter, whole, by its name in training; tied ones under their first name.
+        model: the split model's folder.
+        biases: of the choice, by sparse layer, if training had them.
+        windows: makes token windows [B, L] to fit routers on; called only if there is something to fit.
+
+    Returns:
+        How near linear routers come to the trained ones, as `gate_fit`; {} if these were linear.
+
+    Raises:
+        ValueError: names or shapes are not those of the split model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from tasks.moe import families, gate, linear
+
+    disable_progress_bar()
+    dtype = getattr(torch, source_dtype(model))
+    folder.mkdir(parents=True)
+    for path in model.iterdir():  # tokenizer, generation_config, chat template: byte for byte
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(path, folder / path.name)
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    gates = gate.take_out(weights, biases=biases)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    try:
+        families.account(shapes, families.expected(config))
+    except ValueError as error:
+        raise ValueError(f"what was trained {error}; nothing was exported") from None
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    stock.save_pretrained(folder, state_dict=weights)
+    stock.config.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes 0600
+    if not gates:
+        return {}
+    gate.write(folder, gates)
+    return {"gate_fit": linear.refit(folder, gates, windows())}
+
+
+def next_windows(loader: Loader) -> np.ndarray:
+    """What training would read next: windows [B, L] of FIT_TOKENS or more."""
+    found = [loader.next().input_ids]
+    found += [loader.next().input_ids for _ in range(FIT_TOKENS // found[0].size)]
+    return np.concatenate(found)
+
+
+def source_dtype(model: Path) -> str:
+    """The dtype that a checkpoint's config.json states, such as `float32`."""
+    config = json.loads((model / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def masters(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of a checkpoint, whole and in fp32: what engine.full_weights gave at that step.
+
+    Args:
+        path: a checkpoint that this machine wrote; parts of it are read with pickle.
+        params: the settings that it was written with.
+        model: the split model's folder.
+
+    Raises:
+        TrainingError: expert parallelism with ZeRO-3, whose checkpoints only its own processes can read.
+    """
+    from tasks.pretrain import background
+
+    if params.expert_parallel > 1:
+        found = _of_experts(path, params=params, model=model)
+    elif params.zero_stage == 3:
+        found = _from_shards(path)
+    else:
+        state = background.load(path / "mp_rank_00_model_states.pt")
+        found = {name: tensor.float() for name, tensor in state["module"].items()}  # of what is never trained, too
+        if params.zero_stage:
+            found |= _from_shards(path)
+        elif "fp32_groups" in state["optimizer"]:  # bfloat16
+            found |= _from_groups(state["optimizer"]["fp32_groups"], params=params, model=model)
+    if json.loads((model / "config.json").read_text()).get("tie_word_embeddings"):
+        found.pop("lm_head.weight", None)
+    return found
+
+
+def _from_shards(path: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
+    return found
+
+
+def _from_groups(groups: Any, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
+    """ZeRO-0's masters, which the checkpoint holds in the order of the optimizer's groups."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tasks.moe import gate
+    from tasks.pretrain import trainable
+
+    with torch.device("meta"):
+        like = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True))
+    gate.swap_in(like, gate.read(model))
+    if params.noise:
+        gate.add_noise(like)
+    names = {id(parameter): name for name, parameter in like.named_parameters()}
+    found = {}
+    for group, tensors in zip(trainable.groups(like, params), groups, strict=True):
+        for parameter, master in zip(group["params"], tensors, strict=True):
+            found[names[id(parameter)]] = master
+    return found
+
+
+def _of_experts(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint whose experts are spread over processes."""
+    import torch
+
+    from tasks.pretrain import expert_parallel, reshape
+
+    if reason := expert_parallel.can_reshape(params):
+        raise TrainingError(f"{path} cannot be exported before the run is finished: {reason}")
+    whole = path.with_name("universal")
+    reshape.convert(path, whole)
+    found = {
+        file.parent.name: torch.load(file, weights_only=True)["param"] for file in (whole / "zero").glob("*/fp32.pt")
+    }
+    shutil.rmtree(whole)
+    return expert_parallel.stock(found, model_type=json.loads((model / "config.json").read_text())["model_type"])
+
+
+def _hold(source: Path, target: Path, *, step: int | None) -> dict[str, Any]:
+    """Link a checkpoint's files into target/, where the run's retention cannot delete them; returns its state."""
+    shutil.rmtree(target, ignore_errors=True)
+    while True:
+        state = checkpoint_files.find(source) if step is None else checkpoint_files.read(source, step)
+        if state is None:
+            raise TrainingError(f"{source} has no checkpoint yet; the first comes at step pretrain.save_every")
+        try:
+            shutil.copytree(source / state["tag"], target / state["tag"], copy_function=os.link)
+            return state
+        except (FileNotFoundError, shutil.Error):  # the run deleted it meanwhile, and has a newer one
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def _unfinished(pipeline: str) -> Path:
+    pointers = (scratch.ROOT / f"pretrain-{pipeline}").glob("*/checkpoints/latest.json")
+    newest = max(pointers, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise TrainingError(
+            f"{pipeline} has no unfinished training with a checkpoint; a finished one is in runs/{pipeline}/trained"
+        )
+    return newest.parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.pretrain.export", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
+    parser.add_argument("--step", type=int, help="a step whose checkpoint is kept; the newest if absent")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="runs/PIPELINE/exported/step-N if absent")
+    arguments = parser.parse_args()
+    try:
+        folder, fit = run(arguments.pipeline, step=arguments.step, to=arguments.to)
+    except (ValueError, TrainingError, scratch.BusyError, OSError) as error:
+        print(f"export {arguments.pipeline}: {error}", file=sys.stderr)
+        return 1
+    if fit:
+        mean = ", ".join(f"{name} {value:.4f}" for name, value in fit["gate_fit"]["mean"].items())
+        print(f"linear routers fitted to the gates: {mean}")
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
