@@ -27,8 +27,9 @@ from tasks.pretrain import objective
 from tasks.pretrain.distil import Distiller
 from tasks.pretrain.job import Job, TrainingError
 from tasks.settings import Pretrain
+from tasks.settings.pretrain import Distill
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -36,7 +37,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.3,
 }
-STUDENTS = {
+STUDENTS: dict[str, Any] = {
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"intermediate_size": 16, "num_local_experts": 4}),
     "granitemoeshared": (
         GraniteMoeSharedForCausalLM,
@@ -68,7 +69,9 @@ def job(parent: Path, tmp_path: Path, **distill: Any) -> Job:
     model = tmp_path / "moe"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps({**SIZES, "model_type": "mixtral"}))
-    params = Pretrain(tokens=1, seq_len=LENGTH, batch=2, learning_rate=1.0, distill=distill or None)
+    params = Pretrain(
+        tokens=1, seq_len=LENGTH, batch=2, learning_rate=1.0, distill=Distill(**distill) if distill else None
+    )
     return Job(
         pipeline="p", params=params, corpus=tmp_path, model=model, parent=parent, mixture=tmp_path, workspace=tmp_path
     )
@@ -247,7 +250,9 @@ def test_a_window_without_targets_has_losses_of_0(parent: Path, tmp_path: Path) 
     batch = replace(batch, labels=np.full_like(batch.labels, IGNORED))
     found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
     assert [loss.tolist() for loss in found.values()] == [[0, 0]] * 3
-    assert all(gradient.isfinite().all() for gradient in gradients(model, sum(found.values()).sum()).values())
+    assert all(
+        gradient.isfinite().all() for gradient in gradients(model, torch.stack(list(found.values())).sum()).values()
+    )
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers"])

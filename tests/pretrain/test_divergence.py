@@ -114,8 +114,8 @@ def test_in_bfloat16_the_gradient_is_rounded_twice_and_the_losses_are_computed_i
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-2, atol=1e-3)  # the parent's logits round too
-    sum(found).sum().backward()
-    sum(wanted).sum().backward()
+    torch.stack(found).sum().backward()
+    torch.stack(wanted).sum().backward()
     assert logits.grad is not None
     assert logits.grad.dtype == torch.bfloat16
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-2, atol=1e-4)
