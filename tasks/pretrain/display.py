@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
+    from rich.live import Live
 
 _REFRESHES = 2  # a second
 _BAR = 24
@@ -25,21 +26,16 @@ class Display:
 
     def __init__(self, steps: int, *, every: float = 10.0) -> None:
         from rich.console import Console
-        from rich.live import Live
 
         self._steps, self._every = steps, every
-        self._begun = self._shown = time.perf_counter()
+        self._begun = self._shown = 0.0
         self._done = 0
         self._step: dict[str, Any] = {}
         self._heldout: dict[str, Any] = {}
-        self._weights: dict[str, float] = {}
         console = Console()
+        on_terminal = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+        self._console = console if on_terminal else None
         self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty():
-            # A thread draws, at a rate of its own: a step only leaves its record.
-            self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=_REFRESHES)
-            self._live.start()
-            console.show_cursor(True)  # rich hides it, and kill -9 would leave it so
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a record of the log: `step`, `heldout` or `event`."""
@@ -50,18 +46,23 @@ class Display:
             losses = "  ".join(f"{domain} {loss:.4f}" for domain, loss in record["losses"].items())
             self.say(f"held out at step {record['step']}: mean {record['mean']:.4f}  {losses}")
         else:
+            now, step = time.perf_counter(), record["step"]
+            if not self._done:
+                self._begun = now - record["timing"]["seconds"]
             self._step = record
             self._done += 1
-            now, step = time.perf_counter(), record["step"]
             due = self._done == 1 or step == self._steps or now - self._shown >= self._every
-            if not self._live and due:
+            if self._console:
+                self._start()
+            elif due:
                 self._shown = now
                 print(self._line(), flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the live display."""
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._console:
+            self._start()
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -69,7 +70,7 @@ class Display:
         """Stop, and leave the last state on the terminal; may be called twice."""
         if self._live:
             self._live.stop()
-            self._live = None
+            self._live = self._console = None
 
     def __enter__(self) -> Self:
         return self
@@ -79,10 +80,22 @@ class Display:
     ) -> None:
         self.close()
 
+    def _start(self) -> None:
+        from rich.live import Live
+
+        if self._live or not self._console:
+            return
+        # A thread draws, at a rate of its own: a step only leaves its record.
+        self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=_REFRESHES)
+        self._live.start()
+        self._console.show_cursor(True)  # rich hides it, and kill -9 would leave it so
+
     def _line(self) -> str:
         """The last step in words."""
-        record, timing = self._step, self._step["timing"]
-        step = record["step"]
+        record = self._step
+        if not record:
+            return f"step 0/{self._steps}"
+        timing, step = record["timing"], record["step"]
         left = (time.perf_counter() - self._begun) / self._done * (self._steps - step)
         mfu = f"  MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
         return (
@@ -94,23 +107,21 @@ class Display:
         from rich.console import Group
         from rich.text import Text
 
+        one_line: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
         parts: list[RenderableType] = []
         if self._heldout or self._step:
             parts.append(self._table())
         if load := self._step.get("experts"):
-            parts.append(
-                Text(
-                    f"experts: entropy {load['entropy']:.3f} of 1, busiest {load['peak']:.1%}, "
-                    f"{load['dead']} without tokens"
-                )
-            )
+            busiest = f"busiest {load['peak']:.1%}, {load['dead']} without tokens"
+            parts.append(Text(f"experts: entropy {load['entropy']:.3f} of 1, {busiest}", **one_line))
         filled = _BAR * self._step["step"] // self._steps if self._step else 0
-        bar = Text("█" * filled + "░" * (_BAR - filled) + " ", style="cyan", end="", no_wrap=True)
-        parts.append(bar + Text(self._line() if self._step else f"step 0/{self._steps}"))
+        bar = ("█" * filled + "░" * (_BAR - filled), "cyan")
+        parts.append(Text.assemble(bar, " ", self._line(), **one_line))
         return Group(*parts)
 
     def _table(self) -> RenderableType:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("domain")
@@ -121,7 +132,7 @@ class Display:
         for domain in losses or steps:
             step = steps.get(domain, {})
             cells = ((weights.get(domain), 3), (step.get("loss"), 4), (losses.get(domain), 4), (step.get("epochs"), 3))
-            table.add_row(domain, *("–" if value is None else f"{value:.{digits}f}" for value, digits in cells))
+            table.add_row(Text(domain), *("–" if value is None else f"{value:.{digits}f}" for value, digits in cells))
         return table
 
 
