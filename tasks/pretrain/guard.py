@@ -134,8 +134,8 @@ class Rollback:
     message: str
     """For the log, which is cut back to the checkpoint and has to say it again."""
     sampler: dict[str, Any]
-    """The sampler's state from which training goes on: past every batch that was drawn before. Domain weights that have
-    moved since the checkpoint are in it, and the checkpoint's hold again: set them after it is restored."""
+    """The sampler's state from which training goes on: past every batch that was drawn before. The domain weights in
+    it may have moved since the checkpoint, whose own hold again: set them after it is restored."""
     guard: dict[str, Any]
     """Guard.state() after the verdict: the checkpoint's own doesn't know of the interventions since."""
 

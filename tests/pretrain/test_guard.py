@@ -170,7 +170,7 @@ class Run:
 
     def _tick(self) -> None:
         self.moment += 1
-        assert self.moment < 1000, "the run doesn't end"
+        assert self.moment < 300, "the run doesn't end"
         if self.moment in self.kills:
             raise Killed
 
