@@ -39,10 +39,10 @@ class Balancer:
         import torch
 
         self._settings = params.balance
-        self._model: Any = getattr(model, "module", model)
-        sizes = counts.experts(self._model.config)
+        self.model: Any = getattr(model, "module", model)
+        sizes = counts.experts(self.model.config)
         self._experts, self._top_k = sizes["experts"], sizes["top_k"]
-        device = next(self._model.parameters()).device
+        device = next(self.model.parameters()).device
         self._mine_LE = torch.zeros(len(sizes["layers"]), self._experts, dtype=torch.int64, device=device)
         self._all_LE = torch.zeros_like(self._mine_LE)
 
@@ -113,7 +113,7 @@ class Balancer:
             return
         counts_LE = _sum_over_ranks(self._mine_LE)[0].double()
         toward_LE = (counts_LE.mean(1, keepdim=True) - counts_LE).sign()
-        for router, toward_E in zip(routing.routers(self._model), toward_LE, strict=True):
+        for router, toward_E in zip(routing.routers(self.model), toward_LE, strict=True):
             bias_E: Any = router.selection_bias
             bias_E += self._settings.coefficient * toward_E.float()
             bias_E -= bias_E.mean()
@@ -150,25 +150,35 @@ def z_loss(routed: list[Routed], *, real_T: torch.Tensor | None) -> torch.Tensor
 
 
 def cv2(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) -> torch.Tensor:
-    """cv^2(importance) + cv^2(load) of one layer (arXiv 1701.06538, eq. 6 to 11), cv^2 = variance / mean^2, unbiased.
+    """cv^2(importance) + cv^2(load) of one layer (arXiv 1701.06538, eq. 6 and 11), cv^2 = variance / mean^2, unbiased.
 
-    Importance is the sum of an expert's weights. Load is the sum of the probabilities with which each token keeps or
-    gets the expert were the noise of this one logit drawn again: Phi((clean - threshold) / std), the threshold being
-    the k-th largest of the other noisy logits. LLaMA-MoE's code compares the noise instead of the noisy logits with
-    the threshold, and so takes the wrong one of two. Without noise, or with all experts chosen, load is the count.
+    Importance is the sum of an expert's weights.
     """
     import torch
 
     zero_TE = torch.zeros_like(routed.logits_TE, dtype=torch.float32)
-    weights_TE = zero_TE.scatter(1, routed.chosen_TK, routed.weights_TK.float())
-    load_E, top_k = count_E.float(), routed.chosen_TK.shape[1]
-    if routed.std_TE is not None and top_k < len(count_E):
-        chosen_TE = zero_TE.bool().scatter(1, routed.chosen_TK, True)
-        highest_TK = routed.logits_TE.float().topk(top_k + 1, dim=1).values
-        threshold_TE = torch.where(chosen_TE, highest_TK[:, -1:], highest_TK[:, -2:-1])
-        margin_TE = (routed.clean_TE.float() - threshold_TE) / routed.std_TE.float()
-        load_E = _sum(torch.special.ndtr(margin_TE), real_T)
-    return _cv2(_sum(weights_TE, real_T)) + _cv2(load_E)
+    importance_TE = zero_TE.scatter(1, routed.chosen_TK, routed.weights_TK.float())
+    return _cv2(_sum(importance_TE, real_T)) + _cv2(load(routed, count_E, real_T=real_T))
+
+
+def load(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) -> torch.Tensor:
+    """Expected tokens of each expert were the noise of that one logit drawn again (arXiv 1701.06538, eq. 8 to 10).
+
+    The sum over tokens of Phi((clean - threshold) / std), the threshold being the k-th largest of the other noisy
+    logits: the k+1-th of all for an expert that was chosen, the k-th for another. LLaMA-MoE's code compares the noise
+    instead of the noisy logits with the threshold to tell which, and so often takes the wrong one. Without noise, or
+    where all experts are chosen, it is the count.
+    """
+    import torch
+
+    top_k = routed.chosen_TK.shape[1]
+    if routed.std_TE is None or top_k == len(count_E):
+        return count_E.float()
+    chosen_TE = torch.zeros_like(routed.logits_TE, dtype=torch.bool).scatter(1, routed.chosen_TK, True)
+    highest_TK = routed.logits_TE.float().topk(top_k + 1, dim=1).values
+    threshold_TE = torch.where(chosen_TE, highest_TK[:, -1:], highest_TK[:, -2:-1])
+    margin_TE = (routed.clean_TE.float() - threshold_TE) / routed.std_TE.float()
+    return _sum(torch.special.ndtr(margin_TE), real_T)
 
 
 def _cv2(value_E: torch.Tensor) -> torch.Tensor:

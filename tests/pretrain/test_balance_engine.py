@@ -1,0 +1,97 @@
+"""Noisy and biased routers with their balance losses under DeepSpeed, however weights and activations are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tasks.moe import gate, routing
+from tasks.pretrain import engine
+from tasks.pretrain.balance import Balancer
+from tasks.settings import Pretrain
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    engine.initialise(tmp_path_factory.mktemp("group"))
+    yield
+    engine.close()
+
+
+def train(
+    *, balance: dict[str, object], stage: int, dtype: torch.dtype, checkpointing: bool
+) -> tuple[list[list[float]], dict[str, torch.Tensor], list[list[float]]]:
+    """Three steps of two micro-batches: the losses of each, the final weights and biases."""
+    params = Pretrain(
+        tokens=4096, seq_len=16, batch=4, micro_batch=2, zero_stage=stage, learning_rate=1e-2, balance=balance,
+        noise=balance["loss"] != "bias",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).to(dtype).train()
+    if params.noise:
+        gate.add_noise(model)
+    else:
+        gate.add_bias(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    built = engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
+    balancer = Balancer(params, built)
+    torch.manual_seed(1)
+    losses = []
+    for step in range(3):
+        balancer.begin()
+        for micro in range(2):
+            ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
+            with routing.record(built) as routed:
+                loss = built(input_ids=ids, labels=ids, use_cache=False).loss
+            parts = balancer.losses(routed, real_T=None)
+            losses.append([loss.item(), *(part.item() for part in parts.values())])
+            built.backward(loss + sum(parts.values()))
+            if micro == 0:
+                built.step()
+        assert engine.finish_step(built) > 0
+        balancer.end()
+        assert (balancer.load_LE.sum(1) == 2 * 32 * 2).all()
+    weights = engine.full_weights(built)
+    assert weights is not None
+    return losses, weights, gate.biases(built)
+
+
+BALANCES = [
+    pytest.param({"loss": "cv2", "coefficient": 0.1, "z_loss": 0.01}, id="cv2"),
+    pytest.param({"loss": "bias", "coefficient": 0.01}, id="bias"),
+]
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_zero_3_with_gradient_checkpointing_trains_as_zero_1_without(balance: dict[str, object]) -> None:
+    losses, weights, biases = train(balance=balance, stage=1, dtype=torch.float32, checkpointing=False)
+    found, others, moved = train(balance=balance, stage=3, dtype=torch.float32, checkpointing=True)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=1e-6)
+    assert weights.keys() == others.keys()
+    for name, expected in weights.items():
+        torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-5)
+    assert moved == biases
+    if balance["loss"] == "bias":
+        assert torch.tensor(biases).abs().max() > 0.005
+        assert (torch.tensor(biases).mean(1).abs() < 1e-6).all()
+    else:
+        assert len(losses[0]) == 3
+        noise = [value for name, value in weights.items() if "noise" in name]
+        assert len(noise) == 2
+        assert all(value.abs().max() > 1e-3 for value in noise)
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_in_half_precision_gradient_checkpointing_changes_no_bit(balance: dict[str, object]) -> None:
+    losses, weights, biases = train(balance=balance, stage=3, dtype=torch.bfloat16, checkpointing=False)
+    found, others, moved = train(balance=balance, stage=3, dtype=torch.bfloat16, checkpointing=True)
+    assert (found, moved) == (losses, biases)
+    assert all(torch.equal(others[name], expected) for name, expected in weights.items())
