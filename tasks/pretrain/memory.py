@@ -55,15 +55,13 @@ def settings(params: Pretrain, *, device: bool) -> list[str]:
         found.append(f"zero_stage: {params.zero_stage + 1} (now {params.zero_stage})")
     if device:
         if not params.offload:
-            found.append("offload: true (now false)")
-        more = next(
-            (n for n in range(params.processes + 1, params.batch // params.micro_batch + 1) if _fits(n, params)), 0
-        )
+            needs = "" if params.zero_stage else ", with zero_stage: 1"
+            found.append(f"offload: true (now false){needs}")
+        more = [n for n in range(params.processes + 1, params.batch // params.micro_batch + 1) if _fits(n, params)]
         if more and params.zero_stage:
-            found.append(f"processes: {more} or more (now {params.processes}), each with its own accelerator")
-    elif params.processes > 1 and params.launcher == "local":
-        fewer = next(n for n in range(params.processes - 1, 0, -1) if _fits(n, params))
-        found.append(f"processes: {fewer} (now {params.processes}), as they share this machine's memory")
+            found.append(f"processes: {more[0]} (now {params.processes}), each with an accelerator")
+    elif params.launcher == "local" and (fewer := [n for n in range(1, params.processes) if _fits(n, params)]):
+        found.append(f"processes: {fewer[-1]} (now {params.processes}), which share this machine's memory")
     return found
 
 

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.pretrain import memory
+from tasks.settings import Pretrain
+
+
+def params(**fields: Any) -> Pretrain:
+    given = {"tokens": 1 << 16, "seq_len": 64, "batch": 8, "micro_batch": 4, "learning_rate": 1e-3, "zero_stage": 1}
+    return Pretrain(**{**given, **fields})
+
+
+def test_a_real_allocation_that_fails_under_a_limit_is_explained_whichever_library_asked_for_it() -> None:
+    code = """
+        import resource
+        import numpy as np
+        import torch
+        from tasks.pretrain import memory
+        from tasks.settings import Pretrain
+        params = Pretrain(tokens=65536, seq_len=64, batch=8, micro_batch=4, learning_rate=1e-3)
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (512 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        for ask in (
+            lambda: torch.zeros(1 << 28), lambda: bytearray(1 << 30), lambda: np.ones(1 << 30, np.uint8),
+            lambda: torch.zeros(1 << 22).expand(128, 1 << 22).contiguous(),
+        ):
+            try:
+                ask()
+            except Exception as error:
+                print(type(error).__name__, memory.explain(error, params))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "RuntimeError",
+        "MemoryError",
+        "MemoryError",
+        "RuntimeError",
+    ], done.stderr
+    for line in lines:
+        assert "the machine's memory ran out in training" in line
+        assert "Set pretrain.micro_batch: 2 (now 4); or gradient_checkpointing: true (now false)." in line
+        assert "Run again to go on from it" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "the accelerator's memory",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "the accelerator's memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "the accelerator's",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: y"
+            ),
+            "the machine's memory",
+        ),
+        (MemoryError(), "the machine's memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the machine's memory"),
+    ],
+)
+def test_every_kind_of_memory_error_is_known(error: BaseException, whose: str) -> None:
+    found = memory.explain(error, params())
+    assert found is not None
+    assert found.startswith(whose)
+    around = RuntimeError("a hook failed")
+    around.__cause__ = error
+    assert memory.explain(around, params()) == found
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(errno.ENOSPC, "No space left")]
+)
+def test_other_errors_are_not_explained(error: Exception) -> None:
+    assert memory.explain(error, params()) is None
+
+
+LAST = {"micro_batch": 1, "gradient_checkpointing": True}
+CHECKPOINTING = "gradient_checkpointing: true (now false)"
+
+
+@pytest.mark.parametrize(
+    ("fields", "device", "expected"),
+    [
+        ({}, False, ["pretrain.micro_batch: 2 (now 4)", CHECKPOINTING]),
+        ({"micro_batch": 3, "batch": 12}, False, ["pretrain.micro_batch: 2 (now 3)", CHECKPOINTING]),
+        ({"micro_batch": 3, "batch": 9}, False, ["pretrain.micro_batch: 1 (now 3)", CHECKPOINTING]),
+        (LAST, False, []),
+        (
+            {**LAST, "processes": 4, "zero_stage": 2},
+            False,
+            ["zero_stage: 3 (now 2)", "processes: 2 (now 4), which share this machine's memory"],
+        ),
+        ({**LAST, "processes": 4, "zero_stage": 3, "launcher": "slurm"}, False, []),
+        ({**LAST, "processes": 2, "zero_stage": 3, "expert_parallel": 2}, False, []),
+        (LAST, True, ["offload: true (now false)", "processes: 2 (now 1), each with an accelerator"]),
+        ({**LAST, "zero_stage": 0}, True, ["offload: true (now false), with zero_stage: 1"]),
+        ({**LAST, "processes": 8, "offload": True, "zero_stage": 3}, True, []),
+        ({**LAST, "distill": {}}, False, ["distill.top_n: 64 (now absent, and the parent in memory)"]),
+        ({**LAST, "distill": {"logits": 0.0, "hidden": 1.0}}, False, []),
+    ],
+)
+def test_only_settings_that_still_help_are_named_in_order_and_they_are_valid(
+    fields: dict[str, Any], device: bool, expected: list[str]
+) -> None:
+    now = params(**fields)
+    found = memory.settings(now, device=device)
+    assert found == expected
+    for line in found:  # the settings accept each
+        field, value = line.removeprefix("pretrain.").split(" (now")[0].split(": ")
+        if "." not in field:
+            params(**{**fields, field: True if value == "true" else int(value)})
+
+
+def test_a_run_without_a_setting_left_is_told_to_shorten_its_windows() -> None:
+    last = params(micro_batch=1, gradient_checkpointing=True)
+    assert "No setting is left that needs less: shorten pretrain.seq_len" in str(memory.explain(MemoryError(), last))
+
+
+def test_a_process_killed_by_signal_9_is_told_what_needs_less_of_the_machines_memory() -> None:
+    message = memory.killed(params())
+    assert message.startswith(
+        "a training process was killed by signal 9: by hand, or because the machine's memory ran out"
+    )
+    assert "Set pretrain.micro_batch: 2 (now 4)" in message
+    assert "Run again" in message
