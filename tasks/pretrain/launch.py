@@ -83,10 +83,15 @@ def command(job: str, params: Pretrain, *, environ: Mapping[str, str]) -> list[s
         return [*_deepspeed(Path(params.hostfile), params.processes), *worker]
     if params.launcher == "slurm":
         return [*_srun(params.processes, environ), sys.executable, "-m", *worker]
-    if params.processes == 1:
-        return [sys.executable, "-m", *worker]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.processes}"]
-    return [*torchrun, "-m", *worker]
+    return torchrun(worker, processes=params.processes)
+
+
+def torchrun(module: list[str], *, processes: int) -> list[str]:
+    """The command line that runs a module with its arguments on this machine; one process needs no torchrun."""
+    if processes == 1:
+        return [sys.executable, "-m", *module]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, "-m", *module]
 
 
 def slots(hostfile: Path) -> dict[str, int]:

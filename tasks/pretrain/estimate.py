@@ -1,0 +1,231 @@
+"""What a training run will need, from its settings: memory per process and ZeRO stage, disk, and with a speed, time.
+
+The terms are those of what the engine does, stage by stage; `tests/bench/estimate.py` holds them against real runs.
+
+Shapes: T tokens of a forward pass, D hidden, V vocabulary, K experts per token, E experts, F width of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.moe import counts
+from tasks.settings import Pretrain
+
+PROCESS = 0.53e9
+"""Bytes of a training process before it has a model: Python, torch, DeepSpeed, transformers (RSS; torch for CPU)."""
+_BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once (reduce_bucket_size); on CUDA it holds as much from the start."""
+_LIVE = 1_000_000_000
+"""Elements of weights that ZeRO 3 leaves gathered (max_live_parameters, max_reuse_distance)."""
+_MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes a parameter: float32 weights, AdamW's two moments, summed gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one process at its peak, by what takes them."""
+
+    host: dict[str, float]
+    device: dict[str, float]
+    """Empty without a GPU: everything is the host's then."""
+
+    @property
+    def host_total(self) -> float:
+        return sum(self.host.values())
+
+    @property
+    def device_total(self) -> float:
+        return sum(self.device.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What `calibrate` measured, in seconds of wall clock."""
+
+    start: float
+    """Until the engine is built."""
+    micro_batch: float
+    """Forward and backward of one micro-batch on every process."""
+    optimizer: float
+    """The optimizer step."""
+    evaluation: float
+    """A forward pass of one held-out window."""
+    copy: float
+    """Copying a byte of a checkpoint, which is written in the background then."""
+    processes: int
+    """How many ran."""
+    peak: int
+    """Bytes of the process that took the most, on its GPU or, without one, in RAM."""
+
+    def step(self, params: Pretrain) -> float:
+        """Seconds of an optimizer step; processes that could not be run here are taken to cost no time."""
+        return params.batch // (params.micro_batch * params.processes) * self.micro_batch + self.optimizer
+
+    def run(self, params: Pretrain, *, domains: int, checkpoint: float) -> dict[str, float]:
+        """Seconds of a whole run: start, steps, evaluation, checkpoints of so many bytes."""
+        return {
+            "start": self.start,
+            "steps": params.steps * self.step(params),
+            "evaluation": evaluated_windows(params, domains=domains) * self.evaluation / params.processes,
+            "checkpoints": -(-params.steps // params.save_every) * self.copy * checkpoint / params.processes,
+        }
+
+
+def evaluated_windows(params: Pretrain, *, domains: int) -> int:
+    """Held-out windows of a run: before the first step, every eval_every steps, and after the last."""
+    times = 1 + params.steps // params.eval_every + (params.steps % params.eval_every > 0)
+    return times * params.eval_windows * domains
+
+
+def trained(config: Any, params: Pretrain) -> int:
+    """Parameters that some phase of `train` moves."""
+    sizes = counts.parameters(config)
+    what = {what for _, what in params.phases}
+    if "all" in what:
+        return sizes["total"]
+    return sizes["router"] + (sizes["experts"] + sizes["shared"] if "experts" in what else 0)
+
+
+def memory(
+    config: dict[str, Any],
+    params: Pretrain,
+    *,
+    bfloat16: bool,
+    cuda: bool = False,
+    parent: dict[str, Any] | None = None,
+) -> Memory:
+    """Memory of the process that needs the most (rank 0, which gathers and writes the weights).
+
+    Args:
+        config: the split model's config.json; parent: the dense parent's, if `distill` keeps it in memory.
+        bfloat16: the training dtype; float32 if not.
+        cuda: train on GPUs.
+
+    AdamW keeps two float32 moments beside a float32 master of each trained weight; only ZeRO 0 in float32 needs no
+    master of its own. ZeRO 1, 2 and 3 divide masters and moments, then gradients, then weights over the processes;
+    the experts' over those that hold the same experts. A checkpoint is copied whole before it is written.
+    """
+    sizes, width, stage = counts.parameters(config), 2 if bfloat16 else 4, params.zero_stage
+    spread = 1 - 1 / params.expert_parallel
+    held = sizes["total"] - sizes["experts"] * spread
+    moved = trained(config, params)
+    moved_here = moved - (sizes["experts"] * spread if moved > sizes["experts"] else 0)
+    shards = params.processes
+    accumulates = bfloat16 and stage > 0 and params.batch > params.micro_batch * shards
+    states = _MOMENTS + (0 if stage == 0 and not bfloat16 else _MASTER)
+
+    def divided(whole: float, here: float, from_stage: int) -> float:
+        return whole / shards if stage >= from_stage else here
+
+    weights = divided(sizes["total"], held, 3) * width
+    optimizer = divided(moved, moved_here, 1) * states
+    gradients = divided(moved, moved_here, 2) * width
+    if accumulates:
+        gradients += divided(moved, moved_here, 2) * _SUMS
+    bucket = min(_BUCKET, moved_here) * width if stage >= 2 else 0.0  # before they are divided
+    if cuda and stage >= 1:
+        bucket = _BUCKET * (2 if stage < 3 else 1) * (_SUMS if accumulates and stage == 1 else width)
+    gathered = min(_LIVE, held) * width if stage == 3 and shards > 1 else 0.0
+    own = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buffers": bucket + gathered}
+    own |= activations(config, params, bfloat16=bfloat16, cuda=cuda)
+    if parent is not None and params.distill and params.distill.top_n is None:
+        own["parent"] = counts.parameters(parent)["total"] * width
+    saved = held * width + divided(moved, moved_here, 1) * states
+    gathered_whole = sizes["total"] * (_MASTER + width)  # rank 0 at the end: in float32, then in the model's dtype
+    if not cuda:
+        # What DeepSpeed frees of the unflattened weights stays with the process: no later buffer fits in between.
+        own["buffers"] += weights if stage > 0 else 0.0
+        end = max(0.0, gathered_whole - own["activations"] - own["logits"] - own["gradients"])
+        return Memory(host={"process": PROCESS, **own, "checkpoint": max(saved, end)}, device={})
+    host = {"process": PROCESS, "checkpoint": max(saved, gathered_whole)}
+    if params.offload:
+        host["optimizer"] = own.pop("optimizer")
+        own["optimizer"] = 0.0
+        if stage == 3:
+            host["weights"] = own.pop("weights")
+            own["weights"] = 0.0
+    return Memory(host=host, device=own)
+
+
+def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cuda: bool) -> dict[str, float]:
+    """Bytes that autograd keeps of one micro-batch: {activations, logits}.
+
+    A layer keeps, of each token: the states before both norms in float32, their normalised states and what they give;
+    queries, keys, values and output of an attention without scores; gate and up of the experts that were computed; and
+    four tensors of a stock FFN (gate, its SiLU, up, product). With gradient checkpointing it keeps its input alone,
+    and one layer at a time all of it. Liger's loss on CUDA makes no logits of a whole pass (docs/pretrain.md).
+    """
+    from transformers import AutoConfig
+
+    made: Any = AutoConfig.for_model(**config)
+    found = counts.experts(made)
+    width, tokens = 2 if bfloat16 else 4, params.micro_batch * params.seq_len
+    hidden, heads = made.hidden_size, made.num_attention_heads
+    head_dim = getattr(made, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_dim, made.num_key_value_heads * head_dim
+    common = 2 * 4 * hidden + width * (4 * hidden + 2 * queries + 2 * keys) + 4 * heads
+    if made.model_type in {"qwen3", "qwen3_moe"}:  # norms of queries and keys
+        common += (4 + width) * (queries + keys)
+    rows = _expert_rows(found, tokens=tokens, bfloat16=bfloat16, cuda=cuda)
+    sparse = common + width * (2 * rows * found["expert_size"] + 4 * found["shared_size"])
+    sparse += 4 * found["experts"] + 16 * found["top_k"]  # the router's
+    dense = common + width * 4 * made.intermediate_size
+    layers, moe = made.num_hidden_layers, len(found["layers"])
+    kept = moe * sparse + (layers - moe) * dense
+    if params.gradient_checkpointing:
+        kept = layers * hidden * width + (sparse if moe == layers else max(sparse, dense))
+    kept += (4 + 2 * width) * hidden  # the last norm and the head's input
+    if params.distill and params.distill.hidden:
+        kept += 2 * layers * hidden * width  # own and the parent's
+    distils = params.distill is not None and params.distill.logits > 0
+    if distils:
+        logits = 2 * width  # and their gradient; softmaxes are made a few tokens at a time
+    elif cuda:
+        logits = 0 if _fused() else width + 3 * 4
+    else:
+        logits = 4 * 4  # in float32, log-probabilities, and two gradients: glibc fits none where another was
+    return {"activations": float(tokens * kept), "logits": float(tokens * made.vocab_size * logits)}
+
+
+def _fused() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _expert_rows(found: dict[str, Any], *, tokens: int, bfloat16: bool, cuda: bool) -> int:
+    """Experts that are computed for each token: the chosen, or all where moe_kernels takes its dense path on a CPU."""
+    import torch
+    from moe_kernels import cpu
+
+    if cuda or not found["layers"]:
+        return int(found["top_k"])
+    path = cpu.choose_regime(
+        found["experts"],
+        found["top_k"],
+        width=found["expert_size"],
+        tokens=tokens,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+    )
+    return int(found["experts"] if path == "dense" else found["top_k"])
+
+
+def checkpoint_bytes(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> float:
+    """A training checkpoint of all processes: weights, masters and moments."""
+    states = _MOMENTS + (0 if params.zero_stage == 0 and not bfloat16 else _MASTER)
+    return counts.parameters(config)["total"] * (2 if bfloat16 else 4) + trained(config, params) * states
+
+
+def disk(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> dict[str, float]:
+    """Bytes in .scratch at their peak: the checkpoints kept and the one being written; the parent's cached logits."""
+    kept = min(params.keep, -(-params.steps // params.save_every))
+    if params.keep_every:
+        kept += params.steps // params.keep_every
+    found = {f"training checkpoints in .scratch, {kept} and one being written": 0.0}
+    found = {name: (kept + 1) * checkpoint_bytes(config, params, bfloat16=bfloat16) for name in found}
+    if params.distill and params.distill.top_n:
+        ids = 2 if config["vocab_size"] <= 1 << 16 else 4
+        cached = params.steps * params.step_tokens * (params.distill.top_n * (ids + 2) + 4)
+        found["the parent's logits in .scratch"] = float(cached)
+    return found
