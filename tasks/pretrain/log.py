@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks import scratch
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.trackers import Run, Tracker, start
 
@@ -61,9 +62,8 @@ class Log:
                 f"{path} has {path.stat().st_size} bytes, but was {offset} long when the checkpoint was written; "
                 f"delete {run.folder.parent} to start over"
             )
-        with path.open("rb") as file:
-            file.seek(offset)
-            self._repeated = sum(_HAS_NUMBERS.search(line) is not None for line in file)
+        self._told = run.folder / "told.json"
+        self._repeated = self._count(path, offset)
         os.truncate(path, offset)
         self._file = path.open("ab")
         self._say = say
@@ -85,6 +85,7 @@ class Log:
         """Drop what lies behind `offset` bytes and step `step`: training was rolled back and takes another course."""
         os.ftruncate(self._file.fileno(), offset)
         self._repeated = 0
+        self._told.unlink(missing_ok=True)
         for tracker in list(self._trackers):
             self._tell(tracker, lambda it: it.rewind(step))
 
@@ -100,6 +101,21 @@ class Log:
         self._file.close()
         for tracker in list(self._trackers):
             self._tell(tracker, lambda it: it.close())
+
+    def _count(self, path: Path, offset: int) -> int:
+        """How many records after `offset` the trackers have been told, by this log or by one that was cut off it."""
+        kept = told = 0
+        at = 0
+        with path.open("rb") as file:
+            for line in file:
+                at += len(line)
+                if _HAS_NUMBERS.search(line):
+                    told += 1
+                    kept += at <= offset
+        if self._told.exists():
+            told = max(told, json.loads(self._told.read_text())["records"])
+        scratch.write_json(self._told, {"records": told})  # before they go
+        return told - kept
 
     def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
         try:

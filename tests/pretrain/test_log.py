@@ -1,27 +1,79 @@
+"""The log: what it keeps, what it drops on resume, and what it tells the trackers."""
+
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tasks.pretrain import log
+from tasks.pretrain import log, trackers
 from tasks.pretrain.job import TrainingError
 
 
-def step(number: int) -> log.Record:
-    values = {"loss": 1.5, "balance": 4.0, "grad_norm": 0.5, "lr": 1e-3, "timing": {"seconds": 2.0}}
-    return {"kind": "step", "step": number, "tokens": number * 8, **values}
+class Told:
+    """A tracker that remembers, for all its runs together; the forgetful kind as TensorBoard, the other as MLflow."""
+
+    forgets = False
+
+    def __init__(self, points: list[tuple[int, dict[str, float]]], step: int) -> None:
+        self.points = points
+        if self.forgets:
+            self._drop(step or -1)  # from the start, the evaluation before the first step comes again too
+
+    def _drop(self, step: int) -> None:
+        self.points[:] = [point for point in self.points if point[0] <= step]
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.points.append((step, dict(numbers)))
+
+    def rewind(self, step: int) -> None:
+        if self.forgets:
+            self._drop(step)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Forgetful(Told):
+    forgets = True
+
+
+def a_run(folder: Path) -> trackers.Run:
+    return trackers.Run(folder=folder, name="demo", key="demo-1", config={})
+
+
+def opened(folder: Path, *, offset: int = 0, step: int = 0) -> log.Log:
+    return log.Log(a_run(folder), names=[], offset=offset, step=step)
+
+
+def step(number: int, loss: float = 1.5) -> log.Record:
+    values = {"loss": loss, "parts": {"balance": 0.25}, "total": loss + 0.25, "grad_norm": 0.5, "lr": 1e-3}
+    return {"kind": "step", "step": number, "tokens": number * 8, **values, "timing": {"seconds": 2.0}}
+
+
+def heldout(number: int) -> log.Record:
+    return {"kind": "heldout", "step": number, "tokens": number * 8, "mean": 2.0, "losses": {"b": 1.0, "a": 3.0}}
+
+
+def event(number: int) -> log.Record:
+    return {"kind": "event", "step": number, "what": "spike", "message": "the loss jumped", "limit": 3}
 
 
 def test_reopening_drops_what_was_written_after_the_checkpoint(tmp_path: Path) -> None:
-    first = log.Log(tmp_path, offset=0, step=0)
+    first = opened(tmp_path)
     first.write(step(1))
     offset = first.sync()
     first.write(step(2))
     first.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "st')  # killed in the middle of a line
-    again = log.Log(tmp_path, offset=offset, step=1)
+    again = opened(tmp_path, offset=offset, step=1)
     again.write(step(2))
     again.close()
     assert [record["step"] for record in log.read(tmp_path / "log.jsonl", "step")] == [1, 2]
@@ -29,10 +81,130 @@ def test_reopening_drops_what_was_written_after_the_checkpoint(tmp_path: Path) -
 
 def test_a_log_shorter_than_the_checkpoint_remembers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="has 0 bytes, but was 100 long"):
-        log.Log(tmp_path, offset=100, step=2)
+        opened(tmp_path, offset=100, step=2)
 
 
-def test_csv_columns_are_step_tokens_and_then_the_values() -> None:
-    assert log.loss_csv([step(3)]) == "step,tokens,loss,balance,grad_norm,lr\n3,24,1.5,4.0,0.5,0.001\n"
-    heldout = {"kind": "heldout", "step": 0, "tokens": 0, "mean": 2.0, "losses": {"b": 1.0, "a": 3.0}}
-    assert log.heldout_csv([heldout]) == "step,tokens,mean,b,a\n0,0,2.0,1.0,3.0\n"
+def test_records_are_read_by_kind(tmp_path: Path) -> None:
+    written = opened(tmp_path)
+    for record in (heldout(0), step(1), event(1), step(2)):
+        written.write(record)
+    written.close()
+    path = tmp_path / "log.jsonl"
+    assert log.read(path, "event") == [event(1)]
+    assert log.read(path, "step") == [step(1), step(2)]
+    assert log.read(path, "heldout") == [heldout(0)]
+
+
+def test_every_line_is_json_that_strict_readers_take(tmp_path: Path) -> None:
+    written = opened(tmp_path)
+    written.write({**step(1, float("nan")), "domains": {"a": {"loss": float("inf")}}, "list": [float("-inf"), 1]})
+    written.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    record = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert (record["loss"], record["domains"], record["list"]) == (None, {"a": {"loss": None}}, [None, 1])
+
+
+def test_the_curves_of_a_record_are_its_finite_numbers_and_no_tables() -> None:
+    experts = {"entropy": 0.5, "layers": {"peak": [0.25, 0.5]}, "tokens": [[1, 2], [3, 4]]}
+    record = {**step(3), "experts": experts, "rates": {"router": 0.5}, "sampler": {"cursor": [1]}, "grad_norm": None}
+    assert dict(log.numbers({**record, "lr": float("nan")})) == {
+        "step/loss": 1.5,
+        "step/parts/balance": 0.25,
+        "step/total": 1.75,
+        "step/experts/entropy": 0.5,
+        "step/experts/layers/peak/0": 0.25,
+        "step/experts/layers/peak/1": 0.5,
+        "step/rates/router": 0.5,
+        "step/timing/seconds": 2.0,
+    }
+
+
+def test_csv_columns_are_step_tokens_loss_and_then_what_there_is() -> None:
+    plain = {"step": 3, "tokens": 24, "loss": 1.5, "grad_norm": 0.5, "lr": 0.001}
+    assert log.loss_csv([plain]) == "step,tokens,loss,grad_norm,lr\n3,24,1.5,0.5,0.001\n"
+    more = {**step(4), "parts": {"balance": 0.25, "kl": 0.5}, "rates": {"router": 0.002}, "grad_norm": None}
+    assert log.loss_csv([step(3), more]) == (
+        "step,tokens,loss,balance,kl,total,grad_norm,lr,lr_router\n"
+        "3,24,1.5,0.25,,1.75,0.5,0.001,\n"
+        "4,32,1.5,0.25,0.5,1.75,,0.001,0.002\n"
+    )
+    assert log.heldout_csv([heldout(0)]) == "step,tokens,mean,b,a\n0,0,2.0,1.0,3.0\n"
+
+
+COURSE = [heldout(0), step(1), step(2), heldout(2), event(2), step(3), step(4), heldout(4), step(5), step(6)]
+AFTER = {0: 0, 2: 4, 4: 8}  # step of a checkpoint -> records before it
+
+
+@given(
+    kills=st.lists(st.integers(0, len(COURSE)), max_size=4),
+    torn=st.booleans(),
+    kind=st.sampled_from([Told, Forgetful]),
+)
+@settings(max_examples=80, deadline=None)
+def test_however_often_a_run_is_killed_a_tracker_has_every_point_once(
+    kills: list[int], torn: bool, kind: type[Told], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    points: list[tuple[int, dict[str, float]]] = []
+    at, offset = 0, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "start", lambda names, run, *, step: [kind(points, step)])
+        for stop in [*kills, len(COURSE)]:
+            current = opened(folder, offset=offset, step=at)
+            for count in range(AFTER[at], stop):
+                current.write(COURSE[count])
+                if count + 1 in AFTER.values():
+                    at, offset = COURSE[count]["step"], current.sync()
+            if torn:
+                with (folder / "log.jsonl").open("a") as file:
+                    file.write('{"kind": "step", "step": 7')
+        current.close()
+    assert points == [(record["step"], dict(log.numbers(record))) for record in COURSE if record["kind"] != "event"]
+
+
+@pytest.mark.parametrize("kind", [Told, Forgetful])
+def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_least_that(
+    kind: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr(log, "start", lambda names, run, *, step: [kind(points, step)])
+    current = opened(tmp_path)
+    for record in (heldout(0), step(1), step(2)):
+        current.write(record)
+    offset = current.sync()
+    current.write(step(3, loss=99.0))
+    current.rewind(offset=offset, step=2)
+    current.write(step(3, loss=1.0))
+    assert current.sync() == (tmp_path / "log.jsonl").stat().st_size
+    current.close()
+    assert [record["loss"] for record in log.read(tmp_path / "log.jsonl", "step")] == [1.5, 1.5, 1.0]
+    course = [curves["step/loss"] for at, curves in points if at == 3]
+    assert course == ([1.0] if kind.forgets else [99.0, 1.0])
+    again = opened(tmp_path, offset=offset, step=2)  # killed after the rollback, which is not forgotten
+    again.write(step(3, loss=1.0))
+    again.write(step(4))
+    again.close()
+    assert [at for at, _ in points] == ([0, 1, 2, 3, 4] if kind.forgets else [0, 1, 2, 3, 3, 4])
+
+
+def test_a_tracker_that_fails_is_left_out_with_a_word_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(Told):
+        def write(self, step: int, numbers: Mapping[str, float]) -> None:
+            raise ConnectionError("the server has gone")
+
+    points: list[tuple[int, dict[str, float]]] = []
+    said: list[Any] = []
+    monkeypatch.setattr(log, "start", lambda names, run, *, step: [Gone([], 0), Told(points, 0)])
+    current = log.Log(a_run(tmp_path), names=[], offset=0, step=0, say=said.append)
+    current.write(step(1))
+    current.write(step(2))
+    current.close()
+    assert [at for at, _ in points] == [1, 2]
+    assert len(log.read(tmp_path / "log.jsonl", "step")) == 2
+    assert len(said) == 1
+    assert "Gone failed (ConnectionError: the server has gone); training goes on without it" in said[0]
