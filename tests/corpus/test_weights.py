@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import decimal
 import math
+from decimal import Decimal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +28,56 @@ def test_one_update_gives_the_published_example() -> None:
     found = weights.update(prior, losses=loss, references=reference)
     assert found == pytest.approx(expected, abs=1e-6)
     assert math.fsum(found.values()) == pytest.approx(1)
+
+
+def test_one_update_by_the_code_rule_gives_what_the_published_code_computes_in_single_precision() -> None:
+    prior, reference, loss, _ = ({d: row[i] for d, row in EXAMPLE.items()} for i in range(4))
+    w = torch.tensor([*prior.values()])
+    difference = torch.tensor([loss[d] - reference[d] for d in EXAMPLE])
+    alpha = torch.softmax(torch.log(w) + difference, dim=0)
+    published = ((1 - 1e-4) * alpha + 1e-4 / len(EXAMPLE)).double()
+    published = dict(zip(EXAMPLE, (published / published.sum()).tolist(), strict=True))
+    found = weights.update(prior, losses=loss, references=reference, rule="code")
+    assert found == pytest.approx(published, abs=1e-6)
+    assert found["en_wikipedia"] < weights.update(prior, losses=loss, references=reference)["en_wikipedia"]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.one_of(st.just(0.0), st.floats(1e-12, 1e6)), st.floats(-800, 800)), min_size=1, max_size=12
+    ).filter(lambda rows: any(weight for weight, _ in rows)),
+)
+def test_both_rules_agree_with_fifty_digits_however_large_the_excess(
+    rows: list[tuple[float, float]],
+) -> None:
+    prior = {f"d{i}": weight for i, (weight, _) in enumerate(rows)}
+    losses = {f"d{i}": excess for i, (_, excess) in enumerate(rows)}
+    zeros = dict.fromkeys(prior, 0.0)
+    paper = weights.update(prior, losses=losses, references=zeros, rule="paper")
+    code = weights.update(prior, losses=losses, references=zeros, rule="code")
+    with decimal.localcontext(prec=50):
+        for found, clip, smooth in ((paper, True, Decimal(0)), (code, False, Decimal("1e-4"))):
+            exact = {d: Decimal(w) * Decimal(max(losses[d], 0) if clip else losses[d]).exp() for d, w in prior.items()}
+            total = sum(exact.values())
+            for domain, value in exact.items():
+                expected = float((1 - smooth) * value / total + smooth / len(exact))
+                assert found[domain] == pytest.approx(expected, rel=1e-9, abs=1e-300)
+            assert math.fsum(found.values()) == pytest.approx(1)
+    for domain, weight in prior.items():
+        assert weight or paper[domain] == 0
+        assert weight or code[domain] == pytest.approx(1e-4 / len(prior))
+
+
+def test_a_domain_without_weight_does_not_decide_the_scale_of_the_others() -> None:
+    found = weights.update({"a": 0.0, "b": 1.0}, losses={"a": 5000.0, "b": 1.0}, references={"a": 1.0, "b": 1.0})
+    assert found == {"a": 0.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("bad", [{"a": 0.0}, {"a": -1.0, "b": 2.0}, {"a": math.inf}, {"a": math.nan}])
+def test_an_update_of_weights_that_name_no_mixture_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="positive sum"):
+        weights.update(bad, losses=dict.fromkeys(bad, 1.0), references=dict.fromkeys(bad, 1.0))
 
 
 def test_domains_at_their_reference_keep_their_proportions() -> None:
