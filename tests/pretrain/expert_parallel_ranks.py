@@ -1,0 +1,150 @@
+"""One of two processes that train a tiny Mixtral with its experts spread over both, in several ways.
+
+python -m tests.pretrain.expert_parallel_ranks RANK FOLDER. Both leave what they saw in FOLDER; test_expert_parallel_
+training.py holds it against a stock model in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tasks.moe import routing
+from tasks.pretrain import checkpoint, engine, expert_parallel, trainable
+from tasks.pretrain.balance import Balancer
+from tasks.settings import Pretrain
+from tasks.settings.pretrain import Balance, Phase
+
+WINDOWS, LENGTH = 4, 16
+SAVED, LAST = 2, 4
+CASES: dict[str, tuple[int, torch.dtype]] = {
+    "zero-1": (1, torch.float32),
+    "zero-2": (2, torch.float32),
+    "zero-3": (3, torch.float32),
+    "bfloat16": (1, torch.bfloat16),
+}
+
+
+def settings(name: str, **fields: Any) -> Pretrain:
+    """Four steps; under ZeRO 2 the first trains the routers alone."""
+    phases = [Phase(what="router", tokens=WINDOWS * LENGTH), Phase(what="all")]
+    balance = Balance(loss="switch", coefficient=0.1, z_loss=0.01)
+    common: dict[str, Any] = {
+        "tokens": LAST * WINDOWS * LENGTH, "seq_len": LENGTH, "batch": WINDOWS, "processes": 2, "expert_parallel": 2,
+        "zero_stage": CASES[name][0], "learning_rate": 0.5, "schedule": "constant", "clip": 0.5,
+        "balance": balance, "train": phases if name == "zero-2" else "all",
+    }  # fmt: skip
+    return Pretrain(**common | fields)
+
+
+def stock(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    model: Any = MixtralForCausalLM(config)
+    return model.to(dtype).train()
+
+
+def build(params: Pretrain, *, dtype: torch.dtype, world_size: int, **block: Any) -> engine.DeepSpeedEngine:
+    """An engine whose Adam has so large an eps that a gradient of the wrong size moves its weights wrongly."""
+    model = stock(dtype)
+    if params.zero_stage == 3:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
+    config["optimizer"]["params"]["eps"] = 1.0
+    if block:
+        config["expert_parallel"] = block
+    built = engine.build(model, params, config=config)
+    expert_parallel.prepare(built)
+    return built
+
+
+def windows(step: int) -> torch.Tensor:
+    """The batch of a step, [WINDOWS, LENGTH]."""
+    return torch.randint(64, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def loss(model: Any, ids_BL: torch.Tensor, balancer: Balancer) -> torch.Tensor:
+    """What training minimises on one micro-batch."""
+    with routing.record(model) as routed:
+        cross_entropy = model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss
+    return cross_entropy + sum(balancer.losses(routed, real_T=None).values())
+
+
+def train(built: engine.DeepSpeedEngine, params: Pretrain, steps: range) -> list[list[float]]:
+    """Each step's loss, gradient norm and tokens per layer and expert; every rank has its share of the windows."""
+    balancer, seen = Balancer(params, built.module), []
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for step in steps:
+        trainable.set_rates(built, step=step, params=params)
+        balancer.begin()
+        total = torch.zeros(())
+        for i in range(rank, WINDOWS, world_size):
+            part = loss(built, windows(step)[i : i + 1], balancer)
+            built.backward(part)
+            total += part.detach().float()
+            if i + world_size < WINDOWS:
+                built.step()
+        norm, load = engine.finish_step(built), torch.from_numpy(balancer.load_LE)
+        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(load)
+        seen.append([total.item() / WINDOWS, norm, *load.flatten().tolist()])
+    return seen
+
+
+def routed(model: Any) -> dict[str, torch.Tensor]:
+    """What the routers do with the first window, layer by layer."""
+    found: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), routing.record(model) as layers, routing.expert_load(model) as load_LE:
+        model(input_ids=windows(0)[:1], use_cache=False)
+    for i, layer in enumerate(layers):
+        assert layer.std_TE is None
+        assert layer.logits_TE is layer.clean_TE
+        zero_TE = torch.zeros_like(layer.clean_TE, dtype=torch.float32)
+        weights_TE = zero_TE.scatter(1, layer.chosen_TK, layer.weights_TK.float())
+        found |= {f"{i} logits": layer.logits_TE, f"{i} weights": weights_TE}
+    return found | {"load": torch.from_numpy(load_LE)}
+
+
+def main(rank: int, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    engine.initialise(folder)
+    for name, (_, dtype) in CASES.items():
+        params, seen = settings(name), {}
+        checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
+        built = build(params, dtype=dtype, world_size=2)
+        choice = routed(built)
+        seen["before"] = train(built, params, range(1, SAVED + 1))
+        checkpoints.save(built, state={"step": SAVED})
+        saved = engine.full_weights(built)
+        seen["after"] = train(built, params, range(SAVED + 1, LAST + 1))
+        checkpoints.finish()
+        last = engine.full_weights(built)
+        built.destroy()
+        other = build(params, dtype=dtype, world_size=2)
+        checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
+        state = checkpoints.latest()
+        assert state is not None
+        checkpoints.restore(other, state)
+        seen["resumed"] = train(other, params, range(SAVED + 1, LAST + 1))
+        resumed = engine.full_weights(other)
+        other.destroy()
+        assert (rank == 0) == (saved is not None)
+        if saved is not None and last is not None and resumed is not None:
+            for kind, weights in (("choice", choice), ("saved", saved), ("last", last), ("resumed", resumed)):
+                save_file(weights, folder / f"{name}-{kind}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(seen))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

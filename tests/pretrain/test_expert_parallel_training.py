@@ -1,0 +1,264 @@
+"""Two processes with the experts spread over them, held against a stock model in one, without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks.moe import families, gate
+from tasks.pretrain import checkpoint, engine, expert_parallel, reshape, trainable
+from tasks.pretrain.balance import Balancer
+from tasks.pretrain.job import TrainingError
+from tasks.settings.pretrain import Balance, Phase
+
+from . import expert_parallel_ranks as ranks
+
+ROOT = Path(__file__).parents[2]
+EXACT = [name for name, (_, dtype) in ranks.CASES.items() if dtype == torch.float32]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two processes left."""
+    found = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "tests.pretrain.expert_parallel_ranks"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(found)], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-4000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    engine.initialise(tmp_path_factory.mktemp("group"))
+    yield
+    engine.close()
+
+
+def reference(name: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """The same training by torch alone: what ranks.train gives, and the weights after the last step."""
+    params = ranks.settings(name)
+    model = ranks.stock()
+    groups = trainable.groups(model, params)
+    optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, eps=1.0)
+    balancer, seen = Balancer(params, model), []
+    for step in range(1, ranks.LAST + 1):
+        what = next(what for last, what in params.phases if step <= last)
+        trainable.activate(model, what)
+        balancer.begin()
+        losses = [ranks.loss(model, ids_L[None], balancer) for ids_L in ranks.windows(step)]
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip)
+        optimizer.step()
+        mean = torch.stack(losses).mean().item()
+        seen.append([mean, norm.item(), *balancer.load_LE.flatten().tolist()])
+    return seen, {key: parameter.detach() for key, parameter in model.named_parameters()}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", EXACT)
+def test_losses_norms_loads_and_weights_are_those_of_a_stock_model_in_one_process(name: str, folder: Path) -> None:
+    expected, weights = reference(name)
+    seen = json.loads((folder / f"{name}.json").read_text())
+    torch.testing.assert_close(torch.tensor(seen["before"] + seen["after"]), torch.tensor(expected), rtol=2e-6, atol=0)
+    assert expected[-1][1] > ranks.settings(name).clip  # so that a wrong norm would have moved the weights
+    start = dict(ranks.stock().named_parameters())
+    last = load_file(folder / f"{name}-last.safetensors")
+    torch.testing.assert_close(last, weights, rtol=1e-5, atol=1e-6)
+    for key, tensor in last.items():
+        assert (tensor - start[key]).abs().max() > 1e-3, f"{key} was not trained"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", list(ranks.CASES))
+def test_a_restored_engine_goes_on_bit_for_bit(name: str, folder: Path) -> None:
+    seen = json.loads((folder / f"{name}.json").read_text())
+    assert seen["resumed"] == seen["after"]
+    saved, last, resumed = (load_file(folder / f"{name}-{kind}.safetensors") for kind in ("saved", "last", "resumed"))
+    for key, tensor in last.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, resumed[key]), key
+        assert not torch.equal(tensor, saved[key]), key
+
+
+@pytest.mark.e2e
+def test_in_bfloat16_the_weights_handed_out_are_the_masters(folder: Path) -> None:
+    for key, tensor in load_file(folder / "bfloat16-last.safetensors").items():
+        assert bool((tensor != tensor.bfloat16().float()).any()), key
+    expected, _ = reference("bfloat16")
+    seen = json.loads((folder / "bfloat16.json").read_text())
+    losses = torch.tensor([loss for loss, *_ in seen["before"] + seen["after"]])
+    torch.testing.assert_close(losses, torch.tensor([loss for loss, *_ in expected]), rtol=2e-2, atol=0)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", EXACT)
+def test_the_routers_are_read_as_those_of_the_stock_model(name: str, folder: Path) -> None:
+    found = load_file(folder / f"{name}-choice.safetensors")
+    torch.testing.assert_close(found, ranks.routed(ranks.stock()), rtol=1e-5, atol=1e-6)
+    assert found["load"].sum() == 2 * ranks.LENGTH * 2  # layers x tokens x top_k
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", EXACT)
+def test_a_stock_model_with_the_weights_handed_out_has_the_engines_loss(name: str, folder: Path) -> None:
+    model = ranks.stock()
+    missing, unexpected = model.load_state_dict(load_file(folder / f"{name}-saved.safetensors"), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
+    balancer = Balancer(ranks.settings(name), model)
+    with torch.no_grad():
+        losses = [ranks.loss(model, ids_L[None], balancer).item() for ids_L in ranks.windows(ranks.SAVED + 1)]
+    after = json.loads((folder / f"{name}.json").read_text())["after"]
+    assert sum(losses) / len(losses) == pytest.approx(after[0][0], rel=1e-6)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["zero-1", "zero-2"])
+@pytest.mark.usefixtures("alone")
+def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> None:
+    params = ranks.settings(name, processes=1, expert_parallel=1)
+    block = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
+    built = ranks.build(params, dtype=torch.float32, world_size=1, **block)
+    checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=0, world_size=1)
+    state = checkpoints.latest()
+    assert state is not None
+    checkpoints.restore(built, state)
+    weights = engine.full_weights(built)
+    assert weights is not None
+    for key, tensor in load_file(folder / f"{name}-saved.safetensors").items():
+        assert torch.equal(tensor, weights[key]), key
+    seen = torch.tensor(ranks.train(built, params, range(ranks.SAVED + 1, ranks.LAST + 1)))
+    expected = torch.tensor(json.loads((folder / f"{name}.json").read_text())["after"])
+    torch.testing.assert_close(seen, expected, rtol=2e-6, atol=0)
+    built.destroy()
+
+
+def test_zero_3_refuses_another_number_of_processes_because_deepspeed_would_drift() -> None:
+    reason = reshape.refusal(ranks.settings("zero-3"))
+    assert reason is not None
+    assert "zero_stage: 3 with expert_parallel > 1" in reason
+    assert reshape.refusal(ranks.settings("zero-1")) is None
+    assert reshape.refusal(ranks.settings("zero-3", expert_parallel=1)) is None
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_experts_per_tok": 2, "tie_word_embeddings": False, "initializer_range": 0.2,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 8, "num_local_experts": 4},
+    "granitemoe": {"intermediate_size": 8, "num_local_experts": 4},
+    "granitemoeshared": {"intermediate_size": 8, "num_local_experts": 4, "shared_intermediate_size": 12},
+    "qwen2_moe": {
+        "intermediate_size": 24, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12, "num_experts": 4,
+        "norm_topk_prob": True, "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {
+        "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 4, "norm_topk_prob": False, "head_dim": 8,
+    },
+}  # fmt: skip
+
+
+def small(kind: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **KINDS[kind] | fields)).train()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.usefixtures("alone")
+def test_every_class_computes_the_same_and_comes_back_under_its_own_names(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, spread = small(kind), ranks.settings("zero-1")
+    ids = ranks.windows(0)
+    expected, before = (
+        model(input_ids=ids, labels=ids).loss.item(),
+        {n: p.clone() for n, p in model.named_parameters()},
+    )
+    block = expert_parallel.configuration(spread, model_type=kind) | {"autoep_size": 1}
+    params = ranks.settings("zero-1", processes=1, expert_parallel=1)
+    config = engine.configuration(params, world_size=1, dtype=torch.float32) | {"expert_parallel": block}
+    built = engine.build(model, params, config=config)
+    assert expert_parallel.prepare(built) == (1 if kind == "qwen2_moe" else 2)
+    assert expert_parallel.active(built)
+    assert built(input_ids=ids, labels=ids, use_cache=False).loss.item() == pytest.approx(expected, rel=1e-6)
+    weights = engine.full_weights(built)
+    assert weights is not None
+    assert weights.keys() == before.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(tensor, before[key]), key
+
+    stock = families.expected(model.config)
+    monkeypatch.setattr(families, "expected", lambda _: stock | {"model.layers.1.mlp.extra": (4,)})
+    with pytest.raises(TrainingError, match=r"1 missing \(model\.layers\.1\.mlp\.extra\)"):
+        engine.full_weights(built)
+    built.destroy()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        ("llama", {}, "model_type = 'llama' is none of mixtral, "),
+        ("mixtral", {"noise": True}, "noise: true needs a router of ours"),
+        ("mixtral", {"balance": Balance(loss="bias")}, "balance.loss: bias needs a router of ours"),
+        ("mixtral", {"train": "router"}, "train: router leaves the experts as they are"),
+        (
+            "mixtral",
+            {"zero_stage": 3, "train": [Phase(what="router", tokens=64), Phase(what="all")]},
+            "can't save while a phase trains the router alone; use 1 or 2",
+        ),
+    ],
+)
+def test_settings_that_deepspeed_cannot_follow_are_refused_with_the_reason(
+    kind: str, fields: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(TrainingError, match=r"pretrain\.expert_parallel = 2: .*With expert_parallel: 1") as error:
+        expert_parallel.configuration(ranks.settings("zero-1", **fields), model_type=kind)
+    assert reason in str(error.value)
+
+
+def test_models_that_deepspeeds_router_would_change_are_refused_with_the_reason() -> None:
+    params = ranks.settings("zero-1")
+    expert_parallel.check(small("mixtral"), params)
+    with pytest.raises(TrainingError, match="it doesn't divide the model's 5 experts a layer"):
+        expert_parallel.check(small("mixtral", num_local_experts=5), params)
+    with pytest.raises(
+        TrainingError, match=r"router_jitter_noise = 0\.1, which DeepSpeed's router lacks; set it to 0"
+    ):
+        expert_parallel.check(small("mixtral", router_jitter_noise=0.1), params)
+    for change in (
+        gate.add_noise,
+        gate.add_bias,
+        lambda model: gate.swap_in(model, {1: gate.start(4, 16, seed=0, layer=1)}),
+    ):
+        model = small("mixtral")
+        change(model)
+        with pytest.raises(
+            TrainingError, match=r"model\.layers\.\d\.mlp\.gate is not linear as DeepSpeed's router is"
+        ):
+            expert_parallel.check(model, params)
+        expert_parallel.check(model, ranks.settings("zero-1", expert_parallel=1))
