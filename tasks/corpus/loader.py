@@ -95,7 +95,7 @@ class Loader:
             )
         self.sampler, self.prefetch = sampler, prefetch
         mine = range(rank, sampler.batch, world_size)
-        self._gather = _Gather(windows, seq_len=seq_len, mine=mine, mask=mask_documents)
+        self._gather = Gather(windows, seq_len=seq_len, mine=mine, mask=mask_documents)
         self._ahead: Ahead[tuple[Position, Batch]] | None = None
 
     def next(self) -> Batch:
@@ -140,8 +140,13 @@ def train_windows(
     return {d: len(Windows(corpus_dir, d, "train", seq_len=seq_len, packing=packing)) for d in domains}
 
 
-class _Gather:
-    """Slots of a global batch to the rank's Batch."""
+class Gather:
+    """Slots of a global batch to the Batch of those among them that are `mine`.
+
+    Args:
+        windows: of every domain that occurs.
+        mask: no token sees, or is predicted from, another document than its own.
+    """
 
     def __init__(self, windows: Mapping[str, Windows], *, seq_len: int, mine: range, mask: bool) -> None:
         self._windows, self._seq_len, self._mine, self._mask = windows, seq_len, mine, mask
@@ -181,7 +186,7 @@ class _Gather:
         return starts if tokens == self._seq_len else np.append(starts, np.int32(first + tokens))
 
 
-def _batches(sampler: Sampler, gather: _Gather) -> Iterator[tuple[Position, Batch]]:
+def _batches(sampler: Sampler, gather: Gather) -> Iterator[tuple[Position, Batch]]:
     while True:
         yield sampler.position, gather(sampler.peek())
         sampler.skip()

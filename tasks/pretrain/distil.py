@@ -15,26 +15,36 @@ from tasks.settings.pretrain import Distill
 if TYPE_CHECKING:
     import torch
 
+    from tasks.pretrain.teacher_cache import Cache
+
 
 class Distiller:
     """The distillation losses of one run."""
 
-    def __init__(self, settings: Distill, parent: teacher.Teacher) -> None:
+    def __init__(self, settings: Distill, parent: teacher.Teacher | Cache) -> None:
         self._settings, self._parent = settings, parent
 
     @classmethod
     def load(cls, job: Job, *, device: torch.device, dtype: torch.dtype) -> Self | None:
-        """Read what the settings ask for; None without `pretrain.distill`.
+        """Load the parent, or with `top_n` what is kept of it, after making what is missing. None without `distill`.
+
+        All ranks must call it together.
 
         Args:
             dtype: the training dtype, in which the parent computes as well.
 
         Raises:
-            TrainingError: the parent's vocabulary, hidden size or number of layers isn't the student's.
+            TrainingError: the parent's vocabulary, hidden size or number of layers isn't the student's; the disk is
+                full.
         """
-        if job.params.distill is None:
+        from tasks.pretrain.teacher_cache import Cache
+
+        settings = job.params.distill
+        if settings is None:
             return None
-        return cls(job.params.distill, teacher.Teacher.load(job, device=device, dtype=dtype))
+        teacher.check(job)
+        kind = teacher.Teacher.load if settings.top_n is None else Cache
+        return cls(settings, kind(job, device=device, dtype=dtype))
 
     @property
     def needs_hidden(self) -> bool:
@@ -54,7 +64,8 @@ class Distiller:
         Returns:
             With a coefficient `logits` above 0, from one pass over the logits:
             "cross_entropy", in nats per token, and
-            "kl": temperature ** 2 * KL(parent | student) in nats per token at that temperature (arXiv 1503.02531).
+            "kl": temperature ** 2 * KL(parent | student) in nats per token at that temperature (arXiv 1503.02531);
+            with `top_n`, of the kept tokens and all others as one.
             They must enter the sum to be differentiated with the coefficients of the settings (`divergence.losses`).
 
             With a coefficient `hidden` above 0,
@@ -64,19 +75,26 @@ class Distiller:
         """
         from tasks.pretrain import divergence
 
-        settings = self._settings
-        states = self._parent.states(batch, rows=rows, every_layer=self.needs_hidden and settings.layers == "all")
+        settings, source = self._settings, self._parent
         found = {}
+        if isinstance(source, teacher.Teacher):
+            states = source.states(batch, rows=rows, every_layer=self.needs_hidden and settings.layers == "all")
+            parent: divergence.Parent = divergence.Whole(
+                states[-1].flatten(0, 1), source.logits, temperature=settings.temperature
+            )
+        else:
+            states = ()
+            parent = source.kept(batch, rows=rows)
         if settings.logits:
             found["cross_entropy"], found["kl"] = divergence.losses(
                 out.logits,
                 target_BL,
-                divergence.Whole(states[-1].flatten(0, 1), self._parent.logits, temperature=settings.temperature),
+                parent,
                 cross_entropy=settings.cross_entropy,
                 kl=settings.logits,
                 temperature=settings.temperature,
             )
-        if settings.hidden:
+        if self.needs_hidden:
             own = teacher.layers(out.hidden_states)[-len(states) :]
             found["hidden"] = _relative(own, states, target_BL != IGNORED)
         return found

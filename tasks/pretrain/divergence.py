@@ -94,6 +94,36 @@ class Whole:
         return self._logits[tokens.start - self._start : tokens.stop - self._start]
 
 
+class Kept:
+    """A parent of which each token's N most likely successors are known, and the probability of all others together.
+
+    Its divergence is that of N + 1 outcomes: at most the whole one, and equal to it at N = V. Within the others the
+    student stays as it is.
+
+    Args:
+        ids_TN: the successors, int64.
+        logs_TN: logs of their probabilities at the temperature, fp32.
+        rest_T: log of that of the others, fp32; -inf where there are none.
+    """
+
+    def __init__(self, ids_TN: torch.Tensor, logs_TN: torch.Tensor, rest_T: torch.Tensor) -> None:
+        self._ids_TN = ids_TN
+        every = torch.cat([logs_TN, rest_T[:, None]], 1)
+        self._logs = torch.log_softmax(every, 1)  # they were rounded, and need not sum to 1
+
+    def compare(
+        self, tokens: slice, logits_CV: torch.Tensor, *, q_CV: torch.Tensor, norm_C: torch.Tensor, share: float
+    ) -> torch.Tensor:
+        ids_CN, logs = self._ids_TN[tokens], self._logs[tokens]
+        q_CN = q_CV.gather(1, ids_CN)
+        rest_C1 = q_CV.scatter_(1, ids_CN, 0.0).sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        own = torch.cat([logits_CV.gather(1, ids_CN) - norm_C[:, None], rest_C1.log()], 1)
+        p = logs.exp()
+        q_CV *= 1 - share * p[:, -1:] / rest_C1
+        q_CV.scatter_(1, ids_CN, q_CN - share * p[:, :-1])
+        return (p * (logs - own)).masked_fill(p == 0, 0.0).sum(1)  # 0 log 0 = 0; NaN stays
+
+
 class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -146,3 +146,79 @@ def test_a_second_backward_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second"):
         total.backward()
+
+
+def kept(states: torch.Tensor, linear: torch.nn.Module, n: int, temperature: float) -> divergence.Kept:
+    logs = F.log_softmax(linear(states).double() / temperature, 1)
+    top, ids = logs.topk(n, dim=1)
+    rest = logs.exp().scatter(1, ids, 0.0).sum(1).log()
+    return divergence.Kept(ids, top.float(), rest.float())
+
+
+def merged(logs_TV: torch.Tensor, ids_TN: torch.Tensor) -> torch.Tensor:
+    """Logs of N + 1 outcomes: those of `ids`, and all others."""
+    others = logs_TV.scatter(1, ids_TN, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([logs_TV.gather(1, ids_TN), others], 1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("coefficients", [(1.0, 1.0), (0.0, 2.0)])
+@pytest.mark.parametrize("n", [1, 6, V - 1])
+def test_kept_logits_give_the_divergence_of_them_and_of_all_others_as_one(
+    n: int, coefficients: tuple[float, float], temperature: float
+) -> None:
+    logits, target, states, linear = problem(6, 3.0, torch.float32)
+    exact = logits.detach().double().requires_grad_()
+    ce, kl = coefficients
+    parent = kept(states, linear, n, temperature)
+    found = divergence.losses(logits, target, parent, cross_entropy=ce, kl=kl, temperature=temperature)
+    theirs = F.log_softmax(linear(states).double() / temperature, 1)
+    ids = theirs.topk(n, dim=1).indices
+    own = F.log_softmax(exact.flatten(0, 1) / temperature, 1)
+    kl_T = F.kl_div(merged(own, ids), merged(theirs, ids), log_target=True, reduction="none").sum(1)
+    counted = target != IGNORED
+    wanted_B = (kl_T.view(B, L) * counted).sum(1) / counted.sum(1).clamp(min=1) * temperature**2
+    nats_B, _ = plain(exact, target, exact, 1.0)
+    torch.testing.assert_close(found[1].double(), wanted_B, rtol=1e-5, atol=1e-6)
+    (ce * found[0] + kl * found[1]).sum().backward()
+    (ce * nats_B + kl * wanted_B).sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_with_all_logits_kept_the_divergence_and_its_gradient_are_the_whole_ones() -> None:
+    results = []
+    for kind in ("whole", "kept"):
+        logits, target, states, linear = problem(7, 2.0, torch.float32)
+        parent = divergence.Whole(states, linear, temperature=1.5) if kind == "whole" else kept(states, linear, V, 1.5)
+        nats_B, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.5, kl=1.0, temperature=1.5)
+        (0.5 * nats_B + kl_B).sum().backward()
+        results.append((kl_B.detach(), logits.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30), scale=st.floats(0.01, 10), data=st.data())
+def test_the_more_logits_are_kept_the_more_of_the_divergence_is_seen(
+    seed: int, scale: float, data: st.DataObject
+) -> None:
+    logits, target, states, linear = problem(seed, scale, torch.float32)
+    few, more = sorted(data.draw(st.tuples(st.integers(1, V), st.integers(1, V))))
+    parents = [kept(states, linear, few, 1.0), kept(states, linear, more, 1.0)]
+    every = [*parents, divergence.Whole(states, linear, temperature=1.0)]
+    seen = [divergence.losses(logits, target, p, cross_entropy=0.0, kl=1.0)[1] for p in every]
+    slack = 1e-5 * (1 + seen[2])
+    assert (seen[0] > -slack).all()
+    assert (seen[0] <= seen[1] + slack).all()
+    assert (seen[1] <= seen[2] + slack).all()
+
+
+@pytest.mark.parametrize("n", [3, V])
+def test_a_student_equal_to_its_kept_parent_has_no_divergence_and_no_gradient(n: int) -> None:
+    logits, target, _, _ = problem(8, 2.0, torch.float32)
+    parent = kept(logits.detach().flatten(0, 1), torch.nn.Identity(), n, 1.0)
+    _, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.0, kl=1.0)
+    kl_B.sum().backward()
+    assert logits.grad is not None
+    assert kl_B.abs().max() < 1e-6
+    assert logits.grad.abs().max() < 1e-6
