@@ -21,7 +21,8 @@ def explain(error: BaseException, params: Pretrain) -> str | None:
             first = str(cause).strip().splitlines()
             said = f" ({first[0][:200]})" if first else ""
             on = "the accelerator's" if place == "device" else "the machine's"
-            return f"{on} memory ran out in training{said}. {_mend(params, device=place == 'device')}"
+            mend = _mend(params, device=place == "device")
+            return f"{on} memory ran out in training{said}. {mend}. The last checkpoint is kept; run again to go on"
         cause = cause.__cause__
     return None
 
@@ -72,8 +73,7 @@ def _fits(processes: int, params: Pretrain) -> bool:
 
 def _mend(params: Pretrain, *, device: bool) -> str:
     found = settings(params, device=device)
-    tries = f"Set {'; or '.join(found)}" if found else "No setting is left that needs less: shorten pretrain.seq_len"
-    return f"{tries}. The last checkpoint is kept. Run again to go on from it"
+    return f"Set {'; or '.join(found)}" if found else "No setting is left that needs less: shorten pretrain.seq_len"
 
 
 def _where(error: BaseException) -> str | None:
