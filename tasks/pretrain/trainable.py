@@ -166,12 +166,12 @@ def set_rates(engine: DeepSpeedEngine, *, step: int, params: Pretrain) -> dict[P
     return rates
 
 
-def leave_out_inactive(optimizer: torch.optim.Optimizer) -> None:
-    """Let AdamW's step pass over the groups that are not active: neither weights nor moments move.
+def prepare(optimizer: torch.optim.Optimizer) -> None:
+    """Start AdamW's moments, and let its step pass over groups that are not active: neither weights nor moments move.
 
     A rate of 0 would still move the moments. Every ZeRO stage steps its own flat tensors through this optimizer, so
-    here is the one place where all of them can be held back. The moments are made at once, as zeros, because DeepSpeed
-    links its checkpoints to them after the first step.
+    here is the one place to hold all of them back. The moments are there from the start because DeepSpeed links them
+    to its parameters once, after the first step of the first group, and misses those that come later.
     """
     held: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
 
@@ -179,27 +179,30 @@ def leave_out_inactive(optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             if not group["active"]:
                 held.append((group, group["params"]))
-                for parameter in group["params"]:
-                    _start(optimizer.state[parameter], parameter)
                 group["params"] = []
+                _start(optimizer, held[-1][1])  # stage 3 shows its tensors in the step alone
 
     def after(*_: Any) -> None:
         while held:
             group, parameters = held.pop()
             group["params"] = parameters
 
+    for group in optimizer.param_groups:
+        _start(optimizer, group["params"])
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
 
 
-def _start(state: dict[str, Any], parameter: torch.Tensor) -> None:
-    """AdamW's state before its first step."""
+def _start(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
+    """Give AdamW's state before its first step to what has none."""
     import torch
 
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def _trained(params: Pretrain) -> set[Part]:

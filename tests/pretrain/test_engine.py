@@ -1,30 +1,160 @@
+"""The engine's configuration and its optimizer step, in every ZeRO stage and precision, against plain torch."""
+
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tasks.pretrain import engine
+from tasks.pretrain import engine, trainable
+from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
 PARAMS = Pretrain(tokens=4096, seq_len=64, batch=8, micro_batch=2, learning_rate=1e-3)
+KINDS = [
+    pytest.param(stage, offload, dtype, id=f"zero{stage}-{'offload-' * offload}{name}")
+    for stage, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True))
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+]
 
 
-def test_norms_routers_and_embeddings_do_not_decay_and_every_parameter_is_in_one_group() -> None:
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    engine.initialise(tmp_path_factory.mktemp("group"))
+    yield
+    engine.close()
+
+
+def tiny(dtype: torch.dtype) -> MixtralForCausalLM:
+    torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True,
+        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, output_router_logits=True,
     )  # fmt: skip
     model = MixtralForCausalLM(config)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, free = engine.parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    kinds = {names[id(parameter)].removesuffix(".weight").rsplit(".", 1)[-1] for parameter in free["params"]}
-    assert kinds == {"embed_tokens", "input_layernorm", "post_attention_layernorm", "gate", "norm"}
-    grouped = [id(parameter) for parameter in decayed["params"] + free["params"]]
-    assert sorted(grouped) == sorted(names)
+    model.to(dtype)  # type: ignore[arg-type]
+    return model.train()
+
+
+def settings(stage: int, *, offload: bool = False, **fields: Any) -> Pretrain:
+    common = {"tokens": 4096, "seq_len": 16, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, "clip": 0.2}
+    return Pretrain.model_validate(common | fields | {"zero_stage": stage, "offload": offload})
+
+
+def build(params: Pretrain, dtype: torch.dtype) -> engine.DeepSpeedEngine:
+    return engine.build(tiny(dtype), params, config=engine.configuration(params, world_size=1, dtype=dtype))
+
+
+def loss(model: Any, step: int, micro: int) -> torch.Tensor:
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
+    found: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return found
+
+
+def train_step(built: engine.DeepSpeedEngine, step: int, *, factor: float = 1.0) -> tuple[list[float], float]:
+    losses = []
+    for micro in range(2):
+        losses.append(loss(built, step, micro))
+        built.backward(losses[-1] * (factor if micro == 1 else 1.0))
+        if micro == 0:
+            built.step()
+    return [value.item() for value in losses], engine.finish_step(built)
+
+
+def state(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Weights, masters and everything that AdamW keeps, bit by bit."""
+    found = {f"weight {name}": tensor for name, tensor in (engine.full_weights(built) or {}).items()}
+    for i, each in enumerate(built.basic_optimizer.state.values()):
+        found |= {f"{name} {i}": value.clone() for name, value in each.items() if torch.is_tensor(value)}
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("stage", "offload", "dtype"), KINDS)
+def test_a_gradient_that_is_not_finite_is_told_and_changes_nothing(
+    stage: int, offload: bool, dtype: torch.dtype
+) -> None:
+    params = settings(stage, offload=offload)
+    plain, disturbed = build(params, dtype), build(params, dtype)
+    assert train_step(plain, 0) == train_step(disturbed, 0)
+    before = state(disturbed)
+    assert not torch.tensor(train_step(disturbed, 50, factor=float("nan"))[1]).isfinite()
+    assert not torch.tensor(train_step(disturbed, 51, factor=float("inf"))[1]).isfinite()
+    assert same(before, state(disturbed))
+    for step in (1, 2):
+        assert train_step(plain, step) == train_step(disturbed, step)
+    assert same(state(plain), state(disturbed))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("stage", "offload", "dtype"), KINDS)
+def test_a_discarded_step_leaves_no_trace(stage: int, offload: bool, dtype: torch.dtype) -> None:
+    params = settings(stage, offload=offload)
+    plain, disturbed = build(params, dtype), build(params, dtype)
+    nan = float("nan")
+    for step, discarded in enumerate(([[1.0]], [[1.0, 1.0]], [[1.0, 1.0], [nan], [1.0, nan]])):
+        for factors in discarded:  # of a loss, for each micro-batch of a step that is given up
+            for micro, factor in enumerate(factors):
+                if micro:
+                    disturbed.step()
+                disturbed.backward(loss(disturbed, 50, micro) * factor)
+            engine.discard_step(disturbed)
+        assert train_step(plain, step) == train_step(disturbed, step)
+    assert same(state(plain), state(disturbed))
+
+
+def in_torch(params: Pretrain, dtype: torch.dtype, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Masters and gradient norms of plain torch: sums of gradients, AdamW and masters in float32."""
+    model = tiny(dtype)
+    masters = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    of = {id(parameter): masters[name] for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = trainable.groups(model, params)
+    for group in groups:
+        group["params"] = [of[id(parameter)] for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=params.betas)
+    norms = []
+    for step in range(steps):
+        for master in masters.values():
+            master.grad = torch.zeros_like(master)
+        for micro in range(2):
+            (loss(model, step, micro) / 2).backward()
+            for name, parameter in model.named_parameters():
+                masters[name].grad += parameter.grad  # type: ignore[operator]
+            model.zero_grad()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), params.clip)))
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(masters[name])
+    return masters, norms
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("stage", "offload", "dtype"), KINDS)
+def test_steps_and_gradient_norms_are_those_of_plain_torch(stage: int, offload: bool, dtype: torch.dtype) -> None:
+    params = settings(stage, offload=offload, weight_decay=0.5)
+    built = build(params, dtype)
+    weights = engine.full_weights(built)
+    assert weights is not None
+    for name, parameter in tiny(dtype).named_parameters():
+        assert torch.equal(weights[name], parameter.detach().float()), f"{name} has moved before the first step"
+    norms = [train_step(built, step)[1] for step in range(3)]
+    expected, expected_norms = in_torch(params, dtype, 3)
+    fp32 = dtype == torch.float32
+    assert norms == pytest.approx(expected_norms, rel=1e-5 if fp32 else 2e-3)
+    weights = engine.full_weights(built)
+    assert weights is not None
+    for name, master in expected.items():
+        off = (weights[name] - master).abs().mean()  # of up to 0.03 by which a weight moves
+        assert off < (1e-6 if fp32 else 1e-3), name
 
 
 @pytest.mark.parametrize(
@@ -51,6 +181,24 @@ def test_the_global_batch_stays_and_sums_of_micro_batches_are_kept_in_fp32(world
     assert config["gradient_accumulation_steps"] == accumulation
     assert config["gradient_clipping"] == PARAMS.clip
     assert ("data_types" in config) == (accumulation > 1)
+
+
+def test_the_configuration_is_json_and_names_the_optimizer_that_trains() -> None:
+    params = settings(3, offload=True, betas=(0.8, 0.99), weight_decay=0.05)
+    config = engine.configuration(params, world_size=1, dtype=torch.float32, load_universal=True)
+    assert json.loads(json.dumps(config)) == config
+    assert config["optimizer"]["params"].items() >= {"lr": 1e-2, "betas": [0.8, 0.99], "weight_decay": 0.05}.items()
+    assert config["checkpoint"] == {"load_universal": True}
+    assert {name for name in config["zero_optimization"] if "offload" in name} == {
+        "offload_optimizer",
+        "offload_param",
+    }
+    assert "expert_parallel" not in config
+
+
+def test_offload_without_zero_is_refused_with_the_mend() -> None:
+    with pytest.raises(TrainingError, match=r"pretrain\.offload: true needs zero_stage 1, 2 or 3"):
+        engine.configuration(settings(0, offload=True), world_size=1, dtype=torch.float32)
 
 
 def test_a_failed_operator_build_names_the_mend_and_other_errors_are_left_alone() -> None:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tasks import scratch
 from tasks.moe import gate
-from tasks.pretrain import engine
+from tasks.pretrain import trainable
+from tasks.settings import Pretrain
 
 from .projects import stage, start, timeless, wait_for, workers
 
@@ -24,7 +25,13 @@ def test_gates_are_free_of_weight_decay_like_routers() -> None:
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     gate.swap_in(model, {0: gate.start(4, 16, seed=0, layer=0)})
-    free = {id(parameter) for parameter in engine.parameter_groups(model, 0.1)[1]["params"]}
+    params = Pretrain(tokens=64, seq_len=8, batch=1, learning_rate=1e-3, weight_decay=0.1)
+    free = {
+        id(parameter)
+        for group in trainable.groups(model, params)
+        if not group["weight_decay"]
+        for parameter in group["params"]
+    }
     router = gate.router(model)
     assert len(list(router.parameters())) == 3
     assert all(id(parameter) in free for parameter in router.parameters())
