@@ -32,12 +32,13 @@ def step(run: Path, number: int, *, full: bool = False) -> dict[str, Any]:
     """
     training, record = _find(run)
     job = Job.read(record)
-    last, state = _state(training / "log.jsonl", number)
+    last, at, state = _state(training / "log.jsonl", number)
     if not 1 <= number <= last or state is None:
         steps = f"steps 1 to {last}" if last else "no step yet"
         raise TrainingError(f"{training / 'log.jsonl'}: has {steps}; there is no step {number} to show")
     params = job.params
-    slots = replay.batch(job.corpus, state, step=number, seq_len=params.seq_len, packing=params.packing)
+    drawn = state["step"] + number - at  # after a rollback the sampler is further than the steps
+    slots = replay.batch(job.corpus, state, step=drawn, seq_len=params.seq_len, packing=params.packing)
     decode = encoder.load_encoder(job.model).decode if job.model.exists() else None
     return {
         "run": str(training.parent),
@@ -72,15 +73,18 @@ def _find(run: Path) -> tuple[Path, Path]:
     )
 
 
-def _state(log: Path, number: int) -> tuple[int, dict[str, Any] | None]:
-    """The last step in the log, and the sampler's state that step `number` was drawn from."""
-    step_line, state = b"", None
+def _state(log: Path, number: int) -> tuple[int, int, dict[str, Any] | None]:
+    """The last step in the log, and the last step before `number` that has the sampler's state, with that state.
+
+    Evaluations have it, and so have rollbacks, which change what is drawn next.
+    """
+    step_line, at, state = b"", 0, None
     with log.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):  # being written
                 break
             if line.startswith(b'{"kind": "step"'):
                 step_line = line
-            elif (record := json.loads(line))["step"] < number:
-                state = record["sampler"]
-    return json.loads(step_line)["step"] if step_line else 0, state
+            elif (record := json.loads(line))["step"] < number and "sampler" in record:
+                at, state = record["step"], record["sampler"]
+    return json.loads(step_line)["step"] if step_line else 0, at, state
