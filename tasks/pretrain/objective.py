@@ -1,6 +1,6 @@
-"""The loss of a forward pass over packed windows.
+"""What a step minimises: cross-entropy over packed windows, balance of the experts, distillation from the parent.
 
-Shapes: B windows of one forward pass, L tokens of a window, V vocabulary.
+Shapes: B windows of one forward pass, L tokens of a window, T = B L tokens, V vocabulary.
 
 With masked documents a window is several sequences. Stock attention is told in the two ways it knows: position ids
 that start again at each document, from which transformers builds the masks of eager, SDPA and flex attention
@@ -12,6 +12,7 @@ ids it does so at B = 1 alone, and else attends across documents).
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,89 @@ from numpy.typing import NDArray
 
 from tasks.corpus.loader import IGNORED, Batch
 from tasks.pretrain import fused_loss
+from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from tasks.pretrain.balance import Balancer
+    from tasks.pretrain.distil import Distiller
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The losses of one forward pass."""
+
+    cross_entropy_B: torch.Tensor
+    """Of each window, fp32, nats per predicted token (0 where none is); without a graph."""
+    parts: dict[str, torch.Tensor]
+    """What else is in `total`, multiplied by its coefficient: scalars, or [B] where a window has its own."""
+    total: torch.Tensor
+    """To be differentiated: the mean over the windows."""
+
+
+class Objective:
+    """The loss of a run, as its settings compose it."""
+
+    def __init__(
+        self, params: Pretrain, model: nn.Module, *, balancer: Balancer | None, distiller: Distiller | None
+    ) -> None:
+        """`model`: a stock causal language model, or the engine around it; without a balancer if it is dense."""
+        self.params, self.model = params, model
+        self.balancer, self.distiller = balancer, distiller
+        self.stock: Any = getattr(model, "module", model)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts, in order, the same at every step and on every rank."""
+        balance, distill = self.params.balance, self.params.distill
+        named = {
+            "balance": self.balancer and balance.loss not in {"none", "bias"} and balance.coefficient,
+            "z": self.balancer and balance.z_loss,
+            "kl": distill and distill.logits,
+            "hidden": distill and distill.hidden,
+        }
+        return [name for name, asked in named.items() if asked]
+
+    def __call__(self, batch: Batch, *, rows: slice, device: torch.device) -> Losses:
+        """The losses of the windows `rows` of a batch."""
+        import torch
+
+        from tasks.moe import routing
+
+        ids = torch.from_numpy(batch.input_ids[rows]).to(device)
+        target_BL = targets(batch.labels[rows]).to(device)
+        distiller, distill = self.distiller, self.params.distill
+        fused = fused_loss.available(device) and not (distill and distill.logits)
+        with contextlib.ExitStack() as stack:
+            routed = stack.enter_context(routing.record(self.stock)) if self.balancer else []
+            if fused:
+                stack.enter_context(fused_loss.in_place_of_logits(self.stock, target_BL, ignored=IGNORED))
+            out = self.model(
+                input_ids=ids,
+                use_cache=False,
+                output_router_logits=False,
+                output_hidden_states=bool(distiller and distiller.needs_hidden),
+                **documents(batch, rows, device),
+            )
+        found = distiller.losses(batch, rows=rows, out=out, target_BL=target_BL) if distiller else {}
+        if "cross_entropy" in found:  # computed along with the divergence, in one pass over the logits
+            loss_B = found.pop("cross_entropy")
+        else:
+            loss_B = _per_window(out.logits, target_BL, fused=fused)
+        total = loss_B.mean() * (distill.cross_entropy if distill else 1.0)
+        parts: dict[str, torch.Tensor] = {}
+        if self.balancer:
+            parts |= self.balancer.losses(routed, real_T=_real(batch.labels[rows], device))
+        if distill:
+            share = {"kl": distill.logits, "hidden": distill.hidden}
+            parts |= {name: share[name] * value_B for name, value_B in found.items()}
+        for value in parts.values():
+            total = total + value.mean()
+        return Losses(
+            cross_entropy_B=loss_B.detach(), parts={name: part.detach() for name, part in parts.items()}, total=total
+        )
 
 
 def predicted(labels_BL: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -30,48 +110,15 @@ def predicted(labels_BL: NDArray[np.int64]) -> NDArray[np.int64]:
     return (labels_BL[:, 1:] != IGNORED).sum(1)
 
 
-def losses(
-    model: nn.Module, batch: Batch, *, rows: slice, device: torch.device, balance: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of the windows `rows` of a batch.
-
-    Args:
-        model: a stock sparse causal language model, or the engine around it.
-        rows: start and stop of the windows of this pass.
-        balance: whether the load-balancing loss is wanted.
-
-    Returns:
-        Loss of each window, fp32 [B] in nats per predicted token (0 where none is), and transformers' load-balancing
-        loss over the tokens up to each window's last predicted one, so without padding; 0 if not wanted.
-    """
+def targets(labels_BL: NDArray[np.int64]) -> torch.Tensor:
+    """The token that follows each one, IGNORED where none is to be predicted: int64 [B, L]."""
     import torch
     import torch.nn.functional as F
 
-    ids = torch.from_numpy(batch.input_ids[rows]).to(device)
-    labels_BL = batch.labels[rows]
-    target_BL = torch.from_numpy(labels_BL).to(device)
-    target_BL = F.pad(target_BL[:, 1:], (0, 1), value=IGNORED)  # all L rows: slicing the logits would copy them
-    stock = getattr(model, "module", model)
-    fused = fused_loss.available(device)
-    with fused_loss.in_place_of_logits(stock, target_BL, ignored=IGNORED) if fused else contextlib.nullcontext():
-        out = model(input_ids=ids, output_router_logits=balance, use_cache=False, **_documents(batch, rows, device))
-    if fused:
-        nats = out.logits
-    else:
-        nats = F.cross_entropy(
-            out.logits.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-    loss_B = nats.view_as(ids).sum(1) / (target_BL != IGNORED).sum(1).clamp(min=1)
-    if not balance:
-        return loss_B, loss_B.new_zeros(())
-    real_BL = np.logical_or.accumulate(labels_BL[:, ::-1] != IGNORED, axis=1)[:, ::-1].copy()
-    real_BL[:, 0] = True  # a window begins with text, also where nothing in it is predicted
-    if real_BL.all():
-        return loss_B, out.aux_loss
-    return loss_B, _balance(model, out.router_logits, torch.from_numpy(real_BL).to(device))
+    return F.pad(torch.from_numpy(labels_BL)[:, 1:], (0, 1), value=IGNORED)  # all L: slicing logits would copy them
 
 
-def _documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any]:
+def documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any]:
     """The model's arguments that keep documents apart; none where they aren't."""
     import torch
 
@@ -91,12 +138,22 @@ def _documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any
     }
 
 
-def _balance(model: Any, router_logits: Any, real_BL: torch.Tensor) -> torch.Tensor:
-    """The load-balancing loss that every sparse family of transformers has, over the tokens that are no padding."""
-    import torch
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+def _per_window(logits: torch.Tensor, target_BL: torch.Tensor, *, fused: bool) -> torch.Tensor:
+    import torch.nn.functional as F
 
-    stock = getattr(model, "module", model)  # DeepSpeed's engine has num_experts of its own
-    return torch.as_tensor(
-        load_balancing_loss_func(router_logits, stock.num_experts, stock.num_experts_per_tok, real_BL)
-    )
+    if fused:
+        nats = logits
+    else:
+        nats = F.cross_entropy(
+            logits.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+    return nats.view_as(target_BL).sum(1) / (target_BL != IGNORED).sum(1).clamp(min=1)
+
+
+def _real(labels_BL: NDArray[np.int64], device: torch.device) -> torch.Tensor | None:
+    """Which tokens are text, bool [T]: those up to each window's last predicted one; None if all are."""
+    import torch
+
+    real_BL = np.logical_or.accumulate(labels_BL[:, ::-1] != IGNORED, axis=1)[:, ::-1].copy()
+    real_BL[:, 0] = True  # a window begins with text, also where nothing in it is predicted
+    return None if real_BL.all() else torch.from_numpy(real_BL).flatten().to(device)

@@ -10,40 +10,78 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.pretrain import place, supervise
-from tasks.pretrain.job import Job
+from tasks.pretrain import memory, place, random_state, supervise
+from tasks.pretrain.job import Job, TrainingError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(job: Job) -> None:
-    """Train and write the results into the workspace. Raises TrainingError or ValueError for the user to read."""
-    from tasks.moe import checkpoint, gate
+    """Train and write the results into the workspace.
+
+    Raises:
+        TrainingError, ValueError, OSError: for the user to read; memory that ran out among them.
+    """
     from tasks.pretrain import engine as engines
-    from tasks.pretrain import outputs
-    from tasks.pretrain.loop import Place, Trainer
 
     rank, world_size, device = engines.initialise(job.workspace)
     try:
-        import torch
-
-        torch.manual_seed(job.params.seed)
-        dtype = engines.precision(job.params.precision, device)
-        model = checkpoint.load(job.model, dtype=dtype, device=device)
-        gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
-        model.train()
-        if job.params.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        config = engines.configuration(job.params, world_size=world_size, dtype=dtype)
-        engine = engines.build(model, job.params, config=config)
-        trainer = Trainer(job, engine=engine, place=Place(rank=rank, world_size=world_size, device=device))
-        with trainer.loader:
-            trainer.run()
-            outputs.write(trainer, config=config)
-        torch.distributed.barrier()
+        _train(job, rank=rank, world_size=world_size, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if message := memory.explain(error, job.params):
+            raise TrainingError(message) from error
+        raise
     finally:
         engines.close()
+
+
+def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> None:
+    import torch
+
+    from tasks.moe import checkpoint, counts, gate
+    from tasks.pretrain import engine as engines
+    from tasks.pretrain import outputs
+    from tasks.pretrain.balance import Balancer
+    from tasks.pretrain.distil import Distiller
+    from tasks.pretrain.found import Place
+    from tasks.pretrain.loop import Trainer
+    from tasks.pretrain.objective import Objective
+
+    params = job.params
+    hosts: list[str] = [""] * world_size
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    dtype = engines.precision(params.precision, device)
+    model = checkpoint.load(job.model, dtype=dtype, device=device)
+    sparse = counts.experts(model.config)["experts"] > 0
+    gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
+    if sparse and params.noise:
+        gate.add_noise(model)
+    if sparse and params.balance.loss == "bias":
+        gate.add_bias(model)
+    model.train()
+    if params.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = engines.configuration(params, world_size=world_size, dtype=dtype, model_type=model.config.model_type)
+    engine = engines.build(model, params, config=config)
+    objective = Objective(
+        params,
+        engine,
+        balancer=Balancer(params, engine.module) if sparse else None,
+        distiller=Distiller.load(job, device=device, dtype=dtype),
+    )
+    random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
+    here = Place(rank=rank, world_size=world_size, device=device, hosts=hosts)
+    trainer = Trainer(job, engine=engine, objective=objective, place=here)
+    with trainer.loader:
+        trainer.run()
+        outputs.write(trainer, config=config)
+    torch.distributed.barrier()
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from tasks.settings.fields import Frozen, Name, Positive
 NotNegative = Annotated[float, Field(ge=0)]
 Above = Annotated[float, Field(gt=0)]
 What = Literal["all", "router", "experts"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Part = Literal["router", "experts", "shared", "ffn", "attention", "norms", "embeddings"]
 
 
@@ -157,9 +158,7 @@ class Pretrain(Frozen):
     keep_every: Positive | None = None
     """Steps; checkpoints at multiples of it are kept until the run is finished, to export them."""
     guard: Guard = Guard()
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
-        default_factory=lambda: ["tensorboard"]
-    )
+    trackers: list[Tracker] = ["tensorboard"]
     """Where the log goes besides log.jsonl."""
     expert_log: Literal["brief", "detailed"] = "brief"
     """Load of the experts in each step's record: three numbers a layer, or the tokens of every expert too."""

@@ -1,0 +1,119 @@
+"""What all ranks together found in one step, exchanged in a single reduction.
+
+S slots of the global batch, of which rank r of R has r, r + R, …; L sparse layers, E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tasks.pretrain import objective
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.corpus.loader import Batch
+
+_NAMED = 8  # windows that a message names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    hosts: list[str]
+    """Of every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The same on every rank."""
+
+    losses: dict[str, np.ndarray]
+    """`loss`, the cross-entropy, and the objective's parts: float64 [S]."""
+    domains: list[str]
+    windows: list[int]
+    predicted: int
+    load_LE: np.ndarray
+    """Tokens per sparse layer and expert, int64."""
+    seconds_R: list[float]
+    """Of each rank's forward and backward passes."""
+
+    @property
+    def loss(self) -> float:
+        """The mean cross-entropy; not finite if any of the losses of any window isn't."""
+        mean = float(self.losses["loss"].mean())
+        return mean if np.isfinite(sum(self.losses.values())).all() else mean + float("nan")
+
+    def windows_by_domain(self) -> dict[str, int]:
+        return dict(Counter(self.domains))
+
+    def suspects(self) -> list[tuple[str, int]]:
+        """Domain and window of the slots whose loss isn't finite; of all if it's not that."""
+        bad = ~np.isfinite(sum(self.losses.values()))
+        every = list(zip(self.domains, self.windows, strict=True))
+        return [slot for slot, is_bad in zip(every, bad, strict=True) if is_bad] or every
+
+    def named(self) -> str:
+        """`suspects` for a message."""
+        slots = self.suspects()
+        more = f" and {len(slots) - _NAMED} more" if len(slots) > _NAMED else ""
+        return ", ".join(f"{domain} {window}" for domain, window in slots[:_NAMED]) + more
+
+
+def collect(
+    batch: Batch,
+    losses: Sequence[objective.Losses],
+    *,
+    names: Sequence[str],
+    domains: Sequence[str],
+    load_LE: np.ndarray,
+    seconds: float,
+    slots: int,
+    place: Place,
+) -> Found:
+    """Exchange what this rank found with the others; every rank must call it.
+
+    Args:
+        batch: this rank's slots.
+        losses: of its micro-batches, in order.
+        names: of the parts, the same on every rank.
+        domains: all there are, in the same order on every rank.
+        load_LE: this rank's tokens per sparse layer and expert.
+        seconds: of its forward and backward passes.
+        slots: S.
+    """
+    import torch
+
+    own = torch.zeros(4 + len(names), slots, dtype=torch.float64)
+    mine = slice(place.rank, None, place.world_size)
+    own[0, mine] = torch.tensor([domains.index(domain) for domain in batch.domains], dtype=torch.float64)
+    own[1, mine] = torch.tensor(batch.windows, dtype=torch.float64)
+    own[2, mine] = torch.from_numpy(objective.predicted(batch.labels)).double()
+    own[3, mine] = torch.cat([each.cross_entropy_B for each in losses]).double().cpu()
+    for row, name in enumerate(names, start=4):
+        parts = [each.parts[name].expand_as(each.cross_entropy_B) for each in losses]
+        own[row, mine] = torch.cat(parts).double().cpu()
+    seconds_R = torch.zeros(place.world_size, dtype=torch.float64)
+    seconds_R[place.rank] = seconds
+    load = torch.from_numpy(load_LE).double().flatten()
+    every = torch.cat([own.flatten(), seconds_R, load]).to(place.device)
+    torch.distributed.all_reduce(every)
+    table, seconds_R, load = every.cpu().split([own.numel(), len(seconds_R), len(load)])
+    domain, window, predicted, *found = table.view_as(own).numpy()
+    return Found(
+        losses=dict(zip(["loss", *names], found, strict=True)),
+        domains=[domains[int(number)] for number in domain],
+        windows=window.astype(int).tolist(),
+        predicted=int(predicted.sum()),
+        load_LE=load.view(load_LE.shape).numpy().astype(np.int64),
+        seconds_R=seconds_R.tolist(),
+    )

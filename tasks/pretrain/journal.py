@@ -1,0 +1,172 @@
+"""What rank 0 writes down and shows of a run; the other ranks have a journal that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from tasks.pretrain import meters, trackers, watch
+from tasks.pretrain.display import Display
+from tasks.pretrain.found import Found, Place
+from tasks.pretrain.job import Job
+from tasks.pretrain.log import Log
+from tasks.pretrain.state import State
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from tasks.settings.pretrain import Part, What
+
+_STRAGGLERS_EVERY = 20  # steps over which the ranks' times are summed before they are compared
+
+
+class Journal:
+    """Makes the records of a run, for the log, the trackers and the display."""
+
+    def __init__(self, job: Job, *, engine: DeepSpeedEngine, place: Place, epoch_tokens: Mapping[str, int]) -> None:
+        """`epoch_tokens`: training tokens of each domain of the corpus."""
+        self.job, self.params, self.place = job, job.params, place
+        self._epoch_tokens = epoch_tokens
+        self._log: Log | None = None
+        self._display = Display(self.params.steps) if place.rank == 0 else None
+        self._config: Any = engine.module.config
+        parameter = next(engine.module.parameters())
+        self.peak = meters.peak(place.device, parameter.dtype) * place.world_size
+        self._seconds_R = np.zeros(place.world_size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._log:
+            self._log.close()
+        if self._display:
+            self._display.close()
+
+    def open(self, *, offset: int, step: int) -> None:
+        """Go on after `offset` bytes of the log and after `step`; what lies behind is dropped."""
+        if self.place.rank:
+            return
+        if self._log:  # back to a checkpoint
+            self._log.rewind(offset=offset, step=step)
+            return
+        run = trackers.Run(
+            folder=self.job.workspace / "training",
+            name=self.job.pipeline,
+            key=f"{self.job.pipeline}-{self.job.workspace.name}",
+            config=self.params.model_dump(),
+        )
+        self._log = Log(run, names=self.params.trackers, offset=offset, step=step, say=self.say)
+
+    def step(
+        self,
+        state: State,
+        found: Found,
+        *,
+        rates: Mapping[Part, float],
+        norm: float,
+        timing: dict[str, float],
+        what: What,
+    ) -> None:
+        """A sound step."""
+        if not self._log:
+            return
+        params = self.params
+        means = {name: float(values.mean()) for name, values in found.losses.items()}
+        loss = means.pop("loss")
+        weight = params.distill.cross_entropy if params.distill else 1.0
+        record: dict[str, Any] = {
+            "kind": "step",
+            "step": state.step,
+            "tokens": state.step * params.step_tokens,
+            "predicted": found.predicted,
+            "loss": loss,
+            "parts": means,
+            "total": weight * loss + sum(means.values()),
+            "grad_norm": norm,
+            "lr": max(rates.values()),
+            "domains": self._domains(state, found),
+            "experts": meters.expert_load(found.load_LE, detailed=params.expert_log == "detailed"),
+        }
+        if len(set(rates.values())) > 1:
+            record["rates"] = dict(rates)
+        spent = {name: value for name, value in timing.items() if name != "seconds"}
+        record["timing"] = meters.timing(
+            timing["seconds"],
+            spent,
+            tokens=params.step_tokens,
+            flops_per_token=meters.flops(self._config, seq_len=params.seq_len, what=what),
+            peak=self.peak,
+            device=self.place.device,
+        )
+        if self.place.world_size > 1:
+            record["timing"]["ranks"] = found.seconds_R
+        self._write(record)
+        self._compare_ranks(state.step, found)
+
+    def heldout(
+        self,
+        state: State,
+        losses: Mapping[str, float],
+        *,
+        references: Mapping[str, float] | None,
+        sampler: dict[str, Any],
+        load_LE: np.ndarray,
+        seconds: float,
+    ) -> None:
+        """An evaluation, with the domain weights that hold from here on."""
+        record = {
+            "kind": "heldout",
+            "step": state.step,
+            "tokens": state.step * self.params.step_tokens,
+            "mean": float(np.mean(list(losses.values()))),
+            "losses": dict(losses),
+            "weights": state.weights,
+            "sampler": sampler,
+            "experts": meters.expert_load(load_LE, detailed=False),
+        }
+        if references is not None:
+            record["references"] = dict(references)
+        self._write(record | {"timing": {"seconds": seconds}})
+
+    def event(self, step: int, *, what: str, message: str, **details: Any) -> None:
+        """Something that a person should know."""
+        self._write({"kind": "event", "step": step, "what": what, "message": message, **details})
+
+    def say(self, text: str) -> None:
+        """A line for the terminal alone."""
+        if self._display:
+            self._display.say(text)
+
+    def sync(self) -> int:
+        """Bring the log to the disk; returns its length in bytes."""
+        return self._log.sync() if self._log else 0
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._log and self._display:
+            self._log.write(record)
+            self._display.show(record)
+
+    def _domains(self, state: State, found: Found) -> dict[str, dict[str, float]]:
+        names, losses = np.array(found.domains), found.losses["loss"]
+        return {
+            domain: {
+                "loss": float(losses[names == domain].mean()),
+                "windows": int((names == domain).sum()),
+                "epochs": state.windows_seen[domain] * self.params.seq_len / self._epoch_tokens[domain],
+            }
+            for domain in state.windows_seen
+            if (names == domain).any()
+        }
+
+    def _compare_ranks(self, step: int, found: Found) -> None:
+        self._seconds_R += found.seconds_R
+        if step % _STRAGGLERS_EVERY == 0:
+            for line in watch.stragglers(self._seconds_R.tolist(), self.place.hosts):
+                self.say(line)
+            self._seconds_R[:] = 0

@@ -1,0 +1,33 @@
+"""Where a run stands: what a checkpoint holds besides DeepSpeed's files and the random states."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+
+@dataclass(kw_only=True)
+class State:
+    """JSON-able, the same on every rank."""
+
+    weights: dict[str, float]
+    """Of the domains, in use from the next step on."""
+    windows_seen: dict[str, int]
+    step: int = 0
+    predicted: int = 0
+    """Tokens that the loss was over."""
+    load_before: list[list[int]] = field(default_factory=list)
+    load_after: list[list[int]] = field(default_factory=list)
+    """Tokens per sparse layer and expert on the held-out windows."""
+    biases: list[list[float]] = field(default_factory=list)
+    """Of the routers' choice, with balance.loss: bias."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"steps": 0.0, "saving": 0.0, "total": 0.0})
+    resumed_from: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Self:
+        """The state in what a checkpoint holds; its other entries are left."""
+        return cls(**{name: saved[name] for name in cls.__dataclass_fields__})
