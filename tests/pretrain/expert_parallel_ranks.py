@@ -7,6 +7,7 @@ training.py holds it against a stock model in one process.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -101,6 +102,19 @@ def train(built: engine.DeepSpeedEngine, params: Pretrain, steps: range) -> list
     return seen
 
 
+def spoil(built: engine.DeepSpeedEngine, params: Pretrain) -> None:
+    """A step that is given up after its first micro-batch, then one with a NaN on one rank."""
+    balancer = Balancer(params, built.module)
+    trainable.set_rates(built, step=LAST, params=params)
+    built.backward(loss(built, windows(0)[:1], balancer))
+    engine.discard_step(built)
+    built.backward(loss(built, windows(0)[:1], balancer))
+    built.step()
+    wrong = float("nan") if torch.distributed.get_rank() == 1 else 1.0
+    built.backward(wrong * loss(built, windows(0)[:1], balancer))
+    assert not math.isfinite(engine.finish_step(built))
+
+
 def routed(model: Any) -> dict[str, torch.Tensor]:
     """What the routers do with the first window, layer by layer."""
     found: dict[str, torch.Tensor] = {}
@@ -135,6 +149,7 @@ def main(rank: int, folder: Path) -> None:
         state = checkpoints.latest()
         assert state is not None
         checkpoints.restore(other, state)
+        spoil(other, params)
         seen["resumed"] = train(other, params, range(SAVED + 1, LAST + 1))
         resumed = engine.full_weights(other)
         other.destroy()
