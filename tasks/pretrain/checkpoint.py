@@ -145,30 +145,6 @@ class Checkpoints:
         else:
             random_state.reseed(self.params.seed, step=state["step"], rank=self.rank)
 
-    def forget_after(self, step: int) -> None:
-        """Delete the checkpoints newer than `step`, to go on from an older one.
-
-        Raises:
-            TrainingError: there would be none left.
-        """
-        import torch
-
-        self._settle()
-        if not any(each <= step for each in steps(self.folder)):
-            raise TrainingError(f"{self.folder}: there is no checkpoint of step {step} or before to go back to")
-        if self.world_size > 1:
-            torch.distributed.barrier()  # all have looked
-        if self.rank == 0:
-            for each in reversed(steps(self.folder)):
-                if each <= step:
-                    files.point(self.folder, each)
-                    break
-            for each in steps(self.folder):
-                if each > step:
-                    files.delete(self.folder / tag(each))
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
     def _settle(self) -> None:
         """Wait for the checkpoint on its way; every rank raises if any failed."""
         if self._write is None:

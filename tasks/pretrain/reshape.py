@@ -21,9 +21,32 @@ def load(engine: DeepSpeedEngine, folder: Path, *, name: str, universal: bool) -
     """Load folder/name into the engine. Raises TrainingError if DeepSpeed finds nothing there."""
     # The configuration says how the first is read; a later one, after a rollback, may be of this world size.
     engine._config.load_universal_checkpoint = universal
+    groups = [_hyperparameters(group) for group in engine.basic_optimizer.param_groups]
     path, _ = engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
     if path is None:
         raise TrainingError(f"{folder / name}: DeepSpeed cannot load this checkpoint")
+    if universal and engine.zero_optimization_partition_weights():
+        for group, own in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        _count_steps(engine.optimizer, Path(folder / name / "zero/optimizer_state.pt"))
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _count_steps(optimizer: Any, path: Path) -> None:
+    """Give every group of a ZeRO-3 optimizer its own count of steps.
+
+    DeepSpeed 0.19.8 loads the first group's hyperparameters into all, and the first state's step counter, one and the
+    same tensor, which then counts every group's steps: the bias correction of the moments goes wrong from there on.
+    """
+    from tasks.pretrain import background
+
+    saved = background.load(path)["optimizer_state_dict"]
+    steps = [saved["state"][group["params"][0]]["step"] for group in saved["param_groups"]]
+    for part, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        optimizer.optimizer.state[flat]["step"] = steps[optimizer.sub_group_to_group_id[part]].clone()
 
 
 def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], params: Pretrain, rank: int) -> None:

@@ -1,49 +1,292 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tasks import scratch
-from tasks.pretrain import checkpoint
+from tasks.pretrain import background, checkpoint_files, engine, random_state
+from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.job import TrainingError
 
+from .engines import build, settings, train
 
-def written(folder: Path, step: int) -> str:
-    tag = f"step-{step:08}"
-    scratch.write_json(folder / tag / "state.json", {"step": step, "world_size": 2})
-    return tag
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    engine.initialise(tmp_path_factory.mktemp("group"))
+    yield
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def built() -> engine.DeepSpeedEngine:
+    return build(settings())
+
+
+OPERATIONS = [(Path, "rename"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (os, "fsync")]
+
+
+def make(folder: Path, **fields: Any) -> Checkpoints:
+    return Checkpoints(folder, params=settings(**fields), rank=0, world_size=1)
+
+
+def written(folder: Path, step: int) -> Path:
+    """A checkpoint of one small file, as `_commit` leaves it."""
+    path = folder / checkpoint_files.tag(step)
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(bytes(step))
+    scratch.write_json(path / "state.json", {"step": step, "files": {"weights": step}})
+    scratch.write_json(folder / "latest.json", {"tag": path.name})
+    return path
+
+
+def staged(checkpoints: Checkpoints, step: int) -> Path:
+    """Everything of a checkpoint but its commit."""
+    staging = checkpoints.folder / f".tmp-{checkpoint_files.tag(step)}"
+    staging.mkdir(parents=True)
+    (staging / "weights").write_bytes(bytes(step))
+    scratch.write_json(staging / "written-0.json", {"weights": step})
+    return staging
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_only_what_the_pointer_names_is_found_and_a_crashed_save_is_swept_away(tmp_path: Path) -> None:
-    assert checkpoint.find(tmp_path) is None
-    tags = [written(tmp_path, step) for step in (2, 4, 6)]
-    scratch.write_json(tmp_path / "latest.json", {"tag": tags[1]})  # killed between the rename of 6 and the pointer
+    checkpoints = make(tmp_path)
+    assert checkpoints.latest() is None
+    for step in (2, 4, 6):
+        written(tmp_path, step)
+    scratch.write_json(tmp_path / "latest.json", {"tag": "step-00000004"})  # killed between 6's rename and the pointer
     (tmp_path / ".tmp-step-00000008").mkdir()
-    checkpoint.clean(tmp_path)
-    found = checkpoint.find(tmp_path)
+    found = checkpoints.latest()
     assert found is not None
-    assert found["step"] == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", *tags[:2]]
+    assert (found["step"], found["tag"]) == (4, "step-00000004")
+    assert names(tmp_path) == ["latest.json", "step-00000002", "step-00000004"]
 
 
-def test_another_number_of_processes_is_refused_with_both_numbers() -> None:
-    checkpoint.check_world_size({"step": 4, "world_size": 2}, 2)
-    with pytest.raises(TrainingError, match=r"written by 2 processes.* is 4 now.*Set pretrain.processes to 2"):
-        checkpoint.check_world_size({"step": 4, "world_size": 2}, 4)
+@pytest.mark.parametrize("keep_every", [None, 4])
+def test_the_newest_and_the_milestones_are_kept(tmp_path: Path, keep_every: int | None) -> None:
+    checkpoints = make(tmp_path, keep=2, keep_every=keep_every)
+    for step in range(2, 13, 2):
+        checkpoints._commit(staged(checkpoints, step), {"step": step})
+    assert checkpoint_files.steps(tmp_path) == [*([4, 8] if keep_every else []), 10, 12]
+
+
+def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(BaseException):
+        """As kill -9: no handler sees it."""
+
+    left = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Stopped
+            return function(*args, **kwargs)
+
+        return call
+
+    seen = set()
+    for operations in range(100):
+        folder = tmp_path / str(operations)
+        checkpoints = make(folder, keep=1)
+        for step in (2, 4):
+            written(folder, step)
+        staging = staged(checkpoints, 6)
+        with monkeypatch.context() as patch:
+            left = operations
+            for holder, name in OPERATIONS:
+                patch.setattr(holder, name, counted(getattr(holder, name)))
+            try:
+                checkpoints._commit(staging, {"step": 6})
+                through = True
+            except Stopped:
+                through = False
+        found = make(folder).latest()
+        assert found is not None
+        assert checkpoint_files._damage(folder / found["tag"]) is None
+        assert found["step"] in {4, 6}
+        assert not list(folder.glob(".tmp-*"))
+        seen.add(found["step"])
+        if through:
+            break
+    assert through
+    assert operations > 10
+    assert seen == {4, 6}
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_word(tmp_path: Path, damage: str) -> None:
+    written(tmp_path, 2)
+    path = written(tmp_path, 4)
+    if damage == "cut":
+        (path / "weights").write_bytes(b"1")
+    else:
+        (path / ("weights" if damage == "missing" else "state.json")).unlink()
+    checkpoints = make(tmp_path)
+    found = checkpoints.latest()
+    assert found is not None
+    assert found["step"] == 2
+    (note,) = checkpoints.notes
+    assert str(path) in note
+    assert {"cut": "1 bytes of 4", "missing": "weights is missing", "state": "state.json"}[damage] in note
+    assert "going on from the checkpoint of step 2" in note
+    assert names(tmp_path) == ["latest.json", "step-00000002"]
+    assert json.loads((tmp_path / "latest.json").read_text()) == {"tag": "step-00000002"}
+
+
+def test_with_all_checkpoints_damaged_nothing_is_deleted_and_the_error_names_them(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (written(tmp_path, step) / "weights").unlink()
+    with pytest.raises(TrainingError, match=r"step-00000004 is damaged: weights is missing.*step-00000002.*--discard"):
+        make(tmp_path).latest()
+    assert names(tmp_path) == ["latest.json", "step-00000002", "step-00000004"]
+
+
+def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_step(
+    tmp_path: Path, built: engine.DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(built, range(2))
+    expected, release = engine.full_weights(built), threading.Event()
+    assert expected is not None
+    save = torch.save
+    monkeypatch.setattr(background.torch, "save", lambda *args, **kwargs: (release.wait(), save(*args, **kwargs)))
+    checkpoints = make(tmp_path)
+    checkpoints.save(built, state={"step": 2})
+    later = train(built, range(2, 5))  # with the first file not begun
+    assert checkpoint_files.find(tmp_path) is None
+    release.set()
+    checkpoints.finish()
+    assert checkpoints.blocked > 0
+
+    other = build(settings())
+    found = make(tmp_path).latest()
+    assert found is not None
+    make(tmp_path).restore(other, found)
+    restored = engine.full_weights(other)
+    assert restored is not None
+    assert all(torch.equal(tensor, restored[name]) for name, tensor in expected.items())
+    assert train(other, range(2, 5)) == later
+    checkpoints.restore(built, found)  # and back in the engine that went on
+    assert train(built, range(2, 5)) == later
+
+
+def test_the_optimizer_step_waits_until_all_is_copied(
+    tmp_path: Path, built: engine.DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    backward = threading.Event()
+    fill = background.Copies.fill
+
+    def slow(copies: background.Copies) -> None:
+        assert backward.wait(60)
+        fill(copies)
+        events.append("copied")
+
+    monkeypatch.setattr(background.Copies, "fill", slow)
+    handle = built.basic_optimizer.register_step_post_hook(lambda *_: events.append("stepped"))
+    checkpoints = make(tmp_path)
+    checkpoints.save(built, state={"step": 2})
+    done = built.backward
+
+    def after(loss: torch.Tensor) -> None:
+        done(loss)
+        backward.set()
+
+    monkeypatch.setattr(built, "backward", after)
+    train(built, range(1))
+    checkpoints.finish()
+    handle.remove()
+    assert events[0] == "copied"
+    assert set(events[1:]) == {"stepped"}
+
+
+@pytest.mark.parametrize("surfaces", ["check", "save", "finish", "latest"])
+def test_a_full_disk_is_told_at_the_next_call_and_leaves_nothing_half(
+    tmp_path: Path, built: engine.DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch, surfaces: str
+) -> None:
+    checkpoints = make(tmp_path)
+    checkpoints.save(built, state={"step": 2})
+    checkpoints.finish()
+    before = names(tmp_path)
+
+    def full(_content: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background.torch, "save", full)
+        checkpoints.save(built, state={"step": 4})
+        assert checkpoints._write is not None
+        assert checkpoints._write.done.wait(60)
+    calls = {"save": lambda: checkpoints.save(built, state={"step": 6})}
+    with pytest.raises(TrainingError, match=r"of step 4 could not be written.*GB free.*of step 2 is whole.*Make room"):
+        calls.get(surfaces, getattr(checkpoints, surfaces))()
+    assert names(tmp_path) == before
+    checkpoints.save(built, state={"step": 8})  # there is room again
+    checkpoints.finish()
+    found = checkpoints.latest()
+    assert found is not None
+    assert found["step"] == 8
+
+
+def test_a_file_of_deepspeeds_that_would_run_code_is_not_read(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    torch.save({"module": Trap()}, tmp_path / "file.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        background.load(tmp_path / "file.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_copies_share_what_was_shared_and_leave_the_buffer_around_a_view() -> None:
+    buffer = torch.arange(1000.0)
+    view = buffer[10:14]
+    copies = background.Copies()
+    made = copies.stand_in({"a": view, "b": [view, (view.view(2, 2),)], "c": 3, "empty": torch.empty(0, 2)})
+    copies.fill()
+    buffer.zero_()
+    assert made["a"].tolist() == [10, 11, 12, 13]
+    assert made["a"] is made["b"][0]
+    assert made["b"][1][0].tolist() == [[10, 11], [12, 13]]
+    assert made["a"].untyped_storage().nbytes() == 16
+    assert (made["c"], made["empty"].shape) == (3, (0, 2))
+
+
+def draw() -> list[float]:
+    return [random.random(), random.gauss(), *np.random.randn(3).tolist(), *torch.randn(3).tolist()]
 
 
 def test_random_states_survive_json_bit_for_bit() -> None:
-    def draw() -> list[float]:
-        return [random.random(), random.gauss(), *np.random.randn(3).tolist(), *torch.randn(3).tolist()]
-
     random.gauss()  # leaves a second value cached
     np.random.randn()
-    saved = json.loads(json.dumps(checkpoint._rng_state()))
+    saved = json.loads(json.dumps(random_state.save()))
     expected = draw()
-    checkpoint._set_rng_state(saved)
+    random_state.restore(saved)
     assert draw() == expected
+
+
+def test_fresh_random_states_depend_on_seed_step_and_rank_alone() -> None:
+    drawn = {}
+    for key in [(0, 2, 0), (0, 2, 1), (0, 4, 0), (1, 2, 0), (0, 2, 0)]:
+        random_state.reseed(key[0], step=key[1], rank=key[2])
+        assert drawn.setdefault(key, values := draw()) == values
+    assert len({tuple(values) for values in drawn.values()}) == 4

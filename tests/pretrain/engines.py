@@ -1,0 +1,76 @@
+"""A tiny engine and its training, for tests that need no stage around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tasks.pretrain import engine, trainable
+from tasks.settings import Pretrain
+
+BATCH, SEQ_LEN = 4, 16
+
+
+def settings(**fields: Any) -> Pretrain:
+    """Four windows a step, two at a time."""
+    given = {"tokens": 4096, "seq_len": SEQ_LEN, "batch": BATCH, "micro_batch": 2, "learning_rate": 1e-2}
+    return Pretrain(**given | {"save_every": 2} | fields)
+
+
+def config() -> MixtralConfig:
+    return MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def build(params: Pretrain, *, world_size: int = 1, dtype: torch.dtype = torch.float32) -> engine.DeepSpeedEngine:
+    """The same weights in every call."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config()).to(dtype)
+    made = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
+    return engine.build(model, params, config=made)
+
+
+def train(
+    built: engine.DeepSpeedEngine, steps: range, *, params: Pretrain | None = None, rank: int = 0, world_size: int = 1
+) -> list[float]:
+    """Train on a batch of each step, the same at every world size; returns the losses of this rank's windows.
+
+    The rates and phases are those of `params`; without, all is trained at the peak.
+    """
+    losses = []
+    for step in steps:
+        if params:
+            trainable.set_rates(built, step=step + 1, params=params)
+        ids = torch.randint(64, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(step))[rank::world_size]
+        for part in ids.split(built.train_micro_batch_size_per_gpu()):
+            loss = built(input_ids=part, labels=part).loss
+            built.backward(loss)
+            losses.append(loss.item())
+            if len(losses) % built.gradient_accumulation_steps():
+                built.step()
+        engine.finish_step(built)
+    return losses
+
+
+def states(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Every master and Adam moment, whole, by name; all ranks must call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {}
+    for name, parameter in built.module.named_parameters():
+        if built.zero_optimization():
+            wanted = parameter.requires_grad
+            parameter.requires_grad_(True)  # stage 3 denies that others have a master
+            found[name] = safe_get_full_fp32_param(parameter).clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {moment}"] = safe_get_full_optimizer_state(parameter, moment).clone()
+            parameter.requires_grad_(wanted)
+        else:
+            found[name] = parameter.detach().clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {moment}"] = built.optimizer.state[parameter][moment].clone()
+    return found
