@@ -182,7 +182,7 @@ def _first(error: Exception) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
         return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    return f"{error} is missing"
+    return f"{error.args[0]} is missing"
 
 
 def _ways_on(pipeline: str, way: str) -> str:

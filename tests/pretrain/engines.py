@@ -29,7 +29,8 @@ def config() -> MixtralConfig:
 def build(params: Pretrain, *, world_size: int = 1, dtype: torch.dtype = torch.float32) -> engine.DeepSpeedEngine:
     """The same weights in every call."""
     torch.manual_seed(0)
-    model = MixtralForCausalLM(config()).to(dtype)
+    model = MixtralForCausalLM(config())
+    torch.nn.Module.to(model, dtype)
     made = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
     return engine.build(model, params, config=made)
 

@@ -285,7 +285,7 @@ def test_random_states_survive_json_bit_for_bit() -> None:
 
 
 def test_fresh_random_states_depend_on_seed_step_and_rank_alone() -> None:
-    drawn = {}
+    drawn: dict[tuple[int, int, int], list[float]] = {}
     for key in [(0, 2, 0), (0, 2, 1), (0, 4, 0), (1, 2, 0), (0, 2, 0)]:
         random_state.reseed(key[0], step=key[1], rank=key[2])
         assert drawn.setdefault(key, values := draw()) == values

@@ -136,7 +136,7 @@ def test_random_states_start_anew_for_each_rank_and_the_same_in_every_stage(runs
 def test_what_would_go_on_from_wrong_states_is_refused_with_the_number_to_set(tmp_path: Path) -> None:
     params = any_settings(zero_stage=3, expert_parallel=2, processes=4, batch=8)
     with pytest.raises(TrainingError, match=r"by 2 processes and pretrain.processes is 4 now.*Set .* to 2"):
-        reshape.across(None, tmp_path, state={"step": 2, "world_size": 2}, params=params, rank=0)  # type: ignore[arg-type]
+        reshape.across(None, tmp_path, state={"step": 2, "world_size": 2}, params=params, rank=0)
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
