@@ -163,8 +163,10 @@ class Rollbacks:
         Raises:
             OSError: the disk is full; the file is as it was.
         """
-        entries = self._read()
-        scratch.write_json(self._path, [*entries, {"checkpoint": _key(checkpoint), **asdict(rollback)}])
+        key, drawn = _key(checkpoint), rollback.sampler["step"]
+        # a run that starts from an older checkpoint, because the newest is damaged, comes through here again
+        entries = [e for e in self._read() if e["checkpoint"] != key or e["sampler"]["step"] < drawn]
+        scratch.write_json(self._path, [*entries, {"checkpoint": key, **asdict(rollback)}])
 
     def after(self, checkpoint: Mapping[str, Any]) -> list[Rollback]:
         """The rollbacks to the checkpoint of this state, in order; the last one's `sampler` and `guard` hold."""

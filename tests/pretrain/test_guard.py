@@ -294,6 +294,8 @@ def test_a_rollback_is_meant_for_its_checkpoint_and_not_for_a_later_one_of_the_s
     Rollbacks(tmp_path).add(first, entry(12))
     assert Rollbacks(tmp_path).after(first) == [entry(10), entry(12)]
     assert Rollbacks(tmp_path).after(again) == []
+    Rollbacks(tmp_path).add(first, entry(10))  # done again from an older checkpoint
+    assert Rollbacks(tmp_path).after(first) == [entry(10)]
 
 
 def test_a_full_disk_leaves_the_rollbacks_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
