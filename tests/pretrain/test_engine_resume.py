@@ -10,7 +10,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate
-from tasks.pretrain import checkpoint, engine
+from tasks.pretrain import engine, trainable
+from tasks.pretrain.checkpoint import Checkpoints
 from tasks.settings import Pretrain
 
 
@@ -27,16 +28,18 @@ def build(params: Pretrain, dtype: torch.dtype, *, gated: bool) -> engine.DeepSp
         vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, output_router_logits=True,
     )  # fmt: skip
-    model = MixtralForCausalLM(config).to(dtype)
+    model = MixtralForCausalLM(config)
+    model.to(dtype)  # type: ignore[arg-type]
     if gated:
         gate.swap_in(model, {layer: gate.start(4, 16, seed=0, layer=layer) for layer in range(2)})
         model.train()  # with noise
     return engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
 
 
-def train(built: engine.DeepSpeedEngine, steps: range) -> list[float]:
+def train(built: engine.DeepSpeedEngine, steps: range, *, params: Pretrain) -> list[float]:
     losses = []
     for step in steps:
+        trainable.set_rates(built, step=step + 1, params=params)
         for micro in range(2):
             ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
             loss = built(input_ids=ids, labels=ids).loss
@@ -51,22 +54,31 @@ def train(built: engine.DeepSpeedEngine, steps: range) -> list[float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("gated", [False, True], ids=["linear", "tanh"])
+@pytest.mark.parametrize("kind", ["linear", "tanh", "phased"])
 def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
-    tmp_path: Path, gated: bool, stage: int, dtype: torch.dtype
+    tmp_path: Path, kind: str, stage: int, dtype: torch.dtype
 ) -> None:
-    params = Pretrain(tokens=4096, seq_len=16, batch=4, micro_batch=2, zero_stage=stage, learning_rate=1e-2)
+    gated = kind == "tanh"
+    params = Pretrain.model_validate(
+        {
+            "tokens": 320, "seq_len": 16, "batch": 4, "micro_batch": 2, "zero_stage": stage, "learning_rate": 1e-2,
+            # the checkpoint is in the first phase, and the second begins behind it
+            "train": [{"what": "router", "tokens": 192}, {"what": "all"}] if kind == "phased" else "all",
+        }
+    )  # fmt: skip
     built = build(params, dtype, gated=gated)
-    train(built, range(2))
-    checkpoint.save(built, tmp_path, state={"step": 2}, rank=0)
-    expected = train(built, range(2, 5))
+    train(built, range(2), params=params)
+    checkpoints = Checkpoints(tmp_path, params=params, rank=0, world_size=1)
+    checkpoints.save(built, state={"step": 2})
+    checkpoints.finish()
+    expected = train(built, range(2, 5), params=params)
     masters = engine.full_weights(built)
 
     other = build(params, dtype, gated=gated)
-    found = checkpoint.find(tmp_path)
+    found = checkpoints.latest()
     assert found is not None
-    checkpoint.restore(other, tmp_path, tag=found["tag"], rank=0)
-    assert train(other, range(2, 5)) == expected
+    checkpoints.restore(other, found)
+    assert train(other, range(2, 5), params=params) == expected
     restored = engine.full_weights(other)
     assert masters is not None
     assert restored is not None
