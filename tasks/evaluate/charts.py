@@ -25,6 +25,7 @@ def lines(
     y_label: str,
     faint: str = "",
     zero: bool = False,
+    levels: Mapping[str, float] | None = None,
 ) -> str:
     """A line chart.
 
@@ -33,6 +34,7 @@ def lines(
         x_label, y_label: axis titles.
         faint: label of a series drawn thin, behind the others.
         zero: let the y axis begin at 0.
+        levels: {label: y} of a dashed line across in the colour of that series; labels without a series are left out.
 
     Returns:
         markup, "" if there is nothing to draw.
@@ -44,7 +46,8 @@ def lines(
     if not series:
         return ""
     xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
+    levels = {label: y for label, y in (levels or {}).items() if label in series}
+    ys = [y for points in series.values() for _, y in points] + list(levels.values())
     x_ticks = ticks(min(xs), max(xs), count=6)
     y_ticks = ticks(0.0 if zero else min(ys), max(ys), count=5)
     x_low, x_high = _widened(min(xs), max(xs))
@@ -73,6 +76,9 @@ def lines(
         style = "faint" if label == faint else f"line s{i % COLOURS}"
         path = "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
         parts.append(f'<path class="{style}" d="{path}"><title>{escape(label)}</title></path>')
+        if label in levels:
+            across = f"M{_LEFT} {py(levels[label]):.1f}H{_WIDTH - _RIGHT}"
+            parts.append(f'<path class="level s{i % COLOURS}" d="{across}"><title>{escape(label)}</title></path>')
         if label != faint:
             x, y = points[-1]
             parts.append(f'<circle class="s{i % COLOURS}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>')

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.evaluate import card, charts, corpus, summary
+from tasks.evaluate import card, charts, corpus, summary, training
 from tasks.evaluate.results import Results
 from tasks.pretrain.job import code_version
 
@@ -47,8 +47,7 @@ def context(results: Results) -> dict[str, Any]:
         "quality": quality(evaluation, domains),
         "size": size(evaluation),
         "tasks": downstream(evaluation),
-        "training": training(results),
-        "training_charts": training_charts(results),
+        "training": training.section(results),
         "heat_maps": heat_maps(results),
         "specialisation": specialisation(results),
         "corpus": corpus.section(results),
@@ -152,41 +151,6 @@ def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         basis = f"n = {first['n']}, {first['num_fewshot']}-shot, {first['harness']}, {first['dtype']}"
         groups.append({"title": task, "basis": basis, "rows": rows})
     return groups
-
-
-def training(results: Results) -> str:
-    """What was trained and how fast, in two sentences."""
-    knobs, ran = results.pipeline.pretrain, results.pretrain
-    weights = "moving" if knobs.dynamic else "fixed"
-    return (
-        f"{ran['steps']} steps of {knobs.batch} × {knobs.seq_len} tokens ({ran['tokens']:,} in all), learning rate "
-        f"{knobs.learning_rate:g} with cosine decay, {ran['precision']}, ZeRO stage {knobs.zero_stage} over "
-        f"{ran['processes']} process{'es' if ran['processes'] > 1 else ''}, {weights} domain weights, load-balancing "
-        f"loss × {knobs.balance.coefficient:g}. {ran['tokens_per_second']:,.0f} tokens/s, {ran['mfu']:.0%} of the "
-        f"matrix-product speed of the machine (by active parameters), {ran['seconds'] / 60:.1f} minutes."
-    )
-
-
-def training_charts(results: Results) -> list[dict[str, Any]]:
-    """Loss curves, and the domain weights where they moved."""
-    domains = [series for series in results.heldout if series != "mean"]
-    curves = {domain: results.heldout[domain] for domain in domains} | {"training batches": results.loss}
-    found = [
-        {
-            "title": "Loss",
-            "chart": Markup(
-                charts.lines(curves, x_label="training tokens", y_label="nats per token", faint="training batches")
-            ),
-            "caption": f"Held-out loss per domain on {results.pipeline.pretrain.eval_windows} windows each, and the "
-            "loss of every training batch (whose domains differ from batch to batch).",
-        }
-    ]
-    if results.weights:
-        ordered = {domain: results.weights[domain] for domain in domains if domain in results.weights}
-        chart = charts.lines(ordered, x_label="training tokens", y_label="share of the batches", zero=True)
-        caption = "Dynamic batch loading: domains above their reference loss gain weight."
-        found.append({"title": "Domain weights", "chart": Markup(chart), "caption": caption})
-    return found
 
 
 def heat_maps(results: Results) -> list[dict[str, Any]]:

@@ -34,6 +34,10 @@ class Results:
     heldout: dict[str, Points]
     weights: dict[str, Points]
     """Domain weights during training; empty where they stood still."""
+    references: dict[str, float]
+    """Losses of the dense parent on the windows of `heldout`; empty where it wasn't judged on them."""
+    events: list[dict[str, Any]]
+    """What training reported: step, what, message."""
     lengths: dict[str, dict[int, int]]
     """{domain: {k: documents of 2^k to 2^(k+1) - 1 tokens}}."""
 
@@ -51,6 +55,7 @@ def read(name: str) -> Results:
 
     corpora = Path("data/corpora")
     heldout = load(run / "heldout.csv", "pretrain", _rows)
+    pretrain = load(run / "pretrain.json", "pretrain")
     log = load(run / "training" / "log.jsonl", "pretrain", lambda text: [json.loads(x) for x in text.splitlines()])
     return Results(
         name=name,
@@ -60,7 +65,7 @@ def read(name: str) -> Results:
         corpus_metrics=load(corpora / f"{pipeline.corpus}.json", "corpus"),
         mixture=load(run / "mixture.json", "mixture"),
         partition=load(run / "partition.json", "partition"),
-        pretrain=load(run / "pretrain.json", "pretrain"),
+        pretrain=pretrain,
         evaluation=load(run / "evaluation.json", "evaluate"),
         routing=load(run / "routing.json", "evaluate"),
         config=load(run / "trained" / "config.json", "pretrain"),
@@ -69,12 +74,14 @@ def read(name: str) -> Results:
         if heldout
         else {},
         weights=_weights(log),
+        references=pretrain.get("references") or {},
+        events=[record for record in log if record["kind"] == "event"],
         lengths=load(corpora / f"{pipeline.corpus}.lengths.csv", "corpus", _lengths),
     )
 
 
 def _rows(text: str) -> list[dict[str, float]]:
-    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
+    return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(text.splitlines())]
 
 
 def _lengths(text: str) -> dict[str, dict[int, int]]:

@@ -101,6 +101,9 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "processes": 1,
             "weights": moved if dynamic else weights,
             "domain_epochs": dict.fromkeys(domains, 0.0123),
+            "heldout_before": {name: base + 0.74 for name, base in domains.items()},
+            "heldout_after": {name: base + 0.49 for name, base in domains.items()},
+            "references": domains if dynamic else None,
         },
     )
     rng = np.random.default_rng(0)
@@ -115,6 +118,8 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
         now = {name: weights[name] + part * (moved[name] - weights[name]) for name in domains} if dynamic else weights
         log.append({"kind": "heldout", "step": step, "tokens": step * step_tokens, "losses": losses, "weights": now})
         log.append({"kind": "step", "step": step + 1, "tokens": (step + 1) * step_tokens, "loss": 3.3})
+    message = "layer 3: expert 7 had no token in 20 steps <up to 24>"
+    log.append({"kind": "event", "step": 24, "what": "dead_experts", "message": message})
     (run / "heldout.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
     (run / "training" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
     dump(run / "evaluation.json", summarise(done, heldout=heldout, seq_len=demo.evaluate.seq_len))

@@ -46,6 +46,16 @@ def test_ticks_enclose_the_range_in_round_steps(a: float, b: float, count: int) 
     assert 2 <= len(found) <= 2 * count + 3
 
 
+def test_a_level_lies_across_at_its_height_in_the_colour_of_its_series() -> None:
+    curves = {"a": [(0.0, 4.0), (1.0, 3.0)], "b": [(0.0, 2.0), (1.0, 2.0)]}
+    chart = parse(charts.lines(curves, x_label="x", y_label="y", levels={"b": 0.0, "c": 9.0}))
+    (level,) = (path for path in chart.findall(".//path") if "level" in path.attrib["class"])
+    assert level.attrib["class"] == "level s1"
+    across = float(re.fullmatch(r"M46 ([\d.]+)H466", level.attrib["d"])[1])  # type: ignore[index]
+    heights = {text.text: float(text.attrib["y"]) - 4 for text in chart.findall(".//text[@class='end']")}
+    assert across == heights["0"], "the scale reaches down to it"
+
+
 @given(st.integers(1, 6), st.integers(1, 30), st.data())
 def test_every_cell_of_a_heat_map_is_painted_once(rows: int, columns: int, data: st.DataObject) -> None:
     cells = st.lists(st.floats(0, 9), min_size=columns, max_size=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.evaluate import card, corpus, page, report, summary
+from tasks.evaluate import card, corpus, page, report, summary, training
 from tasks.evaluate import results as results_module
 from tasks.evaluate.results import Results
 
@@ -90,6 +91,52 @@ def test_weights_that_stood_still_get_no_chart(finished: Path) -> None:
     html = page.render(results_module.read("demo"))
     assert "Domain weights" not in html
     assert "Held-out loss per domain" in html
+
+
+def test_the_page_says_how_much_of_the_gap_each_domain_closed(finished: Path) -> None:
+    path = Path("runs/demo/pretrain.json")
+    metrics = json.loads(path.read_text())
+    metrics["heldout_before"]["code"] = metrics["references"]["code"]  # the split lost nothing here
+    metrics["heldout_after"]["legal"] = metrics["heldout_before"]["legal"] + 0.074  # and training made this worse
+    path.write_text(json.dumps(metrics))
+    html = page.render(results_module.read("demo"))
+    text = " ".join(re.sub("<[^>]*>", " ", html.split("Gap closed")[1].split("<h2>")[0]).split())
+    assert "books 4.360 4.110 3.620 34%" in text
+    assert "code 2.050 2.540 2.050 –" in text
+    assert "legal 3.050 3.124 2.310 −10%" in text
+    # (0.25 - 0.49 - 0.074 + 0.25) of (0.74 + 0 + 0.74 + 0.74)
+    assert "mean 3.258 3.274 2.703 −3%" in text
+
+
+def test_training_lists_what_it_reported_and_draws_the_parents_losses(results: Results) -> None:
+    html = page.render(results)
+    assert '<td class="wrap">layer 3: expert 7 had no token in 20 steps &lt;up to 24&gt;</td>' in html
+    assert html.count('<path class="level s') == len(results.corpus.domains)
+    assert "Dashed: the dense parent" in html
+    many = dataclasses.replace(results, events=results.events * 100)
+    assert training.events(many)[-1] == {"step": "", "message": "and 60 more, in training/log.jsonl"}
+
+
+def test_a_run_without_references_or_events_gets_neither_table(finished: Path) -> None:
+    path = Path("runs/demo/pretrain.json")
+    metrics = json.loads(path.read_text())
+    for key in ("references", "heldout_before", "heldout_after"):
+        del metrics[key]
+    path.write_text(json.dumps(metrics))
+    log = Path("runs/demo/training/log.jsonl")
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"event"' not in line))
+    html = page.render(results_module.read("demo"))
+    for absent in ("Gap closed", "what training reported", "Dashed", '<path class="level'):
+        assert absent not in html
+
+
+def test_the_sentence_on_training_names_what_was_trained_and_how(results: Results) -> None:
+    settings = results.pipeline.pretrain.model_copy(update={"schedule": "wsd", "train": "router", "dynamic": None})
+    pipeline = results.pipeline.model_copy(update={"pretrain": settings})
+    sentence = training.what(dataclasses.replace(results, pipeline=pipeline))
+    assert "with a decay at the end (WSD)" in sentence
+    assert "fixed domain weights, trained: router, balance `" in sentence
+    assert "187 tokens/s, 31% MFU on active parameters, 5.0 minutes" in sentence
 
 
 def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finished: Path) -> None:
