@@ -96,11 +96,12 @@ class Log:
             self._tell(tracker, lambda it: it.flush())
         return os.fstat(self._file.fileno()).st_size
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """`failed`: training ends by an error, which trackers show of the run."""
         self.sync()
         self._file.close()
         for tracker in list(self._trackers):
-            self._tell(tracker, lambda it: it.close())
+            self._tell(tracker, lambda it: it.close(failed=failed))
 
     def _count(self, path: Path, offset: int) -> int:
         """How many records after `offset` the trackers have been told, by this log or by one that was cut off it."""

@@ -61,7 +61,8 @@ class Tracker(Protocol):
 
     def flush(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """End the run here; `failed`: by an error."""
 
 
 def check(names: Sequence[str]) -> None:
@@ -93,7 +94,7 @@ def start(names: Sequence[str], run: Run, *, step: int) -> list[Tracker]:
             started.append(_TRACKERS[name](run, step))
         except Exception as error:  # each package has errors of its own
             for before in started:
-                before.close()
+                before.close(failed=True)
             raise TrainingError(
                 f"pretrain.trackers: {name} cannot start ({type(error).__name__}: {error}); mend that, or take it "
                 "out of pretrain.trackers"
@@ -126,7 +127,7 @@ class TensorBoard:
     def flush(self) -> None:
         self._board.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._board.close()
 
 
@@ -162,8 +163,8 @@ class WandB:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -205,8 +206,8 @@ class MLflow:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, *, failed: bool) -> None:
+        self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
 
 
 class Trackio:
@@ -239,7 +240,7 @@ class Trackio:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         import trackio
 
         with contextlib.redirect_stdout(io.StringIO()):

@@ -176,7 +176,7 @@ def test_a_service_that_refuses_is_named_and_the_others_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
-    opened = types.SimpleNamespace(close=lambda: closed.append("tensorboard"))
+    opened = types.SimpleNamespace(close=lambda failed: closed.append(("tensorboard", failed)))
 
     def refuse(run: trackers.Run, step: int) -> trackers.Tracker:
         raise ConnectionError("no route to tracking.example")
@@ -186,7 +186,7 @@ def test_a_service_that_refuses_is_named_and_the_others_are_closed(
     run = trackers.Run(folder=tmp_path, name="demo", key="demo-1", config={})
     with pytest.raises(TrainingError, match=r"mlflow cannot start \(ConnectionError: no route to tracking\.example\)"):
         trackers.start(["tensorboard", "mlflow"], run, step=0)
-    assert closed == ["tensorboard"]
+    assert closed == [("tensorboard", True)]
 
 
 def test_a_run_keeps_its_id_until_its_folder_goes(tmp_path: Path) -> None:
