@@ -158,11 +158,17 @@ def plan(
             "--tflops", min=0.001, help="Matrix-product speed of one process in TFLOP/s, else measured here."
         ),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run a few training steps here with random weights, and measure them.")
+    ] = False,
 ) -> None:
     """Show what would run and why, and what it costs: parameters, FLOPs, memory, disk, time. Downloads nothing."""
     environment.prepare()
     from flows import plan_view
+    from tasks.pretrain.job import TrainingError
 
+    if calibrate and tflops is not None:
+        fail("--calibrate measures this machine, and --tflops is for another; leave one out")
     with clear_errors():
         if file is None and name.endswith((".yaml", ".yml")):
             file, names = Path(name), None
@@ -172,7 +178,12 @@ def plan(
         for each in names or list(config.pipelines):
             if file is None:
                 show(plan_view.stages(each))
-            show(plan_view.figures(config, each, tflops=tflops))
+            try:
+                tables = plan_view.figures(config, each, tflops=tflops, calibrated=calibrate)
+            except TrainingError as error:
+                fail(str(error))
+            for table in tables:
+                show(table)
 
 
 @app.command(epilog="Example: moeforge status")

@@ -13,6 +13,8 @@ from typing import Any
 
 from tasks import sources
 from tasks.moe import counts, families
+from tasks.pretrain import estimate, meters
+from tasks.pretrain.estimate import Memory
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 
 UTILISATION = 0.4
@@ -36,21 +38,25 @@ class Plan:
     train_flops: int
     other_flops: int
     dtype: str
-    memory: dict[str, float]
+    memory: dict[int, tuple[Memory, Memory]]
+    """Of rank 0 and of another rank, by ZeRO stage; without the stages that do not go with the settings."""
     disk: dict[str, float]
+    checkpoint: float
+    """A training checkpoint."""
 
     def seconds(self, flops_per_second: float) -> float:
         """Time for all FLOPs at UTILISATION of a matrix-product speed over all processes."""
         return (self.train_flops + self.other_flops) / (UTILISATION * flops_per_second)
 
 
-def plan(settings: Settings, name: str, *, bfloat16: bool) -> Plan:
+def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -> Plan:
     """Compute the figures of one pipeline.
 
     Args:
         settings: pipelines.yaml or a recipe, validated.
         name: the pipeline.
         bfloat16: what `precision: auto` means on the machine that will train.
+        cuda: it has GPUs.
 
     Raises:
         SettingsError: no such pipeline, or the model has neither a `shape` nor been fetched.
@@ -73,11 +79,12 @@ def plan(settings: Settings, name: str, *, bfloat16: bool) -> Plan:
         layers=sparse["num_hidden_layers"],
         steps=train.steps,
         tokens=tokens,
-        train_flops=tokens * counts.flops_per_token(sparse, seq_len=train.seq_len)["train"],
+        train_flops=_train_flops(sparse, train),
         other_flops=_other_flops(settings, pipeline, dense=dense, sparse=sparse),
         dtype="bfloat16" if is_bfloat16 else "float32",
-        memory=memory(sparse, train, bfloat16=is_bfloat16),
-        disk=_disk(settings, pipeline, sizes=sizes, width=2 if is_bfloat16 else 4),
+        memory=_memory(sparse, train, bfloat16=is_bfloat16, cuda=cuda, parent=dense),
+        disk=_disk(settings, pipeline, sizes=sizes) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
+        checkpoint=estimate.checkpoint_bytes(sparse, train, bfloat16=is_bfloat16),
     )
 
 
@@ -119,44 +126,16 @@ def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]
     return sparse
 
 
-def memory(config: dict[str, Any], train: Pretrain, *, bfloat16: bool) -> dict[str, float]:
-    """Bytes per process while training with DeepSpeed: weights, gradients, optimizer, activations, total.
-
-    AdamW keeps two float32 moments, and a float32 copy of bfloat16 weights; ZeRO 1, 2 and 3 divide the optimizer, the
-    gradients and the weights over the processes. Activations are an estimate: what autograd keeps of every layer for
-    one micro-batch, with an attention that keeps no scores, and the logits.
-    """
-    total = counts.parameters(config)["total"]
-    width, shards = (2 if bfloat16 else 4), train.processes
-    sums = 4 if bfloat16 and train.zero_stage and train.batch > train.micro_batch * shards else 0
-    parts = {
-        "weights": total * width / (shards if train.zero_stage >= 3 else 1),
-        "gradients": total * width / (shards if train.zero_stage >= 2 else 1) + total * sums / shards,
-        "optimizer": total * (12 if bfloat16 else 8) / (shards if train.zero_stage >= 1 else 1),
-        "activations": float(_activations(config, train, width=width)),
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def _activations(config: dict[str, Any], train: Pretrain, *, width: int) -> int:
-    found = counts.experts(config)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    attention = 2 * heads * head_dim + 2 * (config.get("num_key_value_heads") or heads) * head_dim
-    # gate, up and the product of every active neuron; moe_kernels keeps no gathered copy of the tokens.
-    sparse = 4 * hidden + attention + 3 * (found["top_k"] * found["expert_size"] + found["shared_size"])
-    dense = 4 * hidden + attention + 3 * config["intermediate_size"]
-    layers, moe = config["num_hidden_layers"], len(found["layers"])
-    if train.gradient_checkpointing:
-        kept = layers * hidden + (sparse if moe == layers else max(sparse, dense))
-    else:
-        kept = moe * sparse + (layers - moe) * dense
-    logits = config["vocab_size"] * (width + 4 + 4)  # logits, in float32, and their gradient
-    return train.micro_batch * train.seq_len * (kept * width + logits)
+def _train_flops(sparse: dict[str, Any], train: Pretrain) -> int:
+    total, begun = 0, 0
+    for last, what in train.phases:
+        total += (last - begun) * train.step_tokens * meters.flops(sparse, seq_len=train.seq_len, what=what)
+        begun = last
+    return total
 
 
 def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any], sparse: dict[str, Any]) -> int:
-    """Forward passes outside training: references, calibration, held-out evaluation during and after training."""
+    """Forward passes beside training: references, calibration, the distilling parent, held-out evaluation."""
     from tasks.partition.construct import needs_text
 
     domains, train, judge = len(settings.corpus(pipeline.corpus).domains), pipeline.pretrain, pipeline.evaluate
@@ -166,31 +145,73 @@ def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any
 
     calibration = pipeline.partition.calibration_windows if needs_text(pipeline.partition) else 0
     references = pipeline.mixture.windows * domains if pipeline.mixture.method == "reference_loss" else 0
-    evaluations = (train.steps // train.eval_every + 1) * train.eval_windows * domains
+    evaluations = estimate.evaluated_windows(train, domains=domains)
+    teaching = train.steps * train.batch if train.distill else 0
     return (
         forward(dense, windows=references, seq_len=judge.seq_len)
-        + forward(dense, windows=calibration, seq_len=train.seq_len)
+        + forward(dense, windows=calibration + teaching, seq_len=train.seq_len)
         + forward(sparse, windows=evaluations, seq_len=train.seq_len)
         + forward(dense, windows=judge.windows * domains, seq_len=judge.seq_len)
         + 2 * forward(sparse, windows=judge.windows * domains, seq_len=judge.seq_len)
     )
 
 
-def _disk(settings: Settings, pipeline: Pipeline, *, sizes: dict[str, dict[str, int]], width: int) -> dict[str, float]:
+def _memory(
+    sparse: dict[str, Any], train: Pretrain, *, bfloat16: bool, cuda: bool, parent: dict[str, Any]
+) -> dict[int, tuple[Memory, Memory]]:
+    found = {}
+    for stage in (0, 1, 2, 3):
+        if stage == 0 and (train.offload or train.expert_parallel > 1):  # which the settings refuse
+            continue
+        at = train.model_copy(update={"zero_stage": stage})
+        first, other = (
+            estimate.memory(sparse, at, bfloat16=bfloat16, cuda=cuda, parent=parent, first=first)
+            for first in (True, False)
+        )
+        found[stage] = first, other
+    return found
+
+
+def _disk(settings: Settings, pipeline: Pipeline, *, sizes: dict[str, dict[str, int]]) -> dict[str, float]:
     dtype = 2 if settings.model(pipeline.model).dtype == "bfloat16" else 4
     total = sizes["sparse"]["total"]
     parts: dict[str, float] = {
         "dense checkpoint": sizes["dense"]["total"] * dtype,
         "MoE after the split": total * dtype,
         "trained MoE": total * dtype,
-        "training checkpoints in .scratch (2 are kept)": 2 * total * (14 if width == 2 else 12),
     }
     if (manifest := Path("data/corpora", pipeline.corpus, "manifest.json")).exists():
         parts["shards"] = sum(path.stat().st_size for path in manifest.parent.rglob("*.arrow"))
-    return parts | {"total": sum(parts.values())}
+    return parts
 
 
-def calibrate(*, bfloat16: bool, seconds: float = 0.5) -> tuple[float, str]:
+def split_config(settings: Settings, name: str) -> dict[str, Any]:
+    """config.json of a pipeline's split model: the one that is there, or the one that will be."""
+    path = Path("runs", name, "moe", "config.json")
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    pipeline = settings.pipeline(name)
+    return sparse_config(dense_config(settings, pipeline.model), pipeline.partition)
+
+
+def lacks(first: Memory, others: list[Memory]) -> str:
+    """What of this machine the processes that run on it need more of than there is; empty if they fit."""
+    import psutil
+    import torch
+
+    short = []
+    ram = psutil.virtual_memory().total
+    if (needed := sum(memory.host_total for memory in (first, *others))) > ram:
+        short.append(f"RAM: {needed / 1e9:.1f} of {ram / 1e9:.1f} GB")
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory
+        if first.device_total > card:
+            short.append(f"GPU: {first.device_total / 1e9:.1f} of {card / 1e9:.1f} GB")
+    return f"does not fit here ({', '.join(short)})" if short else ""
+
+
+def matrix_speed(*, bfloat16: bool, seconds: float = 0.5) -> tuple[float, str]:
     """Measure this machine's matrix products: (FLOP/s, what was measured), on one GPU or on all CPU threads."""
     import torch
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from flows import dag, plan
 from tasks import scratch
-from tasks.settings import Settings
+from tasks.settings import Pipeline, Pretrain, Settings
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from tasks.pretrain.estimate import Speed
 
 SHOWN_REASONS = 3
 
@@ -40,21 +42,41 @@ def shorten(reasons: list[str]) -> str:
     return "; ".join(reasons[:SHOWN_REASONS]) + (f"; and {more} more" if more > 0 else "")
 
 
-def figures(settings: Settings, name: str, *, tflops: float | None) -> Table:
-    """What a pipeline costs. `tflops`: speed of one process, or None to measure this machine."""
+def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: bool = False) -> list[Table]:
+    """What a pipeline costs, and what a training process needs by ZeRO stage.
+
+    Args:
+        tflops: speed of one process on another machine, which has GPUs; None to measure this one.
+        calibrated: run a few training steps here, and take the time from them.
+
+    Raises:
+        TrainingError: the steps failed.
+    """
+    import torch
+
+    from tasks.pretrain import calibrate
     from tasks.pretrain.engine import cpu_has_bfloat16
 
     pipeline = settings.pipeline(name)
-    cost = plan.plan(settings, name, bfloat16=tflops is not None or cpu_has_bfloat16(Path("/proc/cpuinfo")))
-    train, experts = pipeline.pretrain, pipeline.partition
-    if tflops is None:
-        measured, where = plan.calibrate(bfloat16=cost.dtype == "bfloat16")
-        processes = train.processes if "CPU" not in where else 1  # processes on one CPU share it
-        speed, basis = measured * processes, f"{where}, measured now at {measured / 1e12:.2f} TFLOP/s in {cost.dtype}"
+    train = pipeline.pretrain
+    cuda = tflops is not None or torch.cuda.is_available()
+    cost = plan.plan(settings, name, bfloat16=cuda or cpu_has_bfloat16(Path("/proc/cpuinfo")), cuda=cuda)
+    speed = None
+    if calibrated:
+        dense = plan.dense_config(settings, pipeline.model)
+        speed = calibrate.measure(plan.split_config(settings, name), train, parent=dense if train.distill else None)
+    table = _costs(cost, pipeline)
+    if speed:
+        domains = len(settings.corpus(pipeline.corpus).domains)
+        _measured_time(table, speed, train, spent=speed.run(train, domains=domains, checkpoint=cost.checkpoint))
     else:
-        processes = train.processes
-        speed, basis = tflops * 1e12 * processes, f"the given {tflops:g} TFLOP/s"
-    table = _table(f"{name}: what it costs", "", "", "")
+        _estimated_time(table, cost, train, tflops=tflops)
+    return [table, _memory(cost, train, here=tflops is None, measured=speed)]
+
+
+def _costs(cost: plan.Plan, pipeline: Pipeline) -> Table:
+    train, experts = pipeline.pretrain, pipeline.partition
+    table = _table(f"{cost.pipeline}: what it costs", "", "", "")
     dense, sparse = cost.dense, cost.sparse
     shared = f", {experts.shared_experts} shared" if experts.shared_experts else ""
     table.add_row("dense parent", count(dense["total"]), f"parameters of {pipeline.model}")
@@ -66,17 +88,57 @@ def figures(settings: Settings, name: str, *, tflops: float | None) -> Table:
     table.add_row("", count(sparse["active"]), f"active per token, {sparse['active'] / sparse['total']:.1%}")
     table.add_row("training tokens", count(cost.tokens), f"{cost.steps:,} steps of {train.batch} x {train.seq_len}")
     table.add_row("FLOPs", f"{cost.train_flops:.2e}", "training, forward and backward")
-    table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, held-out evaluation", end_section=True)
-    why = f"{cost.dtype}, ZeRO {train.zero_stage}, {train.processes} process{'es'[: 2 * (train.processes > 1)]}"
-    for part, size in cost.memory.items():
-        note = {"activations": "estimate for one micro-batch", "total": f"per process ({why})"}.get(part, "")
-        table.add_row("memory" if part == "weights" else "", f"{size / 1e9:.2f} GB", f"{part} {note}".strip())
+    table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, held-out evaluation")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
-        table.add_row("" if i else "disk", f"{size / 1e9:.2f} GB", part)
-    table.add_section()
+        table.add_row("" if i else "disk", gigabytes(size), part)
+    table.add_row("", gigabytes(sum(cost.disk.values())), "total", end_section=True)
+    return table
+
+
+def _estimated_time(table: Table, cost: plan.Plan, train: Pretrain, *, tflops: float | None) -> None:
+    if tflops is None:
+        measured, where = plan.matrix_speed(bfloat16=cost.dtype == "bfloat16")
+        processes = train.processes if "CPU" not in where else 1  # processes on one CPU share it
+        speed, basis = measured * processes, f"{where}, measured now at {measured / 1e12:.2f} TFLOP/s in {cost.dtype}"
+    else:
+        processes = train.processes
+        speed, basis = tflops * 1e12 * processes, f"the given {tflops:g} TFLOP/s"
     note = f"at {plan.UTILISATION:.0%} of {basis}" + (f", {processes} processes" if processes > 1 else "")
     table.add_row("time", clock(cost.seconds(speed)), note)
+
+
+def _measured_time(table: Table, speed: Speed, train: Pretrain, *, spent: dict[str, float]) -> None:
+    step = speed.step(train)
+    others = f"; {train.processes} processes are taken to be as fast as {speed.processes} here"
+    note = f"a step of {step:.2f} s, measured now" + (others if speed.processes != train.processes else "")
+    table.add_row("speed", f"{count(train.step_tokens / step)} tokens/s", note)
+    for i, (part, seconds) in enumerate(spent.items()):
+        table.add_row("" if i else "time", clock(seconds), part)
+    table.add_row("", clock(sum(spent.values())), "total of the stage pretrain")
+
+
+def _memory(cost: plan.Plan, train: Pretrain, *, here: bool, measured: Speed | None) -> Table:
+    """A row a ZeRO stage; `here`: say which do not fit into this machine's memory."""
+    many = f"rank 0 of {train.processes}" if train.processes > 1 else "the process"
+    beside = train.processes - 1 if train.launcher == "local" else 0
+    columns = ("ZeRO", "weights", "gradients", "optimizer", "activations", "other", "total", "in RAM", "")
+    table = _table(f"{cost.pipeline}: peak memory of {many} in {cost.dtype}, GB", *columns)
+    for stage, (memory, other) in cost.memory.items():
+        parts = memory.device or memory.host
+        known = ("weights", "gradients", "optimizer")
+        shown = [parts.get(part, 0.0) for part in known]
+        shown.append(parts["activations"] + parts["logits"])
+        shown.append(sum(parts.values()) - sum(shown))
+        shown += [sum(parts.values()), memory.host_total]
+        figures = [f"{size / 1e9:.2f}" for size in shown]
+        mark = "set" if stage == train.zero_stage else ""
+        lacks = plan.lacks(memory, [other] * beside) if here else ""
+        table.add_row(str(stage), *figures, "; ".join(filter(None, (mark, lacks))))
+    if measured:
+        where = "GPU" if cost.memory[train.zero_stage][0].device else "RAM"
+        peak, blank = f"{measured.peak / 1e9:.2f}", [""] * 5
+        table.add_row("", *blank, peak, "", f"measured now in {where}, without a checkpoint's copy")
     return table
 
 
@@ -107,6 +169,11 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.4g} {suffix}"
     return f"{value:.0f}"
+
+
+def gigabytes(size: float) -> str:
+    """1.30 GB for 1300000000."""
+    return f"{size / 1e9:.2f} GB"
 
 
 def clock(seconds: float) -> str:

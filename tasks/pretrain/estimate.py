@@ -13,12 +13,14 @@ from typing import Any
 from tasks.moe import counts
 from tasks.settings import Pretrain
 
-PROCESS = 0.53e9
+PROCESS = 0.6e9
 """Bytes of a training process before it has a model: Python, torch, DeepSpeed, transformers (RSS; torch for CPU)."""
 _BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once (reduce_bucket_size); on CUDA it holds as much from the start."""
 _LIVE = 1_000_000_000
 """Elements of weights that ZeRO 3 leaves gathered (max_live_parameters, max_reuse_distance)."""
+_HEAP = 0.02
+"""Share of a CPU process's tensors that glibc cannot use again between them, as measured."""
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes a parameter: float32 weights, AdamW's two moments, summed gradients
 
 
@@ -94,58 +96,62 @@ def memory(
     bfloat16: bool,
     cuda: bool = False,
     parent: dict[str, Any] | None = None,
+    first: bool = True,
 ) -> Memory:
-    """Memory of the process that needs the most (rank 0, which gathers and writes the weights).
+    """Memory of one process.
+
+    AdamW keeps two float32 moments beside a float32 master of each trained weight; only ZeRO 0 in float32 needs no
+    master of its own. ZeRO 1, 2 and 3 divide masters and moments, then gradients, then weights over the processes;
+    the experts' over those that hold the same experts. What a checkpoint holds of a process is copied before it is
+    written (tasks/pretrain/background.py).
 
     Args:
         config: the split model's config.json; parent: the dense parent's, if `distill` keeps it in memory.
         bfloat16: the training dtype; float32 if not.
         cuda: train on GPUs.
-
-    AdamW keeps two float32 moments beside a float32 master of each trained weight; only ZeRO 0 in float32 needs no
-    master of its own. ZeRO 1, 2 and 3 divide masters and moments, then gradients, then weights over the processes;
-    the experts' over those that hold the same experts. A checkpoint is copied whole before it is written.
+        first: rank 0, which also saves whole weights, and gathers them in float32 at the end.
     """
-    sizes, width, stage = counts.parameters(config), 2 if bfloat16 else 4, params.zero_stage
-    spread = 1 - 1 / params.expert_parallel
-    held = sizes["total"] - sizes["experts"] * spread
+    sizes, width, stage, shards = counts.parameters(config), 2 if bfloat16 else 4, params.zero_stage, params.processes
+    elsewhere = sizes["experts"] * (1 - 1 / params.expert_parallel)
     moved = trained(config, params)
-    moved_here = moved - (sizes["experts"] * spread if moved > sizes["experts"] else 0)
-    shards = params.processes
-    accumulates = bfloat16 and stage > 0 and params.batch > params.micro_batch * shards
-    states = _MOMENTS + (0 if stage == 0 and not bfloat16 else _MASTER)
+    held, moved_here = sizes["total"] - elsewhere, moved - (elsewhere if moved > sizes["router"] else 0)
+    sums = _SUMS if bfloat16 and stage > 0 and params.batch > params.micro_batch * shards else 0
 
-    def divided(whole: float, here: float, from_stage: int) -> float:
+    def divided(from_stage: int, *, whole: float = moved, here: float = moved_here) -> float:
         return whole / shards if stage >= from_stage else here
 
-    weights = divided(sizes["total"], held, 3) * width
-    optimizer = divided(moved, moved_here, 1) * states
-    gradients = divided(moved, moved_here, 2) * width
-    if accumulates:
-        gradients += divided(moved, moved_here, 2) * _SUMS
-    bucket = min(_BUCKET, moved_here) * width if stage >= 2 else 0.0  # before they are divided
+    weights = divided(3, whole=sizes["total"], here=held) * width
+    optimizer = divided(1) * _states(params, bfloat16=bfloat16)
+    buffers = 0.0
     if cuda and stage >= 1:
-        bucket = _BUCKET * (2 if stage < 3 else 1) * (_SUMS if accumulates and stage == 1 else width)
-    gathered = min(_LIVE, held) * width if stage == 3 and shards > 1 else 0.0
-    own = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buffers": bucket + gathered}
+        buffers += _BUCKET * (2 if stage < 3 else 1) * (sums if sums and stage == 1 else width)
+    elif shards > 1:  # gradients before they are divided, or gloo's while it adds them up
+        buffers += min(_BUCKET, moved_here) * width
+    if stage == 3 and shards > 1:
+        buffers += min(_LIVE, held) * width
+    own = {"weights": weights, "gradients": divided(2) * (width + sums), "optimizer": optimizer, "buffers": buffers}
     own |= activations(config, params, bfloat16=bfloat16, cuda=cuda)
     if parent is not None and params.distill and params.distill.top_n is None:
         own["parent"] = counts.parameters(parent)["total"] * width
-    saved = held * width + divided(moved, moved_here, 1) * states
-    gathered_whole = sizes["total"] * (_MASTER + width)  # rank 0 at the end: in float32, then in the model's dtype
-    if not cuda:
-        # What DeepSpeed frees of the unflattened weights stays with the process: no later buffer fits in between.
-        own["buffers"] += weights if stage > 0 else 0.0
-        end = max(0.0, gathered_whole - own["activations"] - own["logits"] - own["gradients"])
-        return Memory(host={"process": PROCESS, **own, "checkpoint": max(saved, end)}, device={})
-    host = {"process": PROCESS, "checkpoint": max(saved, gathered_whole)}
-    if params.offload:
-        host["optimizer"] = own.pop("optimizer")
-        own["optimizer"] = 0.0
-        if stage == 3:
-            host["weights"] = own.pop("weights")
-            own["weights"] = 0.0
-    return Memory(host=host, device=own)
+    saved = optimizer + (weights if stage == 3 else held * width * first)
+    gathered = sizes["total"] * (_MASTER + width) * first  # in float32, then in the model's dtype
+    if cuda:
+        host = {"process": PROCESS, "checkpoint": max(saved, gathered)}
+        for part in ("optimizer", "weights")[: params.offload * (2 if stage == 3 else 1)]:
+            host[part], own[part] = own[part], 0.0
+        return Memory(host=host, device=own)
+    # What DeepSpeed frees of the unflattened weights stays with the process: no later buffer fits in between.
+    own["buffers"] += weights * (stage > 0)
+    if stage > 0:  # the optimizer step's own gradients, flat and in float32, when the activations are gone
+        own["buffers"] += max(0.0, divided(1) * (width + _MASTER) - own["activations"] - own["logits"])
+    own["buffers"] += _HEAP * sum(own.values())
+    freed = own["activations"] + own["logits"] + own["gradients"]  # when the last step is done
+    return Memory(host={"process": PROCESS, **own, "checkpoint": max(saved, gathered - freed)}, device={})
+
+
+def _states(params: Pretrain, *, bfloat16: bool) -> int:
+    """Bytes of the optimizer a trained parameter."""
+    return _MOMENTS + (0 if params.zero_stage == 0 and not bfloat16 else _MASTER)
 
 
 def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cuda: bool) -> dict[str, float]:
@@ -170,6 +176,8 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     rows = _expert_rows(found, tokens=tokens, bfloat16=bfloat16, cuda=cuda)
     sparse = common + width * (2 * rows * found["expert_size"] + 4 * found["shared_size"])
     sparse += 4 * found["experts"] + 16 * found["top_k"]  # the router's
+    if made.model_type == "qwen2_moe":  # the gate of the shared expert, and what it is multiplied with
+        sparse += width * (hidden + 2) + 8 * found["top_k"]
     dense = common + width * 4 * made.intermediate_size
     layers, moe = made.num_hidden_layers, len(found["layers"])
     kept = moe * sparse + (layers - moe) * dense
@@ -213,8 +221,8 @@ def _expert_rows(found: dict[str, Any], *, tokens: int, bfloat16: bool, cuda: bo
 
 def checkpoint_bytes(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> float:
     """A training checkpoint of all processes: weights, masters and moments."""
-    states = _MOMENTS + (0 if params.zero_stage == 0 and not bfloat16 else _MASTER)
-    return counts.parameters(config)["total"] * (2 if bfloat16 else 4) + trained(config, params) * states
+    weights = counts.parameters(config)["total"] * (2 if bfloat16 else 4)
+    return weights + trained(config, params) * _states(params, bfloat16=bfloat16)
 
 
 def disk(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> dict[str, float]:
@@ -222,8 +230,8 @@ def disk(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> dict[st
     kept = min(params.keep, -(-params.steps // params.save_every))
     if params.keep_every:
         kept += params.steps // params.keep_every
-    found = {f"training checkpoints in .scratch, {kept} and one being written": 0.0}
-    found = {name: (kept + 1) * checkpoint_bytes(config, params, bfloat16=bfloat16) for name in found}
+    name = f"training checkpoints in .scratch, {kept} and one being written"
+    found = {name: (kept + 1) * checkpoint_bytes(config, params, bfloat16=bfloat16)}
     if params.distill and params.distill.top_n:
         ids = 2 if config["vocab_size"] <= 1 << 16 else 4
         cached = params.steps * params.step_tokens * (params.distill.top_n * (ids + 2) + 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from flows import plan, plan_view
 from tasks import settings
+from tasks.pretrain.estimate import Memory
 from tests.flows.conftest import ROOT
 
 
@@ -80,18 +82,6 @@ def test_a_plan_of_a_fetched_model_reads_its_config_and_no_weights(config: setti
     assert cost.dense["total"] == 4 * (3 * 32 * 1536 + 32 * 96 + 64 + 2 * 32) + 32 + 2 * 100 * 32
 
 
-def test_dense_layers_among_sparse_ones_keep_the_activations_of_their_whole_ffn(config: settings.Settings) -> None:
-    sizes = {"model_type": "qwen3_moe", **SIZES, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 1,
-             "moe_intermediate_size": 8}  # fmt: skip
-    train = config.pipeline("demo").pretrain
-
-    def kept(**fields: Any) -> float:
-        return plan.memory(sizes | fields, train, bfloat16=False)["activations"]
-
-    tokens = train.micro_batch * train.seq_len
-    assert kept(mlp_only_layers=[0, 2]) - kept() == 2 * tokens * 3 * (80 - 8) * 4
-
-
 def test_the_demo_needs_what_its_numbers_say(config: settings.Settings) -> None:
     cost = plan.plan(config, "demo", bfloat16=True)
     assert cost.dense["total"] == 134_515_008
@@ -100,45 +90,56 @@ def test_the_demo_needs_what_its_numbers_say(config: settings.Settings) -> None:
     # 6 FLOPs per active parameter and token, more for attention scores: the rule of thumb must be near.
     assert cost.train_flops == pytest.approx(6 * cost.sparse["active"] * cost.tokens, rel=0.25)
     total = cost.sparse["total"]
-    assert cost.memory["weights"] == 2 * total
-    assert cost.memory["optimizer"] == 12 * total
-    assert cost.memory["total"] == sum(size for part, size in cost.memory.items() if part != "total")
+    assert list(cost.memory) == [0, 1, 2, 3]
+    assert cost.memory[1][0].host["weights"] == 2 * total
+    assert cost.memory[1][0].host["optimizer"] == 12 * total
     assert cost.disk["dense checkpoint"] == 4 * 134_515_008
+    assert cost.disk["training checkpoints in .scratch, 2 and one being written"] == 3 * 14 * total
 
 
-def test_float32_needs_more_weights_and_less_optimizer(config: settings.Settings) -> None:
-    total = plan.plan(config, "demo", bfloat16=False).sparse["total"]
-    memory = plan.plan(config, "demo", bfloat16=False).memory
-    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (4 * total, 4 * total, 8 * total)
+def test_phases_that_train_less_cost_less(config: settings.Settings) -> None:
+    """Half of the tokens train the router alone, whose backward pass stops short of the weights' gradients."""
+    whole = plan.plan(config, "demo", bfloat16=True).train_flops
+    demo = config.pipelines["demo"]
+    train = settings.Pretrain(
+        **demo.pretrain.model_dump() | {"train": [{"what": "router", "tokens": 24576}, {"what": "all"}]}
+    )
+    pipeline = demo.model_copy(update={"pretrain": train})
+    phases = plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True).train_flops
+    assert whole / 2 < phases < whole
 
 
-@pytest.mark.parametrize(
-    ("stage", "divided"), [(0, set()), (1, {"optimizer"}), (2, {"optimizer", "gradients"}),
-                           (3, {"optimizer", "gradients", "weights"})]
-)  # fmt: skip
-def test_zero_divides_more_with_every_stage(stage: int, divided: set[str]) -> None:
-    config = {"model_type": "mixtral", "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "vocab_size": 16, "num_local_experts": 2,
-              "num_experts_per_tok": 1}  # fmt: skip
+def test_a_distilling_parent_reads_every_token_once(config: settings.Settings) -> None:
+    from tasks.moe import counts
 
-    def memory(processes: int) -> dict[str, float]:
-        train = settings.Pretrain(
-            tokens=8 * 64, seq_len=8, batch=8, processes=processes, zero_stage=stage, learning_rate=1e-3
-        )
-        return plan.memory(config, train, bfloat16=False)
-
-    one, four = memory(1), memory(4)
-    shares = {part: one[part] / four[part] for part in ("weights", "gradients", "optimizer")}
-    assert {part for part, share in shares.items() if share == 4} == divided
-    assert all(share in (1, 4) for share in shares.values())
+    demo = config.pipelines["demo"]
+    train = settings.Pretrain(**demo.pretrain.model_dump() | {"distill": {"logits": 1.0}})
+    pipeline = demo.model_copy(update={"pretrain": train})
+    more = plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True)
+    dense = plan.dense_config(config, demo.model)
+    extra = more.other_flops - plan.plan(config, "demo", bfloat16=True).other_flops
+    assert extra == 49152 * counts.flops_per_token(dense, seq_len=512)["forward"]
 
 
-def test_gradient_checkpointing_keeps_fewer_activations(config: settings.Settings) -> None:
-    pipeline = config.pipeline("demo")
-    sparse = plan.sparse_config(plan.dense_config(config, pipeline.model), pipeline.partition)
-    often = pipeline.pretrain.model_copy(update={"gradient_checkpointing": True})
-    kept = plan.memory(sparse, pipeline.pretrain, bfloat16=True)["activations"]
-    assert plan.memory(sparse, often, bfloat16=True)["activations"] < 0.8 * kept
+def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10e9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    first, other = Memory(host={"weights": 4e9, "process": 1e9}, device={}), Memory(host={"weights": 3e9}, device={})
+    assert plan.lacks(first, [other]) == ""
+    assert plan.lacks(first, [other, other]) == "does not fit here (RAM: 11.0 of 10.0 GB)"
+
+
+def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: settings.Settings) -> None:
+    from rich.console import Console
+
+    console = Console(width=160, record=True)
+    for table in plan_view.figures(config, "demo", tflops=100.0):
+        console.print(table)
+    text = console.export_text()
+    assert [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│ ")][-4:] == list("0123")
+    assert next(line for line in text.splitlines() if line.startswith("│ 1 ")).rstrip("│ ").endswith("set")
 
 
 def test_a_model_without_shape_says_what_to_do(config: settings.Settings) -> None:
@@ -156,8 +157,8 @@ def test_time_follows_from_flops_and_speed(config: settings.Settings) -> None:
     assert cost.seconds(2e12) == pytest.approx(cost.seconds(1e12) / 2)
 
 
-def test_calibration_measures_a_plausible_speed() -> None:
-    speed, where = plan.calibrate(bfloat16=False, seconds=0.1)
+def test_the_speed_of_matrix_products_is_plausible() -> None:
+    speed, where = plan.matrix_speed(bfloat16=False, seconds=0.1)
     assert 1e9 < speed < 1e16
     assert where
 
