@@ -209,8 +209,9 @@ def stock(found: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch
     import torch
 
     blocks = [name.removesuffix(".experts.w1") for name in found if name.endswith(".experts.w1")]
+    router = _FIELDS[model_type].get("router_pattern", "gate")
     parts = {
-        "router.gate.": f"{_FIELDS[model_type].get('router_pattern', 'gate')}.",
+        "router.gate.": f"{router}.",
         "shared_experts.": "shared_expert.",
         "shared_experts_gate.": "shared_expert_gate.",
     }
@@ -225,7 +226,7 @@ def stock(found: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch
             weights[f"{block}.experts.gate_up_proj"] = torch.cat([tensor, found[f"{block}.experts.w3"]], dim=1)
         elif inner == "experts.w2":
             weights[f"{block}.experts.down_proj"] = tensor
-        elif inner != "experts.w3":
+        elif inner != "experts.w3" and (router == "router" or not inner.startswith(f"{router}.")):  # a second name
             old = next((part for part in parts if inner.startswith(part)), "")
             weights[f"{block}.{parts.get(old, old)}{inner.removeprefix(old)}"] = tensor
     return weights
