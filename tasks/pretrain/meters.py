@@ -128,6 +128,7 @@ def timing(
     flops_per_token: int,
     peak: float,
     device: torch.device,
+    extra_flops_per_token: int = 0,
 ) -> dict[str, Any]:
     """A step record's `timing`.
 
@@ -138,11 +139,14 @@ def timing(
         flops_per_token: `flops`.
         peak: FLOP/s of all ranks together.
         device: this rank's.
+        extra_flops_per_token: of what MFU leaves out, such as the forward pass of a resident teacher.
 
     Returns:
-        seconds, the parts, other (what they leave), tokens_per_second, flops_per_second, mfu, memory.
+        seconds, the parts, other (what they leave), tokens_per_second, flops_per_second, mfu, memory, and
+        extra_flops_per_second if there are such.
     """
     speed = tokens / seconds
+    extra = {"extra_flops_per_second": extra_flops_per_token * speed} if extra_flops_per_token else {}
     return {
         "seconds": seconds,
         **spent,
@@ -150,5 +154,6 @@ def timing(
         "tokens_per_second": speed,
         "flops_per_second": flops_per_token * speed,
         "mfu": flops_per_token * speed / peak,
+        **extra,
         "memory": memory(device),
     }

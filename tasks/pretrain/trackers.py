@@ -114,7 +114,8 @@ class TensorBoard:
     def _open(self, purge: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(self._folder, purge_step=purge)
+        # With a short queue, each of a record's hundred numbers would wait for the thread that writes them.
+        self._board = SummaryWriter(self._folder, purge_step=purge, max_queue=1000)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():

@@ -136,6 +136,13 @@ def test_timing_adds_up_and_mfu_is_flops_over_the_peak() -> None:
     assert found["flops_per_second"] == 1.5e9
     assert found["mfu"] == 0.25
     assert found["memory"]["rss"] > 0
+    assert "extra_flops_per_second" not in found
+
+
+def test_the_passes_of_a_teacher_are_told_beside_mfu_and_are_not_in_it() -> None:
+    given = {"tokens": 1000, "flops_per_token": 3_000_000, "peak": 6e9, "device": CPU}
+    found = meters.timing(2.0, {}, **given, extra_flops_per_token=1_000_000)
+    assert (found["mfu"], found["extra_flops_per_second"]) == (0.25, 5e8)
 
 
 def test_the_peak_of_a_processor_is_the_speed_of_its_best_matrix_product(
