@@ -57,21 +57,20 @@ class TrainingRouter(nn.Module):
         self.observers[handle.id] = function
         return handle
 
-    def _as_stock(self, logits_TE: torch.Tensor) -> Any:
+    def _as_stock(self, logits_TX: torch.Tensor) -> Any:
         """What the stock class makes of these logits: it multiplies what it gets by its weight, here the identity."""
-        experts = logits_TE.shape[1]
-        weight_EE = torch.eye(experts, dtype=logits_TE.dtype, device=logits_TE.device)
+        width = logits_TX.shape[1]
+        identity_XX = torch.eye(width, dtype=logits_TX.dtype, device=logits_TX.device)
         plain = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return self.stock.forward(SimpleNamespace(**plain | {"weight": weight_EE, "hidden_dim": experts}), logits_TE)
+        return self.stock.forward(SimpleNamespace(**plain | {"weight": identity_XX, "hidden_dim": width}), logits_TX)
 
     def _weigh(self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> Any:
-        """What the stock class would make of these logits had it chosen these experts."""
-        others_TE = torch.ones_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, False)
-        lowest = torch.finfo(logits_TE.dtype).min  # not -inf, of which the product with the identity makes NaN
-        masked_TE, weights_TK, chosen_TK = self._as_stock(logits_TE.masked_fill(others_TE, lowest))
+        """What the stock class would make of these logits had it chosen these experts: it is shown no others."""
+        logits_TK, weights_TK, order_TK = self._as_stock(logits_TE.gather(1, chosen_TK))
+        chosen_TK = chosen_TK.gather(1, order_TK)
         if not getattr(self, "norm_topk_prob", True):  # then a weight is a share of all, not of the chosen
             weights_TK = logits_TE.softmax(1, dtype=torch.float32).gather(1, chosen_TK).to(weights_TK.dtype)
-        return logits_TE.to(masked_TE.dtype), weights_TK, chosen_TK
+        return logits_TE.to(logits_TK.dtype), weights_TK, chosen_TK
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         exact_E = self.selection_bias

@@ -171,12 +171,13 @@ def load(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) 
     """
     import torch
 
-    top_k = routed.chosen_TK.shape[1]
-    if routed.std_TE is None or top_k == len(count_E):
+    if routed.std_TE is None or routed.chosen_TK.shape[1] == len(count_E):
         return count_E.float()
-    chosen_TE = torch.zeros_like(routed.logits_TE, dtype=torch.bool).scatter(1, routed.chosen_TK, True)
-    highest_TK = routed.logits_TE.float().topk(top_k + 1, dim=1).values
-    threshold_TE = torch.where(chosen_TE, highest_TK[:, -1:], highest_TK[:, -2:-1])
+    noisy_TE = routed.logits_TE.float()
+    chosen_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter(1, routed.chosen_TK, True)
+    last_T1 = noisy_TE.gather(1, routed.chosen_TK).amin(1, keepdim=True)
+    next_T1 = noisy_TE.masked_fill(chosen_TE, -torch.inf).amax(1, keepdim=True)
+    threshold_TE = torch.where(chosen_TE, next_T1, last_T1)
     margin_TE = (routed.clean_TE.float() - threshold_TE) / routed.std_TE.float()
     return _sum(torch.special.ndtr(margin_TE), real_T)
 
