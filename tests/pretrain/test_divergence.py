@@ -205,7 +205,7 @@ def test_the_more_logits_are_kept_the_more_of_the_divergence_is_seen(
     logits, target, states, linear = problem(seed, scale, torch.float32)
     few, more = sorted(data.draw(st.tuples(st.integers(1, V), st.integers(1, V))))
     parents = [kept(states, linear, few, 1.0), kept(states, linear, more, 1.0)]
-    every = [*parents, divergence.Whole(states, linear, temperature=1.0)]
+    every: list[divergence.Parent] = [*parents, divergence.Whole(states, linear, temperature=1.0)]
     seen = [divergence.losses(logits, target, p, cross_entropy=0.0, kl=1.0)[1] for p in every]
     slack = 1e-5 * (1 + seen[2])
     assert (seen[0] > -slack).all()

@@ -104,7 +104,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The windows that a parent has read."""
     seen: list[Any] = []
     ask = Cache._ask
-    monkeypatch.setattr(Cache, "_ask", lambda self, slot: (seen.append(slot), ask(self, slot))[1])
+
+    def noted(self: Cache, slot: Any) -> Any:
+        seen.append(slot)
+        return ask(self, slot)
+
+    monkeypatch.setattr(Cache, "_ask", noted)
     return seen
 
 
@@ -242,7 +247,8 @@ def test_too_small_a_disk_is_told_before_the_parent_is_read(
 
 
 def test_a_disk_that_fills_up_leaves_the_shards_before(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, done = shards.write_batch, []
+    write = shards.write_batch
+    done: list[Any] = []
 
     def full(file: Any, batch: Any) -> Any:
         if done:
