@@ -153,7 +153,12 @@ class WandB:
             dir=run.folder,
             config=dict(run.config),
             resume="allow",
-            settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=1.0),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                symlink=False,  # a copy of the folder would have the run twice
+                x_transaction_log_flush_interval=1.0,
+            ),
         )
         self._run.define_metric("*", step_metric="step")
 

@@ -141,6 +141,8 @@ def test_a_run_that_was_killed_goes_on_in_the_same_run_with_every_point_once(
     assert found["step/loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
     assert found["step/experts/layers/peak/1"] == [(step, 0.25) for step in range(1, 7)]
     assert found["heldout/losses/books"] == [(0, 3.5)]
+    linked = [path for path in (tmp_path / "training").rglob("*") if path.is_symlink() and path.is_dir()]
+    assert not linked, "a copy of the folder would have it twice"
     assert {path.name for path in tmp_path.iterdir()} - {"training", ".cache", ".config"} == set()
 
 
