@@ -26,6 +26,7 @@ from tasks.corpus.loader import IGNORED, Batch
 from tasks.pretrain import objective
 from tasks.pretrain.distil import Distiller
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.teacher import Teacher
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Distill
 
@@ -241,6 +242,7 @@ def test_the_parent_gets_no_gradient_and_is_not_in_the_graph(parent: Path, tmp_p
     distiller = load(parent, tmp_path, hidden=1.0)
     found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
     (found["cross_entropy"] + found["kl"] + found["hidden"]).sum().backward()
+    assert isinstance(distiller._parent, Teacher)
     assert all(p.grad is None and not p.requires_grad for p in distiller._parent._model.parameters())
 
 
