@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from tasks.moe import families
-from tasks.moe.gate import NOISE_EPSILON, Gate
+from tasks.moe.gate import Gate
+from tasks.moe.router import NOISE_EPSILON
 from tasks.partition.exporters import SparseLayer
 from tasks.settings import Partition
 
