@@ -22,6 +22,7 @@ from tasks.settings import Pretrain
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
+    from torch import nn
     from transformers import PreTrainedModel
 
 _BUILD_SIGNS = ("ninja", "jit load", "cuda_home", "error building extension", "missingcuda", "compiler", "nvcc")
@@ -250,9 +251,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
 
     All ranks must call it. A tied parameter comes under its first name.
     """
-    import deepspeed
     import torch
-    from deepspeed.utils import safe_get_full_fp32_param
 
     from tasks.pretrain import expert_parallel
 
@@ -265,19 +264,36 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
             masters |= {id(parameter): master for parameter, master in zip(low, high, strict=True)}
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        master = masters.get(id(parameter))
-        sharded = hasattr(parameter, "ds_id")  # by stage 3, which has no master of what is never trained
-        if master is None and (not sharded or hasattr(parameter, "_z3_optimizer")):
-            master = safe_get_full_fp32_param(parameter)
-        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded and master is None):
-            if torch.distributed.get_rank() == 0:
-                weights[name] = (parameter if master is None else master).detach().to("cpu", torch.float32, copy=True)
+        whole = masters.get(id(parameter))
+        if whole is None:
+            whole = full_master(parameter)
+        if torch.distributed.get_rank() == 0:
+            weights[name] = whole.detach().to("cpu", torch.float32, copy=True)
     return weights if torch.distributed.get_rank() == 0 else None
 
 
-def close() -> None:
-    """Leave the process group."""
-    import torch
+def full_master(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's master under ZeRO, whole; the parameter itself, whole, if it is never trained and has none."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
-    with contextlib.suppress(AssertionError):  # never joined
-        torch.distributed.destroy_process_group()
+    sharded: Any = getattr(parameter, "_z3_optimizer", None)
+    if sharded is None or sharded.get_param_id(parameter) in sharded.grad_position:
+        active = parameter.requires_grad
+        parameter.requires_grad_(True)  # stage 3 denies the master of what a phase leaves out
+        master: torch.Tensor | None = safe_get_full_fp32_param(parameter)
+        parameter.requires_grad_(active)
+        if master is not None:
+            return master.detach()
+    if sharded is None:
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def close() -> None:
+    """Leave the process group, if there is one, and let DeepSpeed forget the groups that it made of it."""
+    from deepspeed import comm
+
+    if comm.is_initialized():
+        comm.destroy_process_group()

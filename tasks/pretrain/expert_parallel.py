@@ -57,16 +57,6 @@ def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
     return {"enabled": True, "autoep_size": params.expert_parallel, **_FIELDS[model_type]}
 
 
-def can_reshape(params: Pretrain) -> str | None:
-    """Why a checkpoint can't be taken up by another number of processes; None if it can."""
-    if params.expert_parallel > 1 and params.zero_stage == 3:
-        return (
-            "DeepSpeed 0.19.8 converts a checkpoint of zero_stage: 3 with expert_parallel > 1 so that training goes "
-            "on from wrong optimizer states, without an error; zero_stage: 1 and 2 can change the number of processes"
-        )
-    return None
-
-
 def check(model: nn.Module, params: Pretrain) -> None:
     """Look at the stock model before DeepSpeed takes its sparse blocks apart.
 
@@ -147,11 +137,13 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """
     import torch
 
+    from tasks.pretrain.engine import full_master
+
     blocks = _blocks(engine)
     owner = {id(parameter): block for block in blocks.values() for parameter in block.experts.parameters()}
     found: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        whole = _master(parameter)
+        whole = full_master(parameter)
         if (block := owner.get(id(parameter))) is not None:
             whole = _gather(whole, block)
         if torch.distributed.get_rank() == 0:
@@ -173,19 +165,6 @@ def _blocks(engine: DeepSpeedEngine) -> dict[str, Any]:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     return {name: module for name, module in engine.module.named_modules() if isinstance(module, AutoEPMoELayer)}
-
-
-def _master(parameter: nn.Parameter) -> torch.Tensor:
-    """The whole parameter, of this process's experts if it is one of theirs, in fp32 where there is a master."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    sharded = hasattr(parameter, "ds_id")  # by stage 3, which has no master of what is never trained
-    master = safe_get_full_fp32_param(parameter) if not sharded or hasattr(parameter, "_z3_optimizer") else None
-    if master is not None:
-        return master.detach()
-    with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
-        return parameter.detach().clone()
 
 
 def _gather(own: torch.Tensor, block: Any) -> torch.Tensor:

@@ -206,6 +206,13 @@ def in_torch(params: Pretrain) -> tuple[dict[str, torch.Tensor], list[float]]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, norms
 
 
+def assert_equal(one: dict[str, torch.Tensor] | None, other: dict[str, torch.Tensor]) -> None:
+    assert one is not None
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.equal(one[name], tensor), name
+
+
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -235,6 +242,8 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
                 key = f"{name} {kind}"
                 assert torch.equal(moments_before[key], moments_after[key]) == inactive, key
     assert after is not None
+    trainable.activate(built, "router")
+    assert_equal(engine.full_weights(built), after)  # the masters of what is left out too
     expected, expected_norms = in_torch(params)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert norms == pytest.approx(expected_norms, rel=tolerance)
