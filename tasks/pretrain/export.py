@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -153,29 +154,26 @@ def masters(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Ten
         path: a checkpoint that this machine wrote; parts of it are read with pickle.
         params: the settings that it was written with.
         model: the split model's folder.
-
-    Raises:
-        TrainingError: expert parallelism with ZeRO-3, whose checkpoints only its own processes can read.
     """
     from tasks.pretrain import background
 
     if params.expert_parallel > 1:
-        found = _of_experts(path, params=params, model=model)
+        found = _of_experts(path, model=model)
     elif params.zero_stage == 3:
-        found = _from_shards(path)
+        found = _of_zero_3(path)
     else:
         state = background.load(path / "mp_rank_00_model_states.pt")
         found = {name: tensor.float() for name, tensor in state["module"].items()}  # of what is never trained, too
         if params.zero_stage:
-            found |= _from_shards(path)
+            found |= {name: flat.view(found[name].shape) for name, flat in _of_zero_1_and_2(path).items()}
         elif "fp32_groups" in state["optimizer"]:  # bfloat16
-            found |= _from_groups(state["optimizer"]["fp32_groups"], params=params, model=model)
+            found |= _of_zero_0(state["optimizer"]["fp32_groups"], params=params, model=model)
     if json.loads((model / "config.json").read_text()).get("tie_word_embeddings"):
         found.pop("lm_head.weight", None)
     return found
 
 
-def _from_shards(path: Path) -> dict[str, torch.Tensor]:
+def _of_zero_3(path: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -183,8 +181,24 @@ def _from_shards(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _from_groups(groups: Any, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
-    """ZeRO-0's masters, which the checkpoint holds in the order of the optimizer's groups."""
+def _of_zero_1_and_2(path: Path) -> dict[str, torch.Tensor]:
+    """The masters, flat: each rank has a piece of every group, and says which parameters' parts stand where in it."""
+    import torch
+
+    from tasks.pretrain import background
+
+    pieces: dict[str, list[torch.Tensor]] = {}
+    ranks = {int(re.findall(r"pp_rank_(\d+)", file.name)[0]): file for file in path.glob("*_optim_states.pt")}
+    for _, file in sorted(ranks.items()):
+        shard = background.load(file)["optimizer_state_dict"]
+        for flat, places in zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True):
+            for name, place in places.items():
+                pieces.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+def _of_zero_0(groups: Any, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
+    """Masters beside bfloat16 weights, in the order of the optimizer's groups."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -204,21 +218,25 @@ def _from_groups(groups: Any, *, params: Pretrain, model: Path) -> dict[str, tor
     return found
 
 
-def _of_experts(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
+def _of_experts(path: Path, *, model: Path) -> dict[str, torch.Tensor]:
     """Of a checkpoint whose experts are spread over processes."""
     import torch
+    from transformers import AutoConfig
 
+    from tasks.moe import families
     from tasks.pretrain import expert_parallel, reshape
 
-    if reason := expert_parallel.can_reshape(params):
-        raise TrainingError(f"{path} cannot be exported before the run is finished: {reason}")
-    whole = path.with_name("universal")
-    reshape.convert(path, whole)
-    found = {
-        file.parent.name: torch.load(file, weights_only=True)["param"] for file in (whole / "zero").glob("*/fp32.pt")
-    }
-    shutil.rmtree(whole)
-    return expert_parallel.stock(found, model_type=json.loads((model / "config.json").read_text())["model_type"])
+    universal = path.with_name("universal")
+    reshape.convert(path, universal)
+    found = {}
+    for file in (universal / "zero").glob("*/fp32.pt"):
+        saved = torch.load(file, weights_only=True)
+        found[file.parent.name] = saved["param"] if isinstance(saved, dict) else saved
+    shutil.rmtree(universal)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    shapes = families.expected(config)
+    whole = expert_parallel.stock(found, model_type=config.model_type)
+    return {name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in whole.items()}  # ZeRO-3's are flat
 
 
 def _hold(source: Path, target: Path, *, step: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, also one of another world size, by DeepSpeed's universal checkpoints."""
+"""Loading a checkpoint, also one of another world size or optimizer, by DeepSpeed's universal checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.pretrain.job import TrainingError
-from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -49,22 +48,13 @@ def _count_steps(optimizer: Any, path: Path) -> None:
         optimizer.optimizer.state[flat]["step"] = steps[optimizer.sub_group_to_group_id[part]].clone()
 
 
-def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], params: Pretrain, rank: int) -> None:
-    """Load a checkpoint that another number of processes wrote; all ranks must call it.
+def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], rank: int) -> None:
+    """Load a checkpoint that another number of processes, or another optimizer, wrote; all ranks must call it.
 
     Rank 0 converts it; the masters and the Adam moments come out bit for bit.
-
-    Raises:
-        TrainingError: this kind of checkpoint cannot change its world size.
     """
     import torch
 
-    if reason := refusal(params):
-        raise TrainingError(
-            f"the checkpoint of step {state['step']} was written by {state['world_size']} processes and "
-            f"pretrain.processes is {params.processes} now, and {reason}. Set pretrain.processes to "
-            f"{state['world_size']} to go on"
-        )
     target = folder / f".tmp-universal-{state['tag']}"
     if rank == 0:
         convert(folder / state["tag"], target)
@@ -74,15 +64,6 @@ def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], para
     torch.distributed.barrier()
     if rank == 0:
         shutil.rmtree(target)
-
-
-def refusal(params: Pretrain) -> str | None:
-    """Why a run with these settings cannot change its number of processes, or None."""
-    if params.expert_parallel == 1:
-        return None
-    from tasks.pretrain import expert_parallel
-
-    return expert_parallel.can_reshape(params)
 
 
 def convert(source: Path, target: Path) -> None:
@@ -108,7 +89,7 @@ def convert(source: Path, target: Path) -> None:
             ds_to_universal.main(arguments)
     except (OSError, RuntimeError, AssertionError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise TrainingError(f"{source} could not be converted for another number of processes: {error}") from error
+        raise TrainingError(f"{source} could not be converted for these settings: {error}") from error
     finally:
         (target.parent / "latest_universal").unlink(missing_ok=True)  # its pointer, which nobody reads
     staging.rename(target)

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files, reshape, schedule
+from tasks.pretrain import checkpoint_files, schedule
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -36,6 +36,7 @@ _ALWAYS = frozenset(
         "guard",  # what follows a step that went wrong; sound steps are the same
         "gradient_checkpointing",  # the same products, computed again
         "offload",  # where the optimizer's states lie
+        "precision",  # a checkpoint is held to its dtype, whatever it is called, when it is loaded
         # How a step's windows are shared out. The cross-entropy is a mean over windows, whoever computes them; a
         # balance loss of each micro-batch sees other groups of windows, and noise is drawn anew.
         "processes",
@@ -144,8 +145,6 @@ def discard(pipeline: str) -> str:
 
 def _safe(change: Change, old: Pretrain, new: Pretrain, *, step: int) -> bool:
     field = change.field.split(".")[0]
-    if field == "processes" and reshape.refusal(new):
-        return False
     if field in _ALWAYS:
         return True
     if field == "eval_tokens":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import families, gate
-from tasks.pretrain import checkpoint, engine, expert_parallel, reshape, trainable
+from tasks.pretrain import checkpoint, engine, expert_parallel, export, trainable
 from tasks.pretrain.balance import Balancer
 from tasks.pretrain.job import TrainingError
 from tasks.settings.pretrain import Balance, Phase
@@ -137,7 +138,7 @@ def test_a_stock_model_with_the_weights_handed_out_has_the_engines_loss(name: st
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", ["zero-1", "zero-2"])
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.usefixtures("alone")
 def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> None:
     params = ranks.settings(name, processes=1, expert_parallel=1)
@@ -154,15 +155,20 @@ def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> 
     seen = torch.tensor(ranks.train(built, params, range(ranks.SAVED + 1, ranks.LAST + 1)))
     expected = torch.tensor(json.loads((folder / f"{name}.json").read_text())["after"])
     torch.testing.assert_close(seen, expected, rtol=2e-6, atol=0)
+    last = load_file(folder / f"{name}-last.safetensors")
+    torch.testing.assert_close(engine.full_weights(built), last, rtol=1e-5, atol=1e-6)
     built.destroy()
 
 
-def test_zero_3_refuses_another_number_of_processes_because_deepspeed_would_drift() -> None:
-    reason = reshape.refusal(ranks.settings("zero-3"))
-    assert reason is not None
-    assert "zero_stage: 3 with expert_parallel > 1" in reason
-    assert reshape.refusal(ranks.settings("zero-1")) is None
-    assert reshape.refusal(ranks.settings("zero-3", expert_parallel=1)) is None
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", list(ranks.CASES))
+def test_a_checkpoint_gives_the_weights_that_the_engine_handed_out(name: str, folder: Path, tmp_path: Path) -> None:
+    ranks.stock().config.save_pretrained(tmp_path)
+    path = tmp_path / "checkpoint"
+    shutil.copytree(folder / name / f"step-{ranks.SAVED:08}", path)
+    found = export.masters(path, params=ranks.settings(name), model=tmp_path)
+    expected = load_file(folder / f"{name}-saved.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 SMALL = {
