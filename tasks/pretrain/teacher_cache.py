@@ -60,7 +60,7 @@ class Cache:
         """Open the cache, and make what it lacks of the windows that the run will draw. All ranks must do it together.
 
         Raises:
-            TrainingError: the parent isn't the student's, has fewer than `top_n` tokens, or the disk is full.
+            TrainingError: the parent has fewer than `top_n` tokens, or the disk is full.
         """
         assert job.params.distill is not None
         assert job.params.distill.top_n is not None
@@ -240,6 +240,11 @@ class Cache:
 
     def _row(self, slot: Slot) -> Row:
         if slot not in self._index:
+            if self._teacher is None:
+                print(
+                    f"teacher: {slot[0]} window {slot[1]} wasn't foreseen; loading {self._job.parent}",
+                    flush=True,
+                )
             return self._ask(slot)
         name, row = self._index[slot]
         if name not in self._open:
