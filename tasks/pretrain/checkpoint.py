@@ -95,7 +95,7 @@ class Checkpoints:
         client: dict[str, Any] = {}
         if self.params.zero_stage in (1, 2) and self.params.expert_parallel == 1:  # AutoEP adds it itself
             client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-        state = {**state, "world_size": self.world_size, "params": self.params.model_dump(mode="json")}
+        state = {**state, **self._form(engine), "params": self.params.model_dump(mode="json")}
         writer = BackgroundEngine.of(engine)
         try:
             engine.save_checkpoint(str(self.folder), tag=staging.name, client_state=client, save_latest=False)
@@ -136,14 +136,28 @@ class Checkpoints:
 
         self._settle()
         BackgroundEngine.of(engine)  # which reads without unpickling code
-        if state["world_size"] == self.world_size or self.params.zero_stage == 0:
-            reshape.load(engine, self.folder, name=state["tag"], universal=False)
+        form = self._form(engine)
+        if state["dtype"] != form["dtype"]:
+            raise TrainingError(
+                f"the checkpoint of step {state['step']} was written in {state['dtype']}, and pretrain.precision = "
+                f"{self.params.precision} is {form['dtype']} on this machine; set precision: {state['dtype']}"
+            )
+        if self.params.zero_stage and any(state[name] != value for name, value in form.items()):
+            reshape.across(engine, self.folder, state=state, rank=self.rank)
         else:
-            reshape.across(engine, self.folder, state=state, params=self.params, rank=self.rank)
+            reshape.load(engine, self.folder, name=state["tag"], universal=False)
         if state["world_size"] == self.world_size:
             random_state.restore(json.loads((self.folder / state["tag"] / f"rng-{self.rank}.json").read_text()))
         else:
             random_state.reseed(self.params.seed, step=state["step"], rank=self.rank)
+
+    def _form(self, engine: DeepSpeedEngine) -> dict[str, Any]:
+        """What DeepSpeed's files can be read back by; others read them converted.
+
+        Its optimizer for ZeRO-1 in bfloat16 is another one with gradient accumulation than without.
+        """
+        dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+        return {"world_size": self.world_size, "optimizer": type(engine.optimizer).__name__, "dtype": dtype}
 
     def _settle(self) -> None:
         """Wait for the checkpoint on its way; every rank raises if any failed."""

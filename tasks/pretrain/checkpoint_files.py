@@ -47,8 +47,10 @@ def find(folder: Path) -> dict[str, Any] | None:
 def read(folder: Path, step: int) -> dict[str, Any]:
     """The state of one checkpoint, with its `tag`. Raises TrainingError if it is missing or damaged."""
     path = folder / tag(step)
+    if step not in (kept := steps(folder)):
+        raise TrainingError(f"{folder} has no checkpoint of step {step}; kept: {', '.join(map(str, kept)) or 'none'}")
     if problem := _damage(path):
-        raise TrainingError(f"{path}: {problem}; whole or not, there are those of steps {steps(folder)}")
+        raise TrainingError(f"{path} is damaged: {problem}; kept: {', '.join(map(str, kept))}")
     return _state(path)
 
 

@@ -1,0 +1,195 @@
+"""Hugging Face checkpoints of kept steps: what they hold, and that the run they come from goes on undisturbed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+from tasks import scratch
+from tasks.moe import gate
+from tasks.pretrain import checkpoint_files, engine, export
+from tasks.pretrain.checkpoint import Checkpoints
+from tasks.pretrain.job import TrainingError
+from tasks.settings import Pretrain
+
+from .engines import config, settings, train
+from .projects import configure, start, wait_for, workers
+
+CLEAN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model, notes = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(notes.values()), notes
+ids = torch.arange(32).view(2, 16)
+print(model.dtype, float(model(input_ids=ids, labels=ids).loss))
+assert not {"tasks", "moe_kernels", "deepspeed"} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    engine.initialise(tmp_path_factory.mktemp("group"))
+    yield
+    engine.close()
+
+
+def split(folder: Path, *, gated: bool) -> MixtralForCausalLM:
+    """A split model on the disk, bf16 in its files, and as it trains."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config())
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("as it was")
+    if gated:
+        gate.write(folder, {layer: gate.start(4, 16, seed=0, layer=layer) for layer in range(2)})
+        gate.swap_in(model, gate.read(folder))
+    return model
+
+
+def trained(
+    root: Path, params: Pretrain, dtype: torch.dtype, *, gated: bool
+) -> tuple[engine.DeepSpeedEngine, dict[str, torch.Tensor]]:
+    """An engine after three steps, with its checkpoint in root/checkpoints, and its masters."""
+    model = split(root / "moe", gated=gated)
+    torch.nn.Module.to(model, dtype)
+    if params.noise:
+        gate.add_noise(model)
+    model.train()
+    made = engine.configuration(params, world_size=1, dtype=dtype, model_type="mixtral")
+    built = engine.build(model, params, config=made)
+    train(built, range(3))
+    checkpoints = Checkpoints(root / "checkpoints", params=params, rank=0, world_size=1)
+    checkpoints.save(built, state={"step": 3})
+    checkpoints.finish()
+    weights = engine.full_weights(built)
+    assert weights is not None
+    return built, weights
+
+
+def clean(folder: Path) -> tuple[str, float]:
+    """Dtype and loss of a checkpoint, in a process in which this code is out of reach."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN, str(folder.resolve())], cwd="/", capture_output=True, text=True, check=True
+    )
+    dtype, loss = done.stdout.split()
+    return dtype, float(loss)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "gated", "fields"),
+    [(torch.float32, False, {"train": "router", "noise": True}), (torch.bfloat16, True, {})],
+    ids=["fp32, routers alone, noisy", "bf16, two-layer gates"],
+)
+def test_the_masters_of_a_checkpoint_are_those_of_its_engine(
+    tmp_path: Path, stage: int, dtype: torch.dtype, gated: bool, fields: dict[str, Any]
+) -> None:
+    params = settings(zero_stage=stage, **fields)
+    _, expected = trained(tmp_path, params, dtype, gated=gated)
+    found = export.masters(tmp_path / "checkpoints/step-00000003", params=params, model=tmp_path / "moe")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], tensor), name
+    finer = any(bool((tensor != tensor.bfloat16().float()).any()) for tensor in found.values())
+    assert finer  # masters, not the rounded weights
+
+
+def test_what_is_written_loads_without_this_code_in_the_split_models_dtype(tmp_path: Path) -> None:
+    params = settings()
+    _, weights = trained(tmp_path, params, torch.float32, gated=False)
+    folder = tmp_path / "out"
+    fit = export.write(folder, weights, model=tmp_path / "moe", biases=None, windows=lambda: np.zeros((0, 0)))
+    assert fit == {}
+    assert (folder / "chat_template.jinja").read_text() == "as it was"
+    assert not (folder / gate.FILE).exists()
+    expected = MixtralForCausalLM(config())
+    missing, unknown = expected.load_state_dict(weights, strict=False)
+    assert (missing, unknown) == (["lm_head.weight"], [])
+    torch.nn.Module.to(expected, torch.bfloat16)
+    ids = torch.arange(32).view(2, 16)
+    dtype, loss = clean(folder)
+    assert dtype == "torch.bfloat16"
+    assert loss == pytest.approx(expected(input_ids=ids, labels=ids).loss.item(), rel=1e-6)
+
+
+def test_a_weight_too_few_or_of_another_shape_is_named_and_nothing_is_written_over_it(tmp_path: Path) -> None:
+    weights = {name: tensor.float() for name, tensor in split(tmp_path / "moe", gated=False).named_parameters()}
+    arguments: dict[str, Any] = {"model": tmp_path / "moe", "biases": None, "windows": lambda: np.zeros((0, 0))}
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"1 missing \(model.norm.weight\)"):
+        export.write(tmp_path / "a", dict(weights), **arguments)
+    weights["model.norm.weight"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"model.norm.weight is \[3\]"):
+        export.write(tmp_path / "b", dict(weights), **arguments)
+
+
+def test_a_checkpoint_in_hand_outlives_its_deletion_and_one_deleted_under_the_hand_is_replaced_by_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "checkpoints"
+    for step in (2, 4):
+        folder = source / checkpoint_files.tag(step)
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(f"of {step}")
+        scratch.write_json(folder / "state.json", {"step": step, "files": {"weights": 4}})
+    scratch.write_json(source / "latest.json", {"tag": "step-00000002"})
+    link = os.link
+
+    def deleted(old: str, new: str) -> None:  # the run goes on between two links
+        monkeypatch.setattr(os, "link", link)
+        shutil.rmtree(source / "step-00000002")
+        scratch.write_json(source / "latest.json", {"tag": "step-00000004"})
+        link(old, new)
+
+    monkeypatch.setattr(os, "link", deleted)
+    state = export._hold(source, tmp_path / "held", step=None)
+    assert state["step"] == 4
+    shutil.rmtree(source)
+    assert (tmp_path / "held" / state["tag"] / "weights").read_text() == "of 4"
+
+
+@pytest.mark.e2e
+def test_a_step_is_exported_while_its_run_goes_on_and_what_is_not_there_is_told(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError, match="has no unfinished training"):
+        export.run("tiny")
+    moe = project / "runs/tiny/moe"
+    experts, hidden = gate.router(AutoModelForCausalLM.from_pretrained(moe)).state_dict()["weight"].shape
+    gate.write(moe, {layer: gate.start(experts, hidden, seed=0, layer=layer) for layer in range(2)})
+    configure(project, keep_every=2)
+    with start("tasks.pretrain", "tiny", cwd=project) as process:
+        wait_for(lambda: list(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000006")))
+        for worker in workers(project):
+            os.kill(worker, signal.SIGSTOP)  # the stage holds the lock, and must not end meanwhile
+        monkeypatch.setattr(sys, "argv", ["export", "tiny", "--step", "2"])
+        assert export.main() == 0
+        fitted, printed = capsys.readouterr().out.splitlines()
+        with pytest.raises(TrainingError, match="no checkpoint of step 3; kept: 2, 4"):
+            export.run("tiny", step=3)
+        process.kill()
+    assert "linear routers fitted to the gates: agreement" in fitted
+    folder = Path("runs/tiny/exported/step-00000002")
+    assert printed == str(folder)
+    assert gate.read(folder).keys() == {0, 1}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loaded[1].values())
+    assert gate.router(loaded[0]).state_dict()["weight"].abs().max() > 0
+
+    with pytest.raises(TrainingError, match="runs: the folder is not empty"):
+        export.run("tiny", to=Path("runs"))
+    newest, _ = export.run("tiny", to=Path("elsewhere"))  # of a run that is dead now
+    assert scratch.digest(newest) != scratch.digest(folder)
+    assert not list(Path(".scratch").glob("export-tiny/*/"))
