@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from tasks import settings
 from tasks.settings.corpus import Decontaminate, NearDuplicates
+from tasks.settings.pretrain import Balance, Distill, Dynamic, Fit, Guard
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "pipelines.yaml").read_text()
@@ -53,12 +54,18 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipeline", {}, "pipeline: unknown key"),
         ("pipelines.demo.pretrain.batch", "two", "pretrain.batch = 'two': Input should be a valid integer"),
         ("pipelines.demo.pretrain.batch", 2.5, "pipelines.demo.pretrain.batch = 2.5: Input should be a valid integer"),
-        ("pipelines.demo.pretrain.dynamic", "yes", "pretrain.dynamic = 'yes': Input should be a valid bool"),
+        ("pipelines.demo.pretrain.dynamic", "yes", "pretrain.dynamic = 'yes': Input should be a valid dict"),
         ("pipelines.demo.pretrain.tokens", 0, "pipelines.demo.pretrain.tokens = 0: Input should be greater than 0"),
         ("pipelines.demo.pretrain.tokens", None, "pipelines.demo.pretrain.tokens: Field required"),
         ("pipelines.demo.pretrain.zero_stage", 4, "pretrain.zero_stage = 4: Input should be 0, 1, 2 or 3"),
         ("pipelines.demo.pretrain.micro_batch", 3, "batch = 2 is not a multiple of micro_batch x processes = 3"),
-        ("pipelines.demo.pretrain.warmup_steps", 48, "warmup_steps = 48 leaves none of the 48 steps"),
+        ("pipelines.demo.pretrain.warmup_tokens", 48129, "warmup_tokens = 48129 (48 steps) leaves none"),
+        ("pipelines.demo.pretrain.train", [{"what": "router"}] * 2, "every phase but the last has `tokens`"),
+        ("pipelines.demo.pretrain.train", "gate", "'gate': Input should be 'all', 'router' or 'experts'"),
+        ("pipelines.demo.pretrain.expert_parallel", 2, "processes = 1 is not a multiple of expert_parallel = 2"),
+        ("pipelines.demo.pretrain.launcher", "hostfile", "launcher: hostfile and `hostfile: FILE` go together"),
+        ("pipelines.demo.pretrain.distill", {"top_n": 8}, "distill.top_n needs windows that are known"),
+        ("pipelines.demo.pretrain.distill", {"logits": 0.0}, "logits and hidden are both 0; leave `distill` out"),
         ("pipelines.demo.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
         ("pipelines.demo.partition.top_k", 145, "top_k = 145 is more than experts = 144; allowed: 1 to 144"),
         ("pipelines.demo.partition.noise", 0.1, "`noise` is an option of method `copy`, not of `activation`"),
@@ -67,7 +74,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.demo.partition.expert_size", 9, "expert_size = 9, but method `activation` places every neuron"),
         ("pipelines.demo.partition.method", "random", "partition: method `random` has no shared experts"),
         ("pipelines.demo.mixture.method", "explicit", "pipelines.demo.mixture: method `explicit` needs `weights`"),
-        ("pipelines.demo.mixture.method", "uniform", "pipelines.demo: pretrain.dynamic needs reference losses"),
+        ("pipelines.demo.mixture.method", "uniform", "pretrain.dynamic.references: parent needs the parent's losses"),
         ("pipelines.demo.mixture.weights", {"cod": 1.0}, "mixture.weights = 'cod' is not defined; defined: code"),
         ("pipelines.demo.mixture.weights", {"code": 0.0}, "mixture: `weights` must have a positive sum"),
         ("pipelines.demo.mixture.weights", {"code": -1.0}, "mixture.weights.code = -1.0: Input should be greater"),
@@ -181,8 +188,15 @@ def test_every_field_is_read_by_some_stage_or_by_the_plan() -> None:
         if not path.is_relative_to(ROOT / "tasks" / "settings")
     )
     classes = [settings.Model, settings.Domain, settings.Corpus, settings.Items, NearDuplicates, Decontaminate,
-               settings.Mixture, settings.Partition, settings.Pretrain, settings.Task, settings.Evaluate]  # fmt: skip
-    idle = [f"{c.__name__}.{name}" for c in classes for name in c.model_fields if f".{name}" not in code]
+               settings.Mixture, settings.Partition, settings.Pretrain, Balance, Distill, Fit, Dynamic, Guard,
+               settings.Task, settings.Evaluate]  # fmt: skip
+    in_steps = {"warmup_tokens": "warmup_steps", "eval_tokens": "eval_every"}
+    idle = [
+        f"{c.__name__}.{name}"
+        for c in classes
+        for name in c.model_fields
+        if f".{in_steps.get(name, name)}" not in code
+    ]
     assert idle == []
 
 

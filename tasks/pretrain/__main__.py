@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from tasks import scratch, settings
-from tasks.pretrain import launch, outputs, resume
+from tasks.pretrain import launch, outputs, resume, trackers
 from tasks.pretrain.job import Job, TrainingError
 
 
@@ -43,6 +43,7 @@ def run(pipeline: str) -> Path:
         "mixture": _decided(mixture),
         "corpus": scratch.digest(manifest),
     }
+    trackers.check(entry.pretrain.trackers)
     with resume.workspace(pipeline, params=entry.pretrain, inputs=inputs) as (workspace, notes):
         for note in notes:
             print(note, flush=True)

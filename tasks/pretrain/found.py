@@ -98,9 +98,9 @@ def collect(
     own[0, mine] = torch.tensor([domains.index(domain) for domain in batch.domains], dtype=torch.float64)
     own[1, mine] = torch.tensor(batch.windows, dtype=torch.float64)
     own[2, mine] = torch.from_numpy(objective.predicted(batch.labels)).double()
-    own[3, mine] = torch.cat([each.cross_entropy_B for each in losses]).double().cpu()
+    own[3, mine] = torch.cat([each.cross_entropy_B.detach() for each in losses]).double().cpu()
     for row, name in enumerate(names, start=4):
-        parts = [each.parts[name].expand_as(each.cross_entropy_B) for each in losses]
+        parts = [each.parts[name].detach().expand_as(each.cross_entropy_B) for each in losses]
         own[row, mine] = torch.cat(parts).double().cpu()
     seconds_R = torch.zeros(place.world_size, dtype=torch.float64)
     seconds_R[place.rank] = seconds

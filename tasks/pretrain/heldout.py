@@ -15,48 +15,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Heldout:
-    """The windows, the same at every evaluation, and the dense parent's loss on them if that is asked for."""
+    """The windows, the same at every evaluation, and the dense parent's loss on them if it was measured."""
 
     windows: dict[str, np.ndarray]
     """Domain -> int64 [n, seq_len]."""
     references: dict[str, float] | None
-    """Domain -> nats per token of the dense parent on these windows; None unless `dynamic.references` is parent."""
+    """Domain -> nats per token of the dense parent on these windows; None if the mixture doesn't know them."""
 
     @classmethod
     def load(cls, job: Job, evidence: dict[str, Any]) -> Heldout:
         """Choose the windows.
 
-        If dynamic batch loading compares with the parent, they are some of those that the parent was measured on, of
-        the same length, so that both are compared on the same text.
+        They are some of those that the mixture stage measured the parent on, of the same length, if it did and they
+        are enough: student and parent are then compared on the same text.
 
         Args:
             job: whose corpus and settings.
             evidence: of its mixture.json.
 
         Raises:
-            TrainingError: the mixture has no reference losses, or on fewer windows than are asked for.
+            TrainingError: dynamic batch loading needs the parent's losses, and the mixture has none, or on fewer
+                windows than are asked for.
         """
         from tasks.corpus import windows
 
-        params = job.params
-        if not params.dynamic or params.dynamic.references != "parent":
-            return cls(
-                windows=windows.heldout(job.corpus, seq_len=params.seq_len, count=params.eval_windows), references=None
-            )
-        if "window_losses" not in evidence:
-            raise TrainingError(
-                f"pretrain.dynamic.references: parent needs the parent's losses, and {job.mixture} has none; run the "
-                "stage `mixture` with mixture.method: reference_loss, or give the references"
-            )
-        asked = evidence["windows"]
-        if params.eval_windows > asked:
-            raise TrainingError(
-                f"pretrain.eval_windows = {params.eval_windows} is more than the {asked} windows of mixture.windows "
-                "that have a reference loss; lower the first or raise the second"
-            )
-        found = windows.heldout(job.corpus, seq_len=evidence["seq_len"], count=asked)
+        params, losses = job.params, evidence.get("window_losses")
+        measured = evidence["windows"] if losses else 0
+        if params.eval_windows > measured:
+            if params.dynamic and params.dynamic.references == "parent":
+                raise TrainingError(_unmeasured(job, measured))
+            found = windows.heldout(job.corpus, seq_len=params.seq_len, count=params.eval_windows)
+            return cls(windows=found, references=None)
+        found = windows.heldout(job.corpus, seq_len=evidence["seq_len"], count=measured)
         chosen = {domain: _spread(len(ids), params.eval_windows) for domain, ids in found.items()}
-        losses = evidence["window_losses"]
         return cls(
             windows={domain: ids[chosen[domain]] for domain, ids in found.items()},
             references={domain: float(np.mean([losses[domain][i] for i in chosen[domain]])) for domain in found},
@@ -95,6 +86,18 @@ class Heldout:
             losses[domain] = float(part.mean()) / (ids.shape[1] - 1)
             start += len(ids)
         return losses
+
+
+def _unmeasured(job: Job, measured: int) -> str:
+    if not measured:
+        return (
+            f"pretrain.dynamic.references: parent needs the parent's losses, and {job.mixture} has none; run the "
+            "stage `mixture` with mixture.method: reference_loss, or give the references"
+        )
+    return (
+        f"pretrain.eval_windows = {job.params.eval_windows} is more than the {measured} windows of mixture.windows "
+        "that have a reference loss; lower the first or raise the second"
+    )
 
 
 def _spread(total: int, count: int) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from tasks.moe import counts
 from tasks.pretrain import meters, trackers, watch
 from tasks.pretrain.display import Display
 from tasks.pretrain.found import Found, Place
@@ -36,6 +38,10 @@ class Journal:
         parameter = next(engine.module.parameters())
         self.peak = meters.peak(place.device, parameter.dtype) * place.world_size
         self._seconds_R = np.zeros(place.world_size)
+        self._teacher_flops = 0
+        if self.params.distill and self.params.distill.top_n is None:
+            parent = json.loads((job.parent / "config.json").read_text())
+            self._teacher_flops = counts.flops_per_token(parent, seq_len=self.params.seq_len)["forward"]
 
     def __enter__(self) -> Self:
         return self
@@ -43,10 +49,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._log:
-            self._log.close()
-        if self._display:
-            self._display.close()
+        try:
+            if self._log:
+                self._log.close(failed=error is not None)
+        finally:
+            if self._display:
+                self._display.close()
 
     def open(self, *, offset: int, step: int) -> None:
         """Go on after `offset` bytes of the log and after `step`; what lies behind is dropped."""
@@ -102,6 +110,7 @@ class Journal:
             tokens=params.step_tokens,
             flops_per_token=meters.flops(self._config, seq_len=params.seq_len, what=what),
             peak=self.peak,
+            extra_flops_per_token=self._teacher_flops,
             device=self.place.device,
         )
         if self.place.world_size > 1:

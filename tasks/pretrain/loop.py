@@ -75,7 +75,7 @@ class Trainer:
         saved = self.checkpoints.latest()
         with self.journal:
             if saved:
-                self._take_up(saved)
+                self._take_up(saved, first=True)
             else:
                 self.journal.open(offset=0, step=0)
                 self.state.load_before = self._evaluate()
@@ -191,14 +191,14 @@ class Trainer:
         rollback = Rollback(
             step=failed,
             to_step=saved["step"],
-            message=f"{message}: back to the checkpoint of step {saved['step']}, and on with the batches after this one",
+            message=f"{message}: back to the checkpoint of step {saved['step']}, and on with the batches after it",
             sampler=self.sampler.state(),
             guard=self.guard.state(),
         )
         if self.place.rank == 0:
             self.rollbacks.add(saved, rollback)
         torch.distributed.barrier()
-        self._take_up(saved)
+        self._take_up(saved, first=False)
 
     def _kept(self) -> str:
         saved = self.checkpoints.latest()
@@ -227,7 +227,7 @@ class Trainer:
         self.journal.heldout(
             self.state,
             losses,
-            references=self.reweighter.references if self.reweighter else None,
+            references=self.reweighter.references if self.reweighter else self.heldout.references,
             sampler=self.sampler.state(),
             load_LE=load.cpu().numpy(),
             seconds=time.perf_counter() - begun,
@@ -262,8 +262,8 @@ class Trainer:
         self.checkpoints.save(self.engine, state=state)
         self.state.seconds["saving"] = self.checkpoints.blocked
 
-    def _take_up(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint, and from where rollbacks to it have led since."""
+    def _take_up(self, saved: dict[str, Any], *, first: bool) -> None:
+        """Go on from a checkpoint, and from where rollbacks to it have led since; `first`: at the start."""
         from tasks.moe import gate
 
         self.checkpoints.restore(self.engine, saved)
@@ -279,10 +279,13 @@ class Trainer:
         self.journal.open(offset=saved["log_bytes"], step=self.state.step)
         rollbacks = self.rollbacks.after(saved)
         for rollback in rollbacks:  # the log was cut back to the checkpoint
-            self.journal.event(rollback.to_step, what="rollback", message=rollback.message)
+            self.journal.event(
+                rollback.to_step, what="rollback", message=rollback.message, sampler=rollback.sampler
+            )
         if rollbacks:
             self.sampler.restore(rollbacks[-1].sampler)
             self.guard.restore(rollbacks[-1].guard)
+        if not first:
             return
         self.state.resumed_from = {"step": self.state.step, "code": saved["code"]}
         self.journal.say(f"going on from the checkpoint of step {self.state.step}")

@@ -35,7 +35,7 @@ class Losses:
     """The losses of one forward pass."""
 
     cross_entropy_B: torch.Tensor
-    """Of each window, fp32, nats per predicted token (0 where none is); without a graph."""
+    """Of each window, fp32, nats per predicted token (0 where none is)."""
     parts: dict[str, torch.Tensor]
     """What else is in `total`, multiplied by its coefficient: scalars, or [B] where a window has its own."""
     total: torch.Tensor
@@ -100,9 +100,7 @@ class Objective:
             parts |= {name: share[name] * value_B for name, value_B in found.items()}
         for value in parts.values():
             total = total + value.mean()
-        return Losses(
-            cross_entropy_B=loss_B.detach(), parts={name: part.detach() for name, part in parts.items()}, total=total
-        )
+        return Losses(cross_entropy_B=loss_B, parts=parts, total=total)
 
 
 def predicted(labels_BL: NDArray[np.int64]) -> NDArray[np.int64]:

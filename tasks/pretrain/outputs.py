@@ -94,6 +94,7 @@ def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
         "heldout_after": heldout[-1]["losses"],
         "heldout_mean_before": heldout[0]["mean"],
         "heldout_mean_after": heldout[-1]["mean"],
+        "references": trainer.heldout.references,
         "weights": trainer.state.weights,
         "resumed_from": trainer.state.resumed_from,
     }

@@ -23,6 +23,8 @@ from transformers import (
 
 from tasks.corpus.loader import IGNORED, Batch
 from tasks.pretrain import objective
+from tasks.pretrain.balance import Balancer
+from tasks.settings import Pretrain
 
 SIZES = {
     "vocab_size": 64,
@@ -90,8 +92,22 @@ def packed(windows: list[list[int]], *, masked: bool, padding: int = 0) -> Batch
 
 
 def run(model: PreTrainedModel, batch: Batch, *, balance: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = slice(0, len(batch.input_ids))
-    return objective.losses(model, batch, rows=rows, device=torch.device("cpu"), balance=balance)
+    return part(model, batch, rows=slice(0, len(batch.input_ids)), balance=balance)
+
+
+def part(model: PreTrainedModel, batch: Batch, *, rows: slice, balance: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the windows `rows`, and transformers' balance loss."""
+    params = Pretrain(
+        tokens=LENGTH, seq_len=LENGTH, batch=1, learning_rate=1, balance={"loss": "mixtral", "coefficient": 1.0}
+    )
+    balancer = Balancer(params, model) if balance else None
+    found = objective.Objective(params, model, balancer=balancer, distiller=None)(
+        batch, rows=rows, device=torch.device("cpu")
+    )
+    assert list(found.parts) == ["balance"] * balance
+    balances = found.parts.get("balance", torch.zeros(()))
+    torch.testing.assert_close(found.total, found.cross_entropy_B.mean() + balances)
+    return found.cross_entropy_B, balances
 
 
 def alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -173,7 +189,7 @@ def test_micro_batches_of_masked_windows_are_cut_at_windows() -> None:
     model, batch = build("mixtral"), packed(WINDOWS, masked=True)
     together, _ = run(model, batch)
     for b in range(2):
-        one, _ = objective.losses(model, batch, rows=slice(b, b + 1), device=torch.device("cpu"), balance=False)
+        one, _ = part(model, batch, rows=slice(b, b + 1), balance=False)
         torch.testing.assert_close(one, together[b : b + 1], rtol=1e-6, atol=1e-6)
 
 

@@ -62,7 +62,8 @@ def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(
         assert sum(part["windows"] for part in parts) == 4
         mean = sum(part["loss"] * part["windows"] for part in parts) / 4
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
-        assert record["balance"] >= 3.9  # K = 4 at perfect balance
+        assert record["parts"]["balance"] >= 0.0099  # Switch's is 1 at perfect balance, the coefficient 0.01
+        assert record["total"] == pytest.approx(record["loss"] + record["parts"]["balance"])
     rows = (finished[0] / "runs/tiny/loss.csv").read_text().splitlines()
     assert rows[0].startswith("step,tokens,loss")
     assert len(rows) == STEPS + 1
@@ -124,7 +125,7 @@ def test_a_run_killed_while_it_publishes_keeps_the_log_that_its_checkpoint_needs
         (workspace / name).mkdir(parents=True)
     (workspace / "training/log.jsonl").write_text("{}")
     params = Pretrain(tokens=1, seq_len=64, batch=1, learning_rate=1)
-    paths = dict.fromkeys(("corpus", "model", "mixture"), tmp_path)
+    paths = dict.fromkeys(("corpus", "model", "parent", "mixture"), tmp_path)
     job = Job(pipeline="tiny", params=params, workspace=workspace, **paths)
 
     def killed(result: Path, target: Path) -> None:
