@@ -19,6 +19,8 @@ _BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once (reduce_bucket_size); on CUDA it holds as much from the start."""
 _LIVE = 1_000_000_000
 """Elements of weights that ZeRO 3 leaves gathered (max_live_parameters, max_reuse_distance)."""
+_PRIMITIVES, _PRIMITIVE = 1024, 0.66e6
+"""oneDNN's bfloat16 products that it keeps compiled, one for each number of rows, and bytes of each, as measured."""
 _HEAP = 0.02
 """Share of a CPU process's tensors that glibc cannot use again between them, as measured."""
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes a parameter: float32 weights, AdamW's two moments, summed gradients
@@ -145,8 +147,20 @@ def memory(
     if stage > 0:  # the optimizer step's own gradients, flat and in float32, when the activations are gone
         own["buffers"] += max(0.0, divided(1) * (width + _MASTER) - own["activations"] - own["logits"])
     own["buffers"] += _HEAP * sum(own.values())
+    own["buffers"] += _compiled(config, params, bfloat16=bfloat16)
     freed = own["activations"] + own["logits"] + own["gradients"]  # when the last step is done
     return Memory(host={"process": PROCESS, **own, "checkpoint": max(saved, gathered - freed)}, device={})
+
+
+def _compiled(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> float:
+    """Bytes of oneDNN's compiled products on a CPU: experts get other numbers of tokens in each pass."""
+    found = counts.experts(config)
+    tokens = params.micro_batch * params.seq_len
+    if not bfloat16 or _all_experts(found, tokens=tokens, bfloat16=True):
+        return 0.0
+    passes = params.steps * params.batch // (params.micro_batch * params.processes)
+    each = 6 * len(found["layers"]) * found["experts"]  # gate with up, and down: forward, and two products backward
+    return min(_PRIMITIVES, each * passes) * _PRIMITIVE
 
 
 def _states(params: Pretrain, *, bfloat16: bool) -> int:
@@ -173,7 +187,8 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     common = 2 * 4 * hidden + width * (4 * hidden + 2 * queries + 2 * keys) + 4 * heads
     if made.model_type in {"qwen3", "qwen3_moe"}:  # norms of queries and keys
         common += (4 + width) * (queries + keys)
-    rows = _expert_rows(found, tokens=tokens, bfloat16=bfloat16, cuda=cuda)
+    dense_path = not cuda and _all_experts(found, tokens=tokens, bfloat16=bfloat16)
+    rows = found["experts"] if dense_path else found["top_k"]
     sparse = common + width * (2 * rows * found["expert_size"] + 4 * found["shared_size"])
     sparse += 4 * found["experts"] + 16 * found["top_k"]  # the router's
     if made.model_type == "qwen2_moe":  # the gate of the shared expert, and what it is multiplied with
@@ -202,21 +217,16 @@ def _fused() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def _expert_rows(found: dict[str, Any], *, tokens: int, bfloat16: bool, cuda: bool) -> int:
-    """Experts that are computed for each token: the chosen, or all where moe_kernels takes its dense path on a CPU."""
+def _all_experts(found: dict[str, Any], *, tokens: int, bfloat16: bool) -> bool:
+    """Whether moe_kernels computes all experts for every token on a CPU (its dense path), and not the chosen alone."""
     import torch
     from moe_kernels import cpu
 
-    if cuda or not found["layers"]:
-        return int(found["top_k"])
-    path = cpu.choose_regime(
-        found["experts"],
-        found["top_k"],
-        width=found["expert_size"],
-        tokens=tokens,
-        dtype=torch.bfloat16 if bfloat16 else torch.float32,
-    )
-    return int(found["experts"] if path == "dense" else found["top_k"])
+    if not found["layers"]:
+        return True
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    path = cpu.choose_regime(found["experts"], found["top_k"], width=found["expert_size"], tokens=tokens, dtype=dtype)
+    return path == "dense"
 
 
 def checkpoint_bytes(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> float:

@@ -142,6 +142,16 @@ def test_offload_moves_the_optimizer_and_in_stage_3_the_weights_to_the_host() ->
         assert here.host_total - there.host_total == moved
 
 
+def test_compiled_products_grow_with_the_passes_up_to_what_onednn_keeps() -> None:
+    def compiled(steps: int, *, bfloat16: bool = True) -> float:
+        run = params(tokens=steps * 4 * 64, micro_batch=4)
+        return estimate.memory(config("mixtral"), run, bfloat16=bfloat16).host["buffers"]
+
+    assert compiled(3) - compiled(2) == pytest.approx(6 * 3 * 8 * 0.66e6)  # products, layers, experts
+    assert compiled(1 << 12) == compiled(1 << 13)
+    assert compiled(3, bfloat16=False) == compiled(2, bfloat16=False)
+
+
 def test_the_parent_is_in_memory_unless_its_logits_are_kept() -> None:
     dense = SIZES | {"model_type": "llama", "intermediate_size": 192}
     size = 2 * counts.parameters(dense)["total"]

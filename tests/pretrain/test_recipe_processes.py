@@ -1,0 +1,117 @@
+"""A recipe's pipeline on a tiny model and corpus, by four processes, through a kill -9."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.conftest import documents
+
+from .conftest import ROOT
+from .projects import stage, start, timeless, wait_for, workers
+
+pytestmark = pytest.mark.e2e
+
+NAME = "llama-3-2-1b-shared"
+STEPS, STEP_TOKENS = 8, 32 * 64
+SCALED = {  # what depends on the sizes; every other setting of the recipe stays
+    "tokens": STEPS * STEP_TOKENS, "seq_len": 64, "batch": 32, "processes": 4, "warmup_tokens": STEP_TOKENS,
+    "eval_tokens": 2 * STEP_TOKENS, "eval_windows": 2, "save_every": 2,
+}  # fmt: skip
+STAGES = """
+import runpy, sys
+for module, name in {stages}:
+    sys.argv = [module, name]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def scaled(model: Path, data: Path) -> dict[str, Any]:
+    """The recipe with a tiny model and corpus in place of its own, and counts to match."""
+    content: dict[str, Any] = YAML(typ="safe").load((ROOT / f"recipes/{NAME}.yaml").read_text())
+    pipeline = content["pipelines"][NAME]
+    content["models"][pipeline["model"]] = {"source": f"dir:{model}", "license": "PSF-2.0"}
+    corpus = content["corpora"][pipeline["corpus"]]
+    corpus["heldout"] = 0.2
+    for name in corpus["domains"]:
+        corpus["domains"][name] = {"source": f"dir:{data}/{name}.jsonl", "format": "jsonl", "license": "PSF-2.0"}
+    pipeline["mixture"]["windows"] = 4
+    pipeline["partition"]["calibration_windows"] = 8
+    assert set(SCALED) <= set(pipeline["pretrain"])
+    pipeline["pretrain"].update(SCALED)
+    return content
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path) -> Path:
+    """A project whose stages up to `partition` have run, in one process."""
+    folder, data = tmp_path / "project", tmp_path / "data"
+    data.mkdir()
+    prose = documents("prose")
+    texts = {"web": prose[::2], "wikipedia": prose[1::2], "code": documents("code")}
+    for name, found in texts.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+    for name in ("tasks", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    content = scaled(tiny_model, data)
+    with (folder / "pipelines.yaml").open("w") as file:
+        YAML().dump(content, file)
+    pipeline = content["pipelines"][NAME]
+    stages = [("tasks.moe.dense", pipeline["model"]), ("tasks.corpus.fingerprint", pipeline["corpus"])]
+    stages += [("tasks.corpus", pipeline["corpus"]), ("tasks.mixture", NAME), ("tasks.partition", NAME)]
+    done = subprocess.run(
+        [sys.executable, "-c", STAGES.format(stages=stages)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_recipe_trains_with_four_processes_and_goes_on_after_kill_9(project: Path) -> None:
+    with start("tasks.pretrain", NAME, cwd=project) as process:
+        wait_for(lambda: any(project.glob(".scratch/pretrain-*/*/checkpoints/latest.json")))
+        assert len(workers(project)) >= 4
+        process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not workers(project), seconds=20)
+    done = stage("tasks.pretrain", NAME, cwd=project)
+    assert done.returncode == 0, done.stderr
+
+    run = project / "runs" / NAME
+    recipe = yaml_of_the_recipe()["pretrain"]
+    params = json.loads((run / "training/job.json").read_text())["params"]
+    for name, value in (recipe | SCALED).items():
+        found = params[name]
+        assert {k: found[k] for k in value} == value if isinstance(value, dict) else found == value, name
+    metrics = json.loads((run / "pretrain.json").read_text())
+    assert (metrics["processes"], metrics["precision"], metrics["steps"]) == (4, "bfloat16", STEPS)
+    assert metrics["resumed_from"]["step"] > 0
+    log = timeless(run / "training/log.jsonl")
+    steps = [record for record in log if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    for record in steps:
+        assert sum(domain["windows"] for domain in record["domains"].values()) == 32
+        assert math.isfinite(record["loss"])
+    heldout = [record for record in log if record["kind"] == "heldout"]
+    assert [record["step"] for record in heldout] == [0, 2, 4, 6, 8]
+    assert heldout[-1]["mean"] < heldout[0]["mean"]
+    weights = yaml_of_the_recipe()["mixture"]["weights"]
+    assert heldout[0]["weights"] != weights
+    assert (run / "trained/model.safetensors").is_file()
+
+
+def yaml_of_the_recipe() -> dict[str, Any]:
+    content = YAML(typ="safe").load((ROOT / f"recipes/{NAME}.yaml").read_text())
+    pipeline: dict[str, Any] = content["pipelines"][NAME]
+    return pipeline
