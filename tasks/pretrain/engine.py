@@ -146,6 +146,7 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
     """
     import deepspeed
 
+    from tasks.moe import gate
     from tasks.pretrain import expert_parallel, trainable
 
     trainable.freeze(model, params)
@@ -154,6 +155,7 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
         model.enable_input_require_grads()
     groups = trainable.groups(model, params)
     expert_parallel.check(model, params)
+    biases = gate.biases(model)
     try:
         with _quiet():
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
@@ -161,8 +163,7 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
         if message := needs_compiler(error):
             raise TrainingError(message) from error
         raise
-    if params.expert_parallel > 1:
-        expert_parallel.prepare(engine)
+    expert_parallel.prepare(engine, biases=biases)
     _forget_first_step(engine)
     trainable.prepare(engine.basic_optimizer)
     return engine

@@ -8,6 +8,7 @@ Shapes: T tokens of a forward pass, K experts per token, E experts, F width of o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,6 @@ def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
         return {}
     if model_type not in _FIELDS:
         raise _refusal(params, f"model_type = {model_type!r} is none of {', '.join(_FIELDS)}")
-    if params.balance.loss == "bias":
-        raise _refusal(params, "balance.loss: bias needs a router of ours, and DeepSpeed puts its own in its place")
     if params.noise:
         raise _refusal(params, "noise: true needs a router of ours, and DeepSpeed puts its own in its place")
     trained = {what for _, what in params.phases}
@@ -76,7 +75,7 @@ def check(model: nn.Module, params: Pretrain) -> None:
     for name, module in model.named_modules():
         if type(module).__name__.endswith("Router"):
             tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-            if set(tensors) != {"weight"}:
+            if set(tensors) - {"selection_bias"} != {"weight"}:
                 raise _refusal(params, f"{name} is not linear as DeepSpeed's router is; it has {', '.join(tensors)}")
 
 
@@ -92,8 +91,11 @@ def active(engine: DeepSpeedEngine) -> bool:
     return bool(_blocks(engine))
 
 
-def prepare(engine: DeepSpeedEngine) -> int:
+def prepare(engine: DeepSpeedEngine, *, biases: list[list[float]]) -> int:
     """Let moe_kernels compute the experts, and tasks/moe/routing read the routers.
+
+    Args:
+        biases: the stock routers' selection biases (gate.biases), with which DeepSpeed's go on; [] if there are none.
 
     Returns:
         How many layers' experts are computed by moe_kernels: all; 0 without expert parallelism.
@@ -103,7 +105,34 @@ def prepare(engine: DeepSpeedEngine) -> int:
     if not active(engine):
         return 0
     routing.readers["TokenChoiceTopKRouter"] = _read
+    if biases:
+        for router, bias in zip(routing.routers(engine), biases, strict=True):
+            _add_bias(router, bias)
     return use_in_deepspeed(engine.module)
+
+
+def _add_bias(router: nn.Module, bias: list[float]) -> None:
+    """Let a router of AutoEP choose as a TrainingRouter with this selection bias does (tasks/moe/router.py).
+
+    AutoEP's own `expert_bias` is added to the probabilities, and not to the logits as ours.
+    """
+    import torch
+
+    weight: Any = router.gate.weight  # type: ignore[union-attr]
+    router.register_buffer("selection_bias", torch.tensor(bias, device=weight.device), persistent=False)
+    router.forward = functools.partial(_biased, router)
+
+
+def _biased(router: Any, x_TD: torch.Tensor, expert_bias: None = None) -> tuple[torch.Tensor, ...]:
+    """(weights, choice, tokens per expert), as the router's class gives them."""
+    from deepspeed.moe.ep_count import count_tokens_per_expert
+
+    logits_TE = router.gate(x_TD).float()
+    chosen_TK = (logits_TE + router.selection_bias).topk(router.top_k, dim=1).indices
+    weights_TK = logits_TE.softmax(1).gather(1, chosen_TK)
+    if router.route_norm:
+        weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
+    return weights_TK, chosen_TK, count_tokens_per_expert(chosen_TK, router.num_experts)
 
 
 def _read(router: nn.Module, give: Callable[[routing.Routed], None]) -> list[Any]:
@@ -112,11 +141,13 @@ def _read(router: nn.Module, give: Callable[[routing.Routed], None]) -> list[Any
     logits: list[torch.Tensor] = []
 
     def hook(_router: nn.Module, _inputs: Any, output: Any) -> None:
-        (logits_TE,), (weights_TK, chosen_TK, _) = logits, output
+        (clean_TE,), (weights_TK, chosen_TK, _) = logits, output
         logits.clear()
+        bias_E: Any = getattr(router, "selection_bias", None)
+        logits_TE = clean_TE if bias_E is None else clean_TE.float() + bias_E
         give(
             routing.Routed(
-                clean_TE=logits_TE, logits_TE=logits_TE, std_TE=None, weights_TK=weights_TK, chosen_TK=chosen_TK
+                clean_TE=clean_TE, logits_TE=logits_TE, std_TE=None, weights_TK=weights_TK, chosen_TK=chosen_TK
             )
         )
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tasks.moe import routing
-from tasks.pretrain import checkpoint, engine, expert_parallel, trainable
+from tasks.moe import gate, routing
+from tasks.pretrain import checkpoint, engine, trainable
 from tasks.pretrain.balance import Balancer
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Balance, Phase
@@ -29,14 +29,15 @@ CASES: dict[str, tuple[int, torch.dtype]] = {
     "zero-1": (1, torch.float32),
     "zero-2": (2, torch.float32),
     "zero-3": (3, torch.float32),
+    "bias": (1, torch.float32),
     "bfloat16": (1, torch.bfloat16),
 }
 
 
 def settings(name: str, **fields: Any) -> Pretrain:
-    """Four steps; under ZeRO 2 the first trains the routers alone."""
+    """Four steps; under ZeRO 2 the first trains the routers alone. `bias` balances by a selection bias."""
     phases = [Phase(what="router", tokens=WINDOWS * LENGTH), Phase(what="all")]
-    balance = Balance(loss="switch", coefficient=0.1, z_loss=0.01)
+    balance = Balance(loss="bias" if name == "bias" else "switch", coefficient=0.1, z_loss=0.01)
     common: dict[str, Any] = {
         "tokens": LAST * WINDOWS * LENGTH, "seq_len": LENGTH, "batch": WINDOWS, "processes": 2, "expert_parallel": 2,
         "zero_stage": CASES[name][0], "learning_rate": 0.5, "schedule": "constant", "clip": 0.5,
@@ -45,28 +46,29 @@ def settings(name: str, **fields: Any) -> Pretrain:
     return Pretrain(**common | fields)
 
 
-def stock(dtype: torch.dtype = torch.float32) -> Any:
+def stock(name: str) -> Any:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, initializer_range=0.2,
     )  # fmt: skip
     model: Any = MixtralForCausalLM(config)
-    return model.to(dtype).train()
+    if name == "bias":
+        gate.add_bias(model)
+        gate.set_biases(model, [[0.3, -0.3, 0.1, -0.1], [0.0, 0.2, -0.2, 0.0]])
+    return model.to(CASES[name][1]).train()
 
 
-def build(params: Pretrain, *, dtype: torch.dtype, world_size: int, **block: Any) -> engine.DeepSpeedEngine:
+def build(name: str, params: Pretrain, *, world_size: int, **block: Any) -> engine.DeepSpeedEngine:
     """An engine whose Adam has so large an eps that a gradient of the wrong size moves its weights wrongly."""
-    model = stock(dtype)
+    model, dtype = stock(name), CASES[name][1]
     if params.zero_stage == 3:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
     config["optimizer"]["params"]["eps"] = 1.0
     if block:
         config["expert_parallel"] = block
-    built = engine.build(model, params, config=config)
-    expert_parallel.prepare(built)
-    return built
+    return engine.build(model, params, config=config)
 
 
 def windows(step: int) -> torch.Tensor:
@@ -96,6 +98,7 @@ def train(built: engine.DeepSpeedEngine, params: Pretrain, steps: range) -> list
             if i + world_size < WINDOWS:
                 built.step()
         norm, load = engine.finish_step(built), torch.from_numpy(balancer.load_LE)
+        balancer.end()
         torch.distributed.all_reduce(total)
         torch.distributed.all_reduce(load)
         seen.append([total.item() / WINDOWS, norm, *load.flatten().tolist()])
@@ -122,33 +125,34 @@ def routed(model: Any) -> dict[str, torch.Tensor]:
         model(input_ids=windows(0)[:1], use_cache=False)
     for i, layer in enumerate(layers):
         assert layer.std_TE is None
-        assert layer.logits_TE is layer.clean_TE
         zero_TE = torch.zeros_like(layer.clean_TE, dtype=torch.float32)
         weights_TE = zero_TE.scatter(1, layer.chosen_TK, layer.weights_TK.float())
-        found |= {f"{i} logits": layer.logits_TE, f"{i} weights": weights_TE}
+        logits = {f"{i} clean": layer.clean_TE.clone(), f"{i} logits": layer.logits_TE.clone()}
+        found |= logits | {f"{i} weights": weights_TE}
     return found | {"load": torch.from_numpy(load_LE)}
 
 
 def main(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     engine.initialise(folder)
-    for name, (_, dtype) in CASES.items():
+    for name in CASES:
         params, seen = settings(name), {}
         checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
-        built = build(params, dtype=dtype, world_size=2)
+        built = build(name, params, world_size=2)
         choice = routed(built)
         seen["before"] = train(built, params, range(1, SAVED + 1))
-        checkpoints.save(built, state={"step": SAVED})
+        checkpoints.save(built, state={"step": SAVED, "biases": gate.biases(built)})
         saved = engine.full_weights(built)
         seen["after"] = train(built, params, range(SAVED + 1, LAST + 1))
         checkpoints.finish()
         last = engine.full_weights(built)
         built.destroy()
-        other = build(params, dtype=dtype, world_size=2)
+        other = build(name, params, world_size=2)
         checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
         state = checkpoints.latest()
         assert state is not None
         checkpoints.restore(other, state)
+        gate.set_biases(other, state["biases"])
         spoil(other, params)
         seen["resumed"] = train(other, params, range(SAVED + 1, LAST + 1))
         resumed = engine.full_weights(other)
