@@ -80,6 +80,9 @@ def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
     checkpoints.restore(other, found)
     assert train(other, range(2, 5), params=params) == expected
     restored = engine.full_weights(other)
+    engine.discard_step(built)
+    checkpoints.restore(built, found)  # as a rollback does, from another phase
+    assert train(built, range(2, 5), params=params) == expected
     assert masters is not None
     assert restored is not None
     assert masters.keys() == restored.keys() == {name for name, _ in built.module.named_parameters()}
