@@ -187,7 +187,7 @@ def add_noise(model: nn.Module) -> None:
     """Let every router train with noisy top-k (arXiv 1701.06538, eq. 4), from noise weights 0: a deviation of 0.703.
 
     In training mode alone: + N(0, 1) * (softplus(noise x) + 0.01), drawn from torch's global generator of the logits'
-    device. Routers that have noise weights keep them.
+    device. Routers that have noise weights keep them. Call it before the engine takes the parameters.
     """
     for router in routing.routers(model):
         made = extend(router)
@@ -199,6 +199,7 @@ def add_bias(model: nn.Module) -> None:
     """Give every router a selection bias, of zeros where it has none (arXiv 2408.15664): fp32, no parameter.
 
     It is added to the logits to choose the experts, in evaluation too; their weights are those of the logits alone.
+    Call it before the engine takes the parameters, whose shapes it reads.
     """
     for router in routing.routers(model):
         made = extend(router)

@@ -150,7 +150,7 @@ def z_loss(routed: list[Routed], *, real_T: torch.Tensor | None) -> torch.Tensor
 
 
 def cv2(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) -> torch.Tensor:
-    """cv^2(importance) + cv^2(load) of one layer (arXiv 1701.06538, eq. 6 and 11), cv^2 = variance / mean^2, unbiased.
+    """cv^2(importance) + cv^2(load) of one layer (arXiv 1701.06538, eq. 6, 7, 11), cv^2 = variance / mean^2, unbiased.
 
     Importance is the sum of an expert's weights.
     """
