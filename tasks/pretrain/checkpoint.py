@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
 from tasks.pretrain import checkpoint_files as files
-from tasks.pretrain import random_state
+from tasks.pretrain import random_state, trainable
 from tasks.pretrain.checkpoint_files import find, steps, tag
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
@@ -98,7 +98,8 @@ class Checkpoints:
         state = {**state, **self._form(engine), "params": self.params.model_dump(mode="json")}
         writer = BackgroundEngine.of(engine)
         try:
-            engine.save_checkpoint(str(self.folder), tag=staging.name, client_state=client, save_latest=False)
+            with trainable.all_phases(engine):
+                engine.save_checkpoint(str(self.folder), tag=staging.name, client_state=client, save_latest=False)
         except OSError as error:
             raise self._failure(error) from error
         self._stop = threading.Event()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.pretrain import trainable
 from tasks.pretrain.job import TrainingError
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def load(engine: DeepSpeedEngine, folder: Path, *, name: str, universal: bool) -
     # The configuration says how the first is read; a later one, after a rollback, may be of this world size.
     engine._config.load_universal_checkpoint = universal
     groups = [_hyperparameters(group) for group in engine.basic_optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
+    with trainable.all_phases(engine):
+        path, _ = engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
     if path is None:
         raise TrainingError(f"{folder / name}: DeepSpeed cannot load this checkpoint")
     if universal and engine.zero_optimization_partition_weights():

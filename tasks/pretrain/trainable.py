@@ -6,7 +6,8 @@ that it is the same for every class of tasks/moe and for the modules that DeepSp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from tasks.pretrain import schedule
@@ -146,6 +147,23 @@ def activate(engine_or_model: DeepSpeedEngine | PreTrainedModel, what: What) -> 
     if model is not given:
         for group in given.optimizer.param_groups:
             group["active"] = group["part"] in TRAINED[what]
+
+
+@contextmanager
+def all_phases(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Let what any phase trains require gradients within the block, in which DeepSpeed saves or loads.
+
+    Else it keeps what the phase leaves out apart, where loading in another phase doesn't find it, and with ZeRO-3 and
+    expert parallelism it refuses to save experts that a phase leaves out.
+    """
+    model: Any = engine.module
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    _require(model, {group["part"] for group in engine.optimizer.param_groups})
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def set_rates(engine: DeepSpeedEngine, *, step: int, params: Pretrain) -> dict[Part, float]:

@@ -35,13 +35,14 @@ CASES: dict[str, tuple[int, torch.dtype]] = {
 
 
 def settings(name: str, **fields: Any) -> Pretrain:
-    """Four steps; under ZeRO 2 the first trains the routers alone. `bias` balances by a selection bias."""
-    phases = [Phase(what="router", tokens=WINDOWS * LENGTH), Phase(what="all")]
+    """Four steps, of which under ZeRO 2 the first and under ZeRO 3 the first two train the routers alone."""
+    alone = {"zero-2": 1, "zero-3": SAVED}.get(name)
+    phases = [Phase(what="router", tokens=alone * WINDOWS * LENGTH), Phase(what="all")] if alone else "all"
     balance = Balance(loss="bias" if name == "bias" else "switch", coefficient=0.1, z_loss=0.01)
     common: dict[str, Any] = {
         "tokens": LAST * WINDOWS * LENGTH, "seq_len": LENGTH, "batch": WINDOWS, "processes": 2, "expert_parallel": 2,
         "zero_stage": CASES[name][0], "learning_rate": 0.5, "schedule": "constant", "clip": 0.5,
-        "balance": balance, "train": phases if name == "zero-2" else "all",
+        "balance": balance, "train": phases,
     }  # fmt: skip
     return Pretrain(**common | fields)
 
@@ -151,6 +152,7 @@ def main(rank: int, folder: Path) -> None:
         checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
         state = checkpoints.latest()
         assert state is not None
+        trainable.set_rates(other, step=1, params=params)  # as in a rollback
         checkpoints.restore(other, state)
         gate.set_biases(other, state["biases"])
         spoil(other, params)

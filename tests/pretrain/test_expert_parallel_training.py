@@ -21,7 +21,6 @@ from tasks.moe import families, gate
 from tasks.pretrain import checkpoint, engine, expert_parallel, export, trainable
 from tasks.pretrain.balance import Balancer
 from tasks.pretrain.job import TrainingError
-from tasks.settings.pretrain import Phase
 
 from . import expert_parallel_ranks as ranks
 
@@ -236,11 +235,6 @@ def test_every_class_computes_the_same_and_comes_back_under_its_own_names(
         ("llama", {}, "model_type = 'llama' is none of mixtral, "),
         ("mixtral", {"noise": True}, "noise: true needs a router of ours"),
         ("mixtral", {"train": "router"}, "train: router leaves the experts as they are"),
-        (
-            "mixtral",
-            {"zero_stage": 3, "train": [Phase(what="router", tokens=64), Phase(what="all")]},
-            "can't save while a phase trains the router alone; use 1 or 2",
-        ),
     ],
 )
 def test_settings_that_deepspeed_cannot_follow_are_refused_with_the_reason(
