@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from flows import plan, plan_view
 from tasks import settings
-from tasks.pretrain.estimate import Memory
+from tasks.pretrain.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
 
 
@@ -134,12 +135,39 @@ def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(mon
 def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: settings.Settings) -> None:
     from rich.console import Console
 
-    console = Console(width=160, record=True)
+    console = Console(width=160, record=True, file=StringIO())
     for table in plan_view.figures(config, "demo", tflops=100.0):
         console.print(table)
     text = console.export_text()
     assert [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│ ")][-4:] == list("0123")
     assert next(line for line in text.splitlines() if line.startswith("│ 1 ")).rstrip("│ ").endswith("set")
+
+
+def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(
+    config: settings.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from tasks.pretrain import calibrate
+
+    asked = []
+
+    def measure(sparse: dict[str, Any], train: settings.Pretrain, *, parent: dict[str, Any] | None) -> Speed:
+        asked.append((sparse["model_type"], train.batch, parent))
+        return Speed(
+            start=20, micro_batch=4, optimizer=1, evaluation=2, copy=0, processes=1, peak=3_210_000_000
+        )  # fmt: skip
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    console = Console(width=160, record=True, file=StringIO())
+    for table in plan_view.figures(config, "demo", tflops=None, calibrated=True):
+        console.print(table)
+    text = console.export_text()
+    assert asked == [("granitemoeshared", 2, None)]
+    assert "205 tokens/s" in text  # 1024 tokens in 5 s
+    assert "4.0 min" in text  # 48 steps
+    assert "64 s" in text  # held-out windows: 4 times, 2 of 4 domains
+    assert "3.21" in text
 
 
 def test_a_model_without_shape_says_what_to_do(config: settings.Settings) -> None:
