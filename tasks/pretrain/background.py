@@ -40,7 +40,9 @@ class Copies:
 
     def __init__(self) -> None:
         self._pairs: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._event = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        cuda = torch.cuda.is_available()
+        self._device = torch.cuda.current_device() if cuda else None  # a thread has the first one otherwise
+        self._event = torch.cuda.current_stream().record_event() if cuda else None
 
     def stand_in(self, value: Any) -> Any:
         """`value` with empty CPU tensors in place of its tensors, which `fill` fills; containers are new ones."""
@@ -62,7 +64,7 @@ class Copies:
         if self._event is None:
             self._fill()
             return
-        with torch.cuda.stream(torch.cuda.Stream()) as _:
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_event(self._event)
             self._fill()
 

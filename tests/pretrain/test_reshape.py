@@ -9,11 +9,12 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from tasks.pretrain import engine, reshape
+from tasks.pretrain import background, engine, reshape
 from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
@@ -80,12 +81,34 @@ def second(rank: int, root: Path, port: int) -> None:
         found["left"] = states(built)
         torch.save(found, root / f"{case}-rank-{rank}.pt")
         save(built, root, case=case, step=4, rank=rank, world_size=2)
+    torch.save(failure(built, root, rank=rank), root / f"failure-{rank}.pt")
     engine.close()
+
+
+def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str, Any]:
+    """What each rank is told when the disk of one is full, and what is left."""
+    checkpoints = Checkpoints(root / "full", params=settings("zero-1", processes=2), rank=rank, world_size=2)
+    checkpoints.save(built, state={"step": 2})
+    checkpoints.finish()
+    told = []
+    for broken in range(2):
+        with mock.patch.object(background.torch, "save", full if rank == broken else torch.save):
+            checkpoints.save(built, state={"step": 4})
+            try:
+                checkpoints.finish()
+            except TrainingError as error:
+                told.append(str(error))
+    torch.distributed.barrier()
+    return {"told": told, "left": sorted(path.name for path in checkpoints.folder.glob("*step*"))}
+
+
+def full(_content: Any, _path: Path) -> None:
+    raise OSError("No space left on device")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
-    """By stage: what the run saw at the two changes, beside one that never changed."""
+    """By case: what the run saw at the two changes, beside one that never changed."""
     root = tmp_path_factory.mktemp("reshape")
     engine.initialise(root)
     found: dict[str, dict[str, Any]] = {}
@@ -100,6 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[st
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(second, (root, port), nprocs=2, start_method="spawn")
+    found["failure"] = {f"rank {rank}": torch.load(root / f"failure-{rank}.pt") for rank in range(2)}
     for case in CASES:
         ranks = [torch.load(root / f"{case}-rank-{rank}.pt") for rank in range(2)]
         built, _ = take_up(root, case, written_by=2, rank=0, world_size=1)
@@ -139,9 +163,19 @@ def test_the_losses_go_on_as_if_nothing_had_changed(runs: dict[str, dict[str, An
 
 
 def test_random_states_start_anew_for_each_rank_and_the_same_in_every_stage(runs: dict[str, dict[str, Any]]) -> None:
-    drawn = {(rank, run["ranks"][rank]["drawn"]) for run in runs.values() for rank in range(2)}
+    drawn = {(rank, runs[case]["ranks"][rank]["drawn"]) for case in CASES for rank in range(2)}
     assert len(drawn) == len({value for _, value in drawn}) == 2
-    assert len({run["drawn"] for run in runs.values()}) == 1
+    assert len({runs[case]["drawn"] for case in CASES}) == 1
+
+
+def test_all_ranks_hear_of_the_full_disk_of_one_and_nothing_half_is_left(runs: dict[str, dict[str, Any]]) -> None:
+    for found in runs["failure"].values():
+        assert found["left"] == ["step-00000002"]
+        assert len(found["told"]) == 2
+        for message in found["told"]:
+            assert "step 4 could not be written" in message
+            assert "No space left on device" in message
+            assert "step 2 is whole" in message
 
 
 def test_another_precision_is_refused_with_the_one_to_set(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
