@@ -78,7 +78,8 @@ def run(folder: Path) -> None:
     """One process of the calibration; rank 0 writes folder/speed.json."""
     import torch
 
-    from tasks.moe import allocator
+    from tasks.moe import allocator, gate
+    from tasks.moe.checkpoint import is_moe
     from tasks.pretrain import engine as engines
     from tasks.pretrain.balance import Balancer
     from tasks.pretrain.objective import Objective
@@ -90,6 +91,11 @@ def run(folder: Path) -> None:
         allocator.keep_buffers()
         dtype = engines.precision(params.precision, device)
         model = random_model(ask["config"], dtype=dtype, device=device).train()
+        sparse = is_moe(ask["config"])
+        if sparse and params.noise:
+            gate.add_noise(model)
+        if sparse and params.balance.loss == "bias":
+            gate.add_bias(model)
         if params.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         settings = engines.configuration(
@@ -99,7 +105,7 @@ def run(folder: Path) -> None:
         objective = Objective(
             params,
             engine,
-            balancer=Balancer(params, engine.module),
+            balancer=Balancer(params, engine.module) if sparse else None,
             distiller=_distiller(ask["parent"], params, dtype=dtype, device=device),
         )
         start = time.time() - ask["begun"]

@@ -69,6 +69,8 @@ def run(job: Job) -> None:
     failures = [json.loads(found.read_text()) for found in job.workspace.glob(supervise.FAILURES)]
     if code or failures:
         raise TrainingError(reason(code, failures, params=job.params))
+    if not (job.workspace / "pretrain.json").exists():  # DeepSpeed's launcher gives 0 when a signal ended it
+        raise TrainingError("the launcher ended before training did. Run again: training goes on from its checkpoint")
 
 
 def command(job: str, params: Pretrain, *, environ: Mapping[str, str]) -> list[str]:

@@ -106,6 +106,18 @@ def test_an_error_of_a_rank_that_is_not_the_first_reaches_the_user_and_no_old_on
         launch.run(job("tell"))
 
 
+def test_a_launcher_that_ends_well_before_training_did_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("work").mkdir()
+    monkeypatch.setattr(launch, "command", lambda *_, **__: ["true"])
+    with pytest.raises(TrainingError, match="ended before training did"):
+        launch.run(job("nothing"))
+    Path("work/pretrain.json").touch()
+    launch.run(job("nothing"))
+
+
 STAGE = """
 import sys
 from pathlib import Path
