@@ -183,7 +183,7 @@ class Checkpoints:
         if self.world_size == 1:
             return error
         texts: list[str | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(texts, None if error is None else f"{error}")
+        torch.distributed.all_gather_object(texts, None if error is None else repr(error))
         return next((error or OSError(f"rank {rank}: {text}") for rank, text in enumerate(texts) if text), None)
 
     def _failure(self, error: Exception) -> Exception:
