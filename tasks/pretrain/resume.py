@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,6 @@ def changes(old: Pretrain, new: Pretrain) -> list[Change]:
         for field in fields
         if before.get(field) != after.get(field)
     ]
-
-
-def records(found: list[Change]) -> list[dict[str, Any]]:
-    """Changes as the log holds them."""
-    return [asdict(change) for change in found]
 
 
 def discard(pipeline: str) -> str:
