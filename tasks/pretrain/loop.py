@@ -62,7 +62,6 @@ class Trainer:
         self.journal = Journal(job, engine=engine, place=place, epoch_tokens={
             domain: entry.train.tokens for domain, entry in corpus.domains.items()
         })  # fmt: skip
-        self._active: str | None = None
 
     def run(self) -> None:
         """Train to the last step, from the last checkpoint if there is one.
@@ -103,9 +102,6 @@ class Trainer:
         params, engine, objective = self.params, self.engine, self.objective
         step = self.state.step = self.state.step + 1
         what = next(what for end, what in params.phases if step <= end)
-        if what != self._active:
-            trainable.activate(engine, what)
-            self._active = what
         rates = trainable.set_rates(engine, step=step, params=params)
         batch = self.loader.next()
         spent["data"] = time.perf_counter() - begun
@@ -275,13 +271,10 @@ class Trainer:
         self.watch.restore(saved["watch"])
         if self.reweighter:
             self.reweighter.restore(saved["reweighter"])
-        self._active = None
         self.journal.open(offset=saved["log_bytes"], step=self.state.step)
         rollbacks = self.rollbacks.after(saved)
         for rollback in rollbacks:  # the log was cut back to the checkpoint
-            self.journal.event(
-                rollback.to_step, what="rollback", message=rollback.message, sampler=rollback.sampler
-            )
+            self.journal.event(rollback.to_step, what="rollback", message=rollback.message, sampler=rollback.sampler)
         if rollbacks:
             self.sampler.restore(rollbacks[-1].sampler)
             self.guard.restore(rollbacks[-1].guard)

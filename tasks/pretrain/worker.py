@@ -57,6 +57,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     hosts: list[str] = [""] * world_size
     torch.distributed.all_gather_object(hosts, socket.gethostname())
     dtype = engines.precision(params.precision, device)
+    distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)
     sparse = counts.experts(model.config)["experts"] > 0
     gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
@@ -73,7 +74,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
         params,
         engine,
         balancer=Balancer(params, engine.module) if sparse else None,
-        distiller=Distiller.load(job, device=device, dtype=dtype),
+        distiller=distiller,
     )
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
     here = Place(rank=rank, world_size=world_size, device=device, hosts=hosts)

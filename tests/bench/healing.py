@@ -1,0 +1,193 @@
+"""Healing: how much of the gap between the split and the dense parent each recipe closes in the same tokens.
+
+    python tests/bench/healing.py FOLDER [--layers 8] [--tokens 102400] [--seeds 0] [--only NAME ...] [--jobs 2]
+
+Makes a project in FOLDER: the model `smollm2-135m-q4` (or its first layers) and the corpus `demo` of pipelines.yaml,
+two splits at half of the FFN active (ours, and LLaMA-MoE's random one), and a pipeline for each recipe and seed. Runs
+the stages, two trainings next to each other on a core each, and prints a table. Killed, it goes on where it was.
+The seed decides the batches and, for the random split, the partition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+MODEL, CORPUS = "smollm2-135m-q4", "demo"
+OURS = {
+    "method": "activation",
+    "experts": 144,
+    "shared_experts": 48,
+    "top_k": 48,
+    "down_proj": "refit",
+    "calibration_windows": 40,
+}
+UPSTREAM = {"method": "random", "experts": 8, "top_k": 4, "scale": "paper", "gate": "tanh"}
+TRAINING = {
+    "seq_len": 512,
+    "batch": 2,
+    "micro_batch": 2,
+    "learning_rate": 2e-4,
+    "warmup_tokens": 4096,
+    "eval_windows": 4,
+    "save_every": 25,
+}
+SLOW_ROUTER = {"learning_rates": {"router": 4e-6}}
+DISTILLED = {**SLOW_ROUTER, "distill": {"cross_entropy": 0.0, "logits": 1.0}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain, router at the common rate": {},
+    "plain": SLOW_ROUTER,
+    "distillation": DISTILLED,
+    "distillation, hidden states too": {
+        **SLOW_ROUTER,
+        "distill": {"cross_entropy": 0.0, "logits": 1.0, "hidden": 1.0, "layers": "all"},
+    },
+    "distillation, router warm-up": {**DISTILLED, "train": [{"what": "router", "tokens": 8192}, {"what": "all"}]},
+    "distillation, dynamic weights": {**DISTILLED, "dynamic": {"rule": "paper"}},
+    "upstream": {"balance": {"loss": "cv2", "coefficient": 0.01}},
+}
+"""What differs from TRAINING. The first is what the demo did; upstream's gate is made with noise."""
+
+
+def pipelines(recipes: list[str], seeds: list[int], *, tokens: int) -> dict[str, dict[str, Any]]:
+    """Key -> pipeline; a key is <number of the recipe>-<seed>."""
+    made = {}
+    for name in recipes:
+        for seed in seeds:
+            split = UPSTREAM | {"seed": seed} if name == "upstream" else OURS
+            made[f"r{list(RECIPES).index(name)}-{seed}"] = {
+                "model": MODEL,
+                "corpus": CORPUS,
+                "mixture": {"method": "reference_loss", "windows": 8},
+                "partition": split,
+                "pretrain": {
+                    **TRAINING,
+                    "tokens": tokens,
+                    "eval_tokens": max(tokens // 8, 1),
+                    "seed": seed,
+                    **RECIPES[name],
+                },
+                "evaluate": {"seq_len": 512, "windows": 8, "batch": 4},
+            }
+    return made
+
+
+def prepare(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None) -> None:
+    """The project: code by links, pipelines.yaml with the pipelines, the model cut to its first layers if asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tasks", "kernels", "flows"):
+        link = folder / name
+        if not link.exists():
+            link.symlink_to(ROOT / name)
+    yaml = YAML(typ="safe", pure=True)
+    base = yaml.load((ROOT / "pipelines.yaml").read_text())
+    content = {"models": {MODEL: base["models"][MODEL]}, "corpora": {CORPUS: base["corpora"][CORPUS]}}
+    if layers is not None:
+        content["models"][MODEL]["shape"]["num_hidden_layers"] = layers
+    with (folder / "pipelines.yaml").open("w") as file:
+        yaml.dump({**content, "pipelines": made}, file)
+
+
+def stage(name: str, *arguments: str, folder: Path) -> None:
+    log = folder / "log" / f"{name}-{'-'.join(arguments)}.txt"
+    log.parent.mkdir(exist_ok=True)
+    paths = {"PYTHONPATH": f"{folder}{os.pathsep}{folder / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", f"tasks.{name}", *arguments],
+            cwd=folder, env={**os.environ, **paths}, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{name} {' '.join(arguments)} failed: {log}")
+    print(f"done: {name} {' '.join(arguments)}", file=sys.stderr, flush=True)
+
+
+def cut(folder: Path, layers: int) -> None:
+    """Cut the dense checkpoint to its first layers, in place."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if model.config.num_hidden_layers > layers:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+        model.save_pretrained(folder)
+
+
+def run(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None, jobs: int) -> None:
+    """All stages up to `pretrain`, of what isn't there yet. Equal splits are made once."""
+    if not (folder / "data/models" / MODEL / "config.json").exists():
+        stage("moe.dense", MODEL, folder=folder)
+        stage("corpus.fingerprint", CORPUS, folder=folder)
+        stage("corpus", CORPUS, folder=folder)
+    if layers is not None:
+        cut(folder / "data/models" / MODEL, layers)
+    splits: dict[str, str] = {}
+    for key, pipeline in made.items():
+        root = folder / "runs" / key
+        first = splits.setdefault(json.dumps(pipeline["partition"]), key)
+        if (root / "moe/config.json").exists():
+            continue
+        if first == key:
+            stage("mixture", key, folder=folder)
+            stage("partition", key, folder=folder)
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / "runs" / first / "mixture.json", root / "mixture.json")
+            shutil.copytree(folder / "runs" / first / "moe", root / "moe", copy_function=os.link)
+    left = [key for key in made if not (folder / "runs" / key / "pretrain.json").exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda key: stage("pretrain", key, folder=folder), left))
+
+
+def table(folder: Path, recipes: list[str], seeds: list[int]) -> None:
+    """Mean (and range over the seeds) of what each recipe closed of the gap in loss, and its curve."""
+    print("| recipe | loss of the parent | after the split | trained | gap closed, % | tokens/s | curve |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for name in recipes:
+        found = []
+        for seed in seeds:
+            root = folder / "runs" / f"r{list(RECIPES).index(name)}-{seed}"
+            ran = json.loads((root / "pretrain.json").read_text())
+            parent = statistics.mean(ran["references"].values())
+            before, after = ran["heldout_mean_before"], ran["heldout_mean_after"]
+            rows = [line.split(",") for line in (root / "heldout.csv").read_text().splitlines()[1:]]
+            curve = [float(row[2]) for row in rows]
+            closed = 100 * (before - after) / (before - parent)
+            found.append((parent, before, after, closed, ran["tokens_per_second"], curve))
+        parent, before, after, closed, speed = (statistics.mean(f[i] for f in found) for i in range(5))
+        spread = f" ({min(f[3] for f in found):.1f} to {max(f[3] for f in found):.1f})" if len(found) > 1 else ""
+        curve = " ".join(f"{statistics.mean(point):.3f}" for point in zip(*(f[5] for f in found), strict=True))
+        print(f"| {name} | {parent:.3f} | {before:.3f} | {after:.3f} | {closed:.1f}{spread} | {speed:.0f} | {curve} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="cut the model to its first layers")
+    parser.add_argument("--tokens", type=int, default=102400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="runs next to each other")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    made = pipelines(arguments.only, arguments.seeds, tokens=arguments.tokens)
+    prepare(folder, made, layers=arguments.layers)
+    run(folder, made, layers=arguments.layers, jobs=arguments.jobs)
+    table(folder, arguments.only, arguments.seeds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
