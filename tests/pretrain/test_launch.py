@@ -19,8 +19,8 @@ from tasks.pretrain.job import Job, TrainingError
 from tasks.settings import Pretrain
 
 from . import fake_srun
-from .conftest import ROOT
-from .projects import wait_for, workers
+from .conftest import ROOT, STEPS
+from .projects import configure, stage, start, wait_for, workers
 
 HOST = socket.gethostname()
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
@@ -55,6 +55,15 @@ def params(**fields: Any) -> Pretrain:
     )
 
 
+def put_srun(folder: Path) -> Path:
+    """Make a folder with an `srun` in it, to be put into PATH."""
+    srun = folder / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text(f"#!{sys.executable}\n{Path(fake_srun.__file__).read_text()}")
+    srun.chmod(0o755)
+    return srun.parent
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose workers meet and then do as they are told, with srun in PATH; the test runs inside it."""
@@ -66,11 +75,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     worker = project / "tasks/pretrain/worker.py"
     worker.write_text(worker.read_text().replace("\nif __name__", WORKER))
     (project / "work").mkdir()
-    srun = tmp_path / "bin/srun"
-    srun.parent.mkdir()
-    srun.write_text(f"#!{sys.executable}\n{Path(fake_srun.__file__).read_text()}")
-    srun.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{put_srun(tmp_path)}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(project))
     monkeypatch.chdir(project)
     (project / "hosts").write_text("# this machine\nlocalhost slots=2\n")
@@ -140,6 +145,25 @@ def test_no_process_outlives_a_stage_that_is_stopped_or_killed(
         stage.send_signal(number)
     assert stage.returncode == (128 + number if number == signal.SIGTERM else -number)
     wait_for(lambda: not started_in(folder), seconds=20)
+
+
+@pytest.mark.e2e
+def test_a_run_stopped_under_slurm_goes_on_by_deepspeeds_launcher(project: Path, tmp_path: Path) -> None:
+    environ = SLURM | {"PATH": f"{put_srun(tmp_path)}{os.pathsep}{os.environ['PATH']}"}
+    configure(project, processes=2, launcher="slurm")
+    with start("tasks.pretrain", "tiny", cwd=project, env=environ) as process:
+        wait_for(lambda: any(project.glob(".scratch/pretrain-*/*/checkpoints/latest.json")))
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not workers(project)
+    (project / "hosts").write_text("localhost slots=2\n")
+    configure(project, launcher="hostfile", hostfile="hosts")
+    done = stage("tasks.pretrain", "tiny", cwd=project)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((project / "runs/tiny/pretrain.json").read_text())
+    assert (metrics["processes"], metrics["steps"]) == (2, STEPS)
+    assert metrics["resumed_from"]["step"] > 0
 
 
 def started_in(folder: Path) -> list[int]:
