@@ -172,14 +172,20 @@ def test_a_step_is_exported_while_its_run_goes_on_and_what_is_not_there_is_told(
     configure(project, keep_every=2)
     with start("tasks.pretrain", "tiny", cwd=project) as process:
         wait_for(lambda: list(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000006")))
-        for worker in workers(project):
+        stopped = workers(project)
+        for worker in stopped:
             os.kill(worker, signal.SIGSTOP)  # the stage holds the lock, and must not end meanwhile
-        monkeypatch.setattr(sys, "argv", ["export", "tiny", "--step", "2"])
-        assert export.main() == 0
-        fitted, printed = capsys.readouterr().out.splitlines()
-        with pytest.raises(TrainingError, match="no checkpoint of step 3; kept: 2, 4"):
-            export.run("tiny", step=3)
-        process.kill()
+        try:
+            monkeypatch.setattr(sys, "argv", ["export", "tiny", "--step", "2"])
+            assert export.main() == 0
+            fitted, printed = capsys.readouterr().out.splitlines()
+            with pytest.raises(TrainingError, match="no checkpoint of step 3; kept: 2, 4"):
+                export.run("tiny", step=3)
+        finally:
+            process.kill()
+            for worker in stopped:
+                os.kill(worker, signal.SIGCONT)  # to see that the stage is gone
+    wait_for(lambda: not workers(project))
     assert "linear routers fitted to the gates: agreement" in fitted
     folder = Path("runs/tiny/exported/step-00000002")
     assert printed == str(folder)
