@@ -4,9 +4,9 @@
 
 The stage trains a model with random weights (`tiny`, or the demo's split of SmolLM2-135M, with the shapes of
 pipelines.yaml) for six steps with a checkpoint every second one, on a corpus that is made here. Memory is estimated
-from the settings alone, a step's time by `--calibrate`'s run just before the stage. Truths: the largest resident set of
-any process of the stage, and the median of the log's steps from the third on, without those after a checkpoint, which
-wait for its copies.
+from the settings alone, a step's time by `--calibrate`'s run just before the stage. Truths: the largest resident set
+of any process of the stage, and the median of the log's steps from the third on, without those after a checkpoint,
+which wait for its copies.
 """
 
 from __future__ import annotations
