@@ -80,20 +80,6 @@ class Reweighter:
         """Go on as the reweighter that gave `state`."""
         self.history = list(state["history"])
 
-    def csv(self, *, step_tokens: int) -> str:
-        """The history as a table: step, tokens, then weight, loss and reference of each domain.
-
-        Args:
-            step_tokens: training tokens of a step.
-        """
-        domains = list(self.references)
-        columns = [f"{domain} {what}" for what in ("weight", "loss", "reference") for domain in domains]
-        lines = [",".join(["step", "tokens", *columns])]
-        for entry in self.history:
-            numbers = [entry[what][domain] for what in ("weights", "losses", "references") for domain in domains]
-            lines.append(",".join([str(entry["step"]), str(entry["step"] * step_tokens), *map(str, numbers)]))
-        return "\n".join(lines) + "\n"
-
 
 def predict(losses: Iterable[float], *, sizes: Iterable[int], size: int, domain: str) -> float:
     """A family's loss at a size that it lacks: f(N) = a / N^b + c by least squares (Sheared-LLaMA, section 2.2, and

@@ -78,13 +78,10 @@ def cpu_has_bfloat16(cpuinfo: Path) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
-def configuration(
-    params: Pretrain, *, world_size: int, dtype: torch.dtype, load_universal: bool = False, model_type: str = ""
-) -> dict[str, Any]:
+def configuration(params: Pretrain, *, world_size: int, dtype: torch.dtype, model_type: str = "") -> dict[str, Any]:
     """The effective DeepSpeed configuration, as JSON.
 
     Args:
-        load_universal: the checkpoint that will be loaded is a universal one.
         model_type: of the model's config; asked for by expert parallelism alone.
 
     Raises:
@@ -129,8 +126,6 @@ def configuration(
     }
     if bfloat16 and accumulation > 1 and params.zero_stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}  # bfloat16 sums of many micro-batches lose the small ones
-    if load_universal:
-        config["checkpoint"] = {"load_universal": True}
     if experts := expert_parallel.configuration(params, model_type=model_type):
         config["expert_parallel"] = experts
     return config

@@ -39,8 +39,9 @@ class Heldout:
         """
         from tasks.corpus import windows
 
-        params, losses = job.params, evidence.get("window_losses")
-        measured = evidence["windows"] if losses else 0
+        params = job.params
+        losses: dict[str, list[float]] = evidence.get("window_losses") or {}
+        measured: int = evidence["windows"] if losses else 0
         if params.eval_windows > measured:
             if params.dynamic and params.dynamic.references == "parent":
                 raise TrainingError(_unmeasured(job, measured))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import batches, found, trainable
+from tasks.pretrain import batches, found, resume, trainable
 from tasks.pretrain import engine as engines
 from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.dynamic import Reweighter
@@ -18,6 +18,7 @@ from tasks.pretrain.job import Job, TrainingError, code_version
 from tasks.pretrain.journal import Journal
 from tasks.pretrain.state import State
 from tasks.pretrain.watch import Watch
+from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -73,6 +74,8 @@ class Trainer:
         begun, params = time.perf_counter(), self.params
         saved = self.checkpoints.latest()
         with self.journal:
+            for note in self.checkpoints.notes:
+                self.journal.say(note)
             if saved:
                 self._take_up(saved, first=True)
             else:
@@ -124,6 +127,7 @@ class Trainer:
         mark = time.perf_counter()
         verdict, norm = self._finish(seen)
         spent["optimizer"] = time.perf_counter() - mark
+        self.checkpoints.check()
         if verdict == "rollback":
             return False
         for domain, count in seen.windows_by_domain().items():
@@ -280,6 +284,8 @@ class Trainer:
             self.guard.restore(rollbacks[-1].guard)
         if not first:
             return
+        for change in resume.changes(Pretrain(**saved["params"]), self.params):
+            self.journal.event(self.state.step, what="settings", message=f"from here on {change}")
         self.state.resumed_from = {"step": self.state.step, "code": saved["code"]}
         self.journal.say(f"going on from the checkpoint of step {self.state.step}")
         if saved["code"] != code_version():

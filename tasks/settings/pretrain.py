@@ -20,8 +20,8 @@ class Balance(Frozen):
 
     loss: Literal["switch", "mixtral", "global_batch", "cv2", "bias", "none"] = "switch"
     """switch: Switch's loss for each layer and micro-batch; mixtral: transformers', over all layers joined;
-    global_batch: Switch's with the shares of the whole batch; cv2: LLaMA-MoE's, of importance and load; bias: no loss, a
-    bias on the choice (arXiv 2408.15664), folded into the linear router at export; none."""
+    global_batch: Switch's with the shares of the whole batch; cv2: LLaMA-MoE's, of importance and load; bias: no
+    loss, a bias on the choice (arXiv 2408.15664), folded into the linear router at export; none."""
     coefficient: NotNegative = 0.01
     """What the loss is multiplied by; for `bias`, how far a step moves it."""
     z_loss: NotNegative = 0.0
@@ -71,7 +71,7 @@ class Fit(Frozen):
 
 
 class Dynamic(Frozen):
-    """Dynamic batch loading: at each evaluation, move the domain weights towards domains above their reference loss."""
+    """Dynamic batch loading: at each evaluation, move domain weights towards domains above their reference loss."""
 
     rule: Literal["paper", "code"] = "paper"
     """Sheared-LLaMA's, as in its paper (excess clipped at 0), or as in its code (not clipped, smoothed by 1e-4)."""
@@ -143,7 +143,7 @@ class Pretrain(Frozen):
     """What is trained: all, the routers, the routers and their experts; or one after the other."""
     balance: Balance = Balance()
     noise: bool = False
-    """Noisy top-k (arXiv 1701.06538, eq. 4) in training, with noise weights that start at 0; the router is linear after."""
+    """Noisy top-k (arXiv 1701.06538, eq. 4) in training, with noise weights that start at 0 and are dropped after."""
     distill: Distill | None = None
     dynamic: Dynamic | None = None
 
@@ -158,7 +158,7 @@ class Pretrain(Frozen):
     keep_every: Positive | None = None
     """Steps; checkpoints at multiples of it are kept until the run is finished, to export them."""
     guard: Guard = Guard()
-    trackers: list[Tracker] = ["tensorboard"]
+    trackers: tuple[Tracker, ...] = Field(default=("tensorboard",), strict=False)
     """Where the log goes besides log.jsonl."""
     expert_log: Literal["brief", "detailed"] = "brief"
     """Load of the experts in each step's record: three numbers a layer, or the tokens of every expert too."""
@@ -198,7 +198,8 @@ class Pretrain(Frozen):
             raise ValueError(f"batch = {self.batch} is not a multiple of micro_batch x processes = {step}")
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"warmup_tokens = {self.warmup_tokens} ({self.warmup_steps} steps) leaves none of the {self.steps} steps"
+                f"warmup_tokens = {self.warmup_tokens} ({self.warmup_steps} steps) leaves none of the {self.steps} "
+                "steps"
             )
         return self
 

@@ -116,7 +116,7 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
         Reweighter.load(job(fit), heldout=heldout("cc", "wiki"))
 
 
-def test_the_history_survives_json_exactly_and_gives_the_plotted_table() -> None:
+def test_the_history_survives_json_exactly() -> None:
     first = Reweighter({"a": 1.0, "b": 0.1 + 0.2}, rule="paper")
     weights = first.update({"a": 0.5, "b": 0.5}, losses={"a": 1.5, "b": 0.3}, step=0)
     assert weights == pytest.approx({"a": math.exp(0.5) / (1 + math.exp(0.5)), "b": 1 / (1 + math.exp(0.5))})
@@ -125,10 +125,6 @@ def test_the_history_survives_json_exactly_and_gives_the_plotted_table() -> None
     for reweighter in (first, second):
         reweighter.note(weights, losses={"a": 1.25, "b": 0.25}, step=4)
     assert second.state() == first.state()
-    lines = second.csv(step_tokens=128).splitlines()
-    assert lines[0] == "step,tokens,a weight,b weight,a loss,b loss,a reference,b reference"
-    assert lines[1] == f"0,0,{weights['a']},{weights['b']},1.5,0.3,1.0,0.30000000000000004"
-    assert lines[2] == f"4,512,{weights['a']},{weights['b']},1.25,0.25,1.0,0.30000000000000004"
     first.update(weights, losses={"a": 1.0, "b": 1.0}, step=8)
     assert len(second.history) == 2
 

@@ -91,7 +91,11 @@ def test_a_run_goes_on_with_one_process_and_then_with_two_again_on_the_same_batc
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "pretrain.processes: 1 -> 2" in done.stdout
-    two = timeless(project / "runs/tiny/training/log.jsonl")
+    log = timeless(project / "runs/tiny/training/log.jsonl")
+    two = [record for record in log if record["kind"] != "event"]
+    assert [record["message"] for record in log if record["kind"] == "event"] == [
+        f"from here on pretrain.processes: {change}" for change in ("2 -> 1", "1 -> 2")
+    ]
     one = timeless(finished[0] / "runs/tiny/training/log.jsonl")
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
