@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.moe import counts, routing
+from tasks.moe import counts, gate, routing
 from tasks.moe.routing import Routed
 from tasks.settings import Pretrain
 
@@ -117,6 +117,16 @@ class Balancer:
             bias_E: Any = router.selection_bias
             bias_E += self._settings.coefficient * toward_E.float()
             bias_E -= bias_E.mean()
+
+
+def equip(model: nn.Module, params: Pretrain) -> None:
+    """Give the routers of a sparse model the noise or the bias that the settings ask for; leave a dense one alone."""
+    if not counts.experts(model.config)["experts"]:
+        return
+    if params.noise:
+        gate.add_noise(model)
+    if params.balance.loss == "bias":
+        gate.add_bias(model)
 
 
 def switch(

@@ -78,10 +78,10 @@ def run(folder: Path) -> None:
     """One process of the calibration; rank 0 writes folder/speed.json."""
     import torch
 
-    from tasks.moe import allocator, gate
+    from tasks.moe import allocator
     from tasks.moe.checkpoint import is_moe
+    from tasks.pretrain import balance
     from tasks.pretrain import engine as engines
-    from tasks.pretrain.balance import Balancer
     from tasks.pretrain.objective import Objective
 
     ask = json.loads((folder / "ask.json").read_text())
@@ -92,10 +92,7 @@ def run(folder: Path) -> None:
         dtype = engines.precision(params.precision, device)
         model = random_model(ask["config"], dtype=dtype, device=device).train()
         sparse = is_moe(ask["config"])
-        if sparse and params.noise:
-            gate.add_noise(model)
-        if sparse and params.balance.loss == "bias":
-            gate.add_bias(model)
+        balance.equip(model, params)
         if params.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         settings = engines.configuration(
@@ -105,7 +102,7 @@ def run(folder: Path) -> None:
         objective = Objective(
             params,
             engine,
-            balancer=Balancer(params, engine.module) if sparse else None,
+            balancer=balance.Balancer(params, engine.module) if sparse else None,
             distiller=_distiller(ask["parent"], params, dtype=dtype, device=device),
         )
         start = time.time() - ask["begun"]

@@ -44,10 +44,9 @@ def run(job: Job) -> None:
 def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> None:
     import torch
 
-    from tasks.moe import checkpoint, counts, gate
+    from tasks.moe import checkpoint, gate
+    from tasks.pretrain import balance, outputs
     from tasks.pretrain import engine as engines
-    from tasks.pretrain import outputs
-    from tasks.pretrain.balance import Balancer
     from tasks.pretrain.distil import Distiller
     from tasks.pretrain.found import Place
     from tasks.pretrain.loop import Trainer
@@ -59,12 +58,8 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     dtype = engines.precision(params.precision, device)
     distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)
-    sparse = counts.experts(model.config)["experts"] > 0
     gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
-    if sparse and params.noise:
-        gate.add_noise(model)
-    if sparse and params.balance.loss == "bias":
-        gate.add_bias(model)
+    balance.equip(model, params)
     model.train()
     if params.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -73,7 +68,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     objective = Objective(
         params,
         engine,
-        balancer=Balancer(params, engine.module) if sparse else None,
+        balancer=balance.Balancer(params, engine.module) if checkpoint.is_moe(model.config) else None,
         distiller=distiller,
     )
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise

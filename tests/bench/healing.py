@@ -93,8 +93,8 @@ def prepare(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None
     yaml = YAML(typ="safe", pure=True)
     base = yaml.load((ROOT / "pipelines.yaml").read_text())
     content = {"models": {MODEL: base["models"][MODEL]}, "corpora": {CORPUS: base["corpora"][CORPUS]}}
-    if layers is not None:
-        content["models"][MODEL]["shape"]["num_hidden_layers"] = layers
+    if layers is not None and (folder / "data/models" / MODEL / "config.json").exists():
+        content["models"][MODEL]["shape"]["num_hidden_layers"] = layers  # the stages check what is there by it
     with (folder / "pipelines.yaml").open("w") as file:
         yaml.dump({**content, "pipelines": made}, file)
 
@@ -133,6 +133,7 @@ def run(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None, jo
         stage("corpus", CORPUS, folder=folder)
     if layers is not None:
         cut(folder / "data/models" / MODEL, layers)
+        prepare(folder, made, layers=layers)
     splits: dict[str, str] = {}
     for key, pipeline in made.items():
         root = folder / "runs" / key

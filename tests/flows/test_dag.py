@@ -183,7 +183,8 @@ def test_the_real_graph_leads_from_the_model_to_the_report(monkeypatch: pytest.M
         "model@smollm2-135m-q4", "sources@demo", "corpus@demo", "mixture@demo", "partition@demo", "pretrain@demo",
         "evaluate@demo", "report@demo",
     }  # fmt: skip
-    assert stages["pretrain@demo"].needs == ("corpus@demo", "mixture@demo", "partition@demo")
+    parents = ("corpus@demo", "mixture@demo", "model@smollm2-135m-q4", "partition@demo")
+    assert stages["pretrain@demo"].needs == parents
     assert stages["pretrain@demo"].gpu
     assert stages["model@smollm2-135m-q4"].retries == 2
     assert Path("runs/demo/pretrain.json") in stages["pretrain@demo"].metrics

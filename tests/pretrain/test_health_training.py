@@ -98,7 +98,8 @@ def test_a_starved_expert_is_named_with_its_layer_once(project: Path) -> None:
     made = job(project, "starved", balance={"loss": "bias", "coefficient": 0.0}, expert_log="detailed")
     done = run(project, made, "dead=1/3")
     assert done.returncode == 0, done.stderr
-    events = [record for record in log(made) if record["kind"] == "event"]
-    assert [(event["what"], event["layer"], event["experts"]) for event in events] == [("dead_experts", 1, [3])]
+    dead = [record for record in log(made) if record["kind"] == "event" and record["what"] == "dead_experts"]
+    assert [(event["layer"], event["experts"]) for event in dead] == [(1, [3])]
+    assert "layer 1" in dead[0]["message"]
     loads = [record["experts"] for record in log(made) if record["kind"] == "step"]
     assert all(load["tokens"][1][3] == 0 and load["dead"] >= 1 for load in loads)
