@@ -60,9 +60,9 @@ class Trainer:
             job.workspace / "checkpoints", params=self.params, rank=place.rank, world_size=place.world_size
         )
         self.rollbacks = Rollbacks(job.workspace)
-        self.journal = Journal(job, engine=engine, place=place, epoch_tokens={
-            domain: entry.train.tokens for domain, entry in corpus.domains.items()
-        })  # fmt: skip
+        epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.domains.items()}
+        self.journal = Journal(job, engine=engine, place=place, epoch_tokens=epoch_tokens)
+        self._code = code_version() if place.rank == 0 else ""
 
     def run(self) -> None:
         """Train to the last step, from the last checkpoint if there is one.
@@ -83,7 +83,7 @@ class Trainer:
                 self.state.load_before = self._evaluate()
                 if params.guard.policy == "rollback":
                     self._save()  # something to go back to
-            before = self.state.seconds["total"]
+            before = dict(self.state.seconds)
             while self.state.step < params.steps:
                 if not self._train_step():
                     continue
@@ -93,10 +93,12 @@ class Trainer:
                     self.state.load_after = self._evaluate()
                 elif step % params.eval_every == 0:
                     self._evaluate()
-                self.state.seconds["total"] = before + time.perf_counter() - begun
+                self.state.seconds["total"] = before["total"] + time.perf_counter() - begun
+                self.state.seconds["saving"] = before["saving"] + self.checkpoints.blocked
                 if last or step % params.save_every == 0:
                     self._save()
             self.checkpoints.finish()
+            self.state.seconds["saving"] = before["saving"] + self.checkpoints.blocked
 
     def _train_step(self) -> bool:
         """Train on one batch. False if that was undone by going back to a checkpoint."""
@@ -252,7 +254,7 @@ class Trainer:
             self.state.biases = gate.biases(self.engine.module)
         state = {
             **self.state.to_json(),
-            "code": code_version() if self.place.rank == 0 else "",
+            "code": self._code,
             "log_bytes": self.journal.sync(),
             "sampler": self.sampler.state(),
             "guard": self.guard.state(),
@@ -260,7 +262,6 @@ class Trainer:
             "reweighter": self.reweighter.state() if self.reweighter else None,
         }
         self.checkpoints.save(self.engine, state=state)
-        self.state.seconds["saving"] = self.checkpoints.blocked
 
     def _take_up(self, saved: dict[str, Any], *, first: bool) -> None:
         """Go on from a checkpoint, and from where rollbacks to it have led since; `first`: at the start."""
@@ -288,8 +289,8 @@ class Trainer:
             self.journal.event(self.state.step, what="settings", message=f"from here on {change}")
         self.state.resumed_from = {"step": self.state.step, "code": saved["code"]}
         self.journal.say(f"going on from the checkpoint of step {self.state.step}")
-        if saved["code"] != code_version():
+        if saved["code"] != self._code:
             self.journal.say(
-                f"that checkpoint was written by the code of {saved['code']}, and this is {code_version()}: "
+                f"that checkpoint was written by the code of {saved['code']}, and this is {self._code}: "
                 "the run is not the one that either alone would give"
             )

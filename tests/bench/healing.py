@@ -1,8 +1,8 @@
 """Healing: how much of the gap between the split and the dense parent each recipe closes in the same tokens.
 
-    python tests/bench/healing.py FOLDER [--layers 8] [--tokens 102400] [--seeds 0] [--only NAME ...] [--jobs 2]
+    python tests/bench/healing.py FOLDER [--tokens 102400] [--seeds 0] [--only NAME ...] [--jobs 2]
 
-Makes a project in FOLDER: the model `smollm2-135m-q4` (or its first layers) and the corpus `demo` of pipelines.yaml,
+Makes a project in FOLDER: the model `smollm2-135m-q4` and the corpus `demo` of pipelines.yaml,
 two splits at half of the FFN active (ours, and LLaMA-MoE's random one), and a pipeline for each recipe and seed. Runs
 the stages, two trainings next to each other on a core each, and prints a table. Killed, it goes on where it was.
 The seed decides the batches and, for the random split, the partition.
@@ -40,10 +40,10 @@ TRAINING = {
     "micro_batch": 2,
     "learning_rate": 2e-4,
     "warmup_tokens": 4096,
-    "eval_windows": 4,
+    "eval_windows": 2,
     "save_every": 25,
 }
-SLOW_ROUTER = {"learning_rates": {"router": 4e-6}}
+SLOW_ROUTER = {"learning_rates": {"router": 4e-7}}
 DISTILLED = {**SLOW_ROUTER, "distill": {"cross_entropy": 0.0, "logits": 1.0}}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain, router at the common rate": {},
@@ -83,8 +83,8 @@ def pipelines(recipes: list[str], seeds: list[int], *, tokens: int) -> dict[str,
     return made
 
 
-def prepare(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None) -> None:
-    """The project: code by links, pipelines.yaml with the pipelines, the model cut to its first layers if asked."""
+def prepare(folder: Path, made: dict[str, dict[str, Any]]) -> None:
+    """The project: code by links, and pipelines.yaml with the pipelines."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tasks", "kernels", "flows"):
         link = folder / name
@@ -93,8 +93,6 @@ def prepare(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None
     yaml = YAML(typ="safe", pure=True)
     base = yaml.load((ROOT / "pipelines.yaml").read_text())
     content = {"models": {MODEL: base["models"][MODEL]}, "corpora": {CORPUS: base["corpora"][CORPUS]}}
-    if layers is not None and (folder / "data/models" / MODEL / "config.json").exists():
-        content["models"][MODEL]["shape"]["num_hidden_layers"] = layers  # the stages check what is there by it
     with (folder / "pipelines.yaml").open("w") as file:
         yaml.dump({**content, "pipelines": made}, file)
 
@@ -113,27 +111,12 @@ def stage(name: str, *arguments: str, folder: Path) -> None:
     print(f"done: {name} {' '.join(arguments)}", file=sys.stderr, flush=True)
 
 
-def cut(folder: Path, layers: int) -> None:
-    """Cut the dense checkpoint to its first layers, in place."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if model.config.num_hidden_layers > layers:
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
-        model.save_pretrained(folder)
-
-
-def run(folder: Path, made: dict[str, dict[str, Any]], *, layers: int | None, jobs: int) -> None:
+def run(folder: Path, made: dict[str, dict[str, Any]], *, jobs: int) -> None:
     """All stages up to `pretrain`, of what isn't there yet. Equal splits are made once."""
     if not (folder / "data/models" / MODEL / "config.json").exists():
         stage("moe.dense", MODEL, folder=folder)
         stage("corpus.fingerprint", CORPUS, folder=folder)
         stage("corpus", CORPUS, folder=folder)
-    if layers is not None:
-        cut(folder / "data/models" / MODEL, layers)
-        prepare(folder, made, layers=layers)
     splits: dict[str, str] = {}
     for key, pipeline in made.items():
         root = folder / "runs" / key
@@ -176,7 +159,6 @@ def table(folder: Path, recipes: list[str], seeds: list[int]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, help="cut the model to its first layers")
     parser.add_argument("--tokens", type=int, default=102400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
@@ -184,8 +166,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     made = pipelines(arguments.only, arguments.seeds, tokens=arguments.tokens)
-    prepare(folder, made, layers=arguments.layers)
-    run(folder, made, layers=arguments.layers, jobs=arguments.jobs)
+    prepare(folder, made)
+    run(folder, made, jobs=arguments.jobs)
     table(folder, arguments.only, arguments.seeds)
     return 0
 
