@@ -23,6 +23,9 @@ from .routing import Routing
 _CHUNK_ELEMENTS, _CHUNK_ROWS = 2**16, 1024
 # Below this width the columns of a chunk are contiguous, not its rows; see _block.
 _NARROW = 64
+# With AMX, oneDNN reads a column's run in bf16 up to the next multiple of this many rows, and multiplies what lies
+# past the end by zero: NaN and infinity must not lie there.
+_TAIL = 32
 
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
@@ -104,7 +107,8 @@ def backward(
     grad_w3_EFD = _gradient_like(w3_EFD, rows) if need_w13 and w3_EFD is not None else None
     grad_w2_EDF = _gradient_like(w2_EDF, rows) if need_w2 else None
     row_scratch = x_TD.new_empty((rows.most, model_dim))
-    scratch = [x_TD.new_empty((rows.most, size * width)) for size in (1, 1, 2)]
+    scratch = [x_TD.new_empty((rows.most, width)) for _ in range(2)]
+    scratch.append(x_TD.new_zeros((rows.most, 2 * width)))  # transposed, it is the left of a product; see _TAIL
     grad_x = _Sum(x_TD, rows, scratch=row_scratch) if need_x else None
     grad_weights_M = x_TD.new_zeros(rows.total, dtype=torch.promote_types(dtype, torch.float32))
 
@@ -191,7 +195,7 @@ class _Rows:
         self.total = x_TD.shape[0] if routing.flat_M is None else routing.flat_M.numel()
         self.cuts = self._cut(min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))
         most = max((self.bounds[last] - self.bounds[first] for first, last in self.cuts), default=0)
-        self.most = -(-most // 256) * 256  # few different strides; see _block
+        self.most = -(-(most + _TAIL) // 256) * 256  # few different strides; see _block
         self.token_M = self.weight_M1 = None
         if routing.flat_M is not None:
             flat_M = routing.flat_M.long()

@@ -44,17 +44,22 @@ TRAINING = {
     "save_every": 25,
 }
 SLOW_ROUTER = {"learning_rates": {"router": 4e-7}}
-DISTILLED = {**SLOW_ROUTER, "distill": {"cross_entropy": 0.0, "logits": 1.0}}
+DISTILLED = {**SLOW_ROUTER, "distill": {"logits": 1.0}}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain, router at the common rate": {},
     "plain": SLOW_ROUTER,
+    "distillation without cross-entropy": {**SLOW_ROUTER, "distill": {"cross_entropy": 0.0, "logits": 1.0}},
     "distillation": DISTILLED,
     "distillation, hidden states too": {
         **SLOW_ROUTER,
-        "distill": {"cross_entropy": 0.0, "logits": 1.0, "hidden": 1.0, "layers": "all"},
+        "distill": {"logits": 1.0, "hidden": 1.0, "layers": "all"},
     },
-    "distillation, router warm-up": {**DISTILLED, "train": [{"what": "router", "tokens": 8192}, {"what": "all"}]},
-    "distillation, dynamic weights": {**DISTILLED, "dynamic": {"rule": "paper"}},
+    "plain, router warm-up": {
+        "learning_rates": {"router": 4e-6},
+        "train": [{"what": "router", "tokens": 8192}, {"what": "all"}],
+    },
+    "plain, dynamic weights": {**SLOW_ROUTER, "dynamic": {"rule": "paper"}},
+    "plain, twice the rate": {**SLOW_ROUTER, "learning_rate": 4e-4},
     "upstream": {"balance": {"loss": "cv2", "coefficient": 0.01}},
 }
 """What differs from TRAINING. The first is what the demo did; upstream's gate is made with noise."""

@@ -126,7 +126,7 @@ def test_every_peer_of_this_machine_agrees_or_says_why_not(tmp_path: Path) -> No
 
 
 def test_two_runs_with_different_bits_are_not_called_repeatable() -> None:
-    noisy = Peer(name="noisy", build=changed(lambda w2: w2 * (1 + 1e-2 * torch.rand(()))))
+    noisy = Peer(name="noisy", build=changed(lambda w2: w2 * (1 + 1e-2 * torch.rand_like(w2))))
     p = problem()
     result = attempt(noisy, p, expected=reference(p), device=Cpu(), seconds=0.001, box=60)
     assert result["status"] == "ok"

@@ -149,3 +149,21 @@ def test_kept_bytes_are_tokens_pre_activations_and_twelve_bytes_a_row_of_fp32_we
     p = make_bench_problem(parse_shape("32,16,2,16,8"), "uniform", dtype=torch.float32, device="cpu")
     x, hidden, indices, offset = 32 * 16 * 4, 64 * 16 * 4, 64 * 12, 17 * 4
     assert cpu_layer.kept_bytes(cpu_layer.ours(p), p) == x + hidden + indices + offset
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize("last", [1, 31, 33])
+def test_what_lies_behind_the_rows_of_the_last_expert_is_in_no_gradient(
+    poisoned_memory: None, last: int, width: int
+) -> None:
+    """The chunk's buffer is as full as it gets, and the last expert has an odd number of rows."""
+    rows = 256 - 32
+    index_TK = torch.tensor([0] * (rows - last) + [1] * last)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    x, w13, w2 = (
+        torch.randn(shape, generator=generator).bfloat16().requires_grad_()
+        for shape in ((rows, 64), (2, 2 * width, 64), (2, 64, width))
+    )
+    out = experts_layer(x, w13, w2, index_TK, torch.ones(rows, 1).bfloat16(), path="sorted")
+    for gradient in torch.autograd.grad(out.float().square().sum(), (x, w13, w2)):
+        assert gradient.isfinite().all()

@@ -16,7 +16,7 @@ from flows import cli
 from tasks import scratch
 from tasks.corpus import shards
 from tasks.pretrain import inspect
-from tasks.pretrain.job import TrainingError, identity
+from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
 from .conftest import STEPS
@@ -156,9 +156,3 @@ def test_a_packed_run_killed_and_resumed_ends_as_the_other_and_can_be_told_while
     manifest.write_text(manifest.read_text().replace("PSF-2.0", "CC0-1.0"))
     with pytest.raises(ValueError, match=r"manifest.json: sha256 is \w+ now and was \w+ when step 3 was drawn"):
         inspect.step(run, 3)
-
-
-@pytest.mark.parametrize("change", [{"packing": "best_fit"}, {"mask_documents": True}])
-def test_work_begun_with_another_packing_is_not_found_again(change: dict[str, Any]) -> None:
-    plain = Pretrain(tokens=1, seq_len=64, batch=1, learning_rate=1)
-    assert identity(plain) != identity(plain.model_copy(update=change))
