@@ -17,7 +17,6 @@ from tasks import scratch
 from tasks.corpus import shards
 from tasks.pretrain import inspect
 from tasks.pretrain.job import TrainingError
-from tasks.settings import Pretrain
 
 from .conftest import STEPS
 from .projects import configure, stage, start, timeless, wait_for, workers
