@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -80,7 +79,7 @@ def run(folder: Path) -> None:
 
     from tasks.moe import allocator
     from tasks.moe.checkpoint import is_moe
-    from tasks.pretrain import balance
+    from tasks.pretrain import balance, meters
     from tasks.pretrain import engine as engines
     from tasks.pretrain.objective import Objective
 
@@ -113,7 +112,7 @@ def run(folder: Path) -> None:
             with torch.no_grad():
                 engine.module(input_ids=torch.from_numpy(batch.input_ids[:1]).to(device), use_cache=False)
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = meters.memory(device)["rss_peak"]
         states = torch.empty(1 << 24, device=device)
         figures = {
             "start": start,

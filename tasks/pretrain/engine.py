@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _BUILD_SIGNS = ("ninja", "jit load", "cuda_home", "error building extension", "missingcuda", "compiler", "nvcc")
 _FIRST_MICRO_STEP = {1: -1, 2: -1, 3: 0}
 """What DeepSpeed's count of micro-batches stands at before the first one, by ZeRO stage."""
+BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once at most: its default, of which it allocates all, however small the model."""
 
 
 def initialise(workspace: Path) -> tuple[int, int, torch.device]:
@@ -132,7 +134,7 @@ def configuration(params: Pretrain, *, world_size: int, dtype: torch.dtype, mode
 
 
 def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -> DeepSpeedEngine:
-    """Wrap the model, and freeze in it what no phase trains.
+    """Wrap the model, freeze in it what no phase trains, and fit the buckets of `config` to its size.
 
     Raises:
         TrainingError: DeepSpeed asks for a compiler that is not there, or the settings ask for parts that the model
@@ -149,6 +151,8 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
         model.enable_input_require_grads()
     groups = trainable.groups(model, params)
     expert_parallel.check(model, params)
+    bucket = min(BUCKET, sum(parameter.numel() for parameter in model.parameters()))
+    config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     biases = gate.biases(model)
     try:
         with _quiet():

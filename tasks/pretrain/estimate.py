@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.moe import counts
+from tasks.pretrain.engine import BUCKET
 from tasks.settings import Pretrain
 
 PROCESS = 0.65e9
 """Bytes of a training process without a model: Python, torch for CPU, DeepSpeed, transformers, a corpus, a tracker."""
-_BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once (reduce_bucket_size); on CUDA it holds as much from the start."""
 _LIVE = 1_000_000_000
 """Elements of weights that ZeRO 3 leaves gathered (max_live_parameters, max_reuse_distance)."""
 _PRIMITIVES, _PRIMITIVE = 1024, 0.66e6
@@ -126,9 +125,9 @@ def memory(
     optimizer = divided(1) * _states(params, bfloat16=bfloat16)
     buffers = 0.0
     if cuda and stage >= 1:
-        buffers += _BUCKET * (2 if stage < 3 else 1) * (sums if sums and stage == 1 else width)
+        buffers += min(BUCKET, sizes["total"]) * (2 if stage < 3 else 1) * (sums if sums and stage == 1 else width)
     elif shards > 1:  # gradients before they are divided, or gloo's while it adds them up
-        buffers += min(_BUCKET, moved_here) * width
+        buffers += min(BUCKET, moved_here) * width
     if stage == 3 and shards > 1:
         buffers += min(_LIVE, held) * width
     own = {"weights": weights, "gradients": divided(2) * (width + sums), "optimizer": optimizer, "buffers": buffers}

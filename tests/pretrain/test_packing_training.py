@@ -42,7 +42,8 @@ Loader.next = _recorded
 def recording(prepared: Path, folder: Path) -> Path:
     """A project that trains on packed documents and writes down each batch that the loop takes."""
     shutil.copytree(prepared, folder)
-    configure(folder, packing="best_fit", mask_documents=True, seq_len=SEQ_LEN, tokens=STEPS * BATCH * SEQ_LEN)
+    tokens = {"tokens": STEPS * BATCH * SEQ_LEN, "eval_tokens": 2 * BATCH * SEQ_LEN}
+    configure(folder, packing="best_fit", mask_documents=True, seq_len=SEQ_LEN, **tokens)
     with (folder / "tasks/corpus/loader.py").open("a") as file:
         file.write(RECORDER)
     return folder
@@ -90,7 +91,7 @@ def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
     log = timeless(run / "training/log.jsonl")
     weights = {record["step"]: record["weights"] for record in log if record["kind"] == "heldout"}
     for step, found in told.items():
-        assert found["weights"] == pytest.approx(weights[(step - 1) // 2 * 2], abs=1e-9)  # eval_every: 2
+        assert found["weights"] == pytest.approx(weights[(step - 1) // 2 * 2], abs=1e-9)  # evaluated every second step
     assert told[1]["weights"] != told[STEPS]["weights"]
     assert max(len(slot["documents"]) for found in told.values() for slot in found["slots"]) > 1
     text = "".join(document["text"] for document in told[1]["slots"][0]["documents"])

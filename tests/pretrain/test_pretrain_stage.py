@@ -145,4 +145,4 @@ def test_a_run_killed_while_it_publishes_keeps_the_log_that_its_checkpoint_needs
 def test_a_missing_input_names_the_stage_that_makes_it(tiny_project: Path) -> None:
     done = stage("tasks.pretrain", "tiny", cwd=tiny_project)
     assert done.returncode == 1
-    assert "run the stage `partition` first" in done.stderr
+    assert "run the stage `model` first" in done.stderr
