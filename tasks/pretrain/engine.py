@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ def initialise(workspace: Path) -> tuple[int, int, torch.device]:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str((workspace / "torch_extensions").resolve()))
     import torch
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
