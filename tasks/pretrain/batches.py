@@ -1,12 +1,25 @@
-"""The batches of a run: the corpus's sampler and loader, as the settings want them."""
+"""The batches of a run: the corpus's sampler and loader, as the settings want them, and what a model is told of them.
+
+With masked documents a window is several sequences. Stock attention is told in the two ways it knows: position ids
+that start again at each document, from which transformers builds the masks of eager, SDPA and flex attention
+(`masking_utils.find_packed_sequence_indices`; only without an attention mask and a cache), and cumulative lengths,
+with which flash attention takes its variable-length path at any B (`modeling_flash_attention_utils`; from position
+ids it does so at B = 1 alone, and else attends across documents).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from tasks.corpus.loader import Loader, train_windows
+import numpy as np
+
+from tasks.corpus.loader import Batch, Loader, train_windows
 from tasks.corpus.sampler import Sampler
 from tasks.pretrain.job import Job
+
+if TYPE_CHECKING:
+    import torch
 
 
 def draw(
@@ -36,3 +49,23 @@ def draw(
         mask_documents=params.mask_documents,
     )
     return sampler, loader
+
+
+def documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any]:
+    """The model's arguments that keep documents apart; none where they aren't."""
+    import torch
+
+    if batch.position_ids is None:
+        return {}
+    length = batch.input_ids.shape[1]
+    first, last = np.searchsorted(batch.cu_seqlens, [rows.start * length, rows.stop * length])
+    ends = batch.cu_seqlens[first : last + 1] - rows.start * length
+    lengths = torch.from_numpy(ends).to(device)
+    longest = int(np.diff(ends).max())
+    return {
+        "position_ids": torch.from_numpy(batch.position_ids[rows]).to(device),
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -23,7 +23,6 @@ from tasks.settings import Pretrain
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
-    from torch import nn
     from transformers import PreTrainedModel
 
 _BUILD_SIGNS = ("ninja", "jit load", "cuda_home", "error building extension", "missingcuda", "compiler", "nvcc")
@@ -254,42 +253,23 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """
     import torch
 
-    from tasks.pretrain import expert_parallel
+    from tasks.pretrain import expert_parallel, masters
 
     if expert_parallel.active(engine):
         return expert_parallel.full_weights(engine)
     optimizer = engine.optimizer
-    masters: dict[int, torch.Tensor] = {}
+    beside: dict[int, torch.Tensor] = {}
     if hasattr(optimizer, "fp32_groups"):  # stage 0 in bfloat16 keeps its masters beside the parameters
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            masters |= {id(parameter): master for parameter, master in zip(low, high, strict=True)}
+            beside |= {id(parameter): master for parameter, master in zip(low, high, strict=True)}
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        whole = masters.get(id(parameter))
+        whole = beside.get(id(parameter))
         if whole is None:
-            whole = full_master(parameter)
+            whole = masters.full(parameter)
         if torch.distributed.get_rank() == 0:
             weights[name] = whole.detach().to("cpu", torch.float32, copy=True)
     return weights if torch.distributed.get_rank() == 0 else None
-
-
-def full_master(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter's master under ZeRO, whole; the parameter itself, whole, if it is never trained and has none."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    sharded: Any = getattr(parameter, "_z3_optimizer", None)
-    if sharded is None or sharded.get_param_id(parameter) in sharded.grad_position:
-        active = parameter.requires_grad
-        parameter.requires_grad_(True)  # stage 3 denies the master of what a phase leaves out
-        master: torch.Tensor | None = safe_get_full_fp32_param(parameter)
-        parameter.requires_grad_(active)
-        if master is not None:
-            return master.detach()
-    if sharded is None:
-        return parameter.detach()
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
 
 
 def close() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tasks.moe import counts, families, routing
+from tasks.pretrain import masters
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -163,13 +164,11 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """
     import torch
 
-    from tasks.pretrain.engine import full_master
-
     blocks = _blocks(engine)
     owner = {id(parameter): block for block in blocks.values() for parameter in block.experts.parameters()}
     found: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        whole = full_master(parameter)
+        whole = masters.full(parameter)
         if (block := owner.get(id(parameter))) is not None:
             whole = _gather(whole, block)
         if torch.distributed.get_rank() == 0:

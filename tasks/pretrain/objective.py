@@ -1,12 +1,6 @@
 """What a step minimises: cross-entropy over packed windows, balance of the experts, distillation from the parent.
 
 Shapes: B windows of one forward pass, L tokens of a window, T = B L tokens, V vocabulary.
-
-With masked documents a window is several sequences. Stock attention is told in the two ways it knows: position ids
-that start again at each document, from which transformers builds the masks of eager, SDPA and flex attention
-(`masking_utils.find_packed_sequence_indices`; only without an attention mask and a cache), and cumulative lengths,
-with which flash attention takes its variable-length path at any B (`modeling_flash_attention_utils`; from position
-ids it does so at B = 1 alone, and else attends across documents).
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus.loader import IGNORED, Batch
-from tasks.pretrain import fused_loss
+from tasks.pretrain import batches, fused_loss
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
@@ -84,7 +78,7 @@ class Objective:
                 use_cache=False,
                 output_router_logits=False,
                 output_hidden_states=bool(distiller and distiller.needs_hidden),
-                **documents(batch, rows, device),
+                **batches.documents(batch, rows, device),
             )
         found = distiller.losses(batch, rows=rows, out=out, target_BL=target_BL) if distiller else {}
         if "cross_entropy" in found:  # computed along with the divergence, in one pass over the logits
@@ -114,26 +108,6 @@ def targets(labels_BL: NDArray[np.int64]) -> torch.Tensor:
     import torch.nn.functional as F
 
     return F.pad(torch.from_numpy(labels_BL)[:, 1:], (0, 1), value=IGNORED)  # all L: slicing logits would copy them
-
-
-def documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any]:
-    """The model's arguments that keep documents apart; none where they aren't."""
-    import torch
-
-    if batch.position_ids is None:
-        return {}
-    length = batch.input_ids.shape[1]
-    first, last = np.searchsorted(batch.cu_seqlens, [rows.start * length, rows.stop * length])
-    ends = batch.cu_seqlens[first : last + 1] - rows.start * length
-    lengths = torch.from_numpy(ends).to(device)
-    longest = int(np.diff(ends).max())
-    return {
-        "position_ids": torch.from_numpy(batch.position_ids[rows]).to(device),
-        "cu_seq_lens_q": lengths,
-        "cu_seq_lens_k": lengths,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 def _per_window(logits: torch.Tensor, target_BL: torch.Tensor, *, fused: bool) -> torch.Tensor:

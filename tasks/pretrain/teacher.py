@@ -39,7 +39,7 @@ class Teacher:
         """
         import torch
 
-        from tasks.pretrain import objective
+        from tasks.pretrain import batches
 
         device = self._model.device
         ids = torch.from_numpy(batch.input_ids[rows]).to(device)
@@ -48,7 +48,7 @@ class Teacher:
                 input_ids=ids,
                 use_cache=False,
                 output_hidden_states=every_layer,
-                **objective.documents(batch, rows, device),
+                **batches.documents(batch, rows, device),
             )
         return layers(out.hidden_states) if every_layer else (out.last_hidden_state,)
 

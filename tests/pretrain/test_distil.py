@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tasks.corpus.loader import IGNORED, Batch
-from tasks.pretrain import objective
+from tasks.pretrain import batches
 from tasks.pretrain.distil import Distiller
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.teacher import Teacher
@@ -106,7 +106,7 @@ def targets(batch: Batch) -> torch.Tensor:
 
 def forward(model: PreTrainedModel, batch: Batch, rows: slice = EVERYTHING) -> Any:
     ids = torch.from_numpy(batch.input_ids[rows])
-    documents = objective.documents(batch, rows, CPU)
+    documents = batches.documents(batch, rows, CPU)
     return model(input_ids=ids, use_cache=False, output_hidden_states=True, **documents)
 
 
