@@ -59,7 +59,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": [{"what": "router", "tokens": 8192}, {"what": "all"}],
     },
     "plain, dynamic weights": {**SLOW_ROUTER, "dynamic": {"rule": "paper"}},
-    "plain, twice the rate": {**SLOW_ROUTER, "learning_rate": 4e-4},
     "upstream": {"balance": {"loss": "cv2", "coefficient": 0.01}},
 }
 """What differs from TRAINING. The first is what the demo did; upstream's gate is made with noise."""
