@@ -290,8 +290,7 @@ def _rank(rank: int, job: Job) -> None:
 
 
 def test_two_processes_share_the_work_and_fail_together(job: Job) -> None:
-    # forked, because imports would take most of the time; nothing in there needs threads
-    torch.multiprocessing.start_processes(_rank, args=(job,), nprocs=2, start_method="fork")
+    torch.multiprocessing.spawn(_rank, args=(job,), nprocs=2)
     folder = next(Path(".scratch").glob("teacher-*"))
     together = {slot: (folder / name, row) for slot, (name, row) in made_by(job)._index.items()}
     found = {slot: shards.open_shard(path).slice(row, 1).to_pydict() for slot, (path, row) in together.items()}
