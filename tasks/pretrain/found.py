@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from tasks.corpus.loader import Batch
 
-_NAMED = 8  # windows that a message names
-
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -61,12 +59,6 @@ class Found:
         bad = ~np.isfinite(sum(self.losses.values()))
         every = list(zip(self.domains, self.windows, strict=True))
         return [slot for slot, is_bad in zip(every, bad, strict=True) if is_bad] or every
-
-    def named(self) -> str:
-        """`suspects` for a message."""
-        slots = self.suspects()
-        more = f" and {len(slots) - _NAMED} more" if len(slots) > _NAMED else ""
-        return ", ".join(f"{domain} {window}" for domain, window in slots[:_NAMED]) + more
 
 
 def collect(

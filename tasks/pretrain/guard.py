@@ -94,9 +94,7 @@ class Guard:
         self, what: str, *, step: int, windows: Sequence[tuple[str, int]] = (), kept: str = "nothing yet"
     ) -> str:
         """The error that ends a run: what, at which step, in which windows, what is kept and what to try."""
-        named = ", ".join(f"{domain} window {window}" for domain, window in windows[:_NAMED])
-        more = f" and {len(windows) - _NAMED} more" if len(windows) > _NAMED else ""
-        where = f" (windows of {self.seq_len} tokens: {named}{more})" if windows else ""
+        where = f" (windows of {self.seq_len} tokens: {named(windows)})" if windows else ""
         tries = ["a lower pretrain.learning_rate", "more warmup_tokens", "a lower clip", "precision: float32"]
         before = ""
         if self.knobs.policy == "stop":
@@ -122,6 +120,12 @@ class Guard:
         """Go on as the guard that gave `state`."""
         self._mean, self._sound = state["mean"], state["sound"]
         self._interventions, self._frontier = state["interventions"], state["frontier"]
+
+
+def named(windows: Sequence[tuple[str, int]]) -> str:
+    """(domain, window) of some windows for a message, cut after the first few."""
+    more = f" and {len(windows) - _NAMED} more" if len(windows) > _NAMED else ""
+    return ", ".join(f"{domain} window {window}" for domain, window in windows[:_NAMED]) + more
 
 
 @dataclass(frozen=True, kw_only=True)

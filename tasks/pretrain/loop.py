@@ -12,7 +12,7 @@ from tasks.pretrain import batches, found, resume, trainable
 from tasks.pretrain import engine as engines
 from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.dynamic import Reweighter
-from tasks.pretrain.guard import Guard, Rollback, Rollbacks
+from tasks.pretrain.guard import Guard, Rollback, Rollbacks, named
 from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError, code_version
 from tasks.pretrain.journal import Journal
@@ -137,7 +137,7 @@ class Trainer:
         self.state.predicted += seen.predicted
         timing = {"seconds": time.perf_counter() - begun, **spent}
         self.state.seconds["steps"] += timing["seconds"]
-        if verdict == "sound":
+        if verdict == "sound" and norm is not None:
             self.journal.step(self.state, seen, rates=rates, norm=norm, timing=timing, what=what)
             for event in self.watch.see(seen.load_LE, step=step) if seen.load_LE.size else ():
                 self.journal.event(
@@ -158,11 +158,15 @@ class Trainer:
             place=self.place,
         )
 
-    def _finish(self, seen: Found) -> tuple[str, float]:
-        """Take the optimizer step, or what the guard says instead. Returns the verdict and the gradient's norm."""
+    def _finish(self, seen: Found) -> tuple[str, float | None]:
+        """Take the optimizer step, or what the guard says instead.
+
+        Returns:
+            The verdict, and the norm of the gradient; None if the loss was enough to give the step up.
+        """
         step, loss = self.state.step, seen.loss
         told: dict[str, Any] = {"windows": seen.suspects(), "kept": self._kept}
-        norm = float("nan")
+        norm = None
         verdict = self.guard.judge(step=step, loss=loss, norm=None, **told)
         if verdict == "sound":
             norm = engines.finish_step(self.engine)
@@ -173,8 +177,7 @@ class Trainer:
             if self.objective.balancer:
                 self.objective.balancer.end()
             return verdict, norm
-        fault = self.guard.fault(loss=loss, norm=None if np.isnan(norm) and not np.isfinite(loss) else norm)
-        message = f"{fault} at step {step} (windows: {seen.named()})"
+        message = f"{self.guard.fault(loss=loss, norm=norm)} at step {step} (windows: {named(told['windows'])})"
         if verdict == "skip":
             self.journal.event(step, what="skip", message=f"{message}: the batch is left out")
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
 from tasks.pretrain import engine as engines
-from tasks.pretrain import export, log, meters
+from tasks.pretrain import export, log
 from tasks.pretrain.job import JOB, Job
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
     speed = tokens / trainer.state.seconds["steps"]
     flops = counts.flops_per_token(config, seq_len=params.seq_len)["train"] * speed
     dtype = next(trainer.engine.module.parameters()).dtype
-    peak = meters.peak(trainer.place.device, dtype) * trainer.place.world_size
     corpus = manifest.load(job.corpus)
     seen = {domain: windows * params.seq_len for domain, windows in trainer.state.windows_seen.items()}
     return {
@@ -84,7 +83,7 @@ def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
         "domain_epochs": {domain: seen[domain] / corpus.domains[domain].train.tokens for domain in seen},
         "tokens_per_second": speed,
         "flops_per_second": flops,
-        "mfu": flops / peak,
+        "mfu": flops / trainer.journal.peak,
         "active_parameters": counts.parameters(config)["active"],
         "seconds": trainer.state.seconds["total"],
         "seconds_saving": trainer.state.seconds["saving"],

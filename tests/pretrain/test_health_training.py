@@ -72,7 +72,7 @@ def test_a_batch_without_a_finite_loss_is_left_out_and_named_and_a_run_killed_af
     assert done.returncode == 0, done.stderr
     events = [record for record in log(once) if record["kind"] == "event"]
     assert [event["what"] for event in events] == [policy]
-    assert f"the loss is not finite at step 5 (windows: {domain} {window})" in events[0]["message"]
+    assert f"the loss is not finite at step 5 (windows: {domain} window {window})" in events[0]["message"]
     steps = [record["step"] for record in log(once) if record["kind"] == "step"]
     assert steps == [step for step in range(1, 13) if policy == "rollback" or step != 5]
 
@@ -85,6 +85,15 @@ def test_a_batch_without_a_finite_loss_is_left_out_and_named_and_a_run_killed_af
     metrics = [json.loads((each.workspace / "pretrain.json").read_text()) for each in (once, again)]
     assert metrics[0]["resumed_from"] is None
     assert metrics[1]["resumed_from"]["step"] in (2, 4)  # the kill may come before the checkpoint of step 4 is whole
+
+
+def test_a_spike_is_left_out_and_called_one(project: Path) -> None:
+    made = job(project, "spiky", guard={"policy": "skip", "spike": 3.0})
+    done = run(project, made, "spike=last/0")
+    assert done.returncode == 0, done.stderr
+    events = [record for record in log(made) if record["kind"] == "event"]
+    assert [(event["what"], event["step"]) for event in events] == [("skip", 12)]
+    assert "(pretrain.guard.spike) times its running mean" in events[0]["message"]
 
 
 def test_a_run_that_keeps_failing_at_one_place_stops_with_what_was_tried(project: Path) -> None:
