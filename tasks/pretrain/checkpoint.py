@@ -165,12 +165,14 @@ class Checkpoints:
         if self._write is None:
             return
         begun = time.perf_counter()
-        self._write.written.wait()
+        # rank 0's thread waits for the others' markers, so theirs end first, and none writes after the second word
+        (self._write.written if self.rank == 0 else self._write.done).wait()
         error = self._shared(self._write.error)
-        if error is None:
-            if self.rank == 0:
-                self._write.done.wait()
-            error = self._shared(self._write.error)
+        if self.rank == 0:
+            if error is not None:
+                self._stop.set()
+            self._write.done.wait()
+        error = self._shared(error or self._write.error)
         if error is not None:
             raise self._failure(error)
         self._write = None

@@ -6,6 +6,7 @@ In bfloat16 the number of micro-batches makes DeepSpeed take another optimizer f
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from unittest import mock
 import pytest
 import torch
 
-from tasks.pretrain import background, engine, reshape
+from tasks.pretrain import background, checkpoint, engine, reshape
 from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.job import TrainingError
+from tasks.scratch import write_json
 from tasks.settings import Pretrain
 
 from .engines import build, states, train
@@ -92,7 +94,10 @@ def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str
     checkpoints.finish()
     told = []
     for broken in range(2):
-        with mock.patch.object(background.torch, "save", full if rank == broken else torch.save):
+        with (
+            mock.patch.object(background.torch, "save", full if rank == broken else torch.save),
+            mock.patch.object(checkpoint.scratch, "write_json", slow),  # the other's marker comes after the failure
+        ):
             checkpoints.save(built, state={"step": 4})
             try:
                 checkpoints.finish()
@@ -104,6 +109,11 @@ def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str
 
 def full(_content: Any, _path: Path) -> None:
     raise OSError("No space left on device")
+
+
+def slow(path: Path, content: Any) -> None:
+    time.sleep(0.5)
+    write_json(path, content)
 
 
 @pytest.fixture(scope="module")
