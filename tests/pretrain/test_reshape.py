@@ -93,10 +93,10 @@ def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str
     checkpoints.save(built, state={"step": 2})
     checkpoints.finish()
     told = []
-    for broken in range(2):
+    for files, markers in [(0, None), (1, None), (None, 1)]:  # whose disk is full, and for what
         with (
-            mock.patch.object(background.torch, "save", full if rank == broken else torch.save),
-            mock.patch.object(checkpoint.scratch, "write_json", slow),  # the other's marker comes after the failure
+            mock.patch.object(background.torch, "save", full if rank == files else torch.save),
+            mock.patch.object(checkpoint.scratch, "write_json", full if rank == markers else slow),
         ):
             checkpoints.save(built, state={"step": 4})
             try:
@@ -107,12 +107,12 @@ def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str
     return {"told": told, "left": sorted(path.name for path in checkpoints.folder.glob("*step*"))}
 
 
-def full(_content: Any, _path: Path) -> None:
+def full(*_: Any) -> None:
     raise OSError("No space left on device")
 
 
 def slow(path: Path, content: Any) -> None:
-    time.sleep(0.5)
+    time.sleep(0.5)  # it comes after the other rank's failure
     write_json(path, content)
 
 
@@ -181,7 +181,7 @@ def test_random_states_start_anew_for_each_rank_and_the_same_in_every_stage(runs
 def test_all_ranks_hear_of_the_full_disk_of_one_and_nothing_half_is_left(runs: dict[str, dict[str, Any]]) -> None:
     for found in runs["failure"].values():
         assert found["left"] == ["step-00000002"]
-        assert len(found["told"]) == 2
+        assert len(found["told"]) == 3
         for message in found["told"]:
             assert "step 4 could not be written" in message
             assert "No space left on device" in message
