@@ -38,7 +38,13 @@ CALIBRATION = 28
 _TOKENS = 1024  # of the timed forward pass
 SEEDED = {"random", "clustering", "activation, 64 experts"}
 """Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
-_FINE = ((64, "keep"), (192, "keep"), (384, "keep"), (768, "keep"), (64, "refit"), (384, "refit"))
+_FITTED: dict[str, dict[str, Any]] = {
+    "": {},
+    ", refit": {"down_proj": "refit"},
+    ", refit and fit": {"down_proj": "refit", "fit_passes": 4},
+}
+_FINE = ((64, ""), (192, ""), (384, ""), (768, ""), (64, ", refit"), (384, ", refit"), (384, ", refit and fit"))
+"""Experts in all, and what is fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +120,8 @@ def methods(width: int) -> dict[str, dict[int, Partition]]:
         "peer: MoEBERT": row("moebert", quarters, router="random"),
         "activation, 8 experts": row("activation", shared),
         **{
-            f"activation, {total} experts{', refit' if down_proj == 'refit' else ''}": row(
-                "activation", fine(total), down_proj=down_proj
-            )
-            for total, down_proj in _FINE
+            f"activation, {total} experts{fitted}": row("activation", fine(total), **_FITTED[fitted])
+            for total, fitted in _FINE
             if width % total == 0
         },
     }

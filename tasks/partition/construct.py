@@ -185,6 +185,8 @@ class Builder:
             router_ED, scale, text = ffn.router_ED, ffn.scale, f"{self.errors[str(i)]:.1%} of the FFN's output lost"
             if drift_TD is not None:
                 down_DN = ffn.down_DN
+            if partition.fit_passes:
+                stored = (ffn.gate_ND.to(stored[0]).cpu(), ffn.up_ND.to(stored[1]).cpu(), stored[2])
         self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
         if partition.gate == "tanh":
             fresh = gates.start(*router_ED.shape, seed=partition.seed, layer=i)
@@ -243,7 +245,10 @@ class Builder:
         if drift_TD is not None:
             # The next norm divides by the size of the hidden state, so an error counts in proportion to it.
             weight_T = states.residual_TD.square().sum(1).clamp_min(1e-12).reciprocal()
-            ffn.refit(weight_T=weight_T / weight_T.mean(), drift_TD=drift_TD)
+            weight_T /= weight_T.mean()
+            ffn.refit(weight_T=weight_T, drift_TD=drift_TD)
+            if passes := self._partition.fit_passes:
+                ffn.fit(passes, weight_T=weight_T, drift_TD=drift_TD, seed=self._partition.seed)
 
     def _sparse(
         self,

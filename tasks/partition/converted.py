@@ -1,6 +1,7 @@
 """One converted FFN on the calibration tokens, computed from the dense one's neurons: experts are weights over them.
 
-Here the router gets its size, the routed experts their scale, and the down-projection its refit.
+Here the router gets its size, the routed experts their scale, the down-projection its refit, and all three weights of
+the neurons their fit.
 
 Shapes: T tokens, D hidden, N neurons of the dense FFN, E routed experts, G = E + 1 groups, the last being the shared
 experts, K experts per token.
@@ -12,6 +13,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tasks.partition import router
 from tasks.partition.layer import CHUNK, Layer, Sizes
@@ -21,6 +23,9 @@ ADDED = 0.05
 """Most that unequal weights of the chosen experts may add to a layer's squared error, as a share of it."""
 RIDGE = 0.3
 """Ridge penalty on the change of the down-projection, as a share of the mean diagonal of its inputs' moments."""
+FIT_RATE = 0.01
+"""Peak of the fit's learning rates, as a share of each matrix's root mean square."""
+FIT_BATCH = 512  # tokens
 _PROBE = 0.01  # share of the router's size at which its effect on the weights is still linear
 _TEMPER_TOKENS = 2 * CHUNK
 
@@ -43,11 +48,12 @@ def sum_of_weights(partition: Partition, width: int) -> float:
 
 
 class Converted:
-    """A dense FFN, its experts, a router and the routed experts' scale, of which the last two may be fitted."""
+    """A dense FFN's neurons, its experts, a router and the routed experts' scale, all but the experts to be fitted."""
 
     def __init__(self, layer: Layer, experts_EF: np.ndarray, *, sizes: Sizes, router_ED: torch.Tensor, scale: float):
         self._layer, self._sizes = layer, sizes
-        self.router_ED, self.scale, self.down_DN = router_ED, scale, layer.down_DN
+        self.router_ED, self.scale = router_ED, scale
+        self.gate_ND, self.up_ND, self.down_DN = layer.gate_ND, layer.up_ND, layer.down_DN
         member_GN = torch.zeros(sizes.experts + 1, sizes.width)
         row_P = np.repeat(np.arange(len(experts_EF)) - sizes.shared, experts_EF.shape[1])
         row_P[row_P < 0] = sizes.experts
@@ -66,7 +72,9 @@ class Converted:
         return weights_TG @ self._member_GN if self._group_N is None else weights_TG[:, self._group_N]
 
     def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
-        """[T, D]."""
+        """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
+        if self.gate_ND is not self._layer.gate_ND:
+            h_TN = F.silu(x_TD @ self.gate_ND.T) * (x_TD @ self.up_ND.T)
         return (h_TN * self.coefficients(x_TD, self.router_ED)) @ self.down_DN.T
 
     def temper(self, *, std: float) -> None:
@@ -125,3 +133,41 @@ class Converted:
         moments_NN.diagonal().add_(RIDGE * moments_NN.diagonal().mean().clamp_min(1e-30))
         change_ND: torch.Tensor = torch.linalg.solve(moments_NN, target_ND)
         self.down_DN = self.down_DN + change_ND.T
+
+    @torch.enable_grad()
+    def fit(self, passes: int, *, weight_T: torch.Tensor, drift_TD: torch.Tensor, seed: int) -> None:
+        """Train gate, up and down of all neurons on what `refit` is fitted to, so many times over the tokens.
+
+        Adam, batches of FIT_BATCH tokens, cosine to 0. The rate of a matrix follows its size. The router's choices are
+        given: no gradient reaches the router.
+
+        Args:
+            weight_T, drift_TD: as for `refit`.
+            seed: of the order of the tokens.
+        """
+        weights = [weight.detach().clone().requires_grad_() for weight in (self.gate_ND, self.up_ND, self.down_DN)]
+        peaks = [FIT_RATE * weight.detach().square().mean().sqrt().item() for weight in weights]
+        optimizer = torch.optim.Adam(
+            [{"params": [weight], "lr": 0.0} for weight in weights], betas=(0.9, 0.95), fused=True
+        )
+        generator = torch.Generator().manual_seed(seed * 100_003 + self._layer.number)
+        count = len(drift_TD)
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+        steps = order.to(drift_TD.device).split(FIT_BATCH)
+        with torch.no_grad():
+            output_TD = torch.cat([h_TN @ self._layer.down_DN.T for _, h_TN in self._layer.chunks()])
+        for step, part in enumerate(steps):
+            x_TD, weight = self._layer.inputs[part], weight_T[part]
+            with torch.no_grad():
+                target_TD = output_TD[part] + drift_TD[part]
+                coefficient_TN = self.coefficients(x_TD, self.router_ED)
+            gate_ND, up_ND, down_DN = weights
+            h_TN = F.silu(x_TD @ gate_ND.T) * (x_TD @ up_ND.T)
+            error_TD = (h_TN * coefficient_TN) @ down_DN.T - target_TD
+            optimizer.zero_grad()
+            (error_TD.square().sum(1) * weight).mean().backward()
+            share = min(1.0, 10 * (step + 1) / len(steps)) * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
+            optimizer.step()
+        self.gate_ND, self.up_ND, self.down_DN = (weight.detach() for weight in weights)

@@ -104,7 +104,7 @@ def _rows(moe: Streamed, dense: Streamed, index: Index, *, layer: int) -> Iterat
     gate, up, down = parts.side_by_side(index.scales[layer])
     found = {"gate": gate, "up": up, "down": down.T}
     for name, (wanted_EFD, slack_EFD) in _wanted(dense, index, layer=layer).items():
-        if name == "down" and options.down_proj == "refit":
+        if options.fit_passes or (name == "down" and options.down_proj == "refit"):
             continue
         near_EFD = (found[name].view_as(wanted_EFD) - wanted_EFD).abs() <= slack_EFD
         wrong = (~near_EFD).flatten(1).any(1).nonzero().flatten().tolist()

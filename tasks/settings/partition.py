@@ -36,6 +36,9 @@ class Partition(Frozen):
     """Standard deviation of the router's logits over experts: small keeps the chosen weights near 1/K each."""
     down_proj: Literal["keep", "refit"] = "keep"
     """refit: least squares of the kept neurons' down-projection on the dense FFN's output."""
+    fit_passes: Annotated[int, Field(ge=0)] = 0
+    """After the refit, train all weights of the experts on the same target, layer by layer, so many times over the
+    calibration windows."""
     calibration_windows: Positive = 32
     seed: int = 0
 
@@ -58,6 +61,8 @@ class Partition(Frozen):
             raise ValueError(
                 f"top_k = {self.top_k} is more than experts = {self.experts}; allowed: 1 to {self.experts}"
             )
+        if self.fit_passes and self.down_proj != "refit":
+            raise ValueError(f"fit_passes = {self.fit_passes} goes on from the refit; set down_proj: refit")
         for field, method in _METHOD_OPTIONS.items():
             if getattr(self, field) is not None and self.method != method:
                 raise ValueError(f"`{field}` is an option of method `{method}`, not of `{self.method}`")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -31,7 +32,8 @@ OURS = {
     "shared_experts": 48,
     "top_k": 48,
     "down_proj": "refit",
-    "calibration_windows": 40,
+    "fit_passes": 1,
+    "calibration_windows": 160,
 }
 UPSTREAM = {"method": "random", "experts": 8, "top_k": 4, "scale": "paper", "gate": "tanh"}
 TRAINING = {
@@ -60,17 +62,23 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "plain, dynamic weights": {**SLOW_ROUTER, "dynamic": {"rule": "paper"}},
     "upstream": {"balance": {"loss": "cv2", "coefficient": 0.01}},
+    "dense": {},
 }
-"""What differs from TRAINING. The first is what the demo did; upstream's gate is made with noise."""
+"""What differs from TRAINING. Upstream's gate is made with noise. `dense` trains the parent in the same way: what it
+gains is the text's doing, and the rest of what a recipe gains is healing."""
+
+
+def key_of(name: str, seed: int) -> str:
+    return f"{'dense' if name == 'dense' else f'r{list(RECIPES).index(name)}'}-{seed}"
 
 
 def pipelines(recipes: list[str], seeds: list[int], *, tokens: int) -> dict[str, dict[str, Any]]:
-    """Key -> pipeline; a key is <number of the recipe>-<seed>."""
+    """Key -> pipeline."""
     made = {}
     for name in recipes:
         for seed in seeds:
             split = UPSTREAM | {"seed": seed} if name == "upstream" else OURS
-            made[f"r{list(RECIPES).index(name)}-{seed}"] = {
+            made[key_of(name, seed)] = {
                 "model": MODEL,
                 "corpus": CORPUS,
                 "mixture": {"method": "reference_loss", "windows": 8},
@@ -124,9 +132,15 @@ def run(folder: Path, made: dict[str, dict[str, Any]], *, jobs: int) -> None:
     splits: dict[str, str] = {}
     for key, pipeline in made.items():
         root = folder / "runs" / key
-        first = splits.setdefault(json.dumps(pipeline["partition"]), key)
         if (root / "moe/config.json").exists():
+            if not key.startswith("dense"):
+                splits.setdefault(json.dumps(pipeline["partition"]), key)
             continue
+        if key.startswith("dense"):
+            stage("mixture", key, folder=folder)
+            shutil.copytree(folder / "data/models" / MODEL, root / "moe", copy_function=os.link)
+            continue
+        first = splits.setdefault(json.dumps(pipeline["partition"]), key)
         if first == key:
             stage("mixture", key, folder=folder)
             stage("partition", key, folder=folder)
@@ -146,13 +160,13 @@ def table(folder: Path, recipes: list[str], seeds: list[int]) -> None:
     for name in recipes:
         found = []
         for seed in seeds:
-            root = folder / "runs" / f"r{list(RECIPES).index(name)}-{seed}"
+            root = folder / "runs" / key_of(name, seed)
             ran = json.loads((root / "pretrain.json").read_text())
             parent = statistics.mean(ran["references"].values())
             before, after = ran["heldout_mean_before"], ran["heldout_mean_after"]
             rows = [line.split(",") for line in (root / "heldout.csv").read_text().splitlines()[1:]]
             curve = [float(row[2]) for row in rows]
-            closed = 100 * (before - after) / (before - parent)
+            closed = math.nan if name == "dense" else 100 * (before - after) / (before - parent)
             found.append((parent, before, after, closed, ran["tokens_per_second"], curve))
         parent, before, after, closed, speed = (statistics.mean(f[i] for f in found) for i in range(5))
         spread = f" ({min(f[3] for f in found):.1f} to {max(f[3] for f in found):.1f})" if len(found) > 1 else ""

@@ -1,4 +1,4 @@
-"""One converted FFN: weights of neurons, the router's size, the scale, the refit."""
+"""One converted FFN: weights of neurons, the router's size, the scale, the refit, the fit."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from dense_models import ffn
 
 from tasks import settings
-from tasks.partition import router
+from tasks.partition import converted, router
 from tasks.partition.converted import Converted, sum_of_weights
 from tasks.partition.layer import Sizes
 
@@ -96,6 +96,65 @@ def test_a_refit_solves_the_penalised_weighted_least_squares():
     gradient = (inputs @ made.down_DN.double().T - wanted).T @ weighted
     size = (penalty * change).abs().max().item()
     torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
+
+
+def _fitted(layer, *, passes, seed=0, drift=None):
+    made = _converted(layer)
+    count = len(layer.x_TD)
+    made.fit(
+        passes, weight_T=torch.ones(count), drift_TD=torch.zeros(count, 16) if drift is None else drift, seed=seed
+    )
+    return made
+
+
+def test_a_fit_loses_less_on_other_tokens_too_and_leaves_router_and_choices():
+    layer = ffn(tokens=5000)
+    before = _converted(layer)
+    other = ffn(tokens=600)
+    other.x_TD = torch.randn(600, 16, generator=torch.Generator().manual_seed(9))
+    fitted = _fitted(layer, passes=4)
+    assert _error(layer, fitted) < 0.9 * _error(layer, before)
+    assert _error(other, fitted) < 0.9 * _error(other, before)
+    assert torch.equal(fitted.router_ED, before.router_ED)
+    assert torch.equal(layer.down_DN, ffn(tokens=5000).down_DN)
+
+
+def test_a_fit_follows_what_the_layers_below_have_lost_and_weighs_tokens():
+    layer = ffn(tokens=600)
+    drift = torch.ones(600, 16)
+    moved = _fitted(layer, passes=40, drift=drift)
+    still = _fitted(layer, passes=40)
+    x, h = next(_all(layer))
+    assert (moved.output(x, h) - still.output(x, h)).mean() > 0.3
+    made = _converted(layer)
+    made.fit(1, weight_T=torch.zeros(600), drift_TD=drift, seed=0)
+    assert torch.equal(made.down_DN, layer.down_DN)
+
+
+def test_a_fits_step_is_adams_on_the_gradient_of_the_mean_weighted_squared_error():
+    layer = ffn(tokens=200)
+    made = _converted(layer)
+    weight, drift = torch.linspace(0.5, 1.5, 200), 0.1 * torch.randn(200, 16)
+    made.fit(1, weight_T=weight, drift_TD=drift, seed=0)
+    gate, up, down = (w.double().requires_grad_() for w in (layer.gate_ND, layer.up_ND, layer.down_DN))
+    x = layer.x_TD.double()
+    h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    coefficient = made.coefficients(layer.x_TD, made.router_ED).double()
+    error = (h * coefficient) @ down.T - (h @ down.T).detach() - drift
+    (error.square().sum(1) * weight).mean().backward()
+    for before, after in [(gate, made.gate_ND), (up, made.up_ND), (down, made.down_DN)]:
+        size = converted.FIT_RATE * before.detach().square().mean().sqrt()  # Adam's first step moves by the rate
+        clear = before.grad.abs() > 1e-6
+        torch.testing.assert_close(
+            (after - before)[clear], -size * before.grad.sign()[clear], rtol=1e-2, atol=size.item() * 1e-2
+        )
+
+
+def test_the_same_seed_fits_the_same_bits_and_another_order_gives_others():
+    one, two, other = (_fitted(ffn(tokens=1200), passes=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.down_DN, two.down_DN)
+    assert torch.equal(one.gate_ND, two.gate_ND)
+    assert not torch.equal(one.gate_ND, other.gate_ND)
 
 
 def _all(layer):

@@ -92,6 +92,15 @@ def test_a_refit_may_change_down_alone(write):
     assert [problem.partition("layer 1: ")[2].partition(" of")[0] for problem in problems] == ["gate rows", "up rows"]
 
 
+def test_a_fit_may_change_gate_and_up_too_and_nothing_else(write):
+    moe_dir, index_path, dense_dir = write("refitted")
+    change_index(index_path, lambda found: found.meta["settings"].update(fit_passes=1))
+    edit(moe_dir, **{"1_block_sparse_moe_input_linear_weight": lambda w: w * 1.01})
+    assert verify_checkpoint(moe_dir, index_path, dense_dir) == []
+    edit(moe_dir, **{"1_self_attn_q_proj_weight": lambda w: w * 1.01})
+    assert "not bit for bit the parent's" in verify_checkpoint(moe_dir, index_path, dense_dir)[0]
+
+
 def test_a_failed_identity_test_is_told(write, tmp_path):
     moe_dir, index_path, dense_dir = write("random")
     other = shutil.copytree(dense_dir, tmp_path / "other")
