@@ -135,20 +135,26 @@ def _train_flops(sparse: dict[str, Any], train: Pretrain) -> int:
 
 
 def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any], sparse: dict[str, Any]) -> int:
-    """Forward passes beside training: references, calibration, the distilling parent, held-out evaluation."""
+    """What is beside training: references, calibration, fit, the distilling parent, held-out evaluation."""
     from tasks.partition.construct import needs_text
 
     domains, train, judge = len(settings.corpus(pipeline.corpus).domains), pipeline.pretrain, pipeline.evaluate
+    partition = pipeline.partition
 
     def forward(config: dict[str, Any], *, windows: int, seq_len: int) -> int:
         return windows * seq_len * counts.flops_per_token(config, seq_len=seq_len)["forward"]
 
-    calibration = pipeline.partition.calibration_windows if needs_text(pipeline.partition) else 0
+    calibration = partition.calibration_windows if needs_text(partition) else 0
+    fitted = (
+        calibration * partition.fit_passes * train.seq_len * len(partition.sparse_layers(dense["num_hidden_layers"]))
+    )
+    matrix = 2 * dense["hidden_size"] * dense["intermediate_size"]  # three of them forward, four products backward
     references = pipeline.mixture.windows * domains if pipeline.mixture.method == "reference_loss" else 0
     evaluations = estimate.evaluated_windows(train, domains=domains)
     teaching = train.steps * train.batch if train.distill else 0
     return (
-        forward(dense, windows=references, seq_len=judge.seq_len)
+        7 * matrix * fitted
+        + forward(dense, windows=references, seq_len=judge.seq_len)
         + forward(dense, windows=calibration + teaching, seq_len=train.seq_len)
         + forward(sparse, windows=evaluations, seq_len=train.seq_len)
         + forward(dense, windows=judge.windows * domains, seq_len=judge.seq_len)

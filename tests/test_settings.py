@@ -69,7 +69,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.demo.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
         ("pipelines.demo.partition.top_k", 145, "top_k = 145 is more than experts = 144; allowed: 1 to 144"),
         ("pipelines.demo.partition.noise", 0.1, "`noise` is an option of method `copy`, not of `activation`"),
-        ("pipelines.demo.partition.down_proj", "keep", "fit_passes = 4 goes on from the refit; set down_proj: refit"),
+        ("pipelines.demo.partition.down_proj", "keep", "fit_passes = 2 goes on from the refit; set down_proj: refit"),
         ("pipelines.demo.partition.layers", [1, 1], "layers = [1, 1] names a layer twice"),
         ("pipelines.demo.partition.layers", [3, 30], "layers: [30] are not there; the model has layers 0 to 29"),
         ("pipelines.demo.partition.expert_size", 9, "expert_size = 9, but method `activation` places every neuron"),

@@ -41,7 +41,7 @@ SEEDED = {"random", "clustering", "activation, 64 experts"}
 _FITTED: dict[str, dict[str, Any]] = {
     "": {},
     ", refit": {"down_proj": "refit"},
-    ", refit and fit": {"down_proj": "refit", "fit_passes": 4},
+    ", refit and fit": {"down_proj": "refit", "fit_passes": 1},
 }
 _FINE = ((64, ""), (192, ""), (384, ""), (768, ""), (64, ", refit"), (384, ", refit"), (384, ", refit and fit"))
 """Experts in all, and what is fitted."""

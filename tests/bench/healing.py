@@ -32,8 +32,8 @@ OURS = {
     "shared_experts": 48,
     "top_k": 48,
     "down_proj": "refit",
-    "fit_passes": 1,
-    "calibration_windows": 160,
+    "fit_passes": 2,
+    "calibration_windows": 80,
 }
 UPSTREAM = {"method": "random", "experts": 8, "top_k": 4, "scale": "paper", "gate": "tanh"}
 TRAINING = {

@@ -122,6 +122,15 @@ def test_a_distilling_parent_reads_every_token_once(config: settings.Settings) -
     assert extra == 49152 * counts.flops_per_token(dense, seq_len=512)["forward"]
 
 
+def test_a_fit_costs_seven_products_of_each_token_with_an_ffn_matrix_in_every_layer(config: settings.Settings) -> None:
+    demo = config.pipelines["demo"]
+    less = settings.Partition(**demo.partition.model_dump() | {"fit_passes": demo.partition.fit_passes - 1})
+    pipeline = demo.model_copy(update={"partition": less})
+    without = plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True)
+    extra = plan.plan(config, "demo", bfloat16=True).other_flops - without.other_flops
+    assert extra == 7 * (2 * 576 * 1536) * 30 * demo.partition.calibration_windows * 512
+
+
 def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
