@@ -38,12 +38,12 @@ OURS = {
 UPSTREAM = {"method": "random", "experts": 8, "top_k": 4, "scale": "paper", "gate": "tanh"}
 TRAINING = {
     "seq_len": 512,
-    "batch": 2,
-    "micro_batch": 2,
+    "batch": 1,
+    "micro_batch": 1,
     "learning_rate": 2e-4,
     "warmup_tokens": 4096,
     "eval_windows": 2,
-    "save_every": 25,
+    "save_every": 50,
 }
 SLOW_ROUTER = {"learning_rates": {"router": 4e-7}}
 DISTILLED = {**SLOW_ROUTER, "distill": {"logits": 1.0}}
