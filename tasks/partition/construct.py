@@ -186,7 +186,7 @@ class Builder:
             if drift_TD is not None:
                 down_DN = ffn.down_DN
             if partition.fit_passes:
-                stored = (ffn.gate_ND.to(stored[0]).cpu(), ffn.up_ND.to(stored[1]).cpu(), stored[2])
+                stored = (ffn.gate_ND.to(stored[0]), ffn.up_ND.to(stored[1]), stored[2])
         self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
         if partition.gate == "tanh":
             fresh = gates.start(*router_ED.shape, seed=partition.seed, layer=i)
