@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # here, before any test: setuptools, which it imports, refuses to after distutils
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.pretrain import engine, trainable
