@@ -13,10 +13,9 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from tasks.partition import router
-from tasks.partition.layer import CHUNK, Layer, Sizes
+from tasks.partition.layer import CHUNK, Layer, Sizes, neurons
 from tasks.settings import Partition
 
 ADDED = 0.05
@@ -74,7 +73,7 @@ class Converted:
     def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
         """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
         if self.gate_ND is not self._layer.gate_ND:
-            h_TN = F.silu(x_TD @ self.gate_ND.T) * (x_TD @ self.up_ND.T)
+            h_TN = neurons(x_TD, self.gate_ND, self.up_ND)
         return (h_TN * self.coefficients(x_TD, self.router_ED)) @ self.down_DN.T
 
     def temper(self, *, std: float) -> None:
@@ -162,8 +161,7 @@ class Converted:
                 target_TD = output_TD[part] + drift_TD[part]
                 coefficient_TN = self.coefficients(x_TD, self.router_ED)
             gate_ND, up_ND, down_DN = weights
-            h_TN = F.silu(x_TD @ gate_ND.T) * (x_TD @ up_ND.T)
-            error_TD = (h_TN * coefficient_TN) @ down_DN.T - target_TD
+            error_TD = (neurons(x_TD, gate_ND, up_ND) * coefficient_TN) @ down_DN.T - target_TD
             optimizer.zero_grad()
             (error_TD.square().sum(1) * weight).mean().backward()
             share = min(1.0, 10 * (step + 1) / len(steps)) * 0.5 * (1 + math.cos(math.pi * step / len(steps)))

@@ -17,6 +17,11 @@ CACHE_BYTES = 512 << 20
 CHUNK = 2048  # tokens
 
 
+def neurons(x_TD: torch.Tensor, gate_ND: torch.Tensor, up_ND: torch.Tensor) -> torch.Tensor:
+    """h = silu(gate x) * up x, [T, N]."""
+    return F.silu(x_TD @ gate_ND.T) * (x_TD @ up_ND.T)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Experts of one layer: S shared and E routed ones of F neurons each, K routed ones per token."""
@@ -74,7 +79,7 @@ class Layer:
         return self._energy
 
     def _neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return F.silu(x_TD @ self.gate_ND.T).mul_(x_TD @ self.up_ND.T)
+        return neurons(x_TD, self.gate_ND, self.up_ND)
 
     def dense(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The FFN's output, [T, D]."""

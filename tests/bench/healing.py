@@ -132,15 +132,15 @@ def run(folder: Path, made: dict[str, dict[str, Any]], *, jobs: int) -> None:
     splits: dict[str, str] = {}
     for key, pipeline in made.items():
         root = folder / "runs" / key
-        if (root / "moe/config.json").exists():
-            if not key.startswith("dense"):
-                splits.setdefault(json.dumps(pipeline["partition"]), key)
-            continue
+        there = (root / "moe/config.json").exists()
         if key.startswith("dense"):
-            stage("mixture", key, folder=folder)
-            shutil.copytree(folder / "data/models" / MODEL, root / "moe", copy_function=os.link)
+            if not there:
+                stage("mixture", key, folder=folder)
+                shutil.copytree(folder / "data/models" / MODEL, root / "moe", copy_function=os.link)
             continue
         first = splits.setdefault(json.dumps(pipeline["partition"]), key)
+        if there:
+            continue
         if first == key:
             stage("mixture", key, folder=folder)
             stage("partition", key, folder=folder)
