@@ -135,7 +135,7 @@ def _train_flops(sparse: dict[str, Any], train: Pretrain) -> int:
 
 
 def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any], sparse: dict[str, Any]) -> int:
-    """What is beside training: references, calibration, fit, the distilling parent, held-out evaluation."""
+    """What is beside training: references, calibration, fit, the distilling parent, validation."""
     from tasks.partition.construct import needs_text
 
     domains, train, judge = len(settings.corpus(pipeline.corpus).domains), pipeline.pretrain, pipeline.evaluate

@@ -88,7 +88,7 @@ def _costs(cost: plan.Plan, pipeline: Pipeline) -> Table:
     table.add_row("", count(sparse["active"]), f"active per token, {sparse['active'] / sparse['total']:.1%}")
     table.add_row("training tokens", count(cost.tokens), f"{cost.steps:,} steps of {train.batch} x {train.seq_len}")
     table.add_row("FLOPs", f"{cost.train_flops:.2e}", "training, forward and backward")
-    table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, held-out evaluation")
+    table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, evaluation")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)

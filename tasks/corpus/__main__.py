@@ -1,4 +1,4 @@
-"""The `corpus` stage: a named corpus becomes tokenised, deduplicated Arrow shards with a held-out part per domain.
+"""The `corpus` stage: a named corpus becomes tokenised, deduplicated Arrow shards: train, validation and test.
 
     python -m tasks.corpus.fingerprint NAME
     python -m tasks.corpus NAME       # writes data/corpora/NAME/, NAME.json and NAME.lengths.csv

@@ -61,11 +61,9 @@ def describe_manifest(corpus_dir: Path, *, model_dir: Path | None = None) -> dic
         domains[name] = {
             **{
                 split: {"shards": len(part.shards), "documents": part.documents, "tokens": part.tokens}
-                for split, part in (("train", domain.train), ("heldout", domain.heldout))
+                for split, part in domain.splits.items()
             },
-            "bytes_per_token": round(
-                (domain.train.bytes + domain.heldout.bytes) / (domain.train.tokens + domain.heldout.tokens), 4
-            ),
+            "bytes_per_token": domain.bytes_per_token,
             "rules": domain.rules,
             "license": domain.license,
             "source": domain.source,

@@ -6,12 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tasks.corpus import encoder
 
-FORMAT = 2
+FORMAT = 3
 FILE = "manifest.json"
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+"""Disjoint sets of documents. What is decided, is decided on `validation`; only tasks/evaluate reads `test`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,27 @@ class DomainManifest:
     """
 
     train: SplitManifest
-    heldout: SplitManifest
+    validation: SplitManifest
+    test: SplitManifest
     rules: dict[str, int]
     license: str
     source: str
     files: dict[str, str]
+
+    @property
+    def splits(self) -> dict[str, SplitManifest]:
+        """The sets of documents by their names."""
+        return {split: getattr(self, split) for split in SPLITS}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sets, separators included."""
+        return sum(part.tokens for part in self.splits.values())
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token, over all sets."""
+        return round(sum(part.bytes for part in self.splits.values()) / self.tokens, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +128,8 @@ def split_of(shards: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _domain(raw: dict[str, Any]) -> DomainManifest:
-    return DomainManifest(**{**raw, "train": _split(raw["train"]), "heldout": _split(raw["heldout"])})
+    splits: dict[str, Any] = {split: _split(raw[split]) for split in SPLITS}
+    return DomainManifest(**{**raw, **splits})
 
 
 def _split(raw: dict[str, Any]) -> SplitManifest:

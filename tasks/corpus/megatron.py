@@ -21,13 +21,12 @@ from tasks.corpus import files, manifest, shards
 from tasks.corpus.readers.megatron import HEADER, MAGIC, VERSION
 from tasks.corpus.records import CorpusError
 
-SPLITS = ("train", "heldout")
 STORED = {np.dtype(np.uint16): (8, "<u2"), np.dtype(np.uint32): (4, "<i4")}
 """Type of a shard's ids -> Megatron's code and type. It has no uint32."""
 BLOCK = 1 << 22  # ids converted and written at once
 
 
-def export(corpus_dir: Path, out: Path, *, splits: tuple[str, ...] = SPLITS) -> dict[str, int]:
+def export(corpus_dir: Path, out: Path, *, splits: tuple[manifest.Split, ...] = manifest.SPLITS) -> dict[str, int]:
     """Write a corpus to `out`; returns the tokens of each pair, by its name without an ending.
 
     Layout: megatron/core/datasets/indexed_dataset.py. Streams: memory doesn't grow with the corpus. The index is
@@ -42,7 +41,7 @@ def export(corpus_dir: Path, out: Path, *, splits: tuple[str, ...] = SPLITS) -> 
     for name, domain in found.domains.items():
         for split in splits:
             prefix = out / f"{name}_{split}"
-            part: manifest.SplitManifest = getattr(domain, split)
+            part = domain.splits[split]
             index = Path(f"{prefix}.idx")
             index.unlink(missing_ok=True)
             _write_ids(Path(f"{prefix}.bin"), corpus_dir, part)
@@ -97,10 +96,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.corpus.megatron", description=__doc__.split("\n")[0])
     parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
     parser.add_argument("out", type=Path, help="the folder to write to")
-    parser.add_argument("--split", choices=SPLITS, help="only this one; both otherwise")
+    parser.add_argument("--split", choices=manifest.SPLITS, help="only this one; all otherwise")
     arguments = parser.parse_args()
     try:
-        written = export(arguments.corpus, arguments.out, splits=(arguments.split,) if arguments.split else SPLITS)
+        written = export(
+            arguments.corpus, arguments.out, splits=(arguments.split,) if arguments.split else manifest.SPLITS
+        )
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

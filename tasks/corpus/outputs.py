@@ -61,7 +61,7 @@ def _manifest(
             domain: {
                 **{
                     split: manifest.split_of([sidecar for record in found for sidecar in record["splits"][split]])
-                    for split in ("train", "heldout")
+                    for split in manifest.SPLITS
                 },
                 "rules": resolved[domain]["rules"],
                 "license": corpus.domains[domain].license,
@@ -79,21 +79,19 @@ def _metrics(
     """What `dvc metrics show` shows. Rates are per process, and cover what each task's last run encoded itself."""
     domains = {}
     for name, entry in made.domains.items():
-        splits = {"train": entry.train, "heldout": entry.heldout}
-        tokens = entry.train.tokens + entry.heldout.tokens
         domains[name] = {
-            "documents": {split: part.documents for split, part in splits.items()},
-            "tokens": {split: part.tokens for split, part in splits.items()},
+            "documents": {split: part.documents for split, part in entry.splits.items()},
+            "tokens": {split: part.tokens for split, part in entry.splits.items()},
             "rules": entry.rules,
             "bad": resolved[name]["bad"],
-            "bytes_per_token": round((entry.train.bytes + entry.heldout.bytes) / tokens, 4),
+            "bytes_per_token": entry.bytes_per_token,
             "seconds": round(_total(records[name], "seconds"), 2),
             "tokens_per_second": _rate(records[name]),
             "license": entry.license,
             "source": entry.source,
         }
     every = [record for found in records.values() for record in found]
-    parts = [part for entry in made.domains.values() for part in (entry.train, entry.heldout)]
+    parts = [part for entry in made.domains.values() for part in entry.splits.values()]
     checks: Counter[str] = Counter()
     for record in every:
         checks["probed"] = max(checks["probed"], record["checks"]["probed"])
@@ -118,13 +116,13 @@ def _decontamination(todo: Plan) -> dict[str, Any]:
 
 
 def _lengths(corpus: Path, made: manifest.Manifest) -> str:
-    """The CSV of lengths_file: buckets of powers of two, per domain, both splits together."""
+    """The CSV of lengths_file: buckets of powers of two, per domain, all splits together."""
     written = io.StringIO()
     table = csv.writer(written, lineterminator="\n")
     table.writerow(["domain", "tokens_from", "documents", "tokens"])
     for name, entry in made.domains.items():
         documents, tokens = np.zeros(64, dtype=np.int64), np.zeros(64, dtype=np.int64)
-        for shard in (*entry.train.shards, *entry.heldout.shards):
+        for shard in (shard for part in entry.splits.values() for shard in part.shards):
             sizes = np.diff(shards.open_shard(corpus / shard.path).column("input_ids").offsets.to_numpy())
             bucket = np.frexp(np.maximum(sizes, 1))[1] - 1
             documents += np.bincount(bucket, minlength=64)

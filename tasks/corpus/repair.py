@@ -166,9 +166,9 @@ def _remake(
 
 
 def _lost(made: manifest.Manifest, *, domain: str, task: int, broken: list[manifest.Shard]) -> Iterator[_Lost]:
-    for split in verify.SPLITS:
+    for part in made.domains[domain].splits.values():
         begin = 0
-        for shard in getattr(made.domains[domain], split).shards:
+        for shard in part.shards:
             if verify.number_of(shard)[0] == task:
                 if shard in broken:
                     yield _Lost(shard, begin, begin + shard.documents)

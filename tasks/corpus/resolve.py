@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import dedup, files, rejects, scan, spool
+from tasks.corpus.manifest import SPLITS
 from tasks.corpus.plan import Plan
 from tasks.corpus.records import CorpusError
 
-SPLITS = ("train", "heldout")
 FATES = (*SPLITS, "duplicate", "near_duplicate")
 FILE = "resolved.json"
 MILLION = 10**6
@@ -75,10 +75,13 @@ def resolve(work: Path, plan: Plan) -> None:
 
 
 def _fates(fate: NDArray[np.uint8], key: NDArray[np.uint8], share: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Held out by the key alone, so that neither order nor shards nor other documents matter."""
-    low = np.ascontiguousarray(key[:, :8]).view("<u8")[:, 0]
-    is_heldout = (low % MILLION) < share * MILLION
-    return np.where(fate == dedup.KEPT, is_heldout, fate + len(SPLITS) - dedup.DUPLICATE).astype(np.uint8)
+    """Held out by the key alone, so that neither order nor shards nor other documents matter.
+
+    One half of the key decides whether, the other, which is independent of it, for validation or for test.
+    """
+    low, high = np.ascontiguousarray(key).view("<u8").T
+    split = np.where((low % MILLION) < share * MILLION, 1 + high % 2, 0)
+    return np.where(fate == dedup.KEPT, split, fate + len(SPLITS) - dedup.DUPLICATE).astype(np.uint8)
 
 
 def _path(work: Path, domain: str, task: int) -> Path:
@@ -151,7 +154,7 @@ def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: P
     rules["duplicate"] = kept["duplicate"]
     if plan.corpus.near_duplicates:
         rules["near_duplicate"] = kept["near_duplicate"]
-    rules["kept"] = kept["train"] + kept["heldout"]
+    rules["kept"] = sum(kept[split] for split in SPLITS)
     for split in SPLITS:
         if kept[split]:
             continue
@@ -161,7 +164,7 @@ def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: P
                 "texts"
             )
         else:
-            mend = f"{'Raise' if split == 'heldout' else 'Lower'} `heldout`, or give the domain more documents"
+            mend = f"{'Lower' if split == 'train' else 'Raise'} `heldout`, or give the domain more documents"
         counts = ", ".join(f"{n} {rule}" for rule, n in rules.items() if n)
         raise CorpusError(
             f"domain {domain}: no document for the {split} split (records: {counts}; heldout = "

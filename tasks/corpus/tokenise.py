@@ -1,8 +1,8 @@
 """The third phase: a task's documents become shards; what was dropped, and why, is written beside them.
 
-Per task: `DOMAIN/{train,heldout}/part-TTTTT-KKK.arrow` with sidecars; `verdicts/DOMAIN/task-TTTTT.arrow`, a code per
-record read, in order (train, heldout or the rule that dropped it), which is what a broken shard is re-made from; and
-`rejects/DOMAIN/task-TTTTT.jsonl`, dropped records that are worth a look.
+Per task: `DOMAIN/{train,validation,test}/part-TTTTT-KKK.arrow` with sidecars; `verdicts/DOMAIN/task-TTTTT.arrow`, a
+code per record read, in order (its split or the rule that dropped it), which is what a broken shard is re-made from;
+and `rejects/DOMAIN/task-TTTTT.jsonl`, dropped records that are worth a look.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _Task:
         self.account = account
         self.fate, self.starts = resolve.fate_of(work, domain, task=task)
         self.sidecars: dict[str, list[dict[str, Any]]] = {split: [] for split in resolve.SPLITS}
-        self.filling = {split: _Filling() for split in resolve.SPLITS}
+        self.filling: dict[str, _Filling] = {split: _Filling() for split in resolve.SPLITS}
         self.encoded = 0
 
     def run(self) -> None:

@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 from tasks import scratch
 from tasks.corpus import manifest, shards, soundness
 
-SPLITS = ("train", "heldout")
 PART = re.compile(r"part-(\d{5,})-(\d{3})\.arrow")
 
 Kind = Literal["manifest", "shard", "content", "sidecar", "records", "foreign"]
@@ -111,8 +110,8 @@ def _load(corpus_dir: Path) -> manifest.Manifest | Problem:
 
 def _shards(found: manifest.Manifest) -> Iterator[tuple[str, str, manifest.Shard]]:
     for name, domain in found.domains.items():
-        for split in SPLITS:
-            for shard in getattr(domain, split).shards:
+        for split, part in domain.splits.items():
+            for shard in part.shards:
                 yield name, split, shard
 
 
@@ -126,8 +125,7 @@ def _manifest_problems(corpus_dir: Path, found: manifest.Manifest) -> Iterator[P
             text=f"sha256 is {found.sha256}, {metrics} says {known}; one of them is damaged or of another run",
         )
     for name, domain in found.domains.items():
-        for split in SPLITS:
-            part: manifest.SplitManifest = getattr(domain, split)
+        for split, part in domain.splits.items():
             totals = tuple(sum(getattr(s, key) for s in part.shards) for key in ("documents", "tokens", "text_bytes"))
             if totals != (part.documents, part.tokens, part.bytes):
                 yield Problem(
@@ -175,9 +173,9 @@ def _record_problems(corpus_dir: Path, name: str, domain: manifest.DomainManifes
             counts += _verdict_counts(path)
     if not is_whole:
         return
-    rules = Counter(read=counts.total(), kept=counts["train"] + counts["heldout"])
+    rules = Counter(read=counts.total(), kept=sum(counts[split] for split in manifest.SPLITS))
     for verdict, count in counts.items():
-        if verdict not in SPLITS:
+        if verdict not in manifest.SPLITS:
             rules["bad" if verdict.startswith("bad: ") else verdict] += count
     if rules != Counter(domain.rules):  # a Counter: rules that dropped nothing don't matter
         text = f"rules of {name} are {domain.rules}, the verdicts say {dict(rules)}"

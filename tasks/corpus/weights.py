@@ -28,7 +28,7 @@ def update(
 
     Args:
         weights: the weights in use, per domain; they need not sum to 1.
-        losses: held-out loss now, nats per token.
+        losses: validation loss now, nats per token.
         references: the loss each domain is to reach.
         rule: which.
 

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import manifest, packing, shards
+from tasks.corpus.manifest import Split
 from tasks.corpus.packing import Packing
-
-Split = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Windows:
         corpus = manifest.load(corpus_dir)
         if domain not in corpus.domains:
             raise ValueError(f"{corpus_dir}: has no domain {domain!r}; it has {', '.join(corpus.domains)}")
-        entry: manifest.SplitManifest = getattr(corpus.domains[domain], split)
+        entry = corpus.domains[domain].splits[split]
         self.seq_len, self.packing = seq_len, packing
         self._where = f"{corpus_dir}: {domain}/{split}"
         self._pad = corpus.eos_token_id
@@ -126,21 +125,33 @@ class Windows:
             raise IndexError(f"{self._where} has {self._count} windows of {self.seq_len} tokens; there is no {index}")
 
 
-def heldout(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
-    """Held-out windows of every domain, int64 [<= count, seq_len], spread evenly over the split.
+def validation(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
+    """Windows of every domain to decide by, int64 [<= count, seq_len], spread evenly over the validation split.
 
     Deterministic; fewer than `count` where the split is shorter.
 
     Raises:
-        ValueError: a domain's held-out split has no whole window.
+        ValueError: a domain's split has no whole window.
     """
+    return _spread(corpus_dir, "validation", seq_len=seq_len, count=count)
+
+
+def test(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
+    """Windows of every domain to report, as `validation` gives them. For tasks/evaluate alone.
+
+    A figure by which anything was chosen says no longer how the result does on text it has not seen.
+    """
+    return _spread(corpus_dir, "test", seq_len=seq_len, count=count)
+
+
+def _spread(corpus_dir: Path, split: Split, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
     found = {}
     for domain in manifest.load(corpus_dir).domains:
-        windows = Windows(corpus_dir, domain, "heldout", seq_len=seq_len)
+        windows = Windows(corpus_dir, domain, split, seq_len=seq_len)
         n = min(count, len(windows))
         if n == 0:
             raise ValueError(
-                f"{corpus_dir}: the held-out part of {domain} is shorter than one window of {seq_len} tokens; "
+                f"{corpus_dir}: the {split} part of {domain} is shorter than one window of {seq_len} tokens; "
                 f"raise `heldout` of the domain, or lower seq_len"
             )
         found[domain] = np.stack([windows[i * len(windows) // n] for i in range(n)])

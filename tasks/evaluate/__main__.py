@@ -1,4 +1,4 @@
-"""Judge the dense parent, the MoE right after the split and the MoE after training on the same held-out windows.
+"""Judge the dense parent, the MoE right after the split and the MoE after training on the same test windows.
 
     python -m tasks.evaluate PIPELINE
 
@@ -38,7 +38,7 @@ def evaluate(name: str) -> None:
     corpus = Path("data/corpora") / pipeline.corpus
     contents = manifest.load(corpus)
     manifest.require_tokenizer(contents, folders["dense"])
-    ids = windows.heldout(corpus, seq_len=knobs.seq_len, count=knobs.windows)
+    ids = windows.test(corpus, seq_len=knobs.seq_len, count=knobs.windows)
     token_bytes = encoder.token_bytes(folders["dense"])
     inputs = {
         "settings": knobs.model_dump(),
@@ -57,11 +57,11 @@ def evaluate(name: str) -> None:
                 print(f"{MODELS[key]}: {path}", flush=True)
                 scratch.write_json(result, _judge(path, ids, knobs=knobs, prepared=prepared))
             done[key] = json.loads(result.read_text())
-        heldout = likelihood.counts(ids, token_bytes=token_bytes)
+        counted = likelihood.counts(ids, token_bytes=token_bytes)
         scratch.write_json(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
         (folder / "heldout.json").write_text(json.dumps({domain: a.tolist() for domain, a in ids.items()}))
         scratch.publish(folder / "heldout.json", run / "heldout.json")
-        scratch.write_json(run / "evaluation.json", summarise(done, heldout=heldout, seq_len=knobs.seq_len))
+        scratch.write_json(run / "evaluation.json", summarise(done, test=counted, seq_len=knobs.seq_len))
         shutil.rmtree(folder)
 
 
@@ -93,29 +93,28 @@ def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) ->
     }
 
 
-def summarise(done: dict[str, Any], *, heldout: dict[str, Any], seq_len: int) -> dict[str, Any]:
+def summarise(done: dict[str, Any], *, test: dict[str, Any], seq_len: int) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         done: {dense, split, trained: what was measured}.
-        heldout: likelihood.counts.
+        test: likelihood.counts.
 
     Returns:
         dense, split, trained: {loss, perplexity, bits_per_byte: {domain, mean}, parameters {total, active},
-        flops_per_token, tokens_per_second, tasks}; heldout: {domain: {windows, tokens, bytes}, seq_len};
+        flops_per_token, tokens_per_second, tasks}; test: {domains: {windows, tokens, bytes}, seq_len};
         difference: {trained_dense, trained_split: {loss, stderr}}, first minus second; recovery: the share of the
         loss that the split cost which training won back, absent if the split cost nothing; routing; machine.
     """
     summary: dict[str, Any] = {}
     for key, result in done.items():
-        summary[key] = likelihood.scores(result["nats"], heldout)
+        summary[key] = likelihood.scores(result["nats"], test)
         for field in ("parameters", "flops_per_token", "tokens_per_second", "tasks"):
             summary[key][field] = result[field]
-    summary["heldout"] = {"domains": heldout, "seq_len": seq_len}
+    summary["test"] = {"domains": test, "seq_len": seq_len}
     nats = {key: result["nats"] for key, result in done.items()}
     summary["difference"] = {
-        f"trained_{other}": likelihood.difference(nats["trained"], nats[other], heldout)
-        for other in ("dense", "split")
+        f"trained_{other}": likelihood.difference(nats["trained"], nats[other], test) for other in ("dense", "split")
     }
     dense, split, trained = (summary[key]["loss"]["mean"] for key in MODELS)
     if split > dense:

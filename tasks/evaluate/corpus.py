@@ -30,8 +30,8 @@ def domains(results: Results) -> list[dict[str, str]]:
             "domain": name,
             "license": entry["license"],
             "source": entry["source"],
-            "documents": _both(entry["documents"]),
-            "tokens": _both(entry["tokens"]),
+            "documents": _splits(entry["documents"]),
+            "tokens": _splits(entry["tokens"]),
             "share": f"{sum(entry['tokens'].values()) / total:.1%}",
             "bytes_per_token": f"{entry['bytes_per_token']:.2f}",
             "weight": f"{results.mixture['weights'][name]:.3f} → {results.pretrain['weights'][name]:.3f}",
@@ -57,7 +57,11 @@ def drops(entries: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def figures(results: Results) -> list[dict[str, Any]]:
     """Tokens per domain, and how long the documents are."""
     tokens = {
-        name: {"training": entry["tokens"]["train"], "held out": entry["tokens"]["heldout"]}
+        name: {
+            "training": entry["tokens"]["train"],
+            "validation": entry["tokens"]["validation"],
+            "test": entry["tokens"]["test"],
+        }
         for name, entry in results.corpus_metrics["domains"].items()
     }
     return [
@@ -83,5 +87,5 @@ def encoder(found: dict[str, Any]) -> str:
     )
 
 
-def _both(splits: dict[str, int]) -> str:
-    return f"{splits['train']:,} / {splits['heldout']:,}"
+def _splits(counts: dict[str, int]) -> str:
+    return f"{counts['train']:,} / {counts['validation']:,} / {counts['test']:,}"

@@ -1,4 +1,4 @@
-"""Held-out loss per domain: nats per token, perplexity, bits per byte, tokens per second, expert load."""
+"""Loss per domain: nats per token, perplexity, bits per byte, tokens per second, expert load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(
     batch: int,
     progress: Callable[[str, float], None] = lambda domain, nats: None,
 ) -> dict[str, Any]:
-    """Run a model over the held-out windows.
+    """Run a model over the windows.
 
     Args:
         model: a causal language model; its dtype and device are those of the measurement.
@@ -77,14 +77,14 @@ def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dic
     }
 
 
-def scores(nats: Mapping[str, list[float]], heldout: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
+def scores(nats: Mapping[str, list[float]], test: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
     """Turn summed nats into the three figures, each {domain: …, mean: …}.
 
     loss is in nats per predicted token. The mean is over domains, each counting the same whatever its size;
     the mean perplexity is the exponential of the mean loss.
     """
-    losses = {domain: sum(sums) / heldout[domain]["tokens"] for domain, sums in nats.items()}
-    bits = {domain: loss.bits_per_byte(sum(sums), num_bytes=heldout[domain]["bytes"]) for domain, sums in nats.items()}
+    losses = {domain: sum(sums) / test[domain]["tokens"] for domain, sums in nats.items()}
+    bits = {domain: loss.bits_per_byte(sum(sums), num_bytes=test[domain]["bytes"]) for domain, sums in nats.items()}
     losses["mean"] = statistics.fmean(losses.values())
     bits["mean"] = statistics.fmean(bits.values())
     perplexities = {domain: loss.perplexity(value) for domain, value in losses.items()}
@@ -92,7 +92,7 @@ def scores(nats: Mapping[str, list[float]], heldout: Mapping[str, Mapping[str, i
 
 
 def difference(
-    first: Mapping[str, list[float]], second: Mapping[str, list[float]], heldout: Mapping[str, Mapping[str, int]]
+    first: Mapping[str, list[float]], second: Mapping[str, list[float]], test: Mapping[str, Mapping[str, int]]
 ) -> dict[str, float]:
     """Mean loss of the first model minus the second's on the same windows, in nats per token, with its paired stderr.
 
@@ -101,7 +101,7 @@ def difference(
     """
     means, variances = [], []
     for domain, sums in first.items():
-        per_window = heldout[domain]["tokens"] / heldout[domain]["windows"]
+        per_window = test[domain]["tokens"] / test[domain]["windows"]
         deltas = [(a - b) / per_window for a, b in zip(sums, second[domain], strict=True)]
         means.append(statistics.fmean(deltas))
         if len(deltas) > 1:

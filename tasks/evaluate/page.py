@@ -29,7 +29,7 @@ def render(results: Results) -> str:
 def context(results: Results) -> dict[str, Any]:
     """The template's variables. Charts are markup, everything else is text that the template escapes."""
     evaluation = results.evaluation
-    domains = list(evaluation["heldout"]["domains"])
+    domains = list(evaluation["test"]["domains"])
     titles = list(summary.MODELS.values())
     bits = {
         row: {title: evaluation[key]["bits_per_byte"][row] for key, title in summary.MODELS.items()}
@@ -42,7 +42,7 @@ def context(results: Results) -> dict[str, Any]:
         "tiles": tiles(evaluation),
         "basis": summary.basis(evaluation),
         "difference": difference(evaluation),
-        "quality_chart": Markup(charts.dots(bits, label="bits per byte on held-out text; fewer is better")),
+        "quality_chart": Markup(charts.dots(bits, label="bits per byte on test text; fewer is better")),
         "models": titles,
         "quality": quality(evaluation, domains),
         "size": size(evaluation),

@@ -31,11 +31,11 @@ class Results:
     config: dict[str, Any]
     """config.json of the trained checkpoint."""
     loss: Points
-    heldout: dict[str, Points]
+    validation: dict[str, Points]
     weights: dict[str, Points]
     """Domain weights during training; empty where they stood still."""
     references: dict[str, float]
-    """Losses of the dense parent on the windows of `heldout`; empty where it wasn't judged on them."""
+    """Losses of the dense parent on the windows of `validation`; empty where it wasn't judged on them."""
     events: list[dict[str, Any]]
     """What training reported: step, what, message."""
     lengths: dict[str, dict[int, int]]
@@ -54,7 +54,7 @@ def read(name: str) -> Results:
         return parse(path.read_text())
 
     corpora = Path("data/corpora")
-    heldout = load(run / "heldout.csv", "pretrain", _rows)
+    validation = load(run / "validation.csv", "pretrain", _rows)
     pretrain = load(run / "pretrain.json", "pretrain")
     log = load(run / "training" / "log.jsonl", "pretrain", lambda text: [json.loads(x) for x in text.splitlines()])
     return Results(
@@ -70,8 +70,8 @@ def read(name: str) -> Results:
         routing=load(run / "routing.json", "evaluate"),
         config=load(run / "trained" / "config.json", "pretrain"),
         loss=_curve(load(run / "loss.csv", "pretrain", _rows), "loss"),
-        heldout={column: _curve(heldout, column) for column in heldout[0] if column not in {"step", "tokens"}}
-        if heldout
+        validation={column: _curve(validation, column) for column in validation[0] if column not in {"step", "tokens"}}
+        if validation
         else {},
         weights=_weights(log),
         references=pretrain.get("references") or {},

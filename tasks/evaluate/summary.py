@@ -27,7 +27,7 @@ def read(pipeline: str) -> dict[str, Any]:
 def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """The table's rows: (what with its unit, [dense parent, after the split, after training])."""
     models = [evaluation[key] for key in MODELS]
-    domains = list(evaluation["heldout"]["domains"])
+    domains = list(evaluation["test"]["domains"])
     table: list[tuple[str, list[str]]] = []
 
     def add(label: str, values: list[str]) -> None:
@@ -64,11 +64,11 @@ def table(pipeline: str) -> Table:
 
 
 def basis(evaluation: dict[str, Any]) -> str:
-    """One sentence: how many windows, tokens and bytes the held-out figures rest on, and what training won back."""
-    domains = evaluation["heldout"]["domains"].values()
+    """One sentence: how many windows, tokens and bytes the figures rest on, and what training won back."""
+    domains = evaluation["test"]["domains"].values()
     sums = {key: sum(domain[key] for domain in domains) for key in ("windows", "tokens", "bytes")}
     text = (
-        f"{sums['windows']} held-out windows of {evaluation['heldout']['seq_len']} tokens: {sums['tokens']:,} tokens "
+        f"{sums['windows']} test windows of {evaluation['test']['seq_len']} tokens: {sums['tokens']:,} tokens "
         f"predicted, {sums['bytes']:,} bytes, float32; mean: over domains, each counting the same."
     )
     if "recovery" in evaluation:

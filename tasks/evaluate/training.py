@@ -44,10 +44,10 @@ def what(results: Results) -> str:
 
 def figures(results: Results) -> list[dict[str, Any]]:
     """Loss curves with the dense parent's losses, and the domain weights where they moved."""
-    domains = [series for series in results.heldout if series != "mean"]
-    curves = {domain: results.heldout[domain] for domain in domains} | {"training batches": results.loss}
+    domains = [series for series in results.validation if series != "mean"]
+    curves = {domain: results.validation[domain] for domain in domains} | {"training batches": results.loss}
     caption = (
-        f"Held-out loss per domain on {results.pipeline.pretrain.eval_windows} windows each, and the loss of every "
+        f"Validation loss per domain on {results.pipeline.pretrain.eval_windows} windows each, and the loss of every "
         "training batch (whose domains differ from batch to batch)."
     )
     if results.references:
@@ -74,7 +74,7 @@ def gap(results: Results) -> dict[str, Any] | None:
     (before - after) / (before - parent), per domain and of the means that count each domain the same. A domain in
     which the split lost nothing has no gap.
     """
-    before, after = (results.pretrain.get(key) or {} for key in ("heldout_before", "heldout_after"))
+    before, after = (results.pretrain.get(key) or {} for key in ("validation_before", "validation_after"))
     parent = results.references
     domains = [domain for domain in before if domain in after and domain in parent]
     if not domains:

@@ -1,4 +1,4 @@
-"""Reference losses: what the dense parent makes of every domain's held-out text."""
+"""Reference losses: what the dense parent makes of every domain's validation text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def measure(model_dir: Path, corpus_dir: Path, *, seq_len: int, windows: int) -> dict[str, Any]:
-    """Held-out loss of the dense parent in nats per predicted token, per domain and per window.
+    """Validation loss of the dense parent in nats per predicted token, per domain and per window.
 
     The losses of the single windows are kept too: dynamic batch loading compares the student with its parent on the
     same windows, so the differences between windows cancel.
@@ -15,13 +15,13 @@ def measure(model_dir: Path, corpus_dir: Path, *, seq_len: int, windows: int) ->
     Returns:
         reference_losses {domain: mean}, window_losses {domain: [one per window]}, seq_len, windows (asked for).
     """
-    from tasks.corpus.windows import heldout
+    from tasks.corpus.windows import validation
     from tasks.moe import checkpoint
     from tasks.moe.loss import window_nll
 
     model = checkpoint.load(model_dir)
     losses: dict[str, list[float]] = {}
-    for domain, ids_BL in heldout(corpus_dir, seq_len=seq_len, count=windows).items():
+    for domain, ids_BL in validation(corpus_dir, seq_len=seq_len, count=windows).items():
         losses[domain] = (window_nll(model, ids_BL, batch=4) / (seq_len - 1)).tolist()
         print(f"{domain}: reference loss {sum(losses[domain]) / len(losses[domain]):.4f}", flush=True)
     return {

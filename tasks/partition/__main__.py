@@ -23,7 +23,7 @@ from tasks import scratch, settings
 if TYPE_CHECKING:
     from tasks.moe.streamed import Streamed
 
-HELDOUT_WINDOWS = 2
+VALIDATION_WINDOWS = 2
 """Per domain, for the loss before and after; the evaluation measures on more."""
 _BATCH = 4
 
@@ -59,7 +59,7 @@ def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Pat
     from tasks.partition.progress import Progress
 
     partition, seq_len = entry.partition, entry.pretrain.seq_len
-    heldout = windows.heldout(corpus_dir, seq_len=seq_len, count=HELDOUT_WINDOWS)
+    validation = windows.validation(corpus_dir, seq_len=seq_len, count=VALIDATION_WINDOWS)
     dense = Streamed(model_dir)
     sparse_layers = partition.sparse_layers(dense.layers)
     with Progress(len(sparse_layers), label="partition") as progress:
@@ -73,16 +73,16 @@ def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Pat
         )
     started = time.perf_counter()
     moe = Streamed(work / "moe", device=_device())
-    dense_losses, moe_losses = (_losses(model, heldout) for model in (Streamed(model_dir, device=_device()), moe))
-    made["seconds"]["heldout loss"] = round(time.perf_counter() - started, 1)
+    dense_losses, moe_losses = (_losses(model, validation) for model in (Streamed(model_dir, device=_device()), moe))
+    made["seconds"]["validation loss"] = round(time.perf_counter() - started, 1)
     width = dense.config.intermediate_size
     active = (partition.top_k + partition.shared_experts) * partition.check_width(width) / width
     return made | {
-        "heldout_loss": moe_losses,
+        "validation_loss": moe_losses,
         "perplexity": _perplexity(moe_losses),
-        "dense": {"heldout_loss": dense_losses, "perplexity": _perplexity(dense_losses)},
+        "dense": {"validation_loss": dense_losses, "perplexity": _perplexity(dense_losses)},
         "perplexity_ratio": _perplexity(moe_losses) / _perplexity(dense_losses),
-        "heldout_windows": {domain: len(ids) for domain, ids in heldout.items()},
+        "validation_windows": {domain: len(ids) for domain, ids in validation.items()},
         "parameters": counts.parameters(moe.config),
         "sparse_layers": sparse_layers,
         "ffn_active": active,
@@ -95,13 +95,13 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _losses(model: Streamed, heldout: dict[str, np.ndarray]) -> dict[str, float]:
+def _losses(model: Streamed, validation: dict[str, np.ndarray]) -> dict[str, float]:
     """Nats per predicted token of each domain; each layer is read once for all of them."""
-    nats_B = model.nll(np.concatenate(list(heldout.values())), batch=_BATCH)
-    ends = np.cumsum([len(ids) for ids in heldout.values()])[:-1]
+    nats_B = model.nll(np.concatenate(list(validation.values())), batch=_BATCH)
+    ends = np.cumsum([len(ids) for ids in validation.values()])[:-1]
     return {
         domain: float(nats.sum() / (len(ids) * (ids.shape[1] - 1)))
-        for (domain, ids), nats in zip(heldout.items(), np.split(nats_B, ends), strict=True)
+        for (domain, ids), nats in zip(validation.items(), np.split(nats_B, ends), strict=True)
     }
 
 

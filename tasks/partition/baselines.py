@@ -1,9 +1,9 @@
-"""What a split is held against: the dense model with its FFNs replaced, layer by layer, on held-out windows.
+"""What a split is held against: the dense model with its FFNs replaced, layer by layer, on validation windows.
 
 The oracles look at the answer and bound what can be reached; static pruning is the plainest alternative. Each is a
 `Build`: it sees one dense FFN and gives the function that stands in its place.
 
-    nats = measure(Streamed(folder), heldout, neuron_oracle(0.5)).nats
+    nats = measure(Streamed(folder), validation, neuron_oracle(0.5)).nats
 
 Shapes: T tokens, D hidden, N neurons, M kept neurons, E routed experts, S shared, F neurons per expert, K top_k, B
 windows, L their length.
@@ -57,7 +57,7 @@ class _Reader(nn.Module):
 @torch.no_grad()
 def measure(
     parent: Streamed,
-    heldout: Mapping[str, np.ndarray],
+    validation: Mapping[str, np.ndarray],
     build: Build,
     *,
     calibration: np.ndarray | None = None,
@@ -69,11 +69,11 @@ def measure(
 
     Args:
         parent: a dense checkpoint.
-        heldout: token ids of each domain's windows, int64 [B, L], L the same for all.
+        validation: token ids of each domain's windows, int64 [B, L], L the same for all.
         calibration: int64 [B, L]; `build` sees no text without it.
         batch: windows that pass a block at once.
     """
-    ids_BL = torch.from_numpy(np.concatenate(list(heldout.values()))).to(parent.device)
+    ids_BL = torch.from_numpy(np.concatenate(list(validation.values()))).to(parent.device)
     held_BLD = parent.embed(ids_BL)
     seen_BLD = parent.embed(torch.from_numpy(calibration)) if calibration is not None else None
     seconds = 0.0
@@ -91,13 +91,13 @@ def measure(
         _add(held_BLD, ffn, _attend(parent, block, held_BLD, layer=i, batch=batch), batch=batch)
         if i == parent.layers // 2:
             middle = ffn
-    return Measured(nats=by_domain(_nll(parent, held_BLD, ids_BL), heldout), seconds=seconds, middle=middle)
+    return Measured(nats=by_domain(_nll(parent, held_BLD, ids_BL), validation), seconds=seconds, middle=middle)
 
 
-def by_domain(nats_B: np.ndarray, heldout: Mapping[str, np.ndarray]) -> dict[str, float]:
+def by_domain(nats_B: np.ndarray, validation: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The mean of each domain over its windows, which stand one domain after the other."""
-    ends = np.cumsum([len(ids) for ids in heldout.values()])[:-1]
-    return {name: float(part.mean()) for name, part in zip(heldout, np.split(nats_B, ends), strict=True)}
+    ends = np.cumsum([len(ids) for ids in validation.values()])[:-1]
+    return {name: float(part.mean()) for name, part in zip(validation, np.split(nats_B, ends), strict=True)}
 
 
 def _attend(parent: Streamed, block: Any, hidden_BLD: Tensor, *, layer: int, batch: int) -> Tensor:

@@ -3,7 +3,7 @@
     python -m tasks.partition.compare                       # the whole table
     python -m tasks.partition.compare --only oracle peer    # rows whose name has one of these words in it
 
-Prints method x share of the FFN active: perplexity on held-out windows of every domain and its ratio to the dense
+Prints method x share of the FFN active: perplexity on validation windows of every domain and its ratio to the dense
 parent's, identity error, seconds of construction, peak memory, and the speed of a converted layer. A row runs in a
 process of its own and its results are kept at once: run again, and only what is missing is computed.
 """
@@ -165,20 +165,20 @@ def run(job: Job) -> dict[str, Any]:
     from tasks.corpus import windows
     from tasks.moe.streamed import Streamed
 
-    heldout = windows.heldout(Path(job.corpus_dir), seq_len=SEQ_LEN, count=job.windows)
+    validation = windows.validation(Path(job.corpus_dir), seq_len=SEQ_LEN, count=job.windows)
     parent = Streamed(Path(job.model_dir))
-    figures = _plain(job, parent, heldout) if job.partition is None else _method(job, parent, heldout)
-    counts = {name: len(ids) for name, ids in heldout.items()}
-    return {**figures, "heldout": counts, "threads": torch.get_num_threads()}
+    figures = _plain(job, parent, validation) if job.partition is None else _method(job, parent, validation)
+    counts = {name: len(ids) for name, ids in validation.items()}
+    return {**figures, "validation": counts, "threads": torch.get_num_threads()}
 
 
-def _plain(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[str, Any]:
+def _plain(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dict[str, Any]:
     from tasks.partition import baselines, calibration
 
     row, text = plain(job.share, job.seed)[job.row], None
     if row.calibrated:
         text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=CALIBRATION, seed=job.seed)
-    found = baselines.measure(parent, heldout, row.build, calibration=text)
+    found = baselines.measure(parent, validation, row.build, calibration=text)
     return {
         "nats": found.nats,
         "seconds": found.seconds,
@@ -187,7 +187,7 @@ def _plain(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[s
     }
 
 
-def _method(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[str, Any]:
+def _method(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dict[str, Any]:
     import torch
 
     from tasks.moe.streamed import Streamed
@@ -207,19 +207,19 @@ def _method(job: Job, parent: Streamed, heldout: dict[str, np.ndarray]) -> dict[
         )
         seconds, peak = time.perf_counter() - start, _peak_mib()
         sparse = Streamed(folder / "moe")
-        nll_B = sparse.nll(np.concatenate(list(heldout.values())), batch=4) / (SEQ_LEN - 1)
+        nll_B = sparse.nll(np.concatenate(list(validation.values())), batch=4) / (SEQ_LEN - 1)
         split = index.read(folder / "partition.safetensors")
         bound = baselines.expert_oracle(split.layers, shared=split.shared_experts, top_k=partition.top_k)
         block: Any = sparse.block(next(iter(split.layers)))
     shutil.rmtree(folder.parent)
     parts = [part for name in ("mlp", "block_sparse_moe", "shared_mlp") if (part := getattr(block, name, None))]
     return {
-        "nats": baselines.by_domain(nll_B, heldout),
+        "nats": baselines.by_domain(nll_B, validation),
         "seconds": seconds,
         "parts": made["seconds"],
         "peak_mib": peak,
         "identity_error": made["identity_error"],
-        "oracle_nats": baselines.measure(parent, heldout, bound).nats,
+        "oracle_nats": baselines.measure(parent, validation, bound).nats,
         "tokens_per_s": _speeds(parent, lambda x_TD: torch.stack([part(x_TD[None])[0] for part in parts]).sum(0)),
     }
 
@@ -337,7 +337,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default="smollm2-135m-q4", help="a dense model under data/models")
     parser.add_argument("--corpus", default="wide", help="a corpus under data/corpora")
-    parser.add_argument("--windows", type=int, default=2, help=f"held-out windows of {SEQ_LEN} tokens per domain")
+    parser.add_argument("--windows", type=int, default=2, help=f"validation windows of {SEQ_LEN} tokens per domain")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose name has one of these in it")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES, choices=SHARES, help="per cent of the FFN")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that depend on one")
@@ -356,9 +356,9 @@ def main() -> int:
     if not found or found[0]["row"] != "dense":
         _say("compare: the dense model could not be measured, so there is nothing to compare with")
         return 1
-    counts = found[0]["heldout"].values()
+    counts = found[0]["validation"].values()
     print(
-        f"{args.model}, {sum(counts)} held-out windows of {SEQ_LEN} tokens from the {len(counts)} domains of "
+        f"{args.model}, {sum(counts)} validation windows of {SEQ_LEN} tokens from the {len(counts)} domains of "
         f"{args.corpus}; perplexity is exp of the loss, which is the mean over the domains; {found[0]['threads']} "
         "threads.\n"
     )

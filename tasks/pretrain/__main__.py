@@ -3,7 +3,7 @@
     python -m tasks.pretrain PIPELINE [--discard]
 
 Reads runs/<pipeline>/{moe/,mixture.json} and data/corpora/<corpus>/; writes runs/<pipeline>/{trained/,training/,
-pretrain.json,loss.csv,heldout.csv}. Stopped at any moment, even by kill -9, the same command goes on from the last
+pretrain.json,loss.csv,validation.csv}. Stopped at any moment, even by kill -9, the same command goes on from the last
 checkpoint and ends with the same weights and the same log. With --discard, it deletes the unfinished work instead.
 """
 

@@ -31,20 +31,20 @@ class Display:
         self._begun = self._shown = 0.0
         self._done = 0
         self._step: dict[str, Any] = {}
-        self._heldout: dict[str, Any] = {}
+        self._validation: dict[str, Any] = {}
         console = Console()
         on_terminal = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
         self._console = console if on_terminal else None
         self._live: Live | None = None
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show a record of the log: `step`, `heldout` or `event`."""
+        """Show a record of the log: `step`, `validation` or `event`."""
         if record["kind"] == "event":
             self.say(f"step {record['step']}: {record['message']}")
-        elif record["kind"] == "heldout":
-            self._heldout = record
+        elif record["kind"] == "validation":
+            self._validation = record
             losses = "  ".join(f"{domain} {loss:.4f}" for domain, loss in record["losses"].items())
-            self.say(f"held out at step {record['step']}: mean {record['mean']:.4f}  {losses}")
+            self.say(f"validation at step {record['step']}: mean {record['mean']:.4f}  {losses}")
         else:
             now, step = time.perf_counter(), record["step"]
             if not self._done:
@@ -109,7 +109,7 @@ class Display:
 
         one_line: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
         parts: list[RenderableType] = []
-        if self._heldout or self._step:
+        if self._validation or self._step:
             parts.append(self._table())
         if load := self._step.get("experts"):
             busiest = f"busiest {load['peak']:.1%}, {load['dead']} without tokens"
@@ -125,10 +125,10 @@ class Display:
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("domain")
-        for title in ("weight", "loss", "held out", "epochs"):
+        for title in ("weight", "loss", "validation", "epochs"):
             table.add_column(title, justify="right")
-        steps, losses = self._step.get("domains", {}), self._heldout.get("losses", {})
-        weights = self._heldout.get("weights", {})
+        steps, losses = self._step.get("domains", {}), self._validation.get("losses", {})
+        weights = self._validation.get("weights", {})
         for domain in losses or steps:
             step = steps.get(domain, {})
             cells = ((weights.get(domain), 3), (step.get("loss"), 4), (losses.get(domain), 4), (step.get("epochs"), 3))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tasks.corpus import weights as domain_weights
-from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.validation import Validation
 from tasks.settings.pretrain import Fit
 
 _START = (406.4, 0.336, 0.69)  # a, b, c; where Sheared-LLaMA's notebook starts
@@ -20,7 +20,7 @@ _EVALUATIONS = 20_000
 class Reweighter:
     """Moves the domain weights at evaluations, and keeps what was decided on what grounds.
 
-    Every rank has one and comes to the same weights, because the held-out losses are the same on all.
+    Every rank has one and comes to the same weights, because the validation losses are the same on all.
     """
 
     def __init__(self, references: Mapping[str, float], *, rule: domain_weights.Rule) -> None:
@@ -29,7 +29,7 @@ class Reweighter:
         """A record an evaluation, as JSON values: step, weights from there on, losses, references."""
 
     @classmethod
-    def load(cls, job: Job, *, heldout: Heldout) -> Reweighter | None:
+    def load(cls, job: Job, *, validation: Validation) -> Reweighter | None:
         """The reweighter of a job; None without `pretrain.dynamic`.
 
         Raises:
@@ -40,26 +40,26 @@ class Reweighter:
             return None
         given = dynamic.references
         if isinstance(given, Fit):
-            _same_domains("pretrain.dynamic.references.losses", given.losses, heldout.windows)
+            _same_domains("pretrain.dynamic.references.losses", given.losses, validation.windows)
             size = given.size or _active(job)
             references = {
                 domain: predict(losses, sizes=given.sizes, size=size, domain=domain)
                 for domain, losses in given.losses.items()
             }
         elif given == "parent":
-            assert heldout.references is not None
-            references = heldout.references
+            assert validation.references is not None
+            references = validation.references
         else:
-            _same_domains("pretrain.dynamic.references", given, heldout.windows)
+            _same_domains("pretrain.dynamic.references", given, validation.windows)
             references = given
-        return cls({domain: references[domain] for domain in heldout.windows}, rule=dynamic.rule)
+        return cls({domain: references[domain] for domain in validation.windows}, rule=dynamic.rule)
 
     def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
         """The weights after an evaluation (`tasks.corpus.weights.update`), noted in the history.
 
         Args:
             weights: those in use.
-            losses: held-out losses of this evaluation, nats per token.
+            losses: validation losses of this evaluation, nats per token.
             step: after which step it was.
         """
         new = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)

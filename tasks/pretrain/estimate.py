@@ -53,7 +53,7 @@ class Speed:
     optimizer: float
     """The optimizer step."""
     evaluation: float
-    """A forward pass of one held-out window."""
+    """A forward pass of one validation window."""
     copy: float
     """Copying a byte of a checkpoint, which is written in the background then."""
     processes: int
@@ -76,7 +76,7 @@ class Speed:
 
 
 def evaluated_windows(params: Pretrain, *, domains: int) -> int:
-    """Held-out windows of a run: before the first step, every eval_every steps, and after the last."""
+    """Validation windows of a run: before the first step, every eval_every steps, and after the last."""
     times = 1 + params.steps // params.eval_every + (params.steps % params.eval_every > 0)
     return times * params.eval_windows * domains
 

@@ -118,7 +118,7 @@ class Journal:
         self._write(record)
         self._compare_ranks(state.step, found)
 
-    def heldout(
+    def validation(
         self,
         state: State,
         losses: Mapping[str, float],
@@ -130,7 +130,7 @@ class Journal:
     ) -> None:
         """An evaluation, with the domain weights that hold from here on."""
         record = {
-            "kind": "heldout",
+            "kind": "validation",
             "step": state.step,
             "tokens": state.step * self.params.step_tokens,
             "mean": float(np.mean(list(losses.values()))),

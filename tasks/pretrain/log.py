@@ -5,7 +5,7 @@ Records, by `kind`:
     step     step, tokens, predicted, loss (the cross-entropy alone), parts {balance, z, kl, hidden: those there are},
              total, grad_norm, lr, rates {part: lr} where they differ, domains {name: {loss, windows, epochs}}, experts
              (meters.expert_load), timing (meters.timing)
-    heldout  step, tokens, mean, losses {domain: nats per token}, weights, references, sampler, experts, timing
+    validation  step, tokens, mean, losses {domain: nats per token}, weights, references, sampler, experts, timing
     event    step, what, message, and what belongs to it
 
 A record's `timing` is the only part that differs between an interrupted and an uninterrupted run.
@@ -27,12 +27,12 @@ from tasks.pretrain.trackers import Run, Tracker, start
 
 Record = dict[str, Any]
 
-_HAS_NUMBERS = re.compile(rb'"kind": "(step|heldout)".*\n')  # a whole line of log.jsonl
+_HAS_NUMBERS = re.compile(rb'"kind": "(step|validation)".*\n')  # a whole line of log.jsonl
 _NOT_CURVES = {"kind", "step", "tokens", "sampler"}
 
 
 class Log:
-    """Appends records to log.jsonl, and their numbers to the trackers, as `step/loss` or `heldout/losses/books`."""
+    """Appends records to log.jsonl, and their numbers to the trackers, as `step/loss` or `validation/losses/books`."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Log:
 
 
 def read(path: Path, kind: str) -> list[Record]:
-    """The records of one kind: `step`, `heldout` or `event`."""
+    """The records of one kind: `step`, `validation` or `event`."""
     records = (json.loads(line) for line in path.read_text().splitlines())
     return [record for record in records if record["kind"] == kind]
 
@@ -156,8 +156,8 @@ def loss_csv(records: list[Record]) -> str:
     return _csv(columns, rows)
 
 
-def heldout_csv(records: list[Record]) -> str:
-    """The held-out records as CSV: step,tokens,mean and a column for each domain; nats per token."""
+def validation_csv(records: list[Record]) -> str:
+    """The validation records as CSV: step,tokens,mean and a column for each domain; nats per token."""
     domains = list(records[0]["losses"]) if records else []
     rows = [[r["step"], r["tokens"], r["mean"], *(r["losses"][domain] for domain in domains)] for r in records]
     return _csv(["step", "tokens", "mean", *domains], rows)

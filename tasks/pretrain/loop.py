@@ -13,10 +13,10 @@ from tasks.pretrain import engine as engines
 from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.dynamic import Reweighter
 from tasks.pretrain.guard import Guard, Rollback, Rollbacks, named
-from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError, code_version
 from tasks.pretrain.journal import Journal
 from tasks.pretrain.state import State
+from tasks.pretrain.validation import Validation
 from tasks.pretrain.watch import Watch
 from tasks.settings import Pretrain
 
@@ -46,8 +46,8 @@ class Trainer:
             )
         manifest.require_tokenizer(corpus, job.model)
         self.domains = list(corpus.domains)
-        self.heldout = Heldout.load(job, mixture["evidence"])
-        self.reweighter = Reweighter.load(job, heldout=self.heldout)
+        self.validation = Validation.load(job, mixture["evidence"])
+        self.reweighter = Reweighter.load(job, validation=self.validation)
         self.state = State(weights=mixture["weights"], windows_seen=dict.fromkeys(self.domains, 0))
         self.sampler, self.loader = batches.draw(
             job, self.state.weights, corpus_sha256=corpus.sha256, rank=place.rank, world_size=place.world_size
@@ -210,14 +210,14 @@ class Trainer:
         return f"the checkpoint of step {saved['step']} under {self.checkpoints.folder}" if saved else "nothing yet"
 
     def _evaluate(self) -> list[list[int]]:
-        """Log the held-out losses, move the domain weights if they are dynamic, return tokens per layer and expert."""
+        """Log the validation losses, move dynamic domain weights, return tokens per layer and expert."""
         import torch
 
         from tasks.moe.routing import expert_load
 
         begun, place = time.perf_counter(), self.place
         with expert_load(self.engine.module) as load_LE:
-            losses = self.heldout.evaluate(
+            losses = self.validation.evaluate(
                 self.engine.module, batch=self.params.micro_batch, rank=place.rank, world_size=place.world_size
             )
         load = torch.from_numpy(load_LE).to(place.device)
@@ -225,14 +225,14 @@ class Trainer:
         if not np.isfinite(list(losses.values())).all():
             raise TrainingError(
                 self.guard.message(
-                    "the held-out loss is not finite", step=self.state.step, windows=[], kept=self._kept()
+                    "the validation loss is not finite", step=self.state.step, windows=[], kept=self._kept()
                 )
             )
         self._reweight(losses)
-        self.journal.heldout(
+        self.journal.validation(
             self.state,
             losses,
-            references=self.reweighter.references if self.reweighter else self.heldout.references,
+            references=self.reweighter.references if self.reweighter else self.validation.references,
             sampler=self.sampler.state(),
             load_LE=load.cpu().numpy(),
             seconds=time.perf_counter() - begun,

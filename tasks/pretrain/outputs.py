@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
-    """Write workspace/{trained,training/…,pretrain.json,loss.csv,heldout.csv}; all ranks must call it."""
+    """Write workspace/{trained,training/…,pretrain.json,loss.csv,validation.csv}; all ranks must call it."""
     from tasks.moe import gate
 
     job = trainer.job
@@ -39,9 +39,9 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
         training / "expert_load.json", {"before": trainer.state.load_before, "after": trainer.state.load_after}
     )
     shutil.copyfile(job.workspace / JOB, training / JOB)
-    records = log.read(training / "log.jsonl", "heldout")
+    records = log.read(training / "log.jsonl", "validation")
     (job.workspace / "loss.csv").write_text(log.loss_csv(log.read(training / "log.jsonl", "step")))
-    (job.workspace / "heldout.csv").write_text(log.heldout_csv(records))
+    (job.workspace / "validation.csv").write_text(log.validation_csv(records))
     scratch.write_json(job.workspace / "pretrain.json", _metrics(trainer, records) | fit)
 
 
@@ -56,14 +56,14 @@ def publish(job: Job) -> None:
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(job.workspace / "training", copy)
     scratch.publish(copy, target / "training")
-    for name in ("trained", "loss.csv", "heldout.csv", "pretrain.json"):
+    for name in ("trained", "loss.csv", "validation.csv", "pretrain.json"):
         scratch.publish(job.workspace / name, target / name)
     (job.workspace / "checkpoints/latest.json").unlink()  # what it names is no longer whole from here on
     shutil.rmtree(job.workspace / "checkpoints")
     shutil.rmtree(job.workspace / "training")
 
 
-def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
+def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, Any]:
     from tasks.corpus import manifest
     from tasks.moe import counts
 
@@ -89,11 +89,11 @@ def _metrics(trainer: Trainer, heldout: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds_saving": trainer.state.seconds["saving"],
         "precision": str(dtype).removeprefix("torch."),
         "processes": trainer.place.world_size,
-        "heldout_before": heldout[0]["losses"],
-        "heldout_after": heldout[-1]["losses"],
-        "heldout_mean_before": heldout[0]["mean"],
-        "heldout_mean_after": heldout[-1]["mean"],
-        "references": trainer.heldout.references,
+        "validation_before": validation[0]["losses"],
+        "validation_after": validation[-1]["losses"],
+        "validation_mean_before": validation[0]["mean"],
+        "validation_mean_after": validation[-1]["mean"],
+        "references": trainer.validation.references,
         "weights": trainer.state.weights,
         "resumed_from": trainer.state.resumed_from,
     }

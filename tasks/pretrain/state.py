@@ -18,7 +18,7 @@ class State:
     """Tokens that the loss was over."""
     load_before: list[list[int]] = field(default_factory=list)
     load_after: list[list[int]] = field(default_factory=list)
-    """Tokens per sparse layer and expert on the held-out windows."""
+    """Tokens per sparse layer and expert on the validation windows."""
     biases: list[list[float]] = field(default_factory=list)
     """Of the routers' choice, with balance.loss: bias."""
     seconds: dict[str, float] = field(default_factory=lambda: {"steps": 0.0, "saving": 0.0, "total": 0.0})

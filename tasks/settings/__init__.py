@@ -59,7 +59,7 @@ class Mixture(Frozen):
     weights: dict[Name, Annotated[float, Field(ge=0)]] | None = None
     """Needed by `explicit`; the start of `reference_loss` (uniform if absent). Normalised to sum 1."""
     windows: Positive = 8
-    """Held-out windows per domain on which `reference_loss` measures the dense model."""
+    """Validation windows per domain on which `reference_loss` measures the dense model."""
 
     @model_validator(mode="after")
     def _weights(self) -> Self:
@@ -88,7 +88,7 @@ class Evaluate(Frozen):
 
     seq_len: Positive
     windows: Positive = 8
-    """Held-out windows of seq_len tokens per domain."""
+    """Test windows of seq_len tokens per domain."""
     batch: Positive = 4
     tasks: list[Task] = Field(default_factory=list)
 

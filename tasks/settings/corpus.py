@@ -82,6 +82,7 @@ class Corpus(Frozen):
     model: Name
     seed: int = 0
     heldout: Share = 0.01
+    """Share of documents that is not trained on: half for validation, half for test."""
     max_bad: Share = 0.001
     """Share of unreadable records above which a domain fails."""
     max_record_bytes: Positive = 1 << 26

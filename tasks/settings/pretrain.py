@@ -148,9 +148,9 @@ class Pretrain(Frozen):
     dynamic: Dynamic | None = None
 
     eval_tokens: Positive = 1 << 20
-    """Tokens between held-out evaluations; rounded up to whole steps."""
+    """Tokens between evaluations on the validation windows; rounded up to whole steps."""
     eval_windows: Positive = 2
-    """Held-out windows per domain in each of them."""
+    """Validation windows per domain in each of them."""
     save_every: Positive = 50
     """Steps between checkpoints."""
     keep: Positive = 2

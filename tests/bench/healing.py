@@ -163,8 +163,8 @@ def table(folder: Path, recipes: list[str], seeds: list[int]) -> None:
             root = folder / "runs" / key_of(name, seed)
             ran = json.loads((root / "pretrain.json").read_text())
             parent = statistics.mean(ran["references"].values())
-            before, after = ran["heldout_mean_before"], ran["heldout_mean_after"]
-            rows = [line.split(",") for line in (root / "heldout.csv").read_text().splitlines()[1:]]
+            before, after = ran["validation_mean_before"], ran["validation_mean_after"]
+            rows = [line.split(",") for line in (root / "validation.csv").read_text().splitlines()[1:]]
             curve = [float(row[2]) for row in rows]
             closed = math.nan if name == "dense" else 100 * (before - after) / (before - parent)
             found.append((parent, before, after, closed, ran["tokens_per_second"], curve))

@@ -3,7 +3,7 @@
     python tests/bench/router_gradient.py runs/demo [--stds 0.02 0.1 0.5 2]
 
 Scales every router of a split checkpoint so that its logits have the given standard deviation over experts, and
-prints, for each: loss on held-out windows, the router's gradient norm beside that of all other weights, and how many
+prints, for each: loss on validation windows, the router's gradient norm beside that of all other weights, and how many
 of a token's choices one plain gradient step of the optimizer's size moves.
 """
 
@@ -25,11 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="runs/PIPELINE, with moe/ in it")
     parser.add_argument("--stds", type=float, nargs="+", default=[0.02, 0.1, 0.5, 2.0])
-    parser.add_argument("--windows", type=int, default=1, help="held-out windows per domain")
+    parser.add_argument("--windows", type=int, default=1, help="validation windows per domain")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the step (Adam's first: its sign)")
     args = parser.parse_args()
     pipeline = settings.load().pipeline(args.run.name)
-    held = windows.heldout(Path("data/corpora") / pipeline.corpus, seq_len=512, count=args.windows)
+    held = windows.validation(Path("data/corpora") / pipeline.corpus, seq_len=512, count=args.windows)
     ids = torch.cat([torch.from_numpy(window) for window in held.values()])
     model: Any = checkpoint.load(args.run / "moe", dtype=torch.float32)
     routers: list[Any] = routing.routers(model)

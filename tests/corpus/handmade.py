@@ -21,11 +21,11 @@ def documents(lengths: Sequence[int], *, seed: int = 0) -> list[np.ndarray]:
     return [np.append(rng.integers(1, 1 << 16, n - 1), EOS) for n in lengths]
 
 
-def corpus(folder: Path, domains: Mapping[str, Split], *, heldout: Mapping[str, Split] | None = None) -> Path:
-    """A corpus whose training (and held-out) splits hold these shards, in this order."""
+def corpus(folder: Path, domains: Mapping[str, Split], *, validation: Mapping[str, Split] | None = None) -> Path:
+    """A corpus whose training (and validation) splits hold these shards, in order; the last is also the test split."""
     entries = {}
     for name, train in sorted(domains.items()):
-        splits = {"train": train, "heldout": (heldout or {}).get(name, train[:1])}
+        splits = {"train": train, "validation": (validation or {}).get(name, train[:1]), "test": train[-1:]}
         written = {split: manifest.split_of(_shards(folder / name / split, some)) for split, some in splits.items()}
         entries[name] = {**written, "rules": {}, "license": "CC0-1.0", "source": "dir:none", "files": {}}
     facts = {

@@ -51,7 +51,7 @@ def documents_of(corpus: Path, domain: str, split: str) -> list[list[int]]:
 def test_every_split_is_a_pair_that_holds_its_documents_in_order(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     written = megatron.export(corpus, out)
-    names = {f"{domain}_{split}" for domain in ("prose", "code") for split in ("train", "heldout")}
+    names = {f"{domain}_{split}" for domain in ("prose", "code") for split in manifest.SPLITS}
     assert set(written) == names
     assert {path.name for path in out.iterdir()} == {f"{name}{end}" for name in names for end in (".bin", ".idx")}
     for name in names:
@@ -90,7 +90,7 @@ def test_documents_come_back_from_megatron_with_the_ids_they_had(project: Projec
     root = project({"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(120, seed=1))}}, shard_tokens=1000)
     run()
     corpus = root / "data/corpora/tiny"
-    before = {split: sorted(documents_of(corpus, "a", split)) for split in ("train", "heldout")}
+    before = {split: sorted(documents_of(corpus, "a", split)) for split in manifest.SPLITS}
     megatron.export(corpus, tmp_path / "out")
     project({"a": {"source": f"dir:{tmp_path}/out/a_*", "format": "megatron"}}, shard_tokens=1000)
     run()
@@ -120,14 +120,14 @@ def test_the_command_line_names_what_it_wrote_or_one_error(corpus: Path, tmp_pat
             str(path),
             str(tmp_path / "out"),
             "--split",
-            "heldout",
+            "test",
         ]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    tokens = manifest.load(corpus).domains["code"].heldout.tokens
+    tokens = manifest.load(corpus).domains["code"].test.tokens
     done = call(corpus)
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path}/out/code_heldout.bin: {tokens:,} tokens\n" in done.stdout
+    assert f"{tmp_path}/out/code_test.bin: {tokens:,} tokens\n" in done.stdout
     assert len(done.stdout.splitlines()) == 2
     done = call(tmp_path / "nowhere")
     assert done.returncode == 1

@@ -113,7 +113,7 @@ def test_no_documents_give_no_bins_from_the_file_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"corpus": "bad"}, {"domain": "code"}, {"split": "heldout"}, {"seq_len": "17"}], ids=str
+    "change", [{"corpus": "bad"}, {"domain": "code"}, {"split": "test"}, {"seq_len": "17"}], ids=str
 )
 def test_bins_of_another_corpus_or_length_are_built_anew(tmp_path: Path, change: dict[str, str]) -> None:
     path = tmp_path / "bins.arrow"

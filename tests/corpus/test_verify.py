@@ -52,7 +52,7 @@ def rewrite(corpus_dir: Path, change: str, *, name: str = "code/train/part-00000
     elif change == "twice":
         identities[1] = identities[0]
     elif change == "elsewhere":
-        other = corpus_dir / "code/heldout/part-00000-000.arrow"
+        other = corpus_dir / "code/test/part-00000-000.arrow"
         identities[4] = shards.doc_ids(shards.open_shard(other))[2]
     elif change == "metadata":
         metadata["domain"] = "prose"
@@ -174,9 +174,9 @@ def test_documents_that_stand_twice_are_found_however_many_ids_are_sorted_at_onc
     rewrite(corpus, "elsewhere")
     monkeypatch.setattr(soundness, "SORTED_AT_ONCE", at_once)
     text = "1 documents stand in the corpus before, the first at row"
-    heldout, prose = corpus / "code/heldout/part-00000-000.arrow", corpus / "prose/train/part-00000-001.arrow"
+    test, prose = corpus / "code/test/part-00000-000.arrow", corpus / "prose/train/part-00000-001.arrow"
     assert sorted(verify.verify_corpus(corpus)) == [
-        f"{heldout}: {text} 2 in {shard_of(corpus)}",
+        f"{test}: {text} 2 in {shard_of(corpus)}",
         f"{prose}: {text} 1 in {prose}",
     ]
 
@@ -208,7 +208,7 @@ def test_a_manifest_that_its_metrics_do_not_name_is_a_problem(corpus: Path) -> N
     assert "tiny.json says nothing that can be read" in found
 
 
-@pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 2}', "[]", "{", '{"format": 2, "domains": []}', "ÿ"])
+@pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 3}', "[]", "{", '{"format": 3, "domains": []}', "ÿ"])
 def test_a_manifest_that_cannot_be_read_is_the_only_problem(corpus: Path, content: str) -> None:
     (corpus / manifest.FILE).write_bytes(content.encode("latin-1"))
     (found,) = verify.verify_corpus(corpus)
@@ -225,12 +225,12 @@ def test_a_folder_without_a_manifest_says_how_to_make_one(corpus: Path) -> None:
 def test_a_shard_listed_under_another_split_is_a_fault_of_the_manifest(corpus: Path) -> None:
     def change(raw: dict[str, Any]) -> None:
         entry = raw["domains"]["code"]
-        entry["train"], entry["heldout"] = entry["heldout"], entry["train"]
+        entry["train"], entry["test"] = entry["test"], entry["train"]
 
     change_manifest(corpus, change)
-    (corpus / "code/heldout/part-00000-000.arrow").unlink()
+    (corpus / "code/test/part-00000-000.arrow").unlink()
     assert (
-        f"{corpus / manifest.FILE}: lists code/heldout/part-00000-000.arrow as a train shard of code, "
+        f"{corpus / manifest.FILE}: lists code/test/part-00000-000.arrow as a train shard of code, "
         "whose name is another"
     ) in verify.verify_corpus(corpus)
 
@@ -251,13 +251,11 @@ def test_separators_are_looked_for_where_the_corpus_has_them(
 
     change_manifest(corpus_dir, lambda raw: raw.update(bos_token_id=7, eos_token_id=8))
     problems = verify.verify_corpus(corpus_dir)
-    for split in ("train", "heldout"):
-        start = (
-            f"{corpus_dir}/a/{split}/part-00000-000.arrow: {getattr(found.domains['a'], split).documents} documents"
-        )
+    for split in manifest.SPLITS:
+        start = f"{corpus_dir}/a/{split}/part-00000-000.arrow: {found.domains['a'].splits[split].documents} documents"
         assert f"{start} don't begin with BOS (7), the first at row 0" in problems
         assert f"{start} don't end with EOS (8), the first at row 0" in problems
-    assert len(problems) == 4
+    assert len(problems) == 6
 
 
 def test_the_command_line_verifies_and_exits_with_the_verdict(corpus: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tasks.corpus.windows import Windows
 
 from .handmade import EOS, corpus, documents
 
+ROOT = Path(__file__).parents[2]
 SEQ_LEN = 64
 
 
@@ -23,7 +25,7 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     prose, code = documents([70, 3, 500, 64, 1, 1, 129, 40] * 9, seed=1), documents([30] * 40 + [400], seed=2)
     parts = [prose[:20], prose[20:21], prose[21:]]
-    return corpus(tmp_path / "data", {"prose": parts, "code": [code]}, heldout={"code": [code[:15]]})
+    return corpus(tmp_path / "data", {"prose": parts, "code": [code]}, validation={"code": [code[:15]]})
 
 
 shards_of_lengths = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=8), min_size=1, max_size=4)
@@ -97,15 +99,29 @@ def test_a_shard_of_another_size_than_the_manifest_says_is_an_error(two: Path) -
         Windows(two, "prose", "train", seq_len=SEQ_LEN)
 
 
-def test_held_out_windows_are_spread_over_the_split_and_fewer_where_it_is_short(two: Path) -> None:
-    found = windows.heldout(two, seq_len=SEQ_LEN, count=5)
-    whole = np.concatenate(documents([30] * 40 + [400], seed=2)[:15])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_windows_of_a_held_out_split_are_spread_over_it_and_fewer_where_it_is_short(two: Path, split: str) -> None:
+    of = {"validation": windows.validation, "test": windows.test}[split]
+    found = of(two, seq_len=SEQ_LEN, count=5)
+    code = documents([30] * 40 + [400], seed=2)
+    whole = np.concatenate(code[:15] if split == "validation" else code)
     n = len(whole) // SEQ_LEN
     assert found["code"].shape == (5, SEQ_LEN)
     assert found["code"].dtype == np.int64
     for k, window in enumerate(found["code"]):
         i = k * n // 5
         assert window.tolist() == whole[i * SEQ_LEN : (i + 1) * SEQ_LEN].tolist()
-    assert windows.heldout(two, seq_len=SEQ_LEN, count=10**6)["code"].shape == (n, SEQ_LEN)
-    with pytest.raises(ValueError, match="shorter than one window of 99999 tokens; raise `heldout`"):
-        windows.heldout(two, seq_len=99999, count=1)
+    assert of(two, seq_len=SEQ_LEN, count=10**6)["code"].shape == (n, SEQ_LEN)
+    with pytest.raises(
+        ValueError, match=f"the {split} part of code is shorter than one window of 99999 tokens; raise"
+    ):
+        of(two, seq_len=99999, count=1)
+
+
+def test_only_evaluate_asks_for_windows_of_the_test_split() -> None:
+    asks = re.compile(r"""windows\.test\(|windows import .*\btest\b|Windows\([^)]*["']test["']""")
+    folders = [ROOT / name for name in ("tasks", "flows", "kernels", "tests/bench")]
+    found = [
+        path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py") if asks.search(path.read_text())
+    ]
+    assert found == [Path("tasks/evaluate/__main__.py")]

@@ -47,7 +47,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
     """Write data/corpora/demo.json and runs/demo/ under `root`."""
     demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
     domains = {name: BASE.get(name, 3.0) for name in settings.load(root / "pipelines.yaml").corpora["demo"].domains}
-    heldout = {name: {"windows": 8, "tokens": 8 * 511, "bytes": round(8 * 511 * 3.9)} for name in domains}
+    counted = {name: {"windows": 8, "tokens": 8 * 511, "bytes": round(8 * 511 * 3.9)} for name in domains}
     done = {
         "dense": judged(0.0, sparse=False, domains=domains),
         "split": judged(0.74, sparse=True, domains=domains),
@@ -63,8 +63,8 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
 
     corpus = {
         name: {
-            "documents": {"train": 1432 * (i + 1), "heldout": 44 * (i + 1)},
-            "tokens": {"train": 2_817_345 // (i + 1), "heldout": 91_233 // (i + 1)},
+            "documents": {"train": 1432 * (i + 1), "validation": 22 * (i + 1), "test": 22 * (i + 1)},
+            "tokens": {"train": 2_817_345 // (i + 1), "validation": 45_617 // (i + 1), "test": 45_616 // (i + 1)},
             "rules": {"read": 2000, "empty": 3, "bad": 0, "duplicate": 42 * i, "kept": 1997 - 42 * i},
             "bytes_per_token": 3.1415,
             "license": entry.license,
@@ -101,8 +101,8 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "processes": 1,
             "weights": moved if dynamic else weights,
             "domain_epochs": dict.fromkeys(domains, 0.0123),
-            "heldout_before": {name: base + 0.74 for name, base in domains.items()},
-            "heldout_after": {name: base + 0.49 for name, base in domains.items()},
+            "validation_before": {name: base + 0.74 for name, base in domains.items()},
+            "validation_after": {name: base + 0.49 for name, base in domains.items()},
             "references": domains if dynamic else None,
         },
     )
@@ -116,13 +116,15 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
         mean = sum(losses.values()) / len(losses)
         rows.append(",".join(map(str, [step, step * step_tokens, mean, *losses.values()])))
         now = {name: weights[name] + part * (moved[name] - weights[name]) for name in domains} if dynamic else weights
-        log.append({"kind": "heldout", "step": step, "tokens": step * step_tokens, "losses": losses, "weights": now})
+        log.append(
+            {"kind": "validation", "step": step, "tokens": step * step_tokens, "losses": losses, "weights": now}
+        )
         log.append({"kind": "step", "step": step + 1, "tokens": (step + 1) * step_tokens, "loss": 3.3})
     message = "layer 3: expert 7 had no token in 20 steps <up to 24>"
     log.append({"kind": "event", "step": 24, "what": "dead_experts", "message": message})
-    (run / "heldout.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
+    (run / "validation.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
     (run / "training" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
-    dump(run / "evaluation.json", summarise(done, heldout=heldout, seq_len=demo.evaluate.seq_len))
+    dump(run / "evaluation.json", summarise(done, test=counted, seq_len=demo.evaluate.seq_len))
     dump(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
     dump(run / "heldout.json", {name: [[1, 2, 3]] for name in domains})
     config = {

@@ -1,4 +1,4 @@
-"""Held-out loss: the figures against independent loops."""
+"""Loss per domain: the figures against independent loops."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_predicted_text(
 
 
 def test_the_paired_difference_is_the_mean_of_domain_means_with_their_pooled_error() -> None:
-    heldout = {"a": {"windows": 3, "tokens": 30, "bytes": 1}, "b": {"windows": 2, "tokens": 20, "bytes": 1}}
+    test = {"a": {"windows": 3, "tokens": 30, "bytes": 1}, "b": {"windows": 2, "tokens": 20, "bytes": 1}}
     first = {"a": [20.0, 22.0, 27.0], "b": [30.0, 34.0]}
     second = {"a": [10.0, 10.0, 10.0], "b": [10.0, 10.0]}
-    found = likelihood.difference(first, second, heldout)
+    found = likelihood.difference(first, second, test)
     a, b = np.array([1.0, 1.2, 1.7]), np.array([2.0, 2.4])
     assert found["loss"] == pytest.approx((a.mean() + b.mean()) / 2)
     assert found["stderr"] == pytest.approx(math.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 2) / 2)
@@ -89,8 +89,8 @@ def test_a_single_window_gives_no_standard_error() -> None:
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1e4)), min_size=2, max_size=9))
 def test_swapping_the_models_only_changes_the_sign(pairs: list[tuple[float, float]]) -> None:
     first, second = {"a": [p[0] for p in pairs]}, {"a": [p[1] for p in pairs]}
-    heldout = {"a": {"windows": len(pairs), "tokens": 7 * len(pairs)}}
-    forth, back = likelihood.difference(first, second, heldout), likelihood.difference(second, first, heldout)
+    test = {"a": {"windows": len(pairs), "tokens": 7 * len(pairs)}}
+    forth, back = likelihood.difference(first, second, test), likelihood.difference(second, first, test)
     assert forth["loss"] == pytest.approx(-back["loss"])
     assert forth["stderr"] == pytest.approx(back["stderr"])
 

@@ -63,7 +63,7 @@ def test_the_page_names_every_domain_licence_source_and_setting(results: Results
         assert domain.source in text
     for name in ("smollm2-135m-q4", "pretrain.learning_rate", "partition.experts", "lm-eval", "deepspeed", "Python"):
         assert name in text
-    assert "bits per byte on held-out text is the judge" in text
+    assert "bits per byte on test text is the judge" in text
 
 
 def test_the_page_shows_the_figures_of_the_evaluation(results: Results) -> None:
@@ -90,14 +90,16 @@ def test_weights_that_stood_still_get_no_chart(finished: Path) -> None:
     log.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "weights"}) + "\n" for r in records))
     html = page.render(results_module.read("demo"))
     assert "Domain weights" not in html
-    assert "Held-out loss per domain" in html
+    assert "Validation loss per domain" in html
 
 
 def test_the_page_says_how_much_of_the_gap_each_domain_closed(finished: Path) -> None:
     path = Path("runs/demo/pretrain.json")
     metrics = json.loads(path.read_text())
-    metrics["heldout_before"]["code"] = metrics["references"]["code"]  # the split lost nothing here
-    metrics["heldout_after"]["legal"] = metrics["heldout_before"]["legal"] + 0.074  # and training made this worse
+    metrics["validation_before"]["code"] = metrics["references"]["code"]  # the split lost nothing here
+    metrics["validation_after"]["legal"] = (
+        metrics["validation_before"]["legal"] + 0.074
+    )  # and training made this worse
     path.write_text(json.dumps(metrics))
     html = page.render(results_module.read("demo"))
     text = " ".join(re.sub("<[^>]*>", " ", html.split("Gap closed")[1].split("<h2>")[0]).split())
@@ -120,7 +122,7 @@ def test_training_lists_what_it_reported_and_draws_the_parents_losses(results: R
 def test_a_run_without_references_or_events_gets_neither_table(finished: Path) -> None:
     path = Path("runs/demo/pretrain.json")
     metrics = json.loads(path.read_text())
-    for key in ("references", "heldout_before", "heldout_after"):
+    for key in ("references", "validation_before", "validation_after"):
         del metrics[key]
     path.write_text(json.dumps(metrics))
     log = Path("runs/demo/training/log.jsonl")
@@ -152,8 +154,8 @@ def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finish
 
 
 def test_a_missing_file_is_named_with_what_writes_it(finished: Path) -> None:
-    Path("runs/demo/heldout.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"runs/demo/heldout\.csv: not there; the pretrain stage"):
+    Path("runs/demo/validation.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"runs/demo/validation\.csv: not there; the pretrain stage"):
         results_module.read("demo")
 
 
@@ -194,7 +196,7 @@ def test_the_table_for_the_terminal_needs_no_heavy_import(finished: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0.390 ± 0.049" in done.stdout
-    assert "32 held-out windows of 512 tokens" in done.stdout
+    assert "32 test windows of 512 tokens" in done.stdout
 
 
 def test_a_table_before_the_evaluation_says_how_to_get_one(finished: Path) -> None:
@@ -205,7 +207,7 @@ def test_a_table_before_the_evaluation_says_how_to_get_one(finished: Path) -> No
 def test_the_corpus_section_shows_each_domain_what_it_lost_and_two_charts(results: Results) -> None:
     html = page.render(results)
     text = " ".join(re.sub("<[^>]*>", " ", html.split("<h2>Corpus</h2>")[1].split("<h2>")[0]).split())
-    assert "code pypi:sympy==1.14.0/sympy/**/*.py BSD-3-Clause 1,432 / 44 2,817,345 / 91,233" in text
+    assert "code pypi:sympy==1.14.0/sympy/**/*.py BSD-3-Clause 1,432 / 22 / 22 2,817,345 / 45,617 / 45,616" in text
     assert "Tokenised by fastokens, compared with the reference tokenizer on 12,345 probes and 678 documents" in text
     assert (
         "records read 2,000 2,000 2,000 2,000 empty 0.1% 0.1% 0.1% 0.1% duplicate – 2.1% 4.2% 6.3% kept 99.9%" in text

@@ -191,7 +191,7 @@ def evaluation(trained: float) -> dict[str, object]:
         "dense": model(1.0),
         "split": model(2.0),
         "trained": model(trained),
-        "heldout": {"domains": {"prose": {"windows": 1, "tokens": 7, "bytes": 30}}, "seq_len": 8},
+        "test": {"domains": {"prose": {"windows": 1, "tokens": 7, "bytes": 30}}, "seq_len": 8},
     }
 
 

@@ -152,7 +152,7 @@ def test_metrics_and_plots_are_declared_and_stay_in_git() -> None:
         for item in entry.get(kind, [])
         for path, options in item.items()
     }
-    for path in ("mixture.json", "partition.json", "pretrain.json", "evaluation.json", "loss.csv", "heldout.csv"):
+    for path in ("mixture.json", "partition.json", "pretrain.json", "evaluation.json", "loss.csv", "validation.csv"):
         assert declared[f"runs/${{key}}/{path}"]["cache"] is False
     for path in ("data/models/${key}.json", "data/corpora/${key}.json"):
         assert declared[path]["cache"] is False

@@ -175,7 +175,7 @@ def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(
     assert asked == [("granitemoeshared", 2, None)]
     assert "205 tokens/s" in text  # 1024 tokens in 5 s
     assert "4.0 min" in text  # 48 steps
-    assert "64 s" in text  # held-out windows: 4 times, 2 of 4 domains
+    assert "64 s" in text  # validation windows: 4 times, 2 of 4 domains
     assert "3.21" in text
 
 

@@ -159,15 +159,15 @@ CORPUS: dict[str, Any] = {
     "sha256": "0",
     "domains": {
         "prose": {
-            "documents": {"train": 80, "heldout": 10},
-            "tokens": {"train": 2500, "heldout": 500},
+            "documents": {"train": 80, "validation": 4, "test": 6},
+            "tokens": {"train": 2500, "validation": 200, "test": 300},
             "rules": {"read": 120, "bad": 0, "empty": 0, "length.too_short": 24, "duplicate": 6, "kept": 90},
             "bytes_per_token": 3.219,
             "tokens_per_second": 900,
         },
         "code": {
-            "documents": {"train": 9, "heldout": 1},
-            "tokens": {"train": 900, "heldout": 100},
+            "documents": {"train": 9, "validation": 1, "test": 1},
+            "tokens": {"train": 900, "validation": 50, "test": 50},
             "rules": {"read": 10, "bad": 0, "empty": 0, "duplicate": 0, "kept": 10},
             "bytes_per_token": 2.5,
             "tokens_per_second": 800,

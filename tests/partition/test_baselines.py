@@ -19,7 +19,7 @@ def windows(seed, shape=(6, 40)):
 
 
 @pytest.fixture(scope="module")
-def heldout():
+def validation():
     return {"one": windows(0, (3, 40)), "two": windows(1, (2, 40))}
 
 
@@ -28,8 +28,10 @@ def whole(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
-def nats(model, heldout):
-    return {name: float(window_nll(model, ids, batch=2).mean() / (ids.shape[1] - 1)) for name, ids in heldout.items()}
+def nats(model, validation):
+    return {
+        name: float(window_nll(model, ids, batch=2).mean() / (ids.shape[1] - 1)) for name, ids in validation.items()
+    }
 
 
 def down_inputs(model, *, layer, ids):
@@ -48,16 +50,16 @@ def layer_of(width=24, hidden=8, tokens=200, seed=0):
     return Layer(number=0, gate_ND=gate, up_ND=up, down_DN=torch.randn(hidden, width, generator=draw), x_TD=x)
 
 
-def test_the_dense_ffns_give_the_loss_of_the_whole_model(tiny_model, whole, heldout):
-    found = baselines.measure(Streamed(tiny_model), heldout, baselines.dense, calibration=windows(2), batch=2)
-    assert found.nats == pytest.approx(nats(whole, heldout), rel=1e-5)
+def test_the_dense_ffns_give_the_loss_of_the_whole_model(tiny_model, whole, validation):
+    found = baselines.measure(Streamed(tiny_model), validation, baselines.dense, calibration=windows(2), batch=2)
+    assert found.nats == pytest.approx(nats(whole, validation), rel=1e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_neuron_oracle_is_the_model_with_all_but_the_largest_neurons_of_each_token_masked(
-    tiny_model, whole, heldout, weighted
+    tiny_model, whole, validation, weighted
 ):
-    found = baselines.measure(Streamed(tiny_model), heldout, baselines.neuron_oracle(0.25, weighted=weighted))
+    found = baselines.measure(Streamed(tiny_model), validation, baselines.neuron_oracle(0.25, weighted=weighted))
     hooks = []
     for block in whole.model.layers:
         norm = block.mlp.down_proj.weight.norm(dim=0) if weighted else torch.ones(WIDTH)
@@ -67,23 +69,23 @@ def test_the_neuron_oracle_is_the_model_with_all_but_the_largest_neurons_of_each
             return args[0] * (size >= size.sort(dim=-1, descending=True).values[..., WIDTH // 4 - 1, None])
 
         hooks.append(block.mlp.down_proj.register_forward_pre_hook(mask))
-    expected = nats(whole, heldout)
+    expected = nats(whole, validation)
     for hook in hooks:
         hook.remove()
     assert found.nats == pytest.approx(expected, rel=1e-5)
-    assert found.nats != pytest.approx(nats(whole, heldout), rel=1e-3)
+    assert found.nats != pytest.approx(nats(whole, validation), rel=1e-3)
 
 
-def test_static_pruning_picks_each_layers_neurons_on_what_the_pruned_layers_below_give(tiny_model, whole, heldout):
+def test_static_pruning_picks_each_layers_neurons_on_what_the_pruned_layers_below_give(tiny_model, whole, validation):
     seen = windows(3)
-    found = baselines.measure(Streamed(tiny_model), heldout, baselines.static(0.5), calibration=seen)
+    found = baselines.measure(Streamed(tiny_model), validation, baselines.static(0.5), calibration=seen)
     hooks = []
     for i, block in enumerate(whole.model.layers):
         energy = down_inputs(whole, layer=i, ids=seen).double().square().mean(0)
         energy = energy * block.mlp.down_proj.weight.double().square().sum(0)
         kept = torch.zeros(WIDTH).index_fill(0, energy.argsort(descending=True)[: WIDTH // 2], 1.0)
         hooks.append(block.mlp.down_proj.register_forward_pre_hook(lambda _, args, kept=kept: (args[0] * kept,)))
-    expected = nats(whole, heldout)
+    expected = nats(whole, validation)
     for hook in hooks:
         hook.remove()
     assert found.nats == pytest.approx(expected, rel=1e-5)

@@ -27,10 +27,10 @@ def step(number):
     return {"kind": "step", "step": number, "loss": 1.5, "lr": 1e-3, "domains": domains, "experts": experts,
             "timing": timing}
 
-def heldout(number):
+def validation(number):
     losses = {"books": 3.5, "code[/b]": 1.0}
     weights = {"books": 0.75, "code[/b]": 0.25}
-    return {"kind": "heldout", "step": number, "mean": 2.25, "losses": losses, "weights": weights}
+    return {"kind": "validation", "step": number, "mean": 2.25, "losses": losses, "weights": weights}
 
 event = {"kind": "event", "step": 2, "what": "dead_experts", "message": "layer 3: expert 7 had no token [in] steps"}
 """
@@ -91,7 +91,7 @@ def screen(written: str, *, rows: int = 40, columns: int = 100) -> list[str]:
 def test_a_terminal_shows_the_bar_the_domains_and_the_experts_and_above_them_what_happened() -> None:
     written, code = on_terminal("""
         with Display(4) as shown:
-            shown.show(heldout(0))
+            shown.show(validation(0))
             shown.show(step(1))
             time.sleep(1.2)
             shown.show(event)
@@ -99,7 +99,7 @@ def test_a_terminal_shows_the_bar_the_domains_and_the_experts_and_above_them_wha
     """)
     assert code == 0, written
     seen = screen(written)
-    assert seen[0] == "held out at step 0: mean 2.2500  books 3.5000  code[/b] 1.0000"
+    assert seen[0] == "validation at step 0: mean 2.2500  books 3.5000  code[/b] 1.0000"
     assert seen[1] == "step 2: layer 3: expert 7 had no token [in] steps"
     assert seen[2].split() == ["domain", "weight", "loss", "held", "out", "epochs"]
     assert seen[3].split() == ["books", "0.750", "3.2500", "3.5000", "0.125"]
@@ -173,12 +173,12 @@ def test_a_file_gets_the_first_step_the_last_and_one_every_so_many_seconds(
         for number in range(1, 9):
             now[0] += 4
             shown.show(record(number))
-        shown.show({"kind": "heldout", "step": 8, "mean": 2.0, "losses": {"books": 2.0}})
+        shown.show({"kind": "validation", "step": 8, "mean": 2.0, "losses": {"books": 2.0}})
         shown.show({"kind": "event", "step": 8, "what": "spike", "message": "the loss jumped"})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in lines[:4]] == ["step 1", "step 4", "step 7", "step 8"]
     assert lines[0] == "step 1/8  loss 1.5000  lr 1.00e-03  512 tokens/s  MFU 50%  0:14 left"
-    assert lines[4:] == ["held out at step 8: mean 2.0000  books 2.0000", "step 8: the loss jumped"]
+    assert lines[4:] == ["validation at step 8: mean 2.0000  books 2.0000", "step 8: the loss jumped"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.2, "1:00"), (3599.5, "1:00:00"), (90061, "25:01:01")])

@@ -10,8 +10,8 @@ import pytest
 
 from tasks.pretrain import dynamic
 from tasks.pretrain.dynamic import Reweighter
-from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.validation import Validation
 from tasks.settings import Pretrain
 
 # Sheared-LLaMA's notebook: losses of LLaMA 2 7B, 13B and 70B, and what it prints for the 370M model.
@@ -39,8 +39,8 @@ def job(references: Any, *, folder: Path = Path(), rule: str = "paper") -> Job:
     return Job(pipeline="p", params=params, **paths)
 
 
-def heldout(*domains: str, references: dict[str, float] | None = None) -> Heldout:
-    return Heldout(windows={domain: np.zeros((1, 64), dtype=np.int64) for domain in domains}, references=references)
+def validation(*domains: str, references: dict[str, float] | None = None) -> Validation:
+    return Validation(windows={domain: np.zeros((1, 64), dtype=np.int64) for domain in domains}, references=references)
 
 
 @pytest.mark.parametrize("domain", PRINTED)
@@ -72,10 +72,10 @@ def test_a_fit_that_does_not_converge_is_an_error_that_names_the_domain(monkeypa
 
 
 def test_references_come_from_the_parent_from_the_settings_or_from_the_fit_in_the_corpus_order() -> None:
-    parent = Reweighter.load(job("parent"), heldout=heldout("wiki", "cc", references={"cc": 2.0, "wiki": 1.0}))
-    given = Reweighter.load(job({"cc": 2.5, "wiki": 1.5}), heldout=heldout("wiki", "cc"))
+    parent = Reweighter.load(job("parent"), validation=validation("wiki", "cc", references={"cc": 2.0, "wiki": 1.0}))
+    given = Reweighter.load(job({"cc": 2.5, "wiki": 1.5}), validation=validation("wiki", "cc"))
     fit = {"losses": {d: PRINTED[d][0] for d in ("cc", "wiki")}, "sizes": SIZES, "size": 373867520}
-    fitted = Reweighter.load(job(fit, rule="code"), heldout=heldout("wiki", "cc"))
+    fitted = Reweighter.load(job(fit, rule="code"), validation=validation("wiki", "cc"))
     assert parent
     assert given
     assert fitted
@@ -84,7 +84,7 @@ def test_references_come_from_the_parent_from_the_settings_or_from_the_fit_in_th
     assert {d: round(x, 4) for d, x in fitted.references.items()} == {"wiki": 2.0470, "cc": 2.1401}
     assert fitted.rule == "code"
     without = Job(**{**vars(job("parent")), "params": job("parent").params.model_copy(update={"dynamic": None})})
-    assert Reweighter.load(without, heldout=heldout("wiki")) is None
+    assert Reweighter.load(without, validation=validation("wiki")) is None
 
 
 def test_without_a_size_the_fit_predicts_for_the_split_models_active_parameters(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_without_a_size_the_fit_predicts_for_the_split_models_active_parameters(
         p.numel() // (4 if ".experts." in name else 1) for name, p in MixtralForCausalLM(config).named_parameters()
     )
     fit = {"losses": {"cc": [3.0, 2.0, 1.5]}, "sizes": [1000, 10000, 100000]}
-    found = Reweighter.load(job(fit, folder=tmp_path), heldout=heldout("cc"))
+    found = Reweighter.load(job(fit, folder=tmp_path), validation=validation("cc"))
     assert found
     assert found.references == {
         "cc": dynamic.predict([3.0, 2.0, 1.5], sizes=[1000, 10000, 100000], size=active, domain="cc")
@@ -110,10 +110,10 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
     with pytest.raises(
         TrainingError, match=r"references: nothing for wiki; books not in the corpus; .* exactly cc, wiki"
     ):
-        Reweighter.load(job({"cc": 1.0, "books": 1.0}), heldout=heldout("cc", "wiki"))
+        Reweighter.load(job({"cc": 1.0, "books": 1.0}), validation=validation("cc", "wiki"))
     fit = {"losses": {"cc": [3.0, 2.0, 1.5]}, "sizes": [1, 2, 3], "size": 4}
     with pytest.raises(TrainingError, match=r"references.losses: nothing for wiki; it needs"):
-        Reweighter.load(job(fit), heldout=heldout("cc", "wiki"))
+        Reweighter.load(job(fit), validation=validation("cc", "wiki"))
 
 
 def test_the_history_survives_json_exactly() -> None:

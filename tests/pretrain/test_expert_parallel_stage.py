@@ -26,14 +26,16 @@ def test_the_trained_checkpoint_is_a_stock_mixtral_with_the_logged_loss(project:
     for name in ("partition", "pretrain"):
         done = stage(f"tasks.{name}", "tiny", cwd=project)
         assert done.returncode == 0, done.stderr
-    heldout = [record for record in timeless(project / "runs/tiny/training/log.jsonl") if record["kind"] == "heldout"]
-    assert heldout[-1]["mean"] < heldout[0]["mean"]
+    validation = [
+        record for record in timeless(project / "runs/tiny/training/log.jsonl") if record["kind"] == "validation"
+    ]
+    assert validation[-1]["mean"] < validation[0]["mean"]
     model = AutoModelForCausalLM.from_pretrained(project / "runs/tiny/trained")
     assert model.config.model_type == "mixtral"
-    for domain, ids in windows.heldout(project / "data/corpora/tiny", seq_len=64, count=2).items():
+    for domain, ids in windows.validation(project / "data/corpora/tiny", seq_len=64, count=2).items():
         shown = torch.from_numpy(ids)
         with torch.no_grad():
             loss = model(input_ids=shown, labels=shown).loss.item()
-        assert loss == pytest.approx(heldout[-1]["losses"][domain], abs=1e-5)
+        assert loss == pytest.approx(validation[-1]["losses"][domain], abs=1e-5)
     load = json.loads((project / "runs/tiny/training/expert_load.json").read_text())
     assert {sum(layer) for layer in load["after"]} == {2 * 2 * 64 * 4}  # domains x windows x tokens x top_k

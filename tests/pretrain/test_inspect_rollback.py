@@ -29,7 +29,7 @@ def test_the_steps_after_a_rollback_are_shown_with_the_batches_that_they_really_
         batch=4,
         corpus_sha256=manifest.load(folder).sha256,
     )
-    records: list[dict[str, Any]] = [{"kind": "heldout", "step": 0, "sampler": sampler.state()}]
+    records: list[dict[str, Any]] = [{"kind": "validation", "step": 0, "sampler": sampler.state()}]
     drawn: list[list[Slot]] = []
     for step in (1, 2):
         drawn.append(sampler.next())

@@ -57,8 +57,8 @@ def step(number: int, loss: float = 1.5) -> log.Record:
     return {"kind": "step", "step": number, "tokens": number * 8, **values, "timing": {"seconds": 2.0}}
 
 
-def heldout(number: int) -> log.Record:
-    return {"kind": "heldout", "step": number, "tokens": number * 8, "mean": 2.0, "losses": {"b": 1.0, "a": 3.0}}
+def validation(number: int) -> log.Record:
+    return {"kind": "validation", "step": number, "tokens": number * 8, "mean": 2.0, "losses": {"b": 1.0, "a": 3.0}}
 
 
 def event(number: int) -> log.Record:
@@ -86,13 +86,13 @@ def test_a_log_shorter_than_the_checkpoint_remembers_is_refused(tmp_path: Path) 
 
 def test_records_are_read_by_kind(tmp_path: Path) -> None:
     written = opened(tmp_path)
-    for record in (heldout(0), step(1), event(1), step(2)):
+    for record in (validation(0), step(1), event(1), step(2)):
         written.write(record)
     written.close()
     path = tmp_path / "log.jsonl"
     assert log.read(path, "event") == [event(1)]
     assert log.read(path, "step") == [step(1), step(2)]
-    assert log.read(path, "heldout") == [heldout(0)]
+    assert log.read(path, "validation") == [validation(0)]
 
 
 def test_every_line_is_json_that_strict_readers_take(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_csv_columns_are_step_tokens_loss_and_then_what_there_is() -> None:
         "3,24,1.5,0.25,,1.75,0.5,0.001,\n"
         "4,32,1.5,0.25,0.5,1.75,,0.001,0.002\n"
     )
-    assert log.heldout_csv([heldout(0)]) == "step,tokens,mean,b,a\n0,0,2.0,1.0,3.0\n"
+    assert log.validation_csv([validation(0)]) == "step,tokens,mean,b,a\n0,0,2.0,1.0,3.0\n"
 
 
-COURSE = [heldout(0), step(1), step(2), heldout(2), event(2), step(3), step(4), heldout(4), step(5), step(6)]
+COURSE = [validation(0), step(1), step(2), validation(2), event(2), step(3), step(4), validation(4), step(5), step(6)]
 AFTER = {0: 0, 2: 4, 4: 8}  # step of a checkpoint -> records before it
 
 
@@ -172,7 +172,7 @@ def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_leas
     points: list[tuple[int, dict[str, float]]] = []
     monkeypatch.setattr(log, "start", lambda names, run, *, step: [kind(points, step)])
     current = opened(tmp_path)
-    for record in (heldout(0), step(1), step(2)):
+    for record in (validation(0), step(1), step(2)):
         current.write(record)
     offset = current.sync()
     current.write(step(3, loss=99.0))

@@ -89,7 +89,7 @@ def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
     for step, found in told.items():
         compare(found, batches[step], trained)
     log = timeless(run / "training/log.jsonl")
-    weights = {record["step"]: record["weights"] for record in log if record["kind"] == "heldout"}
+    weights = {record["step"]: record["weights"] for record in log if record["kind"] == "validation"}
     for step, found in told.items():
         assert found["weights"] == pytest.approx(weights[(step - 1) // 2 * 2], abs=1e-9)  # evaluated every second step
     assert told[1]["weights"] != told[STEPS]["weights"]
@@ -123,7 +123,7 @@ def test_a_packed_run_counts_what_it_predicts_and_learns(trained: Path) -> None:
     metrics = json.loads((trained / "runs/tiny/pretrain.json").read_text())
     assert metrics["predicted_tokens"] == sum(record["predicted"] for record in steps)
     assert metrics["predicted_tokens"] < STEPS * BATCH * (SEQ_LEN - 1)
-    assert metrics["heldout_mean_after"] < metrics["heldout_mean_before"]
+    assert metrics["validation_mean_after"] < metrics["validation_mean_before"]
 
 
 def test_a_packed_run_killed_and_resumed_ends_as_the_other_and_can_be_told_while_it_stands(

@@ -31,9 +31,9 @@ print(json.dumps({"dtype": str(model.dtype), "losses": losses, "code": "tasks" i
 """
 
 
-def test_training_needs_no_compiler_and_lowers_the_held_out_loss(finished: Finished) -> None:
+def test_training_needs_no_compiler_and_lowers_the_validation_loss(finished: Finished) -> None:
     metrics = json.loads((finished[0] / "runs/tiny/pretrain.json").read_text())
-    assert metrics["heldout_mean_after"] < metrics["heldout_mean_before"]
+    assert metrics["validation_mean_after"] < metrics["validation_mean_before"]
     assert not any(finished[0].glob("**/*.so"))
 
 
@@ -42,9 +42,11 @@ def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(
 
     root = finished[0]
     evidence = json.loads((root / "runs/tiny/mixture.json").read_text())["evidence"]
-    last = [r for r in timeless(root / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"][-1]
-    heldout = windows.heldout(root / "data/corpora/tiny", seq_len=evidence["seq_len"], count=evidence["windows"])
-    shown = {domain: ids[[0, 2]].tolist() for domain, ids in heldout.items()}  # eval_windows: 2 of mixture.windows: 4
+    last = [r for r in timeless(root / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"][-1]
+    validation = windows.validation(root / "data/corpora/tiny", seq_len=evidence["seq_len"], count=evidence["windows"])
+    shown = {
+        domain: ids[[0, 2]].tolist() for domain, ids in validation.items()
+    }  # eval_windows: 2 of mixture.windows: 4
     command = [sys.executable, "-c", PLAIN, str(root / "runs/tiny/trained"), json.dumps(shown)]
     plain = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout)
     assert plain["dtype"] == "torch.float32"
@@ -56,7 +58,7 @@ def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(
     log = timeless(finished[0] / "runs/tiny/training/log.jsonl")
     steps = [record for record in log if record["kind"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    assert [record["step"] for record in log if record["kind"] == "heldout"] == list(range(0, STEPS + 1, 2))
+    assert [record["step"] for record in log if record["kind"] == "validation"] == list(range(0, STEPS + 1, 2))
     for record in steps:
         parts = record["domains"].values()
         assert sum(part["windows"] for part in parts) == 4
@@ -69,7 +71,7 @@ def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(
     assert len(rows) == STEPS + 1
 
 
-def test_expert_load_counts_every_held_out_token_k_times_in_every_layer(finished: Finished) -> None:
+def test_expert_load_counts_every_validation_token_k_times_in_every_layer(finished: Finished) -> None:
     load = json.loads((finished[0] / "runs/tiny/training/expert_load.json").read_text())
     for moment in ("before", "after"):
         load_LE = np.array(load[moment])
@@ -103,8 +105,8 @@ def test_zero_3_in_bfloat16_with_gradient_checkpointing_trains_like_the_first(
     configure(project, tokens=4 * 256, zero_stage=3, precision="bfloat16", gradient_checkpointing=True, processes=2)
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
-    losses = [r["mean"] for r in timeless(project / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"]
-    first = [r["mean"] for r in timeless(finished[0] / "runs/tiny/training/log.jsonl") if r["kind"] == "heldout"]
+    losses = [r["mean"] for r in timeless(project / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"]
+    first = [r["mean"] for r in timeless(finished[0] / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"]
     assert losses[0] == pytest.approx(first[0], abs=0.05)
     assert losses[-1] < losses[0]
     config = json.loads((project / "runs/tiny/trained/config.json").read_text())

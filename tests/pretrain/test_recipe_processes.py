@@ -103,11 +103,11 @@ def test_a_recipe_trains_with_four_processes_and_goes_on_after_kill_9(project: P
     for record in steps:
         assert sum(domain["windows"] for domain in record["domains"].values()) == 32
         assert math.isfinite(record["loss"])
-    heldout = [record for record in log if record["kind"] == "heldout"]
-    assert [record["step"] for record in heldout] == [0, 2, 4, 6, 8]
-    assert heldout[-1]["mean"] < heldout[0]["mean"]
+    validation = [record for record in log if record["kind"] == "validation"]
+    assert [record["step"] for record in validation] == [0, 2, 4, 6, 8]
+    assert validation[-1]["mean"] < validation[0]["mean"]
     weights = yaml_of_the_recipe()["mixture"]["weights"]
-    for record in heldout[:-1]:  # Sheared LLaMA's rule as in its paper
+    for record in validation[:-1]:  # Sheared LLaMA's rule as in its paper
         above = {name: max(loss - record["references"][name], 0) for name, loss in record["losses"].items()}
         moved = {name: weights[name] * math.exp(above[name]) for name in weights}
         weights = {name: weight / sum(moved.values()) for name, weight in moved.items()}

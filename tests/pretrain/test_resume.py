@@ -74,7 +74,7 @@ def test_a_run_killed_in_a_step_and_in_a_save_and_out_of_disk_ends_as_if_nothing
     reference, once = finished[0] / "runs/tiny", project / "runs/tiny"
     assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
     assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
-    for name in ("loss.csv", "heldout.csv", "training/expert_load.json", "training/deepspeed.json"):
+    for name in ("loss.csv", "validation.csv", "training/expert_load.json", "training/deepspeed.json"):
         assert (once / name).read_bytes() == (reference / name).read_bytes()
     metrics = json.loads((once / "pretrain.json").read_text())
     assert metrics["resumed_from"]["step"] > 0

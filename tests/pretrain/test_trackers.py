@@ -29,7 +29,7 @@ config = {"batch": 4, "balance": {"loss": "switch"}, "train": [{"what": "router"
 run = Run(folder=Path("training"), name="demo", key="demo-0123abcd", config=config)
 log = Log(run, names=[name], offset=offset, step=first)
 if not first:
-    log.write({"kind": "heldout", "step": 0, "tokens": 0, "mean": 3.0, "losses": {"books": 3.5}})
+    log.write({"kind": "validation", "step": 0, "tokens": 0, "mean": 3.0, "losses": {"books": 3.5}})
 for step in range(first + 1, last + 1):
     layers = {"peak": [0.5, 0.25]}
     log.write({"kind": "step", "step": step, "tokens": step * 8, "loss": 1 / step, "experts": {"layers": layers}})
@@ -140,7 +140,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_run_with_every_point_once(
     found = read(tmp_path / "training")
     assert found["step/loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
     assert found["step/experts/layers/peak/1"] == [(step, 0.25) for step in range(1, 7)]
-    assert found["heldout/losses/books"] == [(0, 3.5)]
+    assert found["validation/losses/books"] == [(0, 3.5)]
     linked = [path for path in (tmp_path / "training").rglob("*") if path.is_symlink() and path.is_dir()]
     assert not linked, "a copy of the folder would have it twice"
     assert {path.name for path in tmp_path.iterdir()} - {"training", ".cache", ".config"} == set()

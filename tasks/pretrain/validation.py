@@ -1,4 +1,4 @@
-"""Held-out losses during training, and the references that dynamic batch loading compares them with."""
+"""Validation losses during training, and the references that dynamic batch loading compares them with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heldout:
+class Validation:
     """The windows, the same at every evaluation, and the dense parent's loss on them if it was measured."""
 
     windows: dict[str, np.ndarray]
@@ -23,7 +23,7 @@ class Heldout:
     """Domain -> nats per token of the dense parent on these windows; None if the mixture doesn't know them."""
 
     @classmethod
-    def load(cls, job: Job, evidence: dict[str, Any]) -> Heldout:
+    def load(cls, job: Job, evidence: dict[str, Any]) -> Validation:
         """Choose the windows.
 
         They are some of those that the mixture stage measured the parent on, of the same length, if it did and they
@@ -45,9 +45,9 @@ class Heldout:
         if params.eval_windows > measured:
             if params.dynamic and params.dynamic.references == "parent":
                 raise TrainingError(_unmeasured(job, measured))
-            found = windows.heldout(job.corpus, seq_len=params.seq_len, count=params.eval_windows)
+            found = windows.validation(job.corpus, seq_len=params.seq_len, count=params.eval_windows)
             return cls(windows=found, references=None)
-        found = windows.heldout(job.corpus, seq_len=evidence["seq_len"], count=measured)
+        found = windows.validation(job.corpus, seq_len=evidence["seq_len"], count=measured)
         chosen = {domain: _spread(len(ids), params.eval_windows) for domain, ids in found.items()}
         return cls(
             windows={domain: ids[chosen[domain]] for domain, ids in found.items()},

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from tasks.corpus import windows
-from tasks.pretrain.heldout import Heldout
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.validation import Validation
 from tasks.settings import Pretrain
 from tests.corpus.handmade import corpus, documents
 
@@ -31,13 +31,13 @@ def model(kind: str) -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True))
 
 
-def heldout() -> Heldout:
+def validation() -> Validation:
     rng = np.random.default_rng(0)
-    return Heldout(windows={"a": rng.integers(0, 64, (3, 12)), "b": rng.integers(0, 64, (2, 12))}, references=None)
+    return Validation(windows={"a": rng.integers(0, 64, (3, 12)), "b": rng.integers(0, 64, (2, 12))}, references=None)
 
 
 def on_every_rank(
-    chosen: Heldout, of: PreTrainedModel, *, world_size: int, monkeypatch: pytest.MonkeyPatch
+    chosen: Validation, of: PreTrainedModel, *, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[dict[str, float]], list[int]]:
     """What `evaluate` gives on each rank, and how many passes each made; the sum over ranks is made by hand."""
     given: list[torch.Tensor] = []
@@ -56,7 +56,7 @@ def on_every_rank(
 def test_the_loss_is_the_plain_next_token_loss_at_every_world_size_and_each_rank_makes_as_many_passes(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen, of = heldout(), model(kind).train()
+    chosen, of = validation(), model(kind).train()
     expected = {}
     for domain, ids_BL in chosen.windows.items():
         with torch.no_grad():
@@ -74,11 +74,11 @@ def test_the_loss_is_the_plain_next_token_loss_at_every_world_size_and_each_rank
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """One over a corpus of two domains, with 40 and 24 held-out tokens."""
+    """One over a corpus of two domains, with 40 and 24 validation tokens."""
     splits = {"a": [documents([40], seed=1)], "b": [documents([24], seed=2)]}
     folder = tmp_path / "corpus"
     folder.mkdir()
-    corpus(folder, splits, heldout=splits)
+    corpus(folder, splits, validation=splits)
     paths = dict.fromkeys(("model", "parent", "workspace"), tmp_path)
     params = Pretrain(tokens=64, seq_len=8, batch=1, learning_rate=1e-3, eval_windows=2)
     return Job(pipeline="p", params=params, corpus=folder, mixture=tmp_path / "mixture.json", **paths)
@@ -93,8 +93,8 @@ EVIDENCE = {"window_losses": {"a": [1.0, 2.0, 4.0, 8.0], "b": [1.0, 3.0, 5.0]}, 
 
 
 def test_the_parents_losses_are_those_on_the_very_windows_that_are_evaluated(job: Job) -> None:
-    found = Heldout.load(dynamic(job, "parent"), EVIDENCE)
-    measured = windows.heldout(job.corpus, seq_len=8, count=4)
+    found = Validation.load(dynamic(job, "parent"), EVIDENCE)
+    measured = windows.validation(job.corpus, seq_len=8, count=4)
     assert found.references == {"a": (1.0 + 4.0) / 2, "b": (1.0 + 3.0) / 2}
     for domain, picked in {"a": [0, 2], "b": [0, 1]}.items():
         assert np.array_equal(found.windows[domain], measured[domain][picked])
@@ -105,13 +105,13 @@ def test_without_the_parents_losses_windows_are_of_the_training_length_and_no_re
     job: Job, references: Any
 ) -> None:
     asked = job if references is None else dynamic(job, references)
-    found = Heldout.load(asked, {})
+    found = Validation.load(asked, {})
     assert found.references is None
     assert {domain: ids.shape for domain, ids in found.windows.items()} == {"a": (2, 8), "b": (2, 8)}
 
 
 def test_parents_losses_that_are_missing_or_of_too_few_windows_are_named(job: Job) -> None:
     with pytest.raises(TrainingError, match=r"mixture.json has none; run the stage `mixture` with mixture.method"):
-        Heldout.load(dynamic(job, "parent"), {})
+        Validation.load(dynamic(job, "parent"), {})
     with pytest.raises(TrainingError, match=r"eval_windows = 5 is more than the 4 windows of mixture.windows"):
-        Heldout.load(dynamic(job, "parent", eval_windows=5), EVIDENCE)
+        Validation.load(dynamic(job, "parent", eval_windows=5), EVIDENCE)
