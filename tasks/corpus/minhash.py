@@ -1,6 +1,6 @@
 """MinHash-LSH signatures (Broder 1997; bands as in FineWeb, arXiv 2406.17557, section 3.4).
 
-Shingles are word n-grams (tasks/corpus/words.py), with every digit as 0. Minima are rensa's R-MinHash.
+Shingles are word n-grams (tasks/corpus/words.py), with their digits or with 0 for each. Minima are rensa's R-MinHash.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ _ONE_THREAD = 32  # rensa takes more documents to threads of its own: not to be 
 
 
 class Signer:
-    """Signs texts with `bands` x `rows` minima over shingles of `ngram` words; the same on every machine."""
+    """Signs texts with `bands` x `rows` minima over shingles of `ngram` words; the same on every machine.
 
-    def __init__(self, bands: int, rows: int, *, ngram: int) -> None:
-        self.size, self.rows, self.ngram = bands * rows, rows, ngram
+    `digits`: whether texts that differ in their digits alone are different ones.
+    """
+
+    def __init__(self, bands: int, rows: int, *, ngram: int, digits: bool = True) -> None:
+        self.size, self.rows, self.ngram, self.digits = bands * rows, rows, ngram, digits
 
     def bands(self, texts: Sequence[str]) -> NDArray[np.uint64]:
         """Per text a hash of each band's minima, uint64 [n, bands]; two texts meet where one column is equal."""
@@ -45,7 +48,7 @@ class Signer:
 
         A text of fewer words than `ngram` is one shingle; one without a word is a shingle of its characters.
         """
-        split = words.split(texts, digits=False)
+        split = words.split(texts, digits=self.digits)
         count = np.diff(split.offsets)
         grams = words.ngrams(split.hashes, self.ngram)
         short = count < self.ngram
@@ -60,6 +63,13 @@ class Signer:
             own = split.hashes[split.offsets[i] : split.offsets[i + 1]]
             out[int(offsets[i])] = words.ngrams(own, len(own))[0] if len(own) else _whole(texts[int(i)])
         return out, offsets
+
+
+def alone(doc_ids: Sequence[bytes], bands: int) -> NDArray[np.uint64]:
+    """Bands uint64 [n, bands] of documents that are near-duplicates of none: hashes of their own `doc_id`."""
+    low, high = np.frombuffer(b"".join(doc_ids), dtype="<u8").reshape(-1, 2).T
+    own = words.mix(words.mix(low.copy()) + high)
+    return words.mix(own[:, None] + np.arange(bands, dtype=np.uint64))
 
 
 def minima(shingles: NDArray[np.uint64], offsets: NDArray[np.uint64], *, size: int) -> NDArray[np.uint32]:

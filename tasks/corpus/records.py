@@ -37,3 +37,18 @@ class Reject:
 
 
 Record = Document | Reject
+NUL_RULE = "NUL characters"
+
+
+def nul_fault(text: str) -> str:
+    """What NULs in a text say, if it has any; empty otherwise. UTF-16 and UTF-32 read as UTF-8 are full of them."""
+    count = text.count("\0")
+    if not count:
+        return ""
+    return f"{count} of {len(text)} characters are NUL, the first at {text.index(chr(0))}; UTF-16 or UTF-32, perhaps"
+
+
+def stray_nul_fault(text: str) -> str:
+    """`nul_fault` for a string that was written with its NULs: one alone, or one in a hundred characters, may stay."""
+    count = text.count("\0")
+    return nul_fault(text) if count > 1 and count * 100 > len(text) else ""

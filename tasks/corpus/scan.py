@@ -83,8 +83,8 @@ class _Scan:
         self.reader = _readers.open(work.resolve(), domain)
         self.judge = filters.build(corpus.filters_of(domain))
         self.items = contamination.Items.load(corpus.decontaminate, SOURCES) if corpus.decontaminate else None
-        near = corpus.near_duplicates
-        self.signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram) if near else None
+        near = corpus.near_duplicates_of(domain)
+        self.signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram, digits=near.digits) if near else None
         self.rows: list[int] = []
         self._piece = 0
 
@@ -166,7 +166,11 @@ class _Scan:
 
     def _commit(self, chunk: spool.Chunk, *, index: int, meter: Meter) -> dict[str, object]:
         self._decontaminate(chunk)
-        bands = self.signer.bands(chunk.documents["text"]) if self.signer else None
+        bands = None
+        if self.signer:
+            bands = self.signer.bands(chunk.documents["text"])
+        elif self.corpus.near_duplicates:
+            bands = minhash.alone(chunk.documents["doc_id"], self.corpus.near_duplicates.bands)
         account = spool.commit(self.folder, self.task, index=index, chunk=chunk, bands=bands)
         meter.rules.update({**account["rules"], **account["bad"]})
         meter.add(documents=chunk.records, bytes=chunk.chars)

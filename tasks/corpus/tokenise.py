@@ -27,7 +27,6 @@ from tasks.corpus.plan import Plan
 from tasks.corpus.progress import Meter
 
 BATCH_BYTES = 1 << 21  # text given to the tokenizer at once: enough for every core, little enough for memory
-PARTS = 1000  # parts of a task that can be numbered
 
 
 def part_path(corpus: Path, domain: str, *, split: str, task: int, index: int) -> Path:
@@ -35,14 +34,14 @@ def part_path(corpus: Path, domain: str, *, split: str, task: int, index: int) -
     return corpus / domain / split / f"part-{task:05d}-{index:03d}.arrow"
 
 
-def part_order(seed: int, domain: str, *, split: str, number: int, documents: int) -> NDArray[np.int64]:
-    """Order of a part's documents, int64 [documents]; `number` is task x PARTS + index."""
-    return permutation.shuffled(documents, round_keys=permutation.key(seed, domain, split, number))
+def part_order(seed: int, domain: str, *, split: str, task: int, index: int, documents: int) -> NDArray[np.int64]:
+    """Order of the documents of part `index` of a task, int64 [documents]."""
+    return permutation.shuffled(documents, round_keys=permutation.key(seed, domain, split, task, index))
 
 
-def part_metadata(encode: Encoder, key: str, *, domain: str, split: str, number: int) -> dict[str, str]:
+def part_metadata(encode: Encoder, key: str, *, domain: str, split: str, task: int, index: int) -> dict[str, str]:
     """Schema metadata of a part. Its `task_key` names everything that the bytes depend on."""
-    task_key = hashlib.sha256(json.dumps([key, domain, split, number]).encode()).hexdigest()
+    task_key = hashlib.sha256(json.dumps([key, domain, split, task, index]).encode()).hexdigest()
     return {
         "format": shards.FORMAT,
         "tokenizer": encode.fingerprint,
@@ -202,21 +201,23 @@ class _Task:
         if not part.documents:
             return
         order = part_order(
-            corpus.seed, self.domain, split=split, number=self._number(filling.index), documents=part.documents
+            corpus.seed,
+            self.domain,
+            split=split,
+            task=self.task,
+            index=filling.index,
+            documents=part.documents,
         )
         metadata = self._metadata(split, filling.index)
         path = self._path(split, filling.index)
         self.sidecars[split].append(shards.write(path, part, order=order, dtype=self.encode.dtype, metadata=metadata))
         self.filling[split] = _Filling(index=filling.index + 1)
 
-    def _number(self, index: int) -> int:
-        return self.task * PARTS + index
-
     def _path(self, split: str, index: int) -> Path:
         return part_path(self.corpus, self.domain, split=split, task=self.task, index=index)
 
     def _metadata(self, split: str, index: int) -> dict[str, str]:
-        return part_metadata(self.encode, self.plan.key, domain=self.domain, split=split, number=self._number(index))
+        return part_metadata(self.encode, self.plan.key, domain=self.domain, split=split, task=self.task, index=index)
 
     def write_records(self) -> dict[str, str]:
         """Write verdicts and rejects; returns their paths in the corpus and their sha256."""

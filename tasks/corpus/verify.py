@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from tasks import scratch
 from tasks.corpus import manifest, shards, soundness
 
-PART = re.compile(r"part-(\d{5,})-(\d{3})\.arrow")
+PART = re.compile(r"part-(\d{5,})-(\d{3,})\.arrow")
 
 Kind = Literal["manifest", "shard", "content", "sidecar", "records", "foreign"]
 """shard: the file isn't the manifest's; content: it is, and yet wrong. records: verdicts or rejects."""

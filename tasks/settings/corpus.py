@@ -19,6 +19,12 @@ def _source(text: str) -> str:
 SourceText = Annotated[str, AfterValidator(_source)]
 
 
+class OwnNearDuplicates(Frozen):
+    """How a domain departs from the corpus's `near_duplicates`."""
+
+    digits: bool
+
+
 class Domain(Frozen):
     """One domain of a corpus."""
 
@@ -37,6 +43,8 @@ class Domain(Frozen):
     """Overrides the corpus-wide share of documents held out."""
     filters: list[Filter] | None = None
     """Overrides the corpus-wide filters; [] applies none."""
+    near_duplicates: OwnNearDuplicates | Literal["none"] | None = None
+    """Other `digits` than the corpus's, or none: its documents are no near-duplicates of any."""
 
     @model_validator(mode="after")
     def _dataset(self) -> Self:
@@ -57,6 +65,9 @@ class NearDuplicates(Frozen):
     bands: Annotated[int, Field(gt=0, le=256)] = 14
     rows: Annotated[int, Field(gt=0, le=64)] = 8
     ngram: Positive = 5
+    digits: bool = True
+    """Whether digits tell documents apart. Without, each counts as 0: as in FineWeb dates and counters are alike, and
+    so are arithmetic problems and price tables."""
     action: Literal["drop", "group"] = "drop"
     """drop: keep a cluster's first document. group: keep all, on the same side of the hold-out."""
 
@@ -105,7 +116,19 @@ class Corpus(Frozen):
             raise ValueError(
                 f"domains.{taken[0]}: the metrics files have a column of that name; call the domain another"
             )
+        own = [name for name, domain in self.domains.items() if isinstance(domain.near_duplicates, OwnNearDuplicates)]
+        if own and self.near_duplicates is None:
+            raise ValueError(
+                f"domains.{own[0]}.near_duplicates: the corpus looks for none; set its near_duplicates, such as {{}}"
+            )
         return self
+
+    def near_duplicates_of(self, domain: str) -> NearDuplicates | None:
+        """How near-duplicates of a domain are looked for; None if they are not."""
+        own = self.domains[domain].near_duplicates
+        if self.near_duplicates is None or own == "none":
+            return None
+        return self.near_duplicates if own is None else self.near_duplicates.model_copy(update=own.model_dump())
 
     def filters_of(self, domain: str) -> list[Filter]:
         """The filters that apply to a domain, in order."""

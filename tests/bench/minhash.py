@@ -81,7 +81,7 @@ def sample(texts: list[str]) -> list[str]:
 
 def shingles(text: str, ngram: int) -> list[bytes]:
     """What datasketch is given: the same shingles, as bytes."""
-    split = words.split([text], digits=False)
+    split = words.split([text])
     each = split.text(0, len(split.hashes)).encode().split()
     return [b" ".join(each[i : i + ngram]) for i in range(max(len(each) - ngram + 1, 1))]
 

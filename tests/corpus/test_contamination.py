@@ -81,6 +81,13 @@ def test_case_punctuation_and_space_do_not_matter_but_digits_do(tmp_path: Path) 
     assert not items.hit(item.replace("12", "13").replace("why", "when"))
 
 
+def test_arithmetic_with_other_numbers_is_no_item(tmp_path: Path) -> None:
+    problem = "Anna has {} apples and buys {} more for {} cents each: how much does she pay in all?"
+    items = load(tmp_path, bench=write(tmp_path / "items.jsonl", problem.format(12, 7, 35)))
+    assert items.hit(problem.format(12, 7, 35))
+    assert items.hits([problem.format(n, n + 1, n + 2) for n in range(100)]) == [None] * 100
+
+
 def test_an_item_of_eight_to_twelve_words_is_found_whole_alone(tmp_path: Path) -> None:
     nine = "which of these nine words is the first one"
     items = load(tmp_path, bench=write(tmp_path / "items.jsonl", "a b c d e f g", nine, nine + " again"))

@@ -141,9 +141,10 @@ def test_clear_cut_clusters_are_those_of_datasketch_on_its_own_signatures(
     assert len(set(found)) == len(bases)
 
 
-def test_signatures_are_the_same_on_every_machine(signer: minhash.Signer) -> None:
+def test_signatures_are_the_same_on_every_machine() -> None:
     text = "The quick brown fox, in 2024, jumps over the lazy dogs of Köln and 東京."
     long = " ".join(str(number) + "abcdefgh"[number % 8] for number in range(5000))
+    signer = minhash.Signer(BANDS, ROWS, ngram=NGRAM, digits=False)
     assert signer.bands([text, "short", ""])[:, [0, 13]].tolist() == [
         [10270235596308600311, 8898448642619148363],
         [17726268300080250400, 7463796624110626321],
@@ -174,11 +175,26 @@ def test_no_texts_have_no_bands(signer: minhash.Signer) -> None:
     assert signer.bands([]).shape == (0, BANDS)
 
 
-def test_case_punctuation_space_and_digits_do_not_matter(signer: minhash.Signer) -> None:
-    one, other = signer.bands(
-        ["On 2023-11-05 the Court\nruled: “it’s void”.", "on 1999 10 31 the court ruled it s void"]
-    )
+def test_case_punctuation_and_space_do_not_matter_and_digits_do_unless_they_are_not_to(signer: minhash.Signer) -> None:
+    texts = [
+        "On 2023-11-05 the Court\nruled: “it’s void”.",
+        "on 2023 11 05 the court ruled it s void",
+        "on 1999 10 31 the court ruled it s void",
+    ]
+    one, same, other = signer.bands(texts)
+    assert (one == same).all()
+    assert not (one == other).any()
+    one, same, other = minhash.Signer(BANDS, ROWS, ngram=NGRAM, digits=False).bands(texts)
+    assert (one == same).all()
     assert (one == other).all()
+
+
+def test_documents_that_are_to_be_alone_meet_none() -> None:
+    ids = [xxhash.xxh3_128_digest(str(i).encode()) for i in range(1000)]
+    bands = minhash.alone(ids, BANDS)
+    assert len(np.unique(bands)) == 1000 * BANDS
+    assert (minhash.alone(ids[5:6], BANDS) == bands[5]).all()
+    assert minhash.alone([], BANDS).shape == (0, BANDS)
 
 
 def test_texts_shorter_than_a_shingle_meet_where_their_words_are_equal_and_nowhere_else(

@@ -255,3 +255,25 @@ def test_the_command_lines_say_what_was_done_and_exit_with_the_verdict(cut: Path
     done = CliRunner().invoke(app, ["repair", str(path)])
     assert done.exit_code == 1
     assert f"{path}: a shard cannot be repaired, only a corpus" in done.output
+
+
+def test_a_task_of_more_than_a_thousand_parts_is_whole_and_its_last_parts_can_be_made_again(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # of 3,000 files
+    root = project(
+        {"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(1150, seed=1))}}, shard_tokens=1, heldout=0.05
+    )
+    run()
+    corpus = root / "data/corpora/tiny"
+    parts = manifest.load(corpus).domains["a"].train.shards
+    assert len(parts) > 1050
+    assert verify.number_of(parts[-1]) == (0, len(parts) - 1)
+    assert len({part.task_key for part in parts}) == len(parts)
+    assert verify.verify_corpus(corpus) == []
+    assert verify.verify_shard(corpus / parts[-1].path) == []
+    clean = scratch.digest(corpus)
+    for part in (parts[999], parts[1000], parts[-1]):
+        (corpus / part.path).write_bytes(b"")
+    assert mend(corpus)[1] == []
+    assert scratch.digest(corpus) == clean

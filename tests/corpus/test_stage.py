@@ -336,6 +336,34 @@ def test_a_document_and_its_near_duplicates_stand_in_one_split_and_the_first_dom
     assert any(len(splits) > 1 for splits in splits_of_each().values())
 
 
+def test_problems_and_tables_that_differ_in_their_numbers_stay_unless_a_domain_says_otherwise(
+    project: Project, tmp_path: Path
+) -> None:
+    problems = [f"Question {n}: what is {7 * n} plus {n * n}? Answer: {7 * n + n * n}." for n in range(100)]
+    rng = random.Random(3)
+    tables = ["\n".join(f"Item {row}: {rng.randint(100, 999)} EUR" for row in range(30)) for _ in range(100)]
+    same = [" ".join(rng.choices(WORDS, k=60)) for _ in range(60)]
+    doubled = [*same, *(f"{text} again" for text in same)]
+    domains = {
+        "problems": {"source": jsonl(tmp_path / "p.jsonl", problems)},
+        "tables": {"source": jsonl(tmp_path / "t.jsonl", tables)},
+        "dates": {"source": jsonl(tmp_path / "d.jsonl", [f"{text} x" for text in tables] + sentences(60, seed=4))},
+        "doubled": {"source": jsonl(tmp_path / "s.jsonl", [f"{text} once" for text in doubled])},
+        "left": {"source": jsonl(tmp_path / "l.jsonl", [text.upper() + " !" for text in doubled])},
+    }
+    domains["dates"]["near_duplicates"] = {"digits": False}
+    domains["left"]["near_duplicates"] = "none"
+    project(domains, near_duplicates={})
+    rules = {name: domain["rules"] for name, domain in run()["domains"].items()}
+    assert {name: counts["near_duplicate"] for name, counts in rules.items()} == {
+        "problems": 0,
+        "tables": 0,
+        "dates": 99,
+        "doubled": 60,
+        "left": 0,
+    }
+
+
 def test_what_was_dropped_is_counted_by_rule_and_listed_with_its_place(project: Project, tmp_path: Path) -> None:
     item = "how many of the quick brown wizards does it take to brew one pot of strong tea"
     texts = [*sentences(100, seed=13), "tiny", f"they asked {item} today"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tasks.corpus.records import Document, Record, Reject
+from tasks.corpus.records import NUL_RULE, Document, Record, Reject, stray_nul_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,6 +43,9 @@ def column_records(column: pa.Array, name: str, *, field: str, first: int, most:
                 text = value.as_py()
             except UnicodeDecodeError as error:
                 rule, detail = "invalid UTF-8", str(error)
+            else:
+                if fault := stray_nul_fault(text):
+                    rule, detail = NUL_RULE, fault
         if rule:
             yield Reject(rule=rule, source=name, row=row, detail=detail)
         else:

@@ -6,7 +6,7 @@ from typing import IO, Any
 
 from tasks.corpus import streams
 from tasks.corpus.readers.base import FileReader, Piece, Records
-from tasks.corpus.records import Document, Reject
+from tasks.corpus.records import NUL_RULE, Document, Reject, stray_nul_fault
 
 
 class JsonlReader(FileReader):
@@ -49,7 +49,10 @@ class JsonlReader(FileReader):
                 else:
                     text = record.get(key) if type(record) is dict else None
                     if type(text) is str:
-                        yield Document(text=text, source=name, row=row)
+                        if "\0" in text and (fault := stray_nul_fault(text)):
+                            yield Reject(rule=NUL_RULE, source=name, row=row, detail=fault)
+                        else:
+                            yield Document(text=text, source=name, row=row)
                     else:
                         yield _without_text(record, key, name=name, row=row)
             row += 1

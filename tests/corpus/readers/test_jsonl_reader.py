@@ -32,6 +32,20 @@ def test_json_lines_are_read_at_any_compression(tmp_path: Path, ending: str) -> 
     assert rejects == []
 
 
+def test_a_stray_nul_may_stand_in_a_string_and_text_in_utf_16_may_not(tmp_path: Path) -> None:
+    good = ["one\0 stray", "x" * 300 + "\0" + "y" * 300 + "\0"]
+    bad = ["\0".join("plain words"), "\0" * 5, "a\0\0"]
+    (tmp_path / "a.jsonl").write_bytes(lines([*good, *bad]))
+    (tmp_path / "b.jsonl").write_bytes(lines(["plain words"]).decode().encode("utf-16-le"))
+    found, rejects = read(tmp_path)
+    assert [document.text for document in found] == good
+    assert [(r.rule, r.source, r.row) for r in rejects if r.source == "a.jsonl"] == [
+        ("NUL characters", "a.jsonl", row) for row in (2, 3, 4)
+    ]
+    assert {r.rule for r in rejects if r.source == "b.jsonl"} == {"invalid JSON"}
+    assert all(r.bad for r in rejects)
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
 def test_a_file_of_several_frames_is_read_to_its_end(tmp_path: Path, ending: str) -> None:
     texts = sentences(90, seed=2)

@@ -42,6 +42,7 @@ def test_every_kind_of_string_is_read(tmp_path: Path, kind: pa.DataType) -> None
         (pa.array([b"a", b"b"]), "not a string"),
         (pa.array([b"\xff", b"\xfe"]).view(pa.string()), "invalid UTF-8"),
         (pa.array(["é" * 51, "a" * 101]), "over-long record"),
+        (pa.array(["\0".join("words"), "w\0\0"]), "NUL characters"),
     ],
 )
 def test_values_that_are_no_text_are_rejected_one_by_one(tmp_path: Path, column: pa.Array, rule: str) -> None:
