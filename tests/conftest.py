@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -176,8 +178,28 @@ def make_repository(folder: Path) -> None:
         ["git", "config", "user.name", "Test"],
         ["git", "config", "user.email", "test@example.org"],
         [sys.executable, "-m", "dvc", "init", "--quiet"],
-        [sys.executable, "-m", "dvc", "config", "core.autostage", "false"],
+        ["cp", str(ROOT / ".dvc/config"), ".dvc/config"],
         ["git", "add", "--all"],
         ["git", "commit", "--quiet", "--message", "Start"],
     ):
         subprocess.run(command, check=True, cwd=folder)
+
+
+def obey_file_modes() -> None:
+    """For subprocess's `preexec_fn`: let root meet read-only files and folders as everybody else does."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: what is executed next lacks it
+
+
+def assert_kept_once(project: Path) -> None:
+    """Fail unless DVC's cache is sound, and each file that it keeps of this project is the very file in its place."""
+    cached = {}
+    for file in (project / ".dvc/cache/files/md5").glob("*/*"):
+        assert hashlib.md5(file.read_bytes()).hexdigest() == (file.parent.name + file.name).removesuffix(".dir"), file
+        cached[file.stat().st_ino] = file
+    command = ["git", "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--", "data", "runs"]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=project).stdout
+    outs = [file for name in listed.split("\0")[:-1] if (file := project / name).stat().st_size]
+    assert outs
+    assert [file for file in outs if file.stat().st_ino not in cached] == []
