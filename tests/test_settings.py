@@ -142,7 +142,7 @@ def load(text: str, folder: Path) -> settings.Settings:
 
 
 def test_a_key_given_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(settings.SettingsError, match=r'(?s)not valid YAML.*duplicate key "license".*line 10'):
+    with pytest.raises(settings.SettingsError, match=r'not valid YAML: line 10.*duplicate key "license"'):
         load(TEXT.replace("    dtype: float32\n", "    license: MIT\n"), tmp_path)
 
 
@@ -208,3 +208,58 @@ def test_the_module_prints_what_is_defined_and_fails_on_faults(tmp_path: Path) -
     (tmp_path / "p.yaml").write_text(TEXT.replace("tokens: 49152", "tokens: -1"))
     bad = subprocess.run([*command, str(tmp_path / "p.yaml")], capture_output=True, text=True, cwd=ROOT)
     assert (bad.returncode, "pipelines.demo.pretrain.tokens = -1" in bad.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TEXT.encode("utf-16"), "not UTF-8 (it is UTF-16); save it as UTF-8, such as by `iconv -f UTF-16 -t UTF-8`"),
+        (TEXT.encode("utf-32"), "not UTF-8 (it is UTF-32)"),
+        ("# für\n".encode("latin-1") + TEXT.encode(), "not UTF-8 (byte 0xfc in line 1); save it as UTF-8"),
+        (b"", "is empty; it must hold the sections models, corpora, pipelines and deployments"),
+        (b"- a\n- b\n", "is a list; it must hold the sections"),
+        (b"models:\n\ta: 1\n", "not valid YAML: line 2, column 1: "),
+        (b"models: {}\nmodels: {}\n", 'not valid YAML: line 2, column 1: found duplicate key "models"'),
+        (b"models: {a: 2024-13-45}\n", "not valid YAML: "),
+        (b"models: " + b"[" * 20_000, "nested too deep"),
+        (b"deployments: &a [*a]\n", "its aliases (*name) stand for values without end"),
+        (
+            b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 1200)),
+            "its aliases (*name) stand for values without end",
+        ),
+        (
+            b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 40)),
+            "its aliases (*name) stand for 4e+12 values; allowed are 100,000",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused_in_one_line(tmp_path: Path, *, content: bytes, message: str) -> None:
+    path = tmp_path / "pipelines.yaml"
+    path.write_bytes(content)
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load(path)
+    assert f"{path}: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(settings.SettingsError, match="cannot be read: Is a directory"):
+        settings.load(tmp_path)
+
+
+def test_a_byte_order_mark_of_utf_8_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "pipelines.yaml").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert "demo" in settings.load(tmp_path / "pipelines.yaml").pipelines
+
+
+@given(content=st.binary(max_size=200) | st.text("&*[]{}:-?!|>%@`'\"\n\t #,ab01.~=<", max_size=60).map(str.encode))
+def test_no_content_ends_in_another_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    with pytest.raises(settings.SettingsError):
+        settings.load(path)
+
+
+def test_a_name_that_is_nearly_right_gets_a_suggestion() -> None:
+    with pytest.raises(settings.SettingsError, match=r"no 'dmo'; it has demo; did you mean demo\?"):
+        settings.validate(GOOD).pipeline("dmo")

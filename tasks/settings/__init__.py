@@ -8,6 +8,7 @@ allowed.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -20,12 +21,7 @@ from tasks.settings.corpus import Items as Items
 from tasks.settings.fields import Frozen, Name, Positive, Sha256
 from tasks.settings.partition import Partition
 from tasks.settings.pretrain import Pretrain
-
-FILE = Path("pipelines.yaml")
-
-
-class SettingsError(ValueError):
-    """pipelines.yaml is not valid; the message lists every fault."""
+from tasks.settings.text import FILE, SettingsError, read
 
 
 class Shape(Frozen):
@@ -153,22 +149,14 @@ class Settings(Frozen):
     def _get(self, section: str, name: str) -> Any:
         entries = getattr(self, section)
         if name not in entries:
-            raise SettingsError(f"{FILE}: {section} has no {name!r}; it has {', '.join(entries) or 'none'}")
+            close = "".join(f"; did you mean {known}?" for known in difflib.get_close_matches(name, entries, n=1))
+            raise SettingsError(f"{FILE}: {section} has no {name!r}; it has {', '.join(entries) or 'none'}{close}")
         return entries[name]
 
 
 def load(path: Path | str = FILE) -> Settings:
     """Read and validate pipelines.yaml. Raises SettingsError listing every fault."""
-    from ruamel.yaml import YAML, YAMLError  # YAML 1.2, as DVC reads it: 2e-4 is a number, a repeated key is an error
-
-    path = Path(path)
-    try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: not found; run from the project's root, where pipelines.yaml lies") from None
-    except YAMLError as error:
-        raise SettingsError(f"{path}: not valid YAML: {error}") from None
-    return validate(raw, path=path)
+    return validate(read(Path(path)), path=path)
 
 
 def validate(raw: Any, *, path: Path | str = FILE) -> Settings:
