@@ -38,6 +38,7 @@ class Batch:
         cu_seqlens: int32 [segments + 1], where segments start in the B * L tokens, and B * L.
         max_seqlen: tokens of the longest segment.
         domains, windows: each row's origin.
+        step_targets: predicted tokens of the whole global batch, all ranks' together.
     """
 
     input_ids: NDArray[np.int64]
@@ -47,6 +48,7 @@ class Batch:
     max_seqlen: int
     domains: list[str]
     windows: list[int]
+    step_targets: int
 
 
 class Loader:
@@ -175,6 +177,7 @@ class Gather:
             max_seqlen=int(lengths.max()),
             domains=[domain for domain, _ in mine],
             windows=[window for _, window in mine],
+            step_targets=sum(self._windows[domain].targets(window, mask=self._mask) for domain, window in slots),
         )
 
     def _segments(self, row: int, slot: Slot, tokens: int) -> NDArray[np.int32]:

@@ -107,6 +107,14 @@ class Windows:
         lengths = self._bins.length[slice(*self._bins.offsets[index : index + 2])]
         return lengths.cumsum(dtype=np.int32) - lengths
 
+    def targets(self, index: int, *, mask: bool) -> int:
+        """Tokens of window `index` that are predicted: its text but the first token, with `mask` each document's."""
+        self._check(index)
+        tokens = self.seq_len
+        if self._bins is not None:
+            tokens = int(self._bins.length[slice(*self._bins.offsets[index : index + 2])].sum())
+        return tokens - (len(self.starts(index)) if mask else 1)
+
     def origins(self, index: int) -> list[Origin]:
         """The documents of window `index`, one for each of its `starts`."""
         self._check(index)

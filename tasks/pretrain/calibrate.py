@@ -166,6 +166,7 @@ def random_batch(params: Pretrain, *, rows: int, vocabulary: int) -> Batch:
         max_seqlen=params.seq_len,
         domains=["random"] * rows,
         windows=list(range(rows)),
+        step_targets=params.batch * (params.seq_len - 1),
     )
 
 

@@ -54,7 +54,7 @@ class Distiller:
     def losses(self, batch: Batch, *, rows: slice, out: Any, target_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses of the windows `rows` of a batch by name, fp32 [B], without the coefficients of the settings.
 
-        Each is the mean over the window's predicted tokens, 0 where there are none; so it doesn't depend on how
+        Each is the sum over the window's predicted tokens, 0 where there are none; so it doesn't depend on how
         windows are grouped.
 
         Args:
@@ -63,8 +63,8 @@ class Distiller:
 
         Returns:
             With a coefficient `logits` above 0, from one pass over the logits:
-            "cross_entropy", in nats per token, and
-            "kl": temperature ** 2 * KL(parent | student) in nats per token at that temperature (arXiv 1503.02531);
+            "cross_entropy", in nats, and
+            "kl": temperature ** 2 * KL(parent | student) in nats at that temperature (arXiv 1503.02531);
             with `top_n`, of the kept tokens and all others as one.
             They must enter the sum to be differentiated with the coefficients of the settings (`divergence.losses`).
 
@@ -103,7 +103,7 @@ class Distiller:
 def _relative(
     own: tuple[torch.Tensor, ...], parents: tuple[torch.Tensor, ...], counted_BL: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error relative to the parent's squared norm over layers and counted tokens, fp32 [B]."""
+    """Squared error relative to the parent's squared norm, mean over layers, sum over counted tokens, fp32 [B]."""
     import torch
 
     total_B = torch.zeros(len(counted_BL), dtype=torch.float32, device=counted_BL.device)
@@ -111,4 +111,4 @@ def _relative(
         p_BLD = parent_BLD.float()
         error_BL = (h_BLD.float() - p_BLD).square().sum(2) / p_BLD.square().sum(2)
         total_B = total_B + error_BL.masked_fill(~counted_BL, 0.0).sum(1)
-    return total_B / counted_BL.sum(1).clamp(min=1) / len(parents)
+    return total_B / len(parents)

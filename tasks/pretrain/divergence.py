@@ -45,9 +45,9 @@ def losses(
     kl: float,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy and temperature ** 2 * KL(parent | student) of each window, fp32 [B] each, in nats per token.
+    """Cross-entropy and temperature ** 2 * KL(parent | student) of each window, fp32 [B] each, in nats.
 
-    Each is the mean over the window's tokens with a target, 0 without any. The factor keeps the size of the gradient
+    Each is the sum over the window's tokens with a target, 0 without any. The factor keeps the size of the gradient
     as the temperature grows (arXiv 1503.02531, section 2).
 
     Args:
@@ -161,10 +161,7 @@ class _Losses(torch.autograd.Function):
         counted_BL = counted_T.view_as(target_BL)
         ctx.gradient_TV, ctx.counted_BL = gradient_TV, counted_BL
         ctx.coefficients, ctx.temperature = coefficients, temperature
-        total_B = counted_BL.sum(1).clamp(min=1)
-        nats_B, kl_B = (
-            x_T.view_as(target_BL).masked_fill(~counted_BL, 0.0).sum(1) / total_B for x_T in (nats_T, kl_T)
-        )
+        nats_B, kl_B = (x_T.view_as(target_BL).masked_fill(~counted_BL, 0.0).sum(1) for x_T in (nats_T, kl_T))
         return nats_B, kl_B * temperature**2
 
     @staticmethod
@@ -179,7 +176,7 @@ class _Losses(torch.autograd.Function):
                 f"cross-entropy and KL were to be weighted as {cross_entropy} to {kl}; their gradients are "
                 f"{grads[0].tolist()} and {grads[1].tolist()}"
             )
-        unit_B = unit_B * (cross_entropy + kl * ctx.temperature) / counted_BL.sum(1).clamp(min=1)
+        unit_B = unit_B * (cross_entropy + kl * ctx.temperature)
         weight_T1 = (unit_B[:, None] * counted_BL).view(-1, 1)
         chunk = max(1, _CACHE // gradient_TV.shape[1]) if gradient_TV.device.type == "cpu" else len(gradient_TV)
         for some in (slice(start, start + chunk) for start in range(0, len(gradient_TV), chunk)):

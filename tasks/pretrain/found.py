@@ -36,20 +36,39 @@ class Found:
     """The same on every rank."""
 
     losses: dict[str, np.ndarray]
-    """`loss`, the cross-entropy, and the objective's parts: float64 [S]."""
+    """`loss`, the cross-entropy, and the objective's parts: float64 [S], of a slot the sum over its predicted tokens,
+    or for the parts in `of_batches` its micro-batch's."""
+    of_batches: frozenset[str]
     domains: list[str]
     windows: list[int]
-    predicted: int
+    predicted_S: np.ndarray
+    """Predicted tokens of each slot, int64."""
     load_LE: np.ndarray
     """Tokens per sparse layer and expert, int64."""
     seconds_R: list[float]
     """Of each rank's forward and backward passes."""
 
     @property
+    def predicted(self) -> int:
+        """Predicted tokens of the step."""
+        return int(self.predicted_S.sum())
+
+    @property
     def loss(self) -> float:
         """The mean cross-entropy; not finite if any of the losses of any window isn't."""
-        mean = float(self.losses["loss"].mean())
+        mean = self.mean("loss")
         return mean if np.isfinite(sum(self.losses.values())).all() else mean + float("nan")
+
+    def mean(self, name: str) -> float:
+        """Of a loss, as it enters the step: over its predicted tokens, or over its micro-batches."""
+        values = self.losses[name]
+        return float(values.mean() if name in self.of_batches else values.sum() / max(self.predicted, 1))
+
+    def of_domain(self, domain: str) -> float:
+        """The mean cross-entropy over a domain's predicted tokens; NaN where there are none."""
+        mine = np.array(self.domains) == domain
+        count = self.predicted_S[mine].sum()
+        return float(self.losses["loss"][mine].sum() / count) if count else float("nan")
 
     def windows_by_domain(self) -> dict[str, int]:
         return dict(Counter(self.domains))
@@ -90,9 +109,9 @@ def collect(
     own[0, mine] = torch.tensor([domains.index(domain) for domain in batch.domains], dtype=torch.float64)
     own[1, mine] = torch.tensor(batch.windows, dtype=torch.float64)
     own[2, mine] = torch.from_numpy(objective.predicted(batch.labels)).double()
-    own[3, mine] = torch.cat([each.cross_entropy_B.detach() for each in losses]).double().cpu()
+    own[3, mine] = torch.cat([each.nats_B.detach() for each in losses]).double().cpu()
     for row, name in enumerate(names, start=4):
-        parts = [each.parts[name].detach().expand_as(each.cross_entropy_B) for each in losses]
+        parts = [each.parts[name].detach().expand_as(each.nats_B) for each in losses]
         own[row, mine] = torch.cat(parts).double().cpu()
     seconds_R = torch.zeros(place.world_size, dtype=torch.float64)
     seconds_R[place.rank] = seconds
@@ -103,9 +122,10 @@ def collect(
     domain, window, predicted, *found = table.view_as(own).numpy()
     return Found(
         losses=dict(zip(["loss", *names], found, strict=True)),
+        of_batches=frozenset(name for name in names if not losses[0].parts[name].ndim),
         domains=[domains[int(number)] for number in domain],
         windows=window.astype(int).tolist(),
-        predicted=int(predicted.sum()),
+        predicted_S=predicted.astype(np.int64),
         load_LE=load.view(load_LE.shape).numpy().astype(np.int64),
         seconds_R=seconds_R.tolist(),
     )

@@ -85,7 +85,7 @@ class Journal:
         if not self._log:
             return
         params = self.params
-        means = {name: float(values.mean()) for name, values in found.losses.items()}
+        means = {name: found.mean(name) for name in found.losses}
         loss = means.pop("loss")
         weight = params.distill.cross_entropy if params.distill else 1.0
         record: dict[str, Any] = {
@@ -162,15 +162,15 @@ class Journal:
             self._display.show(record)
 
     def _domains(self, state: State, found: Found) -> dict[str, dict[str, float]]:
-        names, losses = np.array(found.domains), found.losses["loss"]
+        windows = found.windows_by_domain()
         return {
             domain: {
-                "loss": float(losses[names == domain].mean()),
-                "windows": int((names == domain).sum()),
+                "loss": found.of_domain(domain),
+                "windows": windows[domain],
                 "epochs": state.windows_seen[domain] * self.params.seq_len / self._epoch_tokens[domain],
             }
             for domain in state.windows_seen
-            if (names == domain).any()
+            if domain in windows
         }
 
     def _compare_ranks(self, step: int, found: Found) -> None:

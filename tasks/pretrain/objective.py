@@ -1,5 +1,14 @@
 """What a step minimises: cross-entropy over packed windows, balance of the experts, distillation from the parent.
 
+Cross-entropy and distillation are means over the N predicted tokens of the whole step, all micro-batches and ranks
+together: every token weighs the same, whatever its window, and the sum doesn't depend on who computes which window. N
+is known from the data before the first forward pass (`Batch.step_targets`). A step has M = batch / micro_batch
+micro-batches on all R ranks together. DeepSpeed divides the loss of each by the M / R that its rank accumulates, and
+averages the gradients over the R ranks: the total of a micro-batch enters the step with 1 / M. So it is M / N times
+the sum over the micro-batch's own tokens, which is their plain mean where all windows have as many targets.
+
+The balance losses are those of each micro-batch (`balance`); the step has their mean.
+
 Shapes: B windows of one forward pass, L tokens of a window, T = B L tokens, V vocabulary.
 """
 
@@ -28,12 +37,13 @@ if TYPE_CHECKING:
 class Losses:
     """The losses of one forward pass."""
 
-    cross_entropy_B: torch.Tensor
-    """Of each window, fp32, nats per predicted token (0 where none is)."""
+    nats_B: torch.Tensor
+    """The cross-entropy of each window, fp32, the sum over its predicted tokens."""
     parts: dict[str, torch.Tensor]
-    """What else is in `total`, multiplied by its coefficient: scalars, or [B] where a window has its own."""
+    """What else is in `total`, multiplied by its coefficient: [B], sums over a window's predicted tokens as well, or
+    a scalar where it belongs to the micro-batch."""
     total: torch.Tensor
-    """To be differentiated: the mean over the windows."""
+    """To be differentiated: the micro-batch's share of the step, times the number of micro-batches (see above)."""
 
 
 class Objective:
@@ -82,10 +92,11 @@ class Objective:
             )
         found = distiller.losses(batch, rows=rows, out=out, target_BL=target_BL) if distiller else {}
         if "cross_entropy" in found:  # computed along with the divergence, in one pass over the logits
-            loss_B = found.pop("cross_entropy")
+            nats_B = found.pop("cross_entropy")
         else:
-            loss_B = _per_window(out.logits, target_BL, fused=fused)
-        total = loss_B.mean() * (distill.cross_entropy if distill else 1.0)
+            nats_B = _per_window(out.logits, target_BL, fused=fused)
+        scale = self.params.batch / self.params.micro_batch / max(batch.step_targets, 1)
+        total = scale * (distill.cross_entropy if distill else 1.0) * nats_B.sum()
         parts: dict[str, torch.Tensor] = {}
         if self.balancer:
             parts |= self.balancer.losses(routed, real_T=_real(batch.labels[rows], device))
@@ -93,8 +104,8 @@ class Objective:
             share = {"kl": distill.logits, "hidden": distill.hidden}
             parts |= {name: share[name] * value_B for name, value_B in found.items()}
         for value in parts.values():
-            total = total + value.mean()
-        return Losses(cross_entropy_B=loss_B, parts=parts, total=total)
+            total = total + (scale * value.sum() if value.ndim else value)
+        return Losses(nats_B=nats_B, parts=parts, total=total)
 
 
 def predicted(labels_BL: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,7 +130,7 @@ def _per_window(logits: torch.Tensor, target_BL: torch.Tensor, *, fused: bool) -
         nats = F.cross_entropy(
             logits.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
         )
-    return nats.view_as(target_BL).sum(1) / (target_BL != IGNORED).sum(1).clamp(min=1)
+    return nats.view_as(target_BL).sum(1)
 
 
 def _real(labels_BL: NDArray[np.int64], device: torch.device) -> torch.Tensor | None:

@@ -37,8 +37,9 @@ _ALWAYS = frozenset(
         "gradient_checkpointing",  # the same products, computed again
         "offload",  # where the optimizer's states lie
         "precision",  # a checkpoint is held to its dtype, whatever it is called, when it is loaded
-        # How a step's windows are shared out. The cross-entropy is a mean over windows, whoever computes them; a
-        # balance loss of each micro-batch sees other groups of windows, and noise is drawn anew.
+        # How a step's windows are shared out. Cross-entropy and distillation are means over the step's predicted
+        # tokens, whoever computes them (`objective`); a balance loss of each micro-batch sees other groups of windows,
+        # and noise is drawn anew.
         "processes",
         "micro_batch",
     }

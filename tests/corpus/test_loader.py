@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus import manifest
-from tasks.corpus.loader import Batch, Loader, train_windows
+from tasks.corpus.loader import IGNORED, Batch, Loader, train_windows
 from tasks.corpus.packing import Packing
 from tasks.corpus.sampler import Sampler
 from tasks.corpus.windows import Windows
@@ -154,6 +154,8 @@ def test_the_ranks_together_get_the_global_batch_at_any_world_size_changed_at_ea
         for one in ranks:
             one.sampler.restore(json.loads(json.dumps(state)))
         expected, parts = alone.next(), [one.next() for one in ranks]
+        predicted = (expected.labels[:, 1:] != IGNORED).sum()
+        assert [batch.step_targets for batch in [expected, *parts]] == [predicted] * (1 + world_size)
         for rank, part in enumerate(parts):
             for field in ("input_ids", "labels", "domains", "windows", *(["position_ids"] if mask else [])):
                 mine, whole = getattr(part, field), getattr(expected, field)

@@ -33,7 +33,7 @@ def spoil(factor: float, domain: str, window: int) -> None:
         passes[0] += 1
         if not mine:
             return found
-        return Losses(cross_entropy_B=found.cross_entropy_B * factor, parts=found.parts, total=found.total * factor)
+        return Losses(nats_B=found.nats_B * factor, parts=found.parts, total=found.total * factor)
 
     Objective.__call__ = spoiled  # type: ignore[method-assign]
 

@@ -88,6 +88,7 @@ def packed(windows: list[list[int]], *, masked: bool, padding: int = 0) -> Batch
         max_seqlen=int(np.diff(cu_seqlens).max()),
         domains=["prose"] * len(windows),
         windows=list(range(len(windows))),
+        step_targets=int(objective.predicted(labels).sum()),
     )
 
 
@@ -96,7 +97,7 @@ def run(model: PreTrainedModel, batch: Batch, *, balance: bool = False) -> tuple
 
 
 def part(model: PreTrainedModel, batch: Batch, *, rows: slice, balance: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the windows `rows`, and transformers' balance loss."""
+    """Cross-entropy of each of the windows `rows`, the mean over its tokens, and transformers' balance loss."""
     params = Pretrain(
         tokens=LENGTH, seq_len=LENGTH, batch=1, learning_rate=1, balance={"loss": "mixtral", "coefficient": 1.0}
     )
@@ -106,8 +107,8 @@ def part(model: PreTrainedModel, batch: Batch, *, rows: slice, balance: bool) ->
     )
     assert list(found.parts) == ["balance"] * balance
     balances = found.parts.get("balance", torch.zeros(()))
-    torch.testing.assert_close(found.total, found.cross_entropy_B.mean() + balances)
-    return found.cross_entropy_B, balances
+    torch.testing.assert_close(found.total, found.nats_B.sum() / max(batch.step_targets, 1) + balances)
+    return found.nats_B / torch.from_numpy(objective.predicted(batch.labels[rows])).clamp(min=1), balances
 
 
 def alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows import cli
@@ -114,12 +117,33 @@ def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
             inspect.step(run, step)
 
 
+def whole_step(project: Path, batch: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """By plain torch: each window's summed nats under the split model, document by document, and its targets."""
+    model = AutoModelForCausalLM.from_pretrained(project / "runs/tiny/moe", dtype=torch.float32).eval()
+    nats, counts = [], []
+    for ids, labels in zip(batch["ids"], batch["labels"], strict=True):
+        starts = [i for i, label in enumerate(labels) if label < 0] + [len(ids)]
+        pieces = [ids[a:b] for a, b in itertools.pairwise(starts) if b - a > 1]
+        with torch.no_grad():
+            losses = [model(input_ids=(x := torch.tensor([piece])), labels=x).loss.item() for piece in pieces]
+        nats.append(sum(loss * (len(piece) - 1) for loss, piece in zip(losses, pieces, strict=True)))
+        counts.append(sum(len(piece) - 1 for piece in pieces))
+    return np.array(nats), np.array(counts)
+
+
 def test_a_packed_run_counts_what_it_predicts_and_learns(trained: Path) -> None:
     log = timeless(trained / "runs/tiny/training/log.jsonl")
     steps = [record for record in log if record["kind"] == "step"]
     labels = {step: np.array(batch["labels"]) for step, batch in seen(trained).items()}
     assert [record["predicted"] for record in steps] == [(labels[r["step"]][:, 1:] >= 0).sum() for r in steps]
     assert all(record["tokens"] == record["step"] * BATCH * SEQ_LEN for record in steps)
+    losses, counts = whole_step(trained, seen(trained)[1])  # of the split model, which the first step starts from
+    loss = steps[0]["loss"]
+    assert loss == pytest.approx(losses.sum() / counts.sum(), rel=1e-3)
+    assert loss != pytest.approx(np.mean(losses / counts), rel=1e-3)
+    for domain, found in steps[0]["domains"].items():
+        mine = np.array(seen(trained)[1]["domains"]) == domain
+        assert found["loss"] == pytest.approx(losses[mine].sum() / counts[mine].sum(), rel=2e-3)
     metrics = json.loads((trained / "runs/tiny/pretrain.json").read_text())
     assert metrics["predicted_tokens"] == sum(record["predicted"] for record in steps)
     assert metrics["predicted_tokens"] < STEPS * BATCH * (SEQ_LEN - 1)
