@@ -315,14 +315,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            name = self.path.partition("?")[0].removeprefix("/api/datasets/").replace("/tree/", "@")
+            name = self.path.partition("?")[0].removeprefix("/api/datasets/").replace("/revision/", "@")
             found = listed.get(name)
             self.send_response(404 if found is None else 200)
             if found is None:
                 self.send_header("X-Error-Code", "RevisionNotFound")
             self.end_headers()
-            entries = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in found or []]
-            self.wfile.write(json.dumps({} if found is None else entries).encode())
+            siblings = [{"rfilename": path} for path in found or []]
+            self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
 
         def log_message(self, format: str, *_: object) -> None:
             """Nothing is logged."""

@@ -5,23 +5,37 @@ from __future__ import annotations
 from tasks.sources.syntax import Source, SourceError
 
 
-def require_data_files(source: Source) -> None:
-    """Raise SourceError if a dataset of the hub cannot be had or has a loading script, as far as the hub can be asked.
+def script_of(name: str, *, revision: str | None = None) -> str | None:
+    """The loading script of a dataset of the hub; None if it has none, or if the hub cannot be asked.
 
-    `datasets` runs no scripts and refuses every repository that has one, even beside data files.
+    `datasets` runs no scripts, and refuses every repository that has one, even beside data files.
+
+    Raises:
+        HfHubHTTPError: there is no such dataset, revision or permission.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        listed = HfApi().list_repo_files(source.name, revision=source.version, repo_type="dataset")
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        info = HfApi().dataset_info(name, revision=revision, timeout=10)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception:  # offline or out of reach: the stage that reads it says so, or finds it in the hub's cache
+        return None
+    script = f"{name.rpartition('/')[2]}.py"
+    return script if script in {file.rfilename for file in info.siblings or []} else None
+
+
+def require_data_files(source: Source) -> None:
+    """Raise SourceError if the hub does not give a dataset, or says that it has a loading script."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        script = script_of(source.name, revision=source.version)
+    except HfHubHTTPError as error:
         reason = " ".join(str(error).split())
         raise SourceError(f"source {source.text!r}: the hub refuses it ({type(error).__name__}: {reason})") from None
-    except Exception:  # offline or out of reach: the stage that reads it says so, or finds it in the hub's cache
-        return
-    script = f"{source.name.rpartition('/')[2]}.py"
-    if script in listed:
+    if script:
         raise SourceError(
             f"source {source.text!r}: the dataset has a loading script ({script}), which `datasets` never runs; name "
             f"data files of it (hf://datasets/{source.name}@{source.version}/PATH, format: jsonl or parquet), "
