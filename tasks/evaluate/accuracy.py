@@ -63,7 +63,7 @@ def prepare(tasks: Sequence[Task], folder: Path, *, versions: dict[str, dict[str
             )
         fetched = sources.fetch(task.source, CACHE, sha256=task.sha256)
         files = []
-        with fetched.unchanged(versions and versions[task.name]):
+        with fetched.unchanged(versions[task.name] if versions else None):
             for i, path in enumerate(fetched.paths):
                 target = folder / f"{task.name}-{i}{''.join(Path(path).suffixes)}"
                 with fetched.fs.open(path, "rb") as read, target.open("wb") as write:
