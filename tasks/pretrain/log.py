@@ -28,6 +28,7 @@ from tasks.pretrain.trackers import Run, Tracker, start
 Record = dict[str, Any]
 
 _HAS_NUMBERS = re.compile(rb'"kind": "(step|validation)".*\n')  # a whole line of log.jsonl
+ROWS = 2000  # of a CSV file, which git keeps: log.jsonl has every record
 _NOT_CURVES = {"kind", "step", "tokens", "sampler"}
 
 
@@ -196,5 +197,7 @@ def _keys(found: Iterable[Record]) -> list[str]:
 
 
 def _csv(columns: list[str], rows: list[list[Any]]) -> str:
+    """At most ROWS rows, evenly spaced, the last among them."""
+    rows = rows[:: -max(1, -(-len(rows) // ROWS))][::-1]
     cells = [columns, *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
     return "".join(",".join(row) + "\n" for row in cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_the_curves_of_a_record_are_its_finite_numbers_and_no_tables() -> None:
         "step/rates/router": 0.5,
         "step/timing/seconds": 2.0,
     }
+
+
+def test_the_csv_of_a_long_run_stays_small_enough_for_git() -> None:
+    for steps in (1, 1999, 2000, 2001, 13_623):
+        lines = log.loss_csv([step(i) for i in range(1, steps + 1)]).splitlines()[1:]
+        assert min(steps, 1000) <= len(lines) <= 2000
+        assert lines[-1].startswith(f"{steps},")
+        numbers = [int(line.split(",")[0]) for line in lines]
+        assert len({b - a for a, b in itertools.pairwise(numbers)}) <= 1
 
 
 def test_csv_columns_are_step_tokens_loss_and_then_what_there_is() -> None:
