@@ -95,7 +95,9 @@ def repair(path: Path) -> list[str]:
 def _mixture(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text())
     evidence = found["evidence"]
-    columns = {"weight": found["weights"]} | {key: evidence[key] for key in ("uniform", "proportional", "tokens")}
+    columns = {"weight at start": found["weights"]} | {
+        key: evidence[key] for key in ("uniform", "proportional", "tokens")
+    }
     if "reference_losses" in evidence:
         columns["reference_loss"] = evidence["reference_losses"]
     domains = {name: {key: column.get(name) for key, column in columns.items()} for name in found["weights"]}

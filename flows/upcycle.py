@@ -46,8 +46,10 @@ def report(pipeline: str, outcomes: list[Outcome]) -> None:
 
     said = summarise(outcomes)
     get_run_logger().info(said)
-    lines = ["| | " + " | ".join(summary.MODELS.values()) + " |", "|---|" + "---:|" * len(summary.MODELS)]
-    lines += [f"| {label} | {' | '.join(values)} |" for label, values in summary.rows(summary.read(pipeline))]
+    evaluation = summary.read(pipeline)
+    lines = ["| | " + " | ".join(summary.titles(evaluation)) + " |", "|---|" + "---:|" * len(summary.MODELS)]
+    lines += [f"| {label} | {' | '.join(values)} |" for label, values in summary.rows(evaluation)]
+    lines += ["", *summary.notes(evaluation)]
     key = slug(pipeline)
     create_markdown_artifact(key=f"upcycle-{key}", markdown="\n".join([said, "", *lines]))
     create_link_artifact(

@@ -3,7 +3,8 @@
     python -m tasks.evaluate PIPELINE
 
 Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}. Writes runs/PIPELINE/evaluation.json (the figures),
-routing.json (tokens per domain, layer and expert) and heldout.json (the very windows judged, {domain: [[ids]]}).
+routing.json (tokens per domain, layer and expert), samples.json (what each model makes of a few prompts) and
+heldout.json (the very windows judged, {domain: [[ids]]}).
 A model that is done stays done: an evaluation that is killed goes on with the next model.
 """
 
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch, settings
-from tasks.evaluate import accuracy, likelihood
+from tasks.evaluate import accuracy, generation, likelihood, load
 
 CODE = Path(__file__).parent
-MODELS = {"dense": "dense parent", "split": "MoE after the split", "trained": "MoE after training"}
+MODELS = {"dense": "dense parent", "split": "MoE before training", "trained": "MoE after training"}
+LEAST_COST = 1e-3
+"""Nats per token below which a split cost nothing that training could win back: copies of the FFN, say."""
 
 
 def evaluate(name: str) -> None:
-    """Evaluate pipeline `name` and write its three files. Raises ValueError if model and corpus do not fit."""
+    """Evaluate pipeline `name` and write its four files. Raises ValueError if model and corpus do not fit."""
     from tasks.corpus import encoder, manifest, windows
 
     config = settings.load()
@@ -40,16 +43,14 @@ def evaluate(name: str) -> None:
     manifest.require_tokenizer(contents, folders["dense"])
     ids = windows.test(corpus, seq_len=knobs.seq_len, count=knobs.windows)
     token_bytes = encoder.token_bytes(folders["dense"])
-    items = accuracy.versions(knobs.tasks)
     inputs = {
         "settings": knobs.model_dump(),
-        "items": items,
         "corpus": contents.sha256,
         "models": {key: scratch.digest(folder) for key, folder in folders.items()},
         "code": [scratch.digest(path) for path in sorted(CODE.rglob("*")) if path.suffix in {".py", ".yaml"}],
     }
     with scratch.workspace("evaluate", name, inputs=inputs) as folder:
-        prepared = accuracy.prepare(knobs.tasks, folder / "tasks", versions=items)
+        prepared = accuracy.prepare(knobs.tasks, folder / "tasks")
         done = {}
         for key, path in folders.items():
             result = folder / f"{key}.json"
@@ -57,17 +58,24 @@ def evaluate(name: str) -> None:
                 print(f"{MODELS[key]}: already judged, kept", flush=True)
             else:
                 print(f"{MODELS[key]}: {path}", flush=True)
-                scratch.write_json(result, _judge(path, ids, knobs=knobs, prepared=prepared))
+                judged = _judge(path, ids, knobs=knobs, prepared=prepared, stock=key == "trained")
+                scratch.write_json(result, judged)
             done[key] = json.loads(result.read_text())
         counted = likelihood.counts(ids, token_bytes=token_bytes)
-        scratch.write_json(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
-        (folder / "heldout.json").write_text(json.dumps({domain: a.tolist() for domain, a in ids.items()}))
-        scratch.publish(folder / "heldout.json", run / "heldout.json")
-        scratch.write_json(run / "evaluation.json", summarise(done, test=counted, seq_len=knobs.seq_len))
+        outs = {
+            "routing": {key: done[key]["load"] for key in ("split", "trained")},
+            "samples": samples(done),
+            "heldout": {domain: a.tolist() for domain, a in ids.items()},
+        }
+        for out, content in outs.items():
+            (folder / f"{out}.json").write_text(json.dumps(content))
+            scratch.publish(folder / f"{out}.json", run / f"{out}.json")
+        found = summarise(done, test=counted, knobs=knobs, method=pipeline.partition.method)
+        scratch.write_json(run / "evaluation.json", found)
         shutil.rmtree(folder)
 
 
-def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
+def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, stock: bool) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
@@ -82,6 +90,16 @@ def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) ->
 
     measured = likelihood.measure(model, ids, batch=knobs.batch, progress=progress)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    written = generation.samples(model, tokenizer)
+    sparse = counts.experts(model.config)
+    engine = model.config._experts_implementation if sparse["layers"] else "transformers"
+    speed = {engine: {"forward": measured["tokens_per_second"], "decode": written["decode"]}}
+    if stock and sparse["layers"]:
+        as_loaded = generation.stock_speed(model, tokenizer, ids, batch=knobs.batch)
+        speed[as_loaded.pop("engine")] = as_loaded
+    for name, rates in speed.items():
+        rates_said = ", ".join(f"{what} {rate:,.0f}" for what, rate in rates.items() if rate)
+        print(f"  tokens/s, {name}: {rates_said} ({time.perf_counter() - start:.0f} s)", flush=True)
     scored = accuracy.run(model, tokenizer, tasks=knobs.tasks, prepared=prepared, batch=knobs.batch)
     for task, entry in scored.items():
         figures = ", ".join(f"{m} {v:.4f}" for m, v in entry.items() if isinstance(v, float))
@@ -91,37 +109,56 @@ def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) ->
         "tasks": scored,
         "parameters": {"total": sizes["total"], "active": sizes["active"]},
         "flops_per_token": counts.flops_per_token(model.config, seq_len=knobs.seq_len)["forward"],
+        "experts": {"layers": sparse["layers"], "top_k": sparse["top_k"], "experts": sparse["experts"]},
+        "texts": written["texts"],
+        "speed": speed,
+        "seconds": round(time.perf_counter() - start, 1),
         "machine": machine(device),
     }
 
 
-def summarise(done: dict[str, Any], *, test: dict[str, Any], seq_len: int) -> dict[str, Any]:
+def samples(done: dict[str, Any]) -> dict[str, Any]:
+    """The content of samples.json: {new_tokens, samples: [{prompt, and the text of each model}]}."""
+    rows = [
+        {"prompt": prompt} | {key: result["texts"][i] for key, result in done.items()}
+        for i, prompt in enumerate(generation.PROMPTS)
+    ]
+    return {"new_tokens": generation.NEW_TOKENS, "samples": rows}
+
+
+def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Evaluate, method: str) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         done: {dense, split, trained: what was measured}.
         test: likelihood.counts.
+        knobs: the settings of the evaluation.
+        method: by which the experts were made.
 
     Returns:
         dense, split, trained: {loss, perplexity, bits_per_byte: {domain, mean}, parameters {total, active},
-        flops_per_token, tokens_per_second, tasks}; test: {domains: {windows, tokens, bytes}, seq_len};
-        difference: {trained_dense, trained_split: {loss, stderr}}, first minus second; recovery: the share of the
-        loss that the split cost which training won back, absent if the split cost nothing; routing; machine.
+        flops_per_token, tokens_per_second, tasks, seconds of its evaluation, speed {engine: {forward, decode}} in
+        tokens per second}; test: {domains: {windows, tokens, bytes}, seq_len, batch}; difference: {trained_dense,
+        trained_split, split_dense: {loss, stderr}}, first minus second; recovery: the share of the loss that the split
+        cost which training won back, absent if the split cost nothing that can be told from noise; routing: {experts,
+        top_k, split, trained: load.balance}; method; machine.
     """
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"method": method}
     for key, result in done.items():
         summary[key] = likelihood.scores(result["nats"], test)
-        for field in ("parameters", "flops_per_token", "tokens_per_second", "tasks"):
+        for field in ("parameters", "flops_per_token", "tokens_per_second", "tasks", "seconds", "speed"):
             summary[key][field] = result[field]
-    summary["test"] = {"domains": test, "seq_len": seq_len}
+    summary["test"] = {"domains": test, "seq_len": knobs.seq_len, "batch": knobs.batch}
     nats = {key: result["nats"] for key, result in done.items()}
-    summary["difference"] = {
-        f"trained_{other}": likelihood.difference(nats["trained"], nats[other], test) for other in ("dense", "split")
-    }
-    dense, split, trained = (summary[key]["loss"]["mean"] for key in MODELS)
-    if split > dense:
-        summary["recovery"] = (split - trained) / (split - dense)
-    summary["routing"] = {key: likelihood.balance(done[key]["load"]) for key in ("split", "trained")}
+    pairs = (("trained", "dense"), ("trained", "split"), ("split", "dense"))
+    summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs}
+    cost = summary["difference"]["split_dense"]
+    if cost["loss"] > max(2 * cost.get("stderr", 0.0), LEAST_COST):
+        summary["recovery"] = -summary["difference"]["trained_split"]["loss"] / cost["loss"]
+    summary["routing"] = {field: done["trained"]["experts"][field] for field in ("experts", "top_k")}
+    for key in ("split", "trained"):
+        experts = done[key]["experts"]
+        summary["routing"][key] = load.balance(done[key]["load"], layers=experts["layers"], top_k=experts["top_k"])
     summary["machine"] = done["trained"]["machine"]
     return summary
 

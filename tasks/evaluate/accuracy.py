@@ -23,31 +23,14 @@ HARNESS = Path(__file__).parent / "harness"
 _BOOTSTRAP = 1000  # draws, for metrics without a closed-form stderr; lm-eval draws none for means
 
 
-CACHE = scratch.ROOT / "sources"
-
-
-def versions(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
-    """What the files of local tasks hold, {task: {file: version}}. Raises sources.SourceError as `prepare`."""
-    found = {}
-    for task in tasks:
-        if task.source is not None:
-            found[task.name] = sources.fetch(task.source, CACHE, sha256=task.sha256).versions()
-    return found
-
-
-def prepare(tasks: Sequence[Task], folder: Path, *, versions: dict[str, dict[str, str]] | None = None) -> Path:
+def prepare(tasks: Sequence[Task], folder: Path) -> Path:
     """Fetch the files of local tasks and write `folder`/NAME.yaml, which points lm-eval's task at them.
-
-    Args:
-        tasks: those of pipelines.yaml.
-        folder: where their files and descriptions go.
-        versions: what the files must hold, so that all models are judged by the same ones.
 
     Returns:
         the folder to give to `run`.
 
     Raises:
-        sources.SourceError: a file cannot be had, its sha256 differs, or it changed.
+        sources.SourceError: a file cannot be had or its sha256 differs.
         FileNotFoundError: a task has a source but no harness/NAME.yaml.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +44,13 @@ def prepare(tasks: Sequence[Task], folder: Path, *, versions: dict[str, dict[str
                 f"pipelines.yaml: evaluate.tasks: {task.name!r} has a source, so {template} must describe it; "
                 f"described: {known}. For a task of the hub leave `source` out"
             )
-        fetched = sources.fetch(task.source, CACHE, sha256=task.sha256)
+        fetched = sources.fetch(task.source, scratch.ROOT / "sources", sha256=task.sha256)
         files = []
-        with fetched.unchanged(versions[task.name] if versions else None):
-            for i, path in enumerate(fetched.paths):
-                target = folder / f"{task.name}-{i}{''.join(Path(path).suffixes)}"
-                with fetched.fs.open(path, "rb") as read, target.open("wb") as write:
-                    shutil.copyfileobj(read, write)
-                files.append(str(target.resolve()))
+        for i, path in enumerate(fetched.paths):
+            target = folder / f"{task.name}-{i}{''.join(Path(path).suffixes)}"
+            with fetched.fs.open(path, "rb") as read, target.open("wb") as write:
+                shutil.copyfileobj(read, write)
+            files.append(str(target.resolve()))
         _write_yaml(
             folder / f"{task.name}.yaml",
             {
@@ -101,8 +83,9 @@ def run(
         ConnectionError: the task's data are on the hub, and it cannot be reached.
 
     Returns:
-        {task: {metric: score, metric_stderr: its standard error, n, num_fewshot, harness, dtype, version}}. A metric
-        whose stderr lm-eval does not know has none.
+        {task: {metric: score, metric_stderr: its standard error, n, num_fewshot, harness, dtype, version, chance}}. A
+        metric whose stderr lm-eval does not know has none. chance: the accuracy of a blind guess, where the task is a
+        choice among given answers.
     """
     if not tasks:
         return {}
@@ -138,7 +121,7 @@ def run(
                 num_fewshot=task.num_fewshot,
                 limit=task.limit,
                 bootstrap_iters=_BOOTSTRAP,
-                log_samples=False,
+                log_samples=True,  # they say how many answers each item has
                 task_manager=manager,
             )
         except ConnectionError as error:
@@ -170,7 +153,27 @@ def _scores(task: Task, results: Any) -> dict[str, Any]:
     entry["num_fewshot"] = task.num_fewshot
     entry["harness"] = f"lm-eval {metadata.version('lm_eval')}"
     entry["version"] = str(results["versions"].get(task.name, ""))
+    if (guess := _chance(results)) is not None:
+        entry["chance"] = guess
     return entry
+
+
+def _chance(results: Any) -> float | None:
+    """Accuracy of a blind guess: one over the number of answers, averaged over the items; None where none is known.
+
+    Known for multiple choice that lm-eval scores itself: a request per answer, two where acc_mutual_info is asked for.
+    """
+    shares = []
+    for name, items in results["samples"].items():
+        config = results["configs"][name]
+        if config["output_type"] != "multiple_choice" or config.get("process_results"):
+            return None
+        doubled = any(entry["metric"] == "acc_mutual_info" for entry in config.get("metric_list") or [])
+        for item in items:
+            if isinstance(item["target"], list):  # several answers count as right
+                return None
+            shares.append((2 if doubled else 1) / len(item["resps"]))
+    return sum(shares) / len(shares) if shares else None
 
 
 def _without_bars(lm: Any) -> Any:

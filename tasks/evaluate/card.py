@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.evaluate import summary
+from tasks.evaluate import metadata, summary
 from tasks.evaluate.results import Results
 from tasks.moe import counts
 
@@ -45,60 +45,85 @@ def write(folder: Path, results: Results, *, trained: Path, heldout: Path) -> No
 
 def text(results: Results) -> str:
     """The model card, Hub metadata first."""
-    from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(loader=PackageLoader("tasks.evaluate", "."), undefined=StrictUndefined, trim_blocks=True)
-    data = ModelCardData(
-        base_model=base_model(results),
-        datasets=[domain.source for domain in results.corpus.domains.values()],
-        library_name="transformers",
-        license=license_id(results.model.license),
-        metrics=["perplexity", "bits_per_byte", *(["accuracy"] if results.evaluation["dense"]["tasks"] else [])],
-        pipeline_tag="text-generation",
-        tags=["mixture-of-experts", results.config["model_type"], "moeforge"],
-    )
+    env.filters["code"] = _code
     return env.get_template("card.md.j2").render(
-        metadata=data.to_yaml().strip(),
+        metadata=metadata.front_matter(results),
         name=results.name,
         model=results.pipeline.model,
         source=results.model.source,
         shape=shape(results),
-        columns=list(summary.MODELS.values()),
+        columns=summary.titles(results.evaluation),
+        conversion=summary.conversion(results.evaluation),
         rows=summary.rows(results.evaluation),
-        basis=summary.basis(results.evaluation),
+        notes=summary.notes(results.evaluation),
         perplexity=f"{results.evaluation['trained']['perplexity']['mean']:.2f}",
         snippet=SNIPPET,
-        domains=results.corpus_metrics["domains"],
+        domains=[domain(results, name) for name in results.corpus_metrics["domains"]],
+        samples=samples(results),
+        new_tokens=results.samples["new_tokens"],
         license=results.model.license,
         tokens=f"{results.pretrain['tokens']:,}",
     )
 
 
+def samples(results: Results) -> list[dict[str, Any]]:
+    """For each prompt: {prompt, texts: [(column, what that model made of it)]}."""
+    columns = list(zip(summary.MODELS, summary.titles(results.evaluation), strict=True))
+    return [
+        {"prompt": entry["prompt"], "texts": [(title, entry[key]) for key, title in columns]}
+        for entry in results.samples["samples"]
+    ]
+
+
+def domain(results: Results, name: str) -> dict[str, str]:
+    """A row of the card's table: what training read of a domain, and under which licence."""
+    entry, ran = results.corpus_metrics["domains"][name], results.pretrain
+    return {
+        "name": name,
+        "tokens": f"{ran['domain_tokens'].get(name, 0):,}",
+        "epochs": f"{ran['domain_epochs'].get(name, 0.0):.3f}",
+        "weight": f"{results.mixture['weights'][name]:.3f} → {ran['final_weights'][name]:.3f}",
+        "license": entry["license"],
+        "source": entry["source"],
+    }
+
+
 def shape(results: Results) -> str:
-    """One sentence: how the FFN was cut and what a token passes."""
-    partition = results.pipeline.partition
-    width = counts.experts(results.config)["expert_size"]
+    """How the experts came about, and what a token passes, in a sentence each."""
+    partition, model = results.pipeline.partition, results.pipeline.model
+    sparse, layers = counts.experts(results.config), results.config["num_hidden_layers"]
     sizes = results.evaluation["trained"]["parameters"]
-    shared = f" beside {partition.shared_experts} shared ones" if partition.shared_experts else ""
+    where = f"Each FFN of {model}"
+    if len(sparse["layers"]) < layers:
+        where += f" in {len(sparse['layers'])} of its {layers} layers"
+    routed = f"{sparse['experts']} routed experts of {sparse['expert_size']} neurons"
+    if partition.method == "copy":
+        made = f"is copied, whole or in slices, into {routed}"
+    elif partition.may_overlap:
+        made = f"gives its neurons to {routed}, which may share some"
+    else:
+        made = f"is cut into {routed}"
+    if partition.shared_experts:
+        made += f" beside {partition.shared_experts} shared ones"
     return (
-        f"Each FFN of {results.pipeline.model} is cut into {partition.experts} routed experts of {width} neurons"
-        f"{shared}; a token passes {partition.top_k} of the routed ones, {summary.count(sizes['active'])} of "
-        f"{summary.count(sizes['total'])} parameters ({results.config['architectures'][0]})."
+        f"{where} {made} (method {partition.method}). A token passes {sparse['top_k']} of the routed ones, "
+        f"{summary.count(sizes['active'])} of {summary.count(sizes['total'])} parameters "
+        f"({results.config['architectures'][0]})."
     )
 
 
-def base_model(results: Results) -> str:
-    """The hub id of the dense parent, or its name in pipelines.yaml where it does not come from the hub."""
-    source: Any = results.model.source
-    if source.startswith("hub:"):
-        return source.removeprefix("hub:").partition("@")[0]
-    return results.pipeline.model
+def printable(text: str) -> str:
+    """What a model wrote, with line feeds for every line break and a mark for what no screen shows."""
+    lines = text.splitlines()
+    return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(4)) for line in lines)
 
 
-def license_id(text: str) -> str:
-    """The Hub's spelling of an SPDX identifier."""
-    return text.lower().replace(" ", "-")
+def _code(text: str) -> str:
+    """An indented block of Markdown: nothing in it is markup, whatever a model wrote."""
+    return "\n".join(f"    {line}" for line in printable(text).split("\n"))
 
 
 def _link(path: Path, target: Path) -> None:

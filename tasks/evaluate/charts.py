@@ -231,10 +231,13 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def number(value: float) -> str:
-    """A tick's text: 1500 is 1.5k, 0.25 stays."""
+    """A tick's text: 1500 is 1.5k, 0.25 stays, 0.00015 is 1.5e-4."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{suffix}"
+    if 0 < abs(value) < 1e-3:
+        digits, _, power = f"{value:e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:g}"
 
 

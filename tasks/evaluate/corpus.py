@@ -34,7 +34,8 @@ def domains(results: Results) -> list[dict[str, str]]:
             "tokens": _splits(entry["tokens"]),
             "share": f"{sum(entry['tokens'].values()) / total:.1%}",
             "bytes_per_token": f"{entry['bytes_per_token']:.2f}",
-            "weight": f"{results.mixture['weights'][name]:.3f} → {results.pretrain['weights'][name]:.3f}",
+            "trained": f"{results.pretrain['domain_tokens'].get(name, 0):,}",
+            "weight": f"{results.mixture['weights'][name]:.3f} → {results.pretrain['final_weights'][name]:.3f}",
             "epochs": f"{results.pretrain['domain_epochs'].get(name, 0.0):.3f}",
         }
         for name, entry in entries.items()

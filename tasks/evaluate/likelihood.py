@@ -110,20 +110,3 @@ def difference(
     if len(variances) == len(means):
         result["stderr"] = math.sqrt(sum(variances)) / len(means)
     return result
-
-
-def balance(load: Mapping[str, Any]) -> dict[str, float]:
-    """How evenly the tokens of all domains spread over the experts of a layer.
-
-    Args:
-        load: {domain: [layers][experts] tokens}.
-
-    Returns:
-        peak: load of the busiest expert over the mean load, averaged over layers (1 = even);
-        unused: share of experts that no token went to.
-    """
-    load_LE = np.sum([np.asarray(counts_LE) for counts_LE in load.values()], axis=0)
-    return {
-        "peak": float((load_LE.max(1) / load_LE.mean(1)).mean()),
-        "unused": float((load_LE == 0).mean()),
-    }

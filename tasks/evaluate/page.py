@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib import metadata
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from tasks.evaluate import card, charts, corpus, summary, training
+from tasks.evaluate import card, charts, corpus, experts, summary, training
 from tasks.evaluate.results import Results
 from tasks.pretrain.job import code_version
 
-HEAT_TOP = 3.0  # times the even share at which the heat map's colour is full
 PACKAGES = ("torch", "transformers", "deepspeed", "lm-eval", "datasets", "tokenizers", "numpy", "pyarrow", "moeforge")
 
 
@@ -23,38 +23,55 @@ def render(results: Results) -> str:
     env = Environment(
         loader=PackageLoader("tasks.evaluate", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    env.filters["code"] = code
     return env.get_template("report.html.j2").render(context(results))
+
+
+def code(text: str) -> Markup:
+    """Text in which `backticks` stand for code, as markup."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def context(results: Results) -> dict[str, Any]:
     """The template's variables. Charts are markup, everything else is text that the template escapes."""
     evaluation = results.evaluation
     domains = list(evaluation["test"]["domains"])
-    titles = list(summary.MODELS.values())
+    titles = summary.titles(evaluation)
+    columns = list(zip(summary.MODELS, titles, strict=True))
     bits = {
-        row: {title: evaluation[key]["bits_per_byte"][row] for key, title in summary.MODELS.items()}
-        for row in [*domains, "mean"]
+        row: {title: evaluation[key]["bits_per_byte"][row] for key, title in columns} for row in [*domains, "mean"]
     }
     return {
         "pipeline": results.name,
         "model": results.pipeline.model,
         "shape": card.shape(results),
         "tiles": tiles(evaluation),
-        "basis": summary.basis(evaluation),
-        "difference": difference(evaluation),
+        "basis": f"{summary.basis(evaluation)} {summary.change(evaluation)}",
+        "warning": summary.routing(evaluation) if summary.collapsed(evaluation) else "",
         "quality_chart": Markup(charts.dots(bits, label="bits per byte on test text; fewer is better")),
         "models": titles,
+        "conversion": summary.conversion(evaluation),
         "quality": quality(evaluation, domains),
         "size": size(evaluation),
+        "speed_basis": summary.speed_basis(evaluation),
         "tasks": downstream(evaluation),
+        "chance": summary.chance(evaluation),
+        "samples": [
+            {
+                "prompt": card.printable(entry["prompt"]),
+                "texts": [(title, card.printable(text)) for title, text in entry["texts"]],
+            }
+            for entry in card.samples(results)
+        ],
+        "new_tokens": results.samples["new_tokens"],
         "training": training.section(results),
-        "heat_maps": heat_maps(results),
-        "specialisation": specialisation(results),
+        "experts": experts.section(results),
         "corpus": corpus.section(results),
         "mixture": mixture(results),
         "licences": licences(results),
         "perplexity": f"{evaluation['trained']['perplexity']['mean']:.2f}",
         "snippet": card.SNIPPET,
+        "times": times(results),
         "settings": list(flatten(results.pipeline.model_dump())),
         "versions": versions(results),
     }
@@ -70,12 +87,12 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
             "label": "Bits per byte after training",
             "value": f"{trained['bits_per_byte']['mean']:.3f}",
             "note": f"dense parent {dense['bits_per_byte']['mean']:.3f}, "
-            f"after the split {split['bits_per_byte']['mean']:.3f}",
+            f"after {summary.conversion(evaluation)} {split['bits_per_byte']['mean']:.3f}",
         },
         {
             "label": "Perplexity against the dense parent",
             "value": f"{ratio[1]:.2f}×",
-            "note": f"{ratio[0]:.2f}× right after the split",
+            "note": f"{ratio[0]:.2f}× right after {summary.conversion(evaluation)}",
         },
         {
             "label": "Parameters a token passes",
@@ -83,30 +100,26 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
             "note": f"{summary.count(sizes['active'])} of {summary.count(sizes['total'])}; forward FLOPs "
             f"{trained['flops_per_token'] / dense['flops_per_token']:.0%} of the dense parent's",
         },
-        {
-            "label": "Forward speed",
-            "value": f"{trained['tokens_per_second']:,.0f} tok/s",
-            "note": f"{trained['tokens_per_second'] / dense['tokens_per_second']:.2f}× the dense parent's "
-            f"{dense['tokens_per_second']:,.0f}, float32",
-        },
     ]
+    if rows := summary.speeds(evaluation):
+        shown = [(label.partition(": ")[2], values) for label, values in rows if ", forward:" in label]
+        tile = {
+            "label": f"Tokens/s, forward, {shown[0][0]}",
+            "value": shown[0][1][2],
+            "note": "; ".join(
+                [f"dense parent {shown[0][1][0]}", *(f"{name} {values[2]}" for name, values in shown[1:])]
+            ),
+        }
+        found.append(tile)
     if "recovery" in evaluation:
         share = {
             "label": "Loss won back by training",
             "value": f"{evaluation['recovery']:.0%}",
-            "note": f"of the {split['loss']['mean'] - dense['loss']['mean']:.3f} nats/token that the split cost",
+            "note": f"of the {split['loss']['mean'] - dense['loss']['mean']:.3f} nats/token that "
+            f"{summary.conversion(evaluation)} cost",
         }
         found.insert(1, share)
     return found
-
-
-def difference(evaluation: dict[str, Any]) -> str:
-    """Training's effect with its paired standard error."""
-    delta = evaluation["difference"]["trained_split"]
-    if "stderr" not in delta:
-        return ""
-    change = f"{delta['loss']:+.3f}".replace("-", "−")
-    return f"Training changed the mean loss by {change} ± {delta['stderr']:.3f} nats/token, paired by window."
 
 
 def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, Any]]:
@@ -134,8 +147,7 @@ def size(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         for key in ("total", "active")
     ]
     rows.append(("forward FLOPs per token", [summary.count(model["flops_per_token"]) for model in models]))
-    rows.append(("tokens/s, forward, float32", [f"{model['tokens_per_second']:,.0f}" for model in models]))
-    return [{"title": "size and speed", "basis": "", "rows": rows}]
+    return [{"title": "size and speed", "basis": "", "rows": rows + summary.speeds(evaluation)}]
 
 
 def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -148,50 +160,10 @@ def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             for metric in first
             if f"{metric}_stderr" in first
         ]
-        basis = f"n = {first['n']}, {first['num_fewshot']}-shot, {first['harness']}, {first['dtype']}"
+        guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
+        basis = f"n = {first['n']}, {first['num_fewshot']}-shot, {first['harness']}, {first['dtype']}{guess}"
         groups.append({"title": task, "basis": basis, "rows": rows})
     return groups
-
-
-def heat_maps(results: Results) -> list[dict[str, Any]]:
-    """Expert load per layer, before and after training."""
-    import numpy as np
-
-    found = []
-    for key, title in (("split", "After the split"), ("trained", "After training")):
-        load_LE = np.sum([np.asarray(load) for load in results.routing[key].values()], axis=0)
-        share_LE = np.sort(load_LE / load_LE.mean(1, keepdims=True), axis=1)[:, ::-1]
-        figures = results.evaluation["routing"][key]
-        chart = charts.heat_map(share_LE.tolist(), top=HEAT_TOP, label=f"expert load per layer, {title.lower()}")
-        found.append(
-            {
-                "title": title,
-                "chart": Markup(chart),
-                "top": f"{HEAT_TOP:g}",
-                "caption": f"{load_LE.shape[0]} layers × {load_LE.shape[1]} experts. The busiest expert of a layer "
-                f"gets {figures['peak']:.1f} times the even share on average; {figures['unused']:.1%} of the experts "
-                "got no token.",
-            }
-        )
-    return found
-
-
-def specialisation(results: Results) -> list[dict[str, Any]]:
-    """Total variation distance between a domain's routing and that of all domains, per layer; none for one domain."""
-    import numpy as np
-
-    found = []
-    for key, title in (("split", "after the split"), ("trained", "after training")):
-        loads = {domain: np.asarray(load, dtype=float) for domain, load in results.routing[key].items()}
-        if len(loads) < 2:
-            return []
-        shares = {domain: load / load.sum(1, keepdims=True) for domain, load in loads.items()}
-        centre = np.mean(list(shares.values()), axis=0)
-        distances = {domain: (np.abs(share - centre).sum(1) / 2).tolist() for domain, share in shares.items()}
-        curves = {domain: list(enumerate(values, start=1)) for domain, values in distances.items()}
-        chart = charts.lines(curves, x_label="layer", y_label="distance from the mean routing", zero=True)
-        found.append({"title": f"Specialisation {title}", "chart": Markup(chart)})
-    return found
 
 
 def mixture(results: Results) -> str:
@@ -212,6 +184,27 @@ def licences(results: Results) -> list[dict[str, str]]:
         for task in results.pipeline.evaluate.tasks
     ]
     return rows
+
+
+def times(results: Results) -> list[tuple[str, str]]:
+    """How long each stage took, as its own metrics file says."""
+    domains = results.corpus_metrics["domains"].values()
+    seconds = {
+        "corpus, all processes together": sum(domain["seconds"] for domain in domains),
+        "mixture": results.mixture_seconds,
+        "partition": sum(results.partition["seconds"].values()),
+        "pretrain": results.pretrain["seconds"],
+        "evaluate": sum(results.evaluation[key]["seconds"] for key in summary.MODELS),
+    }
+    return [(stage, duration(value)) for stage, value in seconds.items()]
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4.5 minutes or 6.7 hours."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def versions(results: Results) -> list[tuple[str, str]]:

@@ -30,7 +30,15 @@ class Results:
     routing: dict[str, Any]
     config: dict[str, Any]
     """config.json of the trained checkpoint."""
+    licence_file: str | None
+    """Name of the parent's licence in the trained checkpoint, if it came with one."""
+    samples: dict[str, Any]
+    mixture_seconds: float
     loss: Points
+    rate: Points
+    """Learning rate, of the parts of the model that have none of their own."""
+    gradient: Points
+    """Norm of the gradient before it is clipped."""
     validation: dict[str, Points]
     weights: dict[str, Points]
     """Domain weights during training; empty where they stood still."""
@@ -55,6 +63,7 @@ def read(name: str) -> Results:
 
     corpora = Path("data/corpora")
     validation = load(run / "validation.csv", "pretrain", _rows)
+    steps = load(run / "loss.csv", "pretrain", _rows)
     pretrain = load(run / "pretrain.json", "pretrain")
     log = load(run / "training" / "log.jsonl", "pretrain", lambda text: [json.loads(x) for x in text.splitlines()])
     return Results(
@@ -69,7 +78,12 @@ def read(name: str) -> Results:
         evaluation=load(run / "evaluation.json", "evaluate"),
         routing=load(run / "routing.json", "evaluate"),
         config=load(run / "trained" / "config.json", "pretrain"),
-        loss=_curve(load(run / "loss.csv", "pretrain", _rows), "loss"),
+        licence_file=next((path.name for path in sorted((run / "trained").glob("LICEN[CS]E*"))), None),
+        samples=load(run / "samples.json", "evaluate"),
+        mixture_seconds=load(run / "mixture.time.json", "mixture")["seconds"],
+        loss=_curve(steps, "loss"),
+        rate=_curve(steps, "lr"),
+        gradient=_curve(steps, "grad_norm"),
         validation={column: _curve(validation, column) for column in validation[0] if column not in {"step", "tokens"}}
         if validation
         else {},

@@ -6,6 +6,7 @@ python -m tasks.evaluate.summary PIPELINE
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODELS = {"dense": "dense parent", "split": "after the split", "trained": "after training"}
+MODELS = ("dense", "split", "trained")
+ENGINES = {
+    "moe_kernels": "moe_kernels",
+    "grouped_mm": "stock transformers (grouped_mm)",
+    "eager": "stock transformers (eager)",
+    "transformers": "stock transformers",
+}
+"""What a way to compute experts is called in the tables."""
 
 
 def read(pipeline: str) -> dict[str, Any]:
@@ -24,8 +32,18 @@ def read(pipeline: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def titles(evaluation: dict[str, Any]) -> list[str]:
+    """The table's columns, one per model."""
+    return ["dense parent", f"after {conversion(evaluation)}", "after training"]
+
+
+def conversion(evaluation: dict[str, Any]) -> str:
+    """What made experts of the FFN, in words: copies are not cut out of it."""
+    return "copying" if evaluation.get("method") == "copy" else "the split"
+
+
 def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """The table's rows: (what with its unit, [dense parent, after the split, after training])."""
+    """The table's rows: (what with its unit, a value per model)."""
     models = [evaluation[key] for key in MODELS]
     domains = list(evaluation["test"]["domains"])
     table: list[tuple[str, list[str]]] = []
@@ -38,14 +56,30 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
             add(f"{label}: {domain}", [f"{model[metric][domain]:.{digits}f}" for model in models])
     add("perplexity: mean", [f"{model['perplexity']['mean']:.2f}" for model in models])
     for task, first in models[0]["tasks"].items():
+        guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
         for metric in [key for key in first if f"{key}_stderr" in first]:
             entries = [model["tasks"][task] for model in models]
-            label = f"{task} {metric} (n = {first['n']}, {first['num_fewshot']}-shot)"
+            label = f"{task} {metric} (n = {first['n']}, {first['num_fewshot']}-shot{guess})"
             add(label, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
     for key in ("total", "active"):
         add(f"parameters: {key}", [count(model["parameters"][key]) for model in models])
     add("forward FLOPs per token", [count(model["flops_per_token"]) for model in models])
-    add("tokens/s, forward", [f"{model['tokens_per_second']:,.0f}" for model in models])
+    return table + speeds(evaluation)
+
+
+def speeds(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Rows of tokens per second, forward and decoding; one for each way to compute experts.
+
+    The dense parent has no experts, so that its one figure stands in every row.
+    """
+    dense, *sparse = [evaluation[key].get("speed", {}) for key in MODELS]
+    plain: dict[str, float | None] = next(iter(dense.values()), {})
+    table = []
+    for engine in dict.fromkeys(engine for model in sparse for engine in model) or dense:
+        for what in ("forward", "decode"):
+            found = [plain.get(what), *(model.get(engine, {}).get(what) for model in sparse)]
+            label = f"tokens/s, {what}: {ENGINES.get(engine, engine)}"
+            table.append((label, [f"{rate:,.0f}" if rate else "–" for rate in found]))
     return table
 
 
@@ -54,25 +88,114 @@ def table(pipeline: str) -> Table:
     from rich.table import Table
 
     evaluation = read(pipeline)
-    result = Table(title=pipeline, caption=basis(evaluation), caption_justify="left")
+    result = Table(title=pipeline, caption="\n".join(notes(evaluation)), caption_justify="left")
     result.add_column("")
-    for title in MODELS.values():
+    for title in titles(evaluation):
         result.add_column(title, justify="right", no_wrap=True)
     for label, values in rows(evaluation):
         result.add_row(label, *values, end_section=label.endswith(": mean"))
     return result
 
 
+def notes(evaluation: dict[str, Any]) -> list[str]:
+    """What the table rests on and what it means, a line each; those that do not apply are left out."""
+    found = [basis(evaluation), change(evaluation), chance(evaluation), speed_basis(evaluation), routing(evaluation)]
+    return [note for note in found if note]
+
+
 def basis(evaluation: dict[str, Any]) -> str:
-    """One sentence: how many windows, tokens and bytes the figures rest on, and what training won back."""
+    """How many windows, tokens and bytes the figures rest on."""
     domains = evaluation["test"]["domains"].values()
     sums = {key: sum(domain[key] for domain in domains) for key in ("windows", "tokens", "bytes")}
-    text = (
+    return (
         f"{sums['windows']} test windows of {evaluation['test']['seq_len']} tokens: {sums['tokens']:,} tokens "
         f"predicted, {sums['bytes']:,} bytes, float32; mean: over domains, each counting the same."
     )
+
+
+def change(evaluation: dict[str, Any]) -> str:
+    """The trained model's mean loss beside the other two, with paired standard errors, and what training won back."""
+    found = evaluation.get("difference", {})
+    others = (("dense", "the dense parent"), ("split", f"the model after {conversion(evaluation)}"))
+    parts = [
+        f"{signed(found[f'trained_{key}'])} against {title}" for key, title in others if f"trained_{key}" in found
+    ]
+    if not parts:
+        return ""
+    text = f"Mean loss after training, nats/token, paired by window: {'; '.join(parts)}."
     if "recovery" in evaluation:
-        text += f" Training won back {evaluation['recovery']:.0%} of the loss that the split cost."
+        text += f" Training won back {evaluation['recovery']:.0%} of the loss that {conversion(evaluation)} cost."
+    return text
+
+
+def signed(delta: dict[str, float]) -> str:
+    """A difference with its standard error, if it has one: −0.163 ± 0.004."""
+    error = f" ± {delta['stderr']:.3f}" if "stderr" in delta else ""
+    return f"{delta['loss']:+.3f}{error}".replace("-", "−")
+
+
+def chance(evaluation: dict[str, Any]) -> str:
+    """For each choice task the accuracy of a blind guess, and which scores cannot be told from it.
+
+    A guess of accuracy c on n items has the standard error sqrt(c (1 - c) / n); a score within two of it may be one.
+    """
+    said = []
+    for task, first in evaluation["dense"]["tasks"].items():
+        if "chance" not in first:
+            continue
+        guess, error = first["chance"], math.sqrt(first["chance"] * (1 - first["chance"]) / first["n"])
+        near = [
+            f"{metric} {evaluation[key]['tasks'][task][metric]:.3f} ({title})"
+            for metric in first
+            if metric.startswith("acc") and f"{metric}_stderr" in first
+            for key, title in zip(MODELS, titles(evaluation), strict=True)
+            if abs(evaluation[key]["tasks"][task][metric] - guess) <= 2 * error
+        ]
+        verdict = f"not told from chance by two of them: {', '.join(near)}" if near else "all scores are further off"
+        said.append(f"{task}: a blind guess scores {guess:.3f} ± {error:.3f}; {verdict}.")
+    return " ".join(said)
+
+
+def speed_basis(evaluation: dict[str, Any]) -> str:
+    """What the speeds were measured with."""
+    if not speeds(evaluation):
+        return ""
+    machine = evaluation["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores used"
+    text = (
+        f"tokens/s: float32 on {where}; forward: {evaluation['test']['batch']} windows of "
+        f"{evaluation['test']['seq_len']} tokens a batch, with the loss; decode: one sequence, greedy, KV cache."
+    )
+    if any("moe_kernels" in evaluation[key]["speed"] for key in MODELS):
+        text += (
+            " moe_kernels is this project's package for the experts; AutoModelForCausalLM alone gives stock "
+            "transformers, which the dense parent runs in every row."
+        )
+    if any("eager" in evaluation[key]["speed"] for key in MODELS):
+        text += " Its default, grouped_mm, cannot run these experts: load with experts_implementation='eager'."
+    return text
+
+
+def collapsed(evaluation: dict[str, Any]) -> bool:
+    """True if the trained model has layers whose routing counts as collapsed."""
+    return bool(evaluation.get("routing", {}).get("trained", {}).get("collapsed"))
+
+
+def routing(evaluation: dict[str, Any]) -> str:
+    """The trained model's most uneven layer, and a warning where layers count as collapsed."""
+    found = evaluation.get("routing", {}).get("trained")
+    if not found or "worst" not in found:
+        return ""
+    experts, top_k, worst = evaluation["routing"]["experts"], evaluation["routing"]["top_k"], found["worst"]
+    text = (
+        f"Most uneven routing: layer {worst['layer']}, where {top_k} of {experts} experts take {worst['busiest']:.0%} "
+        f"of the load (even: {found['even']:.0%}; always the same {top_k}: 100%), and {worst['unused']} get no token."
+    )
+    if collapsed(evaluation):
+        text = (
+            f"Warning: collapsed routing in {found['collapsed']} of {len(found['layers']['layer'])} sparse layers "
+            f"(limit: {found['limit']:.0%} of the load on the {top_k} busiest). {text}"
+        )
     return text
 
 

@@ -47,8 +47,8 @@ def figures(results: Results) -> list[dict[str, Any]]:
     domains = [series for series in results.validation if series != "mean"]
     curves = {domain: results.validation[domain] for domain in domains} | {"training batches": results.loss}
     caption = (
-        f"Validation loss per domain on {results.pipeline.pretrain.eval_windows} windows each, and the loss of every "
-        "training batch (whose domains differ from batch to batch)."
+        f"Validation loss per domain on {results.pipeline.pretrain.eval_windows} windows each, as training measured "
+        "it, and the loss of the training batches (whose domains differ from batch to batch)."
     )
     if results.references:
         caption += " Dashed: the dense parent's on the same windows."
@@ -60,6 +60,20 @@ def figures(results: Results) -> list[dict[str, Any]]:
         levels=results.references,
     )
     found = [{"title": "Loss", "chart": Markup(chart), "caption": caption}]
+    knobs = results.pipeline.pretrain
+    own = ", ".join(f"{part} {rate:g}" for part, rate in knobs.learning_rates.items())
+    of_steps = (
+        (
+            "Learning rate",
+            "learning rate",
+            results.rate,
+            f"Peaks of their own, on the same curve: {own}." if own else "",
+        ),
+        ("Gradient norm", "norm before clipping", results.gradient, f"Steps above {knobs.clip:g} are clipped to it."),
+    )
+    for title, y_label, points, caption in of_steps:
+        if chart := charts.lines({title.lower(): points}, x_label="training tokens", y_label=y_label, zero=True):
+            found.append({"title": title, "chart": Markup(chart), "caption": caption})
     if results.weights:
         ordered = {domain: results.weights[domain] for domain in domains if domain in results.weights}
         chart = charts.lines(ordered, x_label="training tokens", y_label="share of the batches", zero=True)
@@ -68,26 +82,21 @@ def figures(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def gap(results: Results) -> dict[str, Any] | None:
-    """How much of what the split lost training won back; None where the parent wasn't judged on the same windows.
+def gap(results: Results) -> list[tuple[str, list[str]]]:
+    """How much of what the split lost training won back, per domain: (domain, [split, trained, dense, share]).
 
-    (before - after) / (before - parent), per domain and of the means that count each domain the same. A domain in
-    which the split lost nothing has no gap.
+    (split - trained) / (split - dense) on the windows of the evaluation, whose mean is the `recovery` of
+    evaluation.json. A domain in which the split lost nothing has no gap; without recovery there is no table.
     """
-    before, after = (results.pretrain.get(key) or {} for key in ("validation_before", "validation_after"))
-    parent = results.references
-    domains = [domain for domain in before if domain in after and domain in parent]
-    if not domains:
-        return None
-    table = {domain: (before[domain], after[domain], parent[domain]) for domain in domains}
-    if len(domains) == len(before):
-        table["mean"] = tuple(sum(values) / len(values) for values in zip(*table.values(), strict=True))
+    evaluation = results.evaluation
+    if "recovery" not in evaluation:
+        return []
     rows = []
-    for label, (split, trained, dense) in table.items():
+    for label, dense in evaluation["dense"]["loss"].items():
+        split, trained = (evaluation[key]["loss"][label] for key in ("split", "trained"))
         closed = f"{(split - trained) / (split - dense):.0%}".replace("-", "−") if split > dense else "–"
         rows.append((label, [*(f"{loss:.3f}" for loss in (split, trained, dense)), closed]))
-    basis = "Gap closed: the share of the split's loss that training recovered, on the windows of its own evaluations."
-    return {"basis": basis, "rows": rows}
+    return rows
 
 
 def events(results: Results) -> list[dict[str, Any]]:

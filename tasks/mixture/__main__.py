@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from tasks import scratch, settings
@@ -18,7 +19,10 @@ from tasks.mixture import methods
 
 
 def run(pipeline: str) -> Path:
-    """Write runs/<pipeline>/mixture.json and return its path. Raises ValueError when the settings do not fit."""
+    """Write runs/<pipeline>/mixture.json and return its path. Raises ValueError when the settings do not fit.
+
+    How long it took stands in mixture.time.json: what depends on the weights does not depend on the clock.
+    """
     from tasks.corpus import manifest
 
     loaded = settings.load()
@@ -33,6 +37,7 @@ def run(pipeline: str) -> Path:
         seq_len=entry.evaluate.seq_len,
         windows=entry.mixture.windows,
     )
+    started = time.perf_counter()
     with scratch.workspace("mixture", pipeline):
         found = methods.estimate(entry.mixture.method, problem)
         evidence = {
@@ -44,6 +49,8 @@ def run(pipeline: str) -> Path:
         }
         target = Path("runs") / pipeline / "mixture.json"
         scratch.write_json(target, {"weights": found.weights, "method": entry.mixture.method, "evidence": evidence})
+        taken = round(time.perf_counter() - started, 1)
+        scratch.write_json(target.with_name("mixture.time.json"), {"seconds": taken})
     for name, weight in found.weights.items():
         print(f"{name}: weight {weight:.4f} (proportional {evidence['proportional'][name]:.4f})")
     return target

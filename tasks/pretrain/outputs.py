@@ -94,6 +94,6 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, An
         "validation_mean_before": validation[0]["mean"],
         "validation_mean_after": validation[-1]["mean"],
         "references": trainer.validation.references,
-        "weights": trainer.state.weights,
+        "final_weights": trainer.state.weights,  # those at the start stand in mixture.json
         "resumed_from": trainer.state.resumed_from,
     }

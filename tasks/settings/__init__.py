@@ -44,6 +44,8 @@ class Model(Frozen):
     source: SourceText
     sha256: Sha256 | None = None
     license: str
+    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """ORG/NAME on the Hugging Face hub, where `source` holds a copy from elsewhere; for the model card alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     shape: Shape | None = None
 

@@ -13,7 +13,7 @@ import pytest
 
 from tasks import settings
 from tasks.evaluate import results as results_module
-from tasks.evaluate.__main__ import summarise
+from tasks.evaluate.__main__ import samples, summarise
 
 ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS = 30, 96
@@ -29,7 +29,14 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str
         for domain in domains
     }
     score = {"acc": 0.32 - shift / 20, "acc_stderr": 0.0469, "acc_norm": 0.39 - shift / 10, "acc_norm_stderr": 0.049}
-    basis = {"n": 100, "num_fewshot": 0, "harness": "lm-eval 0.4.13", "version": "1.0", "dtype": "bfloat16"}
+    basis = {
+        "n": 100,
+        "num_fewshot": 0,
+        "harness": "lm-eval 0.4.13",
+        "version": "1.0",
+        "dtype": "bfloat16",
+        "chance": 0.25,
+    }
     return {
         "nats": nats,
         "load": load if sparse else {},
@@ -39,6 +46,12 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str
         if sparse
         else {"total": 134_515_008, "active": 134_515_008},
         "flops_per_token": 243_000_000 if sparse else 303_000_000,
+        "experts": {"layers": list(range(LAYERS)) if sparse else [], "experts": EXPERTS, "top_k": 32},
+        "texts": ["Paris.", "there was `a` <b>|cat|</b>\n\n# heading\x07", "    return n"],
+        "speed": {"moe_kernels": {"forward": 432.1, "decode": 8.7}, "grouped_mm": {"forward": 121.4, "decode": 5.5}}
+        if sparse
+        else {"transformers": {"forward": 391.7, "decode": 20.2}},
+        "seconds": 31.5,
         "machine": {"processor": "AMD EPYC", "cores": 2, "threads": 2, "device": "cpu"},
     }
 
@@ -67,6 +80,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "tokens": {"train": 2_817_345 // (i + 1), "validation": 45_617 // (i + 1), "test": 45_616 // (i + 1)},
             "rules": {"read": 2000, "empty": 3, "bad": 0, "duplicate": 42 * i, "kept": 1997 - 42 * i},
             "bytes_per_token": 3.1415,
+            "seconds": 7.5,
             "license": entry.license,
             "source": entry.source,
         }
@@ -86,7 +100,12 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
     moved = {name: weight * (1 + 0.4 * (i - 1.5)) for i, (name, weight) in enumerate(weights.items())}
     evidence = {"reference_losses": domains} if dynamic else {}
     dump(run / "mixture.json", {"weights": weights, "method": demo.mixture.method, "evidence": evidence})
-    dump(run / "partition.json", {"identity_error": 1e-6})
+    dump(run / "mixture.time.json", {"seconds": 12.3})
+    errors = {str(layer): 0.05 + layer / 1000 for layer in range(LAYERS)}
+    dump(
+        run / "partition.json",
+        {"identity_error": 1e-6, "layer_error": errors, "seconds": {"construction": 200.0, "identity": 6.0}},
+    )
     steps = demo.pretrain.steps
     step_tokens = demo.pretrain.batch * demo.pretrain.seq_len
     dump(
@@ -99,7 +118,8 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "seconds": 301.2,
             "precision": "bfloat16",
             "processes": 1,
-            "weights": moved if dynamic else weights,
+            "final_weights": moved if dynamic else weights,
+            "domain_tokens": {name: 1024 * (10 + i) for i, name in enumerate(domains)},
             "domain_epochs": dict.fromkeys(domains, 0.0123),
             "validation_before": {name: base + 0.74 for name, base in domains.items()},
             "validation_after": {name: base + 0.49 for name, base in domains.items()},
@@ -107,8 +127,11 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
         },
     )
     rng = np.random.default_rng(0)
-    lines = [f"{s},{s * step_tokens},{3.4 - 0.3 * s / steps + rng.normal() / 5}" for s in range(1, steps + 1)]
-    (run / "loss.csv").write_text("step,tokens,loss\n" + "\n".join(lines) + "\n")
+    lines = [
+        f"{s},{s * step_tokens},{3.4 - 0.3 * s / steps + rng.normal() / 5},{1 + s % 7 / 7},{2e-4 * (1 - s / steps)}"
+        for s in range(1, steps + 1)
+    ]
+    (run / "loss.csv").write_text("step,tokens,loss,grad_norm,lr\n" + "\n".join(lines) + "\n")
     rows, log = [], []
     for step in range(0, steps + 1, demo.pretrain.eval_every):
         part = step / steps
@@ -124,13 +147,18 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
     log.append({"kind": "event", "step": 24, "what": "dead_experts", "message": message})
     (run / "validation.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
     (run / "training" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
-    dump(run / "evaluation.json", summarise(done, test=counted, seq_len=demo.evaluate.seq_len))
+    found = summarise(done, test=counted, knobs=demo.evaluate, method=demo.partition.method)
+    dump(run / "evaluation.json", found)
+    dump(run / "samples.json", samples(done))
     dump(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
     dump(run / "heldout.json", {name: [[1, 2, 3]] for name in domains})
     config = {
         "model_type": "granitemoeshared",
         "architectures": ["GraniteMoeSharedForCausalLM"],
         "intermediate_size": 12,
+        "num_hidden_layers": LAYERS,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 32,
     }
     dump(run / "trained" / "config.json", config)
     (run / "trained" / "model.safetensors").write_bytes(b"weights")

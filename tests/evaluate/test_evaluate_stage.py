@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tasks import corpus
@@ -148,6 +149,7 @@ def test_every_figure_says_what_it_rests_on(judgement: dict[str, Any]) -> None:
         score = judgement[model]["tasks"]["hellaswag_100"]
         assert (score["n"], score["num_fewshot"]) == (8, 0)
         assert {"acc_stderr", "acc_norm_stderr", "harness", "dtype"} < set(score)
+        assert score["chance"] == 0.25
     assert judgement["machine"]["cores"] >= 1
 
 
@@ -174,6 +176,41 @@ def test_every_token_of_the_windows_is_routed_to_top_k_experts(judgement: dict[s
         for load in routing[model].values():
             assert [sum(layer) for layer in load] == [6 * 64 * 2] * 2
             assert [len(layer) for layer in load] == [4, 4]
+
+
+def test_the_worst_layer_is_that_of_the_written_counts_which_take_one_line(
+    judgement: dict[str, Any], project: Path
+) -> None:
+    text = (project / "runs" / "tiny" / "routing.json").read_text()
+    assert len(text.splitlines()) == 1
+    load = np.sum(list(json.loads(text)["trained"].values()), axis=0)
+    shares = np.sort(load, axis=1)[:, -2:].sum(1) / load.sum(1)
+    worst = judgement["routing"]["trained"]["worst"]
+    assert (worst["layer"], worst["busiest"]) == (shares.argmax(), round(shares.max(), 4))
+    assert judgement["routing"]["trained"]["layers"]["busiest"] == shares.round(4).tolist()
+    assert (judgement["routing"]["experts"], judgement["routing"]["top_k"]) == (4, 2)
+
+
+def test_speeds_are_measured_as_a_user_gets_them_too(judgement: dict[str, Any]) -> None:
+    engines = {model: set(judgement[model]["speed"]) for model in ("dense", "split", "trained")}
+    assert engines == {"dense": {"transformers"}, "split": {"moe_kernels"}, "trained": {"moe_kernels", "grouped_mm"}}
+    for model, names in engines.items():
+        for name in names:
+            assert judgement[model]["speed"][name]["forward"] > 0
+            assert judgement[model]["speed"][name]["decode"] > 0
+
+
+def test_samples_are_what_generate_writes(judgement: dict[str, Any], project: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    written = json.loads((project / "runs" / "tiny" / "samples.json").read_text())
+    for model, folder in {"dense": "data/models/tiny", "trained": "runs/tiny/trained"}.items():
+        loaded = AutoModelForCausalLM.from_pretrained(project / folder)
+        tokenizer = AutoTokenizer.from_pretrained(project / folder)
+        for sample in written["samples"]:
+            ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
+            made = loaded.generate(ids, max_new_tokens=written["new_tokens"], do_sample=False, pad_token_id=0)
+            assert sample[model] == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_a_finished_evaluation_leaves_no_partial_results(judgement: dict[str, Any], project: Path) -> None:

@@ -57,6 +57,7 @@ def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_st
         shutil.rmtree(split)  # only tasks/evaluate may open it
     assert run("tasks.mixture", "tiny").returncode == 0
     assert Path("runs/tiny/mixture.json").read_bytes() == first
+    assert json.loads(Path("runs/tiny/mixture.time.json").read_text())["seconds"] > 0
 
 
 def test_without_a_corpus_the_error_is_one_line(tiny_project: Path) -> None:

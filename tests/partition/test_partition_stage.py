@@ -128,3 +128,4 @@ def test_a_model_of_which_every_other_layer_is_sparse_trains_with_tanh_gates_and
     assert json.loads((RUN / "pretrain.json").read_text())["gate_fit"]["mean"]["agreement"] > 0.8
     loads = json.loads((RUN / "routing.json").read_text())["trained"]
     assert {len(load) for load in loads.values()} == {1}  # sparse layers
+    assert json.loads((RUN / "evaluation.json").read_text())["routing"]["trained"]["worst"]["layer"] == 1

@@ -1,0 +1,116 @@
+"""The report's experts section: how well each layer was rebuilt, how evenly it routes, and who routes where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup
+
+from tasks.evaluate import charts, summary
+from tasks.evaluate.results import Results
+
+HEAT_TOP = 3.0  # times the even share at which the heat map's colour is full
+
+
+def section(results: Results) -> dict[str, Any]:
+    """The template's variables."""
+    return {
+        "note": summary.routing(results.evaluation),
+        "heat_maps": heat_maps(results),
+        "figures": [*busiest(results), *reconstruction(results), *specialisation(results)],
+        "error": ""
+        if results.partition["layer_error"]
+        else "No error per layer: the experts were made without reading text.",
+    }
+
+
+def heat_maps(results: Results) -> list[dict[str, Any]]:
+    """Expert load per layer, before and after training; none without sparse layers."""
+    import numpy as np
+
+    found = []
+    for key, title in _moments(results):
+        figures = results.evaluation["routing"][key]
+        load_LE = np.sum([np.asarray(load) for load in results.routing[key].values()], axis=0)
+        share_LE = np.sort(load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12), axis=1)[:, ::-1]
+        chart = charts.heat_map(share_LE.tolist(), top=HEAT_TOP, label=f"expert load per layer, {title}")
+        found.append(
+            {
+                "title": title.capitalize(),
+                "chart": Markup(chart),
+                "top": f"{HEAT_TOP:g}",
+                "caption": f"{load_LE.shape[0]} sparse layers × {load_LE.shape[1]} experts. The busiest expert of a "
+                f"layer gets {figures['peak']:.1f} times the even share on average; {figures['unused']:.1%} of the "
+                "experts got no token.",
+            }
+        )
+    return found
+
+
+def busiest(results: Results) -> list[dict[str, Any]]:
+    """The load of each layer's top_k busiest experts."""
+    curves, limit = {}, 0.0
+    for key, title in _moments(results):
+        figures = results.evaluation["routing"][key]
+        layers, limit = figures["layers"], figures["limit"]
+        curves[title] = list(zip(layers["layer"], layers["busiest"], strict=True))
+    if not curves:
+        return []
+    top_k, title = results.evaluation["routing"]["top_k"], "after training"
+    chart = charts.lines(curves, x_label="layer", y_label="share of the load", zero=True, levels={title: limit})
+    caption = (
+        f"What the {top_k} busiest experts of each layer take; 1: the router always chooses the same {top_k}. "
+        f"Dashed: {limit:.2f}, above which a layer counts as collapsed (half-way from an even load to 1)."
+    )
+    return [{"title": f"Load of the {top_k} busiest experts", "chart": Markup(chart), "caption": caption}]
+
+
+def reconstruction(results: Results) -> list[dict[str, Any]]:
+    """How much of each FFN's output its experts lose, as measured when they were made."""
+    points = [(float(layer), error) for layer, error in results.partition["layer_error"].items()]
+    if not points:
+        return []
+    chart = charts.lines({"error": sorted(points)}, x_label="layer", y_label="share of the output lost", zero=True)
+    worst, error = max(points, key=lambda point: point[1])
+    caption = (
+        "Squared difference between the dense FFN's output and its experts', over the squared output of the dense "
+        f"FFN, on calibration text that passed the converted layers below. Largest: {error:.1%} in layer {worst:.0f}."
+    )
+    return [
+        {
+            "title": f"Error of each layer after {summary.conversion(results.evaluation)}",
+            "chart": Markup(chart),
+            "caption": caption,
+        }
+    ]
+
+
+def specialisation(results: Results) -> list[dict[str, Any]]:
+    """Total variation distance between a domain's routing and that of all domains, per layer; none for one domain."""
+    import numpy as np
+
+    found = []
+    for key, title in _moments(results):
+        loads = {domain: np.asarray(load, dtype=float) for domain, load in results.routing[key].items()}
+        if len(loads) < 2:
+            return []
+        shares = {domain: load / np.maximum(load.sum(1, keepdims=True), 1.0) for domain, load in loads.items()}
+        centre = np.mean(list(shares.values()), axis=0)
+        layers = results.evaluation["routing"][key]["layers"]["layer"]
+        curves = {
+            domain: list(zip(layers, (np.abs(share - centre).sum(1) / 2).tolist(), strict=True))
+            for domain, share in shares.items()
+        }
+        chart = charts.lines(curves, x_label="layer", y_label="distance from the mean routing", zero=True)
+        caption = (
+            "The share of a domain's routed tokens that would have to move to other experts to spread like the "
+            "average domain's (total variation distance)."
+        )
+        found.append({"title": f"Specialisation {title}", "chart": Markup(chart), "caption": caption})
+    return found
+
+
+def _moments(results: Results) -> list[tuple[str, str]]:
+    """(key in evaluation.json, title) of the models whose routing is known."""
+    pairs = list(zip(summary.MODELS, summary.titles(results.evaluation), strict=True))[1:]
+    return [(key, title) for key, title in pairs if results.evaluation["routing"][key]]
