@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import stat
 import sys
@@ -10,7 +11,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -69,12 +70,50 @@ def test_each_kind_of_source_is_understood(text: str, kind: str, name: str, vers
         "pypi:--index-url==1/a",
         "pypi:-e==1/a",
         "npm:--x==1/a",
-        "pypi:a==-1/b",
     ],
 )
 def test_what_is_no_source_is_refused_with_the_syntax(text: str) -> None:
     with pytest.raises(SourceError, match=r"is not understood; write hub:ORG/NAME@REVISION, pypi:NAME==VERSION/PATH"):
         sources.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            f"npm:pkg=={version}/a"
+            for version in (
+                "1.x",
+                "1",
+                "1.2",
+                "latest",
+                "^1.2.0",
+                "~1.2.3",
+                "1.2.3||2",
+                "*",
+                "v1.2.3",
+                "1.2.3.4",
+                "１.2.3",
+            )
+        ),
+        *(f"npm:@scope/pkg=={version}/a" for version in ("next", ">=1.0.0", "01.2.3", "1.2.3-")),
+        *(f"pypi:pkg=={version}/a" for version in ("1.*", "latest", "-1", "=1.0", "1.0,<2", "1.0;a", "1.x")),
+    ],
+)
+def test_a_range_or_tag_for_a_version_is_refused_since_it_can_move(text: str) -> None:
+    with pytest.raises(SourceError, match=r"is no exact version, so what it names can change; write one release"):
+        sources.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"npm:pkg=={version}/a" for version in ("1.2.3", "0.0.0-rc.1", "1.2.3-alpha+build.7", "10.20.30")),
+        *(f"pypi:pkg=={version}/a" for version in ("1", "1.0", "1!2.0.post1", "2024.1.1rc1", "1.0.dev3", "1.0+cpu")),
+    ],
+)
+def test_a_release_is_an_exact_version(text: str) -> None:
+    assert sources.parse(text).is_pinned
 
 
 def test_a_path_may_not_leave_its_package() -> None:
@@ -94,8 +133,10 @@ def test_files_of_a_wheel_are_read_in_place_and_pinned_by_their_digest(tmp_path:
 
 @pytest.mark.parametrize("kind", ["pypi", "npm"])
 def test_the_top_folder_of_an_sdist_or_npm_pack_is_not_written(tmp_path: Path, kind: str) -> None:
-    sdist(tmp_path / f"{kind}-pkg-1.0" / "pkg-1.0.tgz", {"package/data/a.txt": b"one", "package/data/b.txt": b"two"})
-    found = sources.fetch(f"{kind}:pkg==1.0/data/*.txt", tmp_path)
+    sdist(
+        tmp_path / f"{kind}-pkg-1.0.0" / "pkg-1.0.0.tgz", {"package/data/a.txt": b"one", "package/data/b.txt": b"two"}
+    )
+    found = sources.fetch(f"{kind}:pkg==1.0.0/data/*.txt", tmp_path)
     assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
 
 
@@ -152,10 +193,10 @@ def test_a_local_file_named_by_a_url_has_no_machine_s_path_either(tmp_path: Path
 
 def test_sizes_come_with_the_files(tmp_path: Path) -> None:
     wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b"123", "pkg/b.txt": b""})
-    sdist(tmp_path / "npm-pkg-1.0" / "pkg-1.0.tgz", {"package/a.txt": b"12"})
+    sdist(tmp_path / "npm-pkg-1.0.0" / "pkg-1.0.0.tgz", {"package/a.txt": b"12"})
     (tmp_path / "c.txt").write_text("1234")
     assert sources.fetch("pypi:pkg==1.0/pkg/*", tmp_path).sizes == {"pkg/a.txt": 3, "pkg/b.txt": 0}
-    assert sources.fetch("npm:pkg==1.0/*", tmp_path).sizes == {"package/a.txt": 2}
+    assert sources.fetch("npm:pkg==1.0.0/*", tmp_path).sizes == {"package/a.txt": 2}
     assert sources.fetch(f"dir:{tmp_path}/*.txt", tmp_path).sizes == {f"{tmp_path}/c.txt": 4}
 
 
@@ -173,27 +214,28 @@ def test_a_store_whose_client_is_missing_names_the_extra(
         sources.fetch(text, tmp_path)
 
 
-def test_a_dataset_of_the_hub_is_pinned_by_a_commit_alone() -> None:
+def test_a_dataset_of_the_hub_is_pinned_by_a_commit_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     commit = "hub:org/name@" + "0123456789" * 4
-    assert sources.fingerprint(commit) == f"{commit}#"
+    assert sources.fingerprint(commit, tmp_path) == f"{commit}#"
     assert sources.parse(commit).is_pinned
     assert not sources.parse("hub:org/name@v1.0").is_pinned
     with pytest.raises(
         SourceError, match=r"'v1.0' can move; .*ls-remote https://huggingface.co/datasets/org/name v1.0"
     ):
-        sources.fingerprint("hub:org/name@v1.0")
+        sources.fingerprint("hub:org/name@v1.0", tmp_path)
 
 
 def test_fingerprints_follow_local_bytes_and_trust_pins(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
-    first = sources.fingerprint(f"dir:{path}")
+    first = sources.fingerprint(f"dir:{path}", tmp_path)
     os.utime(path, (0, 0))
-    assert sources.fingerprint(f"dir:{path}") == first
+    assert sources.fingerprint(f"dir:{path}", tmp_path) == first
     path.write_text("two")
-    assert sources.fingerprint(f"dir:{path}") != first
-    assert sources.fingerprint("pypi:nowhere==1.0/a") == "pypi:nowhere==1.0/a#"
-    assert sources.fingerprint("dir:nowhere", sha256="0" * 64) == "dir:nowhere#" + "0" * 64
+    assert sources.fingerprint(f"dir:{path}", tmp_path) != first
+    assert sources.fingerprint("pypi:nowhere==1.0/a", tmp_path) == "pypi:nowhere==1.0/a#"
+    assert sources.fingerprint("dir:nowhere", tmp_path, sha256="0" * 64) == "dir:nowhere#" + "0" * 64
 
 
 @pytest.fixture
@@ -214,10 +256,10 @@ def test_a_url_is_read_and_its_fingerprint_follows_the_store(server: str, tmp_pa
     found = sources.fetch(url, tmp_path)
     assert found.paths == [url]
     assert found.fs.cat(url) == b'{"text": "<a href=b.jsonl>"}'
-    first = sources.fingerprint(url)
-    assert sources.fingerprint(url) == first
+    first = sources.fingerprint(url, tmp_path)
+    assert sources.fingerprint(url, tmp_path) == first
     (tmp_path / "www/a.jsonl").write_text('{"text": "longer than before, so the size differs"}')
-    assert sources.fingerprint(url) != first
+    assert sources.fingerprint(url, tmp_path) != first
 
 
 @pytest.mark.parametrize("url", ["{server}/none.jsonl", "http://127.0.0.1:1/a.jsonl", "nosuch://a/b"])
@@ -235,7 +277,7 @@ def test_a_download_that_fails_shows_the_command_and_leaves_no_archive(
     assert not (tmp_path / "pypi-surely-not-there-1.0").exists()
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SourceError, match="npm is not installed"):
-        sources.fetch("npm:surely-not-there==1.0/a.txt", tmp_path)
+        sources.fetch("npm:surely-not-there==1.0.0/a.txt", tmp_path)
 
 
 def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +296,7 @@ def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkey
     found: list[bytes] = []
 
     def fetch() -> None:
-        one = sources.fetch("npm:pkg==1.0/a.txt", tmp_path / "cache")
+        one = sources.fetch("npm:pkg==1.0.0/a.txt", tmp_path / "cache")
         found.append(one.fs.cat(one.paths[0]))
 
     threads = [threading.Thread(target=fetch) for _ in range(3)]
@@ -264,3 +306,50 @@ def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkey
         thread.join()
     assert found == [b"one"] * 3
     assert (tmp_path / "calls").read_text() == "x"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
+    """An imitation of the hub's API: {repository at a commit: its files}; others are not found."""
+    listed: dict[str, list[str]] = {}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.partition("?")[0].removeprefix("/api/datasets/").replace("/revision/", "@")
+            found = listed.get(name)
+            self.send_response(404 if found is None else 200)
+            if found is None:
+                self.send_header("X-Error-Code", "RevisionNotFound")
+            self.end_headers()
+            siblings = [{"rfilename": path} for path in found or []]
+            self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
+
+        def log_message(self, format: str, *_: object) -> None:
+            """Nothing is logged."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{http.server_port}")
+        yield listed
+        http.shutdown()
+
+
+def test_a_dataset_with_a_loading_script_is_refused_before_it_is_read(
+    hub: dict[str, list[str]], tmp_path: Path
+) -> None:
+    commit = "0123456789" * 4
+    hub[f"org/plain@{commit}"] = ["README.md", "data/train-00000.parquet", "make.py"]
+    hub[f"org/scripted@{commit}"] = ["README.md", "scripted.py", "data.zip"]
+    assert sources.fingerprint(f"hub:org/plain@{commit}", tmp_path) == f"hub:org/plain@{commit}#"
+    with pytest.raises(SourceError, match=r"has a loading script \(scripted.py\), .*hf://datasets/org/scripted@0123"):
+        sources.fingerprint(f"hub:org/scripted@{commit}", tmp_path)
+    with pytest.raises(SourceError, match=r"hub:org/none@.*the hub refuses it \(RevisionNotFoundError") as error:
+        sources.fingerprint(f"hub:org/none@{commit}", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_out_of_reach_says_nothing_against_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "hub:org/name@" + "0123456789" * 4
+    assert sources.fingerprint(commit, tmp_path) == f"{commit}#"

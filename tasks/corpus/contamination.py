@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from tasks import sources
-from tasks.corpus import streams, words
+from tasks.corpus import streams, unchanged, words
 from tasks.corpus.records import CorpusError
 from tasks.settings import corpus as settings
 
@@ -54,14 +54,16 @@ class Items:
         self.ngrams = len(places) + len(whole)
 
     @classmethod
-    def load(cls, decontaminate: settings.Decontaminate, cache: Path) -> Items:
-        """Read the items of the settings; archives are kept in `cache`.
+    def load(
+        cls, decontaminate: settings.Decontaminate, cache: Path, *, versions: dict[str, dict[str, str]] | None = None
+    ) -> Items:
+        """Read the items of the settings; archives are kept in `cache`. `versions` are those of unchanged.note.
 
         Raises:
-            SourceError: a source cannot be had.
+            SourceError: a source cannot be had, or is not of the versions.
             CorpusError: a file of it is damaged, or a line is not JSON.
         """
-        found = [pair for items in decontaminate.items for pair in _read(items, cache)]
+        found = [pair for items in decontaminate.items for pair in _read(items, cache, versions or {})]
         return cls([label for label, _ in found], [text for _, text in found], ngram=decontaminate.ngram)
 
     def hit(self, text: str) -> Hit | None:
@@ -117,14 +119,21 @@ class _Table:
         return (hashes >> np.uint64(64 - self._bits)).astype(np.int64)
 
 
-def _read(items: settings.Items, cache: Path) -> Iterator[tuple[str, str]]:
-    fetched = sources.fetch(items.source, cache, sha256=items.sha256)
+def _read(items: settings.Items, cache: Path, versions: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
+    name = f"items {items.name}"
+    found: list[tuple[str, str]] = []
     row = 0
-    for path in fetched.paths:
-        with streams.guarded_open(fetched.fs, path, sequential=True) as raw:
-            for record in _records(streams.decompress(raw, path), f"decontaminate.items {items.name}: {path}"):
-                yield from ((f"{items.name}:{row}", text) for text in _strings(record))
-                row += 1
+    try:
+        fetched = sources.fetch(items.source, cache, sha256=items.sha256)
+        with fetched.unchanged(versions.get(name), mend=unchanged.mend(items)):
+            for path in fetched.paths:
+                with streams.guarded_open(fetched.fs, path, sequential=True) as raw:
+                    for record in _records(streams.decompress(raw, path), f"decontaminate.{name}: {path}"):
+                        found += [(f"{items.name}:{row}", text) for text in _strings(record)]
+                        row += 1
+    except sources.SourceError as error:
+        raise sources.SourceError(f"{name}: {error}") from error
+    return found
 
 
 def _records(file: IO[bytes], where: str) -> Iterator[Any]:

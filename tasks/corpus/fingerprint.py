@@ -16,21 +16,22 @@ from pathlib import Path
 from tasks import scratch, settings, sources
 
 CORPORA = Path("data/corpora")
+CACHE = scratch.ROOT / "sources"
+"""Downloaded archives, and the hashes of local files."""
 
 
-def fingerprints(corpus: settings.Corpus) -> dict[str, str]:
+def fingerprints(corpus: settings.Corpus, *, anew: bool = False) -> dict[str, str]:
     """One string per domain, and per file of evaluation items, that changes when its bytes do.
+
+    `anew` reads files again whose stamp says that they are as they were (tasks/sources/hashes.py).
 
     Raises:
         SourceError: names the domain or the items.
     """
-    items = corpus.decontaminate.items if corpus.decontaminate else []
-    parts: dict[str, settings.Domain | settings.Items] = {f"domain {d}": part for d, part in corpus.domains.items()}
-    parts |= {f"items {item.name}": item for item in items}
     found = {}
-    for name, part in parts.items():
+    for name, part in corpus.parts().items():
         try:
-            found[name] = sources.fingerprint(part.source, sha256=part.sha256)
+            found[name] = sources.fingerprint(part.source, CACHE, sha256=part.sha256, anew=anew)
         except (sources.SourceError, OSError) as error:
             raise sources.SourceError(f"{name}: {error}") from error
     return found
@@ -65,7 +66,7 @@ def main() -> int:
     parser.add_argument("corpus", help="a corpus of pipelines.yaml")
     name = parser.parse_args().corpus
     try:
-        found = fingerprints(settings.load().corpus(name))
+        found = fingerprints(settings.load().corpus(name), anew=True)
     except (settings.SettingsError, sources.SourceError) as error:
         print(f"corpus {name}: {error}", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tasks import scratch, settings, sources
-from tasks.corpus import filters, readers
+from tasks.corpus import filters, readers, unchanged
 from tasks.corpus.readers import Piece
 from tasks.corpus.records import CorpusError
 
@@ -40,11 +40,15 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`tasks` are the pieces of input of each task, per domain in order of priority; `key` names all inputs."""
+    """`tasks` are the pieces of input of each task, per domain in order of priority; `key` names all inputs.
+
+    `sources` are the versions of all files.
+    """
 
     name: str
     key: str
     corpus: settings.Corpus
+    sources: unchanged.Versions
     tasks: dict[str, list[tuple[Piece, ...]]]
 
     def units(self, phase: Phase) -> list[Unit]:
@@ -78,15 +82,18 @@ def open_plan(work: Path, name: str, *, corpus: settings.Corpus, inputs: Any) ->
     """The plan of the work folder, made if it isn't there yet."""
     path = work / FILE
     if not path.exists():
+        before = unchanged.note(corpus, SOURCES, fingerprints=inputs["sources"])
         tasks = {
             domain: [[dataclasses.asdict(piece) for piece in task] for task in tasks]
             for domain, tasks in tasks_of(corpus).items()
         }
+        if unchanged.note(corpus, SOURCES, fingerprints=inputs["sources"]) != before:
+            raise sources.SourceError("a source changed while it was listed; run again when nobody writes to it")
         key = scratch.fingerprint(inputs)
         # Domains as pairs: their order is their priority, and write_json sorts keys.
         domains = list(corpus.domains)
         values = corpus.model_dump(mode="json")
-        written = {"name": name, "key": key, "corpus": values, "domains": domains, "tasks": tasks}
+        written = {"name": name, "key": key, "corpus": values, "domains": domains, "tasks": tasks, "sources": before}
         scratch.write_json(path, written)
     return load(work)
 
@@ -108,4 +115,4 @@ def _read(path: Path) -> Plan:
     corpus["domains"] = {domain: corpus["domains"][domain] for domain in order}
     parsed = settings.Corpus.model_validate_json(json.dumps(corpus))  # of JSON, where the keys of a table are strings
     tasks = {domain: [tuple(Piece(**piece) for piece in task) for task in raw["tasks"][domain]] for domain in order}
-    return Plan(name=raw["name"], key=raw["key"], corpus=parsed, tasks=tasks)
+    return Plan(name=raw["name"], key=raw["key"], corpus=parsed, tasks=tasks, sources=raw["sources"])

@@ -8,10 +8,11 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from tasks.corpus import contamination, filters, minhash, readers, spool
+from tasks.corpus import contamination, filters, minhash, readers, spool, unchanged
 from tasks.corpus import plan as plans
 from tasks.corpus.encoder import Encoder
 from tasks.corpus.plan import SOURCES, Plan
@@ -82,13 +83,29 @@ class _Scan:
         self.pieces = plan.tasks[domain][task]
         self.reader = _readers.open(work.resolve(), domain)
         self.judge = filters.build(corpus.filters_of(domain))
-        self.items = contamination.Items.load(corpus.decontaminate, SOURCES) if corpus.decontaminate else None
+        self.items = None
+        if corpus.decontaminate:
+            self.items = contamination.Items.load(corpus.decontaminate, SOURCES, versions=plan.sources)
+        self.guard = functools.partial(
+            unchanged.task,
+            self.folder,
+            task,
+            part=corpus.domains[domain],
+            name=f"domain {domain}",
+            fetched=self.reader.fetched(self.pieces),
+            versions=plan.sources,
+        )
         near = corpus.near_duplicates_of(domain)
         self.signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram, digits=near.digits) if near else None
         self.rows: list[int] = []
         self._piece = 0
 
     def run(self, meter: Meter) -> None:
+        with self.guard():
+            chunks = self._chunks(meter)
+        spool.finish(self.folder, self.task, chunks=chunks, rows=self.rows)
+
+    def _chunks(self, meter: Meter) -> list[dict[str, Any]]:
         chunks = spool.committed(self.folder, self.task)
         skip = sum(chunk["records"] for chunk in chunks)
         for done in chunks:
@@ -104,7 +121,7 @@ class _Scan:
                 chunk = spool.Chunk()
         if chunk.records:
             chunks.append(self._commit(chunk, index=len(chunks), meter=meter))
-        spool.finish(self.folder, self.task, chunks=chunks, rows=self.rows)
+        return chunks
 
     def _records(self, meter: Meter) -> Iterator[Record]:
         for index, piece in enumerate(self.pieces):

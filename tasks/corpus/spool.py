@@ -137,6 +137,12 @@ def finish(folder: Path, task: int, *, chunks: list[dict[str, Any]], rows: list[
     scratch.write_json(folder / f"{task:05d}.json", account)
 
 
+def discard(folder: Path, task: int) -> None:
+    """Delete all chunks of a task, and its account."""
+    for path in folder.glob(f"{task:05d}[-.]*"):
+        path.unlink(missing_ok=True)
+
+
 def account(folder: Path, task: int) -> dict[str, Any] | None:
     """The account of a task; None if it isn't whole."""
     path = folder / f"{task:05d}.json"

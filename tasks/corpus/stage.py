@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch, settings, sources
-from tasks.corpus import encoder, files, fingerprint, outputs, plan, progress, resolve, scan, spool, streams, tokenise
+from tasks.corpus import (
+    encoder,
+    files,
+    fingerprint,
+    outputs,
+    plan,
+    progress,
+    resolve,
+    scan,
+    spool,
+    streams,
+    tokenise,
+    unchanged,
+)
 from tasks.corpus.plan import Phase, Plan, Unit
 from tasks.corpus.records import CorpusError
 
@@ -107,6 +120,7 @@ def run_unit(work: str, unit: Unit) -> None:
             load = functools.partial(_encoder, todo.corpus)
             scan.scan(folder, todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
         elif unit.phase == "resolve":
+            unchanged.require(todo.corpus, plan.SOURCES, versions=todo.sources)
             resolve.resolve(folder, todo)
         else:
             _tokenise(folder, todo, unit=unit, meter=meter)

@@ -43,14 +43,16 @@ def evaluate(name: str) -> None:
     manifest.require_tokenizer(contents, folders["dense"])
     ids = windows.test(corpus, seq_len=knobs.seq_len, count=knobs.windows)
     token_bytes = encoder.token_bytes(folders["dense"])
+    items = accuracy.versions(knobs.tasks)
     inputs = {
         "settings": knobs.model_dump(),
+        "items": items,
         "corpus": contents.sha256,
         "models": {key: scratch.digest(folder) for key, folder in folders.items()},
         "code": [scratch.digest(path) for path in sorted(CODE.rglob("*")) if path.suffix in {".py", ".yaml"}],
     }
     with scratch.workspace("evaluate", name, inputs=inputs) as folder:
-        prepared = accuracy.prepare(knobs.tasks, folder / "tasks")
+        prepared = accuracy.prepare(knobs.tasks, folder / "tasks", versions=items)
         done = {}
         for key, path in folders.items():
             result = folder / f"{key}.json"

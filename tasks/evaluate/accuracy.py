@@ -23,14 +23,31 @@ HARNESS = Path(__file__).parent / "harness"
 _BOOTSTRAP = 1000  # draws, for metrics without a closed-form stderr; lm-eval draws none for means
 
 
-def prepare(tasks: Sequence[Task], folder: Path) -> Path:
+CACHE = scratch.ROOT / "sources"
+
+
+def versions(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """What the files of local tasks hold, {task: {file: version}}. Raises sources.SourceError as `prepare`."""
+    found = {}
+    for task in tasks:
+        if task.source is not None:
+            found[task.name] = sources.fetch(task.source, CACHE, sha256=task.sha256).versions()
+    return found
+
+
+def prepare(tasks: Sequence[Task], folder: Path, *, versions: dict[str, dict[str, str]] | None = None) -> Path:
     """Fetch the files of local tasks and write `folder`/NAME.yaml, which points lm-eval's task at them.
+
+    Args:
+        tasks: those of pipelines.yaml.
+        folder: where their files and descriptions go.
+        versions: what the files must hold, so that all models are judged by the same ones.
 
     Returns:
         the folder to give to `run`.
 
     Raises:
-        sources.SourceError: a file cannot be had or its sha256 differs.
+        sources.SourceError: a file cannot be had, its sha256 differs, or it changed.
         FileNotFoundError: a task has a source but no harness/NAME.yaml.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,13 +61,14 @@ def prepare(tasks: Sequence[Task], folder: Path) -> Path:
                 f"pipelines.yaml: evaluate.tasks: {task.name!r} has a source, so {template} must describe it; "
                 f"described: {known}. For a task of the hub leave `source` out"
             )
-        fetched = sources.fetch(task.source, scratch.ROOT / "sources", sha256=task.sha256)
+        fetched = sources.fetch(task.source, CACHE, sha256=task.sha256)
         files = []
-        for i, path in enumerate(fetched.paths):
-            target = folder / f"{task.name}-{i}{''.join(Path(path).suffixes)}"
-            with fetched.fs.open(path, "rb") as read, target.open("wb") as write:
-                shutil.copyfileobj(read, write)
-            files.append(str(target.resolve()))
+        with fetched.unchanged(versions[task.name] if versions else None):
+            for i, path in enumerate(fetched.paths):
+                target = folder / f"{task.name}-{i}{''.join(Path(path).suffixes)}"
+                with fetched.fs.open(path, "rb") as read, target.open("wb") as write:
+                    shutil.copyfileobj(read, write)
+                files.append(str(target.resolve()))
         _write_yaml(
             folder / f"{task.name}.yaml",
             {

@@ -41,13 +41,34 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
         SourceError: the source cannot be had, is damaged, is a pickle, is of no known family, or is not what the entry
             says.
     """
-    import torch
-
     target = work / "model"
     for folder in (target, work / "source"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     fetched = _fetch(entry, work / "source")
+    with fetched.unchanged():  # else the checkpoint would be of other bytes than its digest says
+        config = _build(entry, work, fetched)
+        digest = fetched.digest(anew=True)
+    if entry.sha256 not in (None, digest):
+        raise sources.SourceError(f"source {entry.source!r} changed while it was read: sha256 is {digest}; run again")
+    config.dtype = entry.dtype
+    config.save_pretrained(target)
+    shutil.rmtree(work / "source")
+    return {
+        "parameters": counts.parameters(config),
+        "flops_per_token": {"seq_len": _FLOPS_SEQ_LEN} | counts.flops_per_token(config, seq_len=_FLOPS_SEQ_LEN),
+        "source": entry.source,
+        "source_sha256": digest,
+        "license": entry.license,
+        "dtype": entry.dtype,
+    }
+
+
+def _build(entry: settings.Model, work: Path, fetched: sources.Fetched) -> PreTrainedConfig:
+    """Write tensors, tokenizer and documents of fetched files to `work/model`, and return the config."""
+    import torch
+
+    target = work / "model"
     top = {Path(path).name: path for path in fetched.paths if _beside(path, fetched.paths)}
     weights = _weight_files(entry.source, top)
     for name, path in top.items():
@@ -67,18 +88,7 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
             config = _convert(work / "source", weights, target=target, entry=entry)
     except ValueError as error:
         raise sources.SourceError(f"source {entry.source!r} {error}") from error
-    config.dtype = entry.dtype
-    config.save_pretrained(target)
-    digest = fetched.digest()
-    shutil.rmtree(work / "source")
-    return {
-        "parameters": counts.parameters(config),
-        "flops_per_token": {"seq_len": _FLOPS_SEQ_LEN} | counts.flops_per_token(config, seq_len=_FLOPS_SEQ_LEN),
-        "source": entry.source,
-        "source_sha256": digest,
-        "license": entry.license,
-        "dtype": entry.dtype,
-    }
+    return config
 
 
 def _fetch(entry: settings.Model, folder: Path) -> sources.Fetched:
@@ -108,7 +118,7 @@ def _fetch(entry: settings.Model, folder: Path) -> sources.Fetched:
     for path in Path(local).iterdir():
         if path.is_file():
             (folder / path.name).symlink_to(path.resolve())
-    return sources.fetch(f"dir:{folder}", scratch.ROOT / "sources", sha256=entry.sha256)
+    return sources.fetch(f"dir:{folder}", scratch.ROOT / "sources", sha256=entry.sha256, anywhere=True)
 
 
 def _beside(path: str, paths: Iterable[str]) -> bool:

@@ -130,6 +130,12 @@ class Corpus(Frozen):
             return None
         return self.near_duplicates if own is None else self.near_duplicates.model_copy(update=own.model_dump())
 
+    def parts(self) -> dict[str, Domain | Items]:
+        """All that the corpus is made from, by the names of the fingerprints: `domain NAME` and `items NAME`."""
+        items = self.decontaminate.items if self.decontaminate else []
+        found: dict[str, Domain | Items] = {f"domain {name}": part for name, part in self.domains.items()}
+        return found | {f"items {item.name}": item for item in items}
+
     def filters_of(self, domain: str) -> list[Filter]:
         """The filters that apply to a domain, in order."""
         own = self.domains[domain].filters

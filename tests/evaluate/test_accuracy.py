@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,18 @@ def test_prompts_are_those_of_lm_evals_own_hellaswag(ctx_a: str, ctx_b: str) -> 
     item = {"activity_label": "Music", "ctx": f"{ctx_a} {ctx_b}", "endings": endings, "expected_index": 2}
     found = hellaswag.process_doc(item)
     assert (found["query"], found["choices"], found["gold"]) == (expected["query"], expected["choices"], 2)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_items_that_change_after_the_first_model_was_judged_are_refused(task: settings.Task, pinned: bool) -> None:
+    """An evaluation that was killed goes on with the next model, and all are judged by the same items."""
+    one = task if pinned else task.model_copy(update={"sha256": None})
+    file = Path(task.source.removeprefix("dir:")) if task.source else Path()
+    versions = accuracy.versions([one])
+    accuracy.prepare([one], Path("work"), versions=versions)
+    before = file.stat()
+    file.write_text(file.read_text().replace("sorted", "Sorted"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert pinned or accuracy.versions([one]) != versions
+    with pytest.raises(sources.SourceError, match="sha256 is" if pinned else "cases.jsonl changed since"):
+        accuracy.prepare([one], Path("work"), versions=versions)

@@ -1,6 +1,7 @@
 """The model stage: what it accepts, what it writes, and what it refuses with nothing lost."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,30 @@ def test_memory_stays_near_the_largest_tensor(tmp_path, copy_of):
     size = sum(file.stat().st_size for file in (tmp_path / "w" / "model").glob("*.safetensors"))
     assert size > 100_000_000
     assert int(done.stdout) < size / 2
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_that_changes_while_it_is_converted_is_refused_by_name(copy_of, tmp_path, monkeypatch, pinned, name):
+    """The size and the time of modification stay, and the bytes that were read are back at the end."""
+    sha256 = _build(copy_of, tmp_path)[1]["source_sha256"] if pinned else None
+    convert = dense._convert
+
+    def meanwhile(*arguments, **more):
+        path, content = copy_of / name, (copy_of / name).read_bytes()
+        times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        config = convert(*arguments, **more)
+        path.write_bytes(content)
+        os.utime(path, ns=times)
+        return config
+
+    if name == "tokenizer.json":  # of which a byte cannot be changed at random
+        (copy_of / name).write_bytes((copy_of / name).read_bytes() + b" ")
+        sha256 = None
+    monkeypatch.setattr(dense, "_convert", meanwhile)
+    with pytest.raises(sources.SourceError, match=rf"{name} changed while it was read; run again"):
+        _build(copy_of, tmp_path, sha256=sha256)
 
 
 def test_a_hub_model_is_read_where_it_was_downloaded(copy_of, tmp_path, monkeypatch):

@@ -56,6 +56,10 @@ class Reader(ABC):
         """The records of a piece. Raises CorpusError if its file is of no use at all, ReadError if the store fails."""
 
     @abstractmethod
+    def fetched(self, task: tuple[Piece, ...]) -> sources.Fetched | None:
+        """The files of which a task reads; None if the source's text alone fixes their bytes."""
+
+    @abstractmethod
     def size(self, piece: Piece) -> int:
         """About how many bytes of input a piece has."""
 
@@ -69,6 +73,7 @@ class FileReader(Reader):
     def __init__(self, domain: Domain, cache: Path, *, max_record_bytes: int, check: bool) -> None:
         sha256 = domain.sha256 if check else None
         fetched = sources.fetch(domain.source, cache, sha256=sha256, sdist=domain.sdist)
+        self._fetched = fetched
         self.fs = fetched.fs
         self.files = {fetched.name_of(path): path for path in fetched.sizes}
         self.sizes = {name: fetched.sizes[path] for name, path in self.files.items()}
@@ -82,6 +87,14 @@ class FileReader(Reader):
     def pieces(self, name: str, *, task_bytes: int) -> list[Piece]:
         """The pieces of one file: by default it is one."""
         return [Piece(name)]
+
+    def fetched(self, task: tuple[Piece, ...]) -> sources.Fetched:
+        names = dict.fromkeys(piece.path for piece in task)
+        return self._fetched.only([path for name in names for path in self.paths_of(name)])
+
+    def paths_of(self, name: str) -> list[str]:
+        """The paths on its store of what is read as one file."""
+        return [self.files[name]]
 
     def size(self, piece: Piece) -> int:
         return (self.bytes_of(piece.path) if piece.stop is None else piece.stop) - piece.start

@@ -33,7 +33,7 @@ class DatasetReader(Reader):
 
         self.source, self.field, self.max_record_bytes = domain.source, domain.text_field, max_record_bytes
         split = domain.split or "train"
-        path, revision, self.name = _located(domain, cache, check=check)
+        path, revision, self.name, self._fetched = _located(domain, cache, check=check)
         try:
             builder = load_dataset_builder(path, name=domain.subset, revision=revision)
             dataset = builder.as_streaming_dataset(split=split)
@@ -53,6 +53,9 @@ class DatasetReader(Reader):
         pieces = [Piece(f"{self.name}#{shard}", shard, shard + 1) for shard in shards]
         # A dataset that does not tell its size has one shard a task.
         return grouped(((piece, self.size(piece) or task_bytes) for piece in pieces), task_bytes=task_bytes)
+
+    def fetched(self, task: tuple[Piece, ...]) -> sources.Fetched | None:
+        return self._fetched
 
     def size(self, piece: Piece) -> int:
         return self._bytes // self.dataset.num_shards
@@ -83,21 +86,20 @@ class DatasetReader(Reader):
             raise CorpusError(f"{self.source}: has no column {self.field!r}; set text_field to one of {names}")
 
 
-def _located(domain: Domain, cache: Path, *, check: bool) -> tuple[str, str | None, str]:
-    """Where a dataset is, its commit if it is on the hub, and what it is called in the records."""
+def _located(domain: Domain, cache: Path, *, check: bool) -> tuple[str, str | None, str, sources.Fetched | None]:
+    """Where a dataset is, its commit if it is on the hub, what it is called in the records, its files if local."""
     source = sources.parse(domain.source)
     if source.kind == "hub":
         sources.require_commit(source)
         if domain.sha256:
             raise sources.SourceError(f"source {domain.source!r}: its commit pins it; leave sha256 out")
-        return source.name, source.version, f"{source.name}@{source.version}"
+        return source.name, source.version, f"{source.name}@{source.version}", None
     if source.kind != "dir" or not os.path.isdir(source.path):
         raise sources.SourceError(
             f"source {domain.source!r}: format dataset reads hub:ORG/NAME@COMMIT or the dir: of a folder"
         )
-    if check:
-        sources.fetch(domain.source, cache, sha256=domain.sha256)
-    return source.path, None, Path(source.path).resolve().name
+    fetched = sources.fetch(domain.source, cache, sha256=domain.sha256 if check else None)
+    return source.path, None, Path(source.path).resolve().name, fetched
 
 
 def _local_size(path: str) -> int:

@@ -107,6 +107,9 @@ class MegatronReader(FileReader):
             return [Piece(name)]
         return [Piece(name, start, stop) for start, stop in cuts(self._index(name)[1], task_bytes=task_bytes)]
 
+    def paths_of(self, name: str) -> list[str]:
+        return [self.files[name], self._index_paths[name]]
+
     def size(self, piece: Piece) -> int:
         if piece.stop is None:
             return self.bytes_of(piece.path)

@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import lzma
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def reader_of(source: Path | str, *, format: str = "jsonl", max_record_bytes: in
     """The reader of a path or source."""
     text = f"dir:{source}" if isinstance(source, Path) else source
     domain = Domain(source=text, format=format, license="CC0-1.0", **fields)
-    return open_reader(domain, Path(), max_record_bytes=max_record_bytes)
+    return open_reader(domain, Path(tempfile.mkdtemp()), max_record_bytes=max_record_bytes)
 
 
 def records_of(reader: Reader, *, task_bytes: int = 1 << 30) -> list[Record]:
