@@ -91,15 +91,19 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
     """Validate all that can be without Prefect. Returns the stages, and whether DVC finds all of them up to date."""
-    from flows import dag
+    from flows import dag, preflight
     from tasks import scratch
 
-    settings.load().pipeline(name)
+    config = settings.load()
+    config.pipeline(name)
     with scratch.workspace("run", name):
         stages = dag.ancestors(dag.last_stage(name))
         dag.resolve(force, stages=stages)
         names = [stage.name for stage in stages]
-        return names, not any(dag.changes(names).values())
+        is_due = any(dag.changes(names).values())
+        if is_due:
+            preflight.require(config, name)
+        return names, not is_due
 
 
 @app.command(
@@ -164,7 +168,7 @@ def plan(
 ) -> None:
     """Show what would run and why, and what it costs: parameters, FLOPs, memory, disk, time. Downloads nothing."""
     environment.prepare()
-    from flows import plan_view
+    from flows import plan_view, preflight
     from tasks.pretrain.job import TrainingError
 
     if calibrate and tflops is not None:
@@ -178,6 +182,8 @@ def plan(
         for each in names or list(config.pipelines):
             if file is None:
                 show(plan_view.stages(each))
+            for line in preflight.refusals(config, each):
+                print(f"would be refused: {line}")
             try:
                 tables = plan_view.figures(config, each, tflops=tflops, calibrated=calibrate)
             except TrainingError as error:

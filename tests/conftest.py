@@ -10,6 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -203,3 +206,30 @@ def assert_kept_once(project: Path) -> None:
     outs = [file for name in listed.split("\0")[:-1] if (file := project / name).stat().st_size]
     assert outs
     assert [file for file in outs if file.stat().st_ino not in cached] == []
+
+
+@pytest.fixture
+def hub_listing(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
+    """An imitation of the hub's API: {repository at a commit: its files}; others are not found."""
+    listed: dict[str, list[str]] = {}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.partition("?")[0].removeprefix("/api/datasets/").replace("/revision/", "@")
+            found = listed.get(name)
+            self.send_response(404 if found is None else 200)
+            if found is None:
+                self.send_header("X-Error-Code", "RevisionNotFound")
+            self.end_headers()
+            siblings = [{"rfilename": path} for path in found or []]
+            self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
+
+        def log_message(self, format: str, *_: object) -> None:
+            """Nothing is logged."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{http.server_port}")
+        yield listed
+        http.shutdown()

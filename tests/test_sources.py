@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import stat
 import sys
@@ -11,7 +10,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -308,48 +307,21 @@ def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkey
     assert (tmp_path / "calls").read_text() == "x"
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
-    """An imitation of the hub's API: {repository at a commit: its files}; others are not found."""
-    listed: dict[str, list[str]] = {}
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.path.partition("?")[0].removeprefix("/api/datasets/").replace("/revision/", "@")
-            found = listed.get(name)
-            self.send_response(404 if found is None else 200)
-            if found is None:
-                self.send_header("X-Error-Code", "RevisionNotFound")
-            self.end_headers()
-            siblings = [{"rfilename": path} for path in found or []]
-            self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
-
-        def log_message(self, format: str, *_: object) -> None:
-            """Nothing is logged."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{http.server_port}")
-        yield listed
-        http.shutdown()
-
-
 def test_a_dataset_with_a_loading_script_is_refused_before_it_is_read(
-    hub: dict[str, list[str]], tmp_path: Path
+    hub_listing: dict[str, list[str]], tmp_path: Path
 ) -> None:
     commit = "0123456789" * 4
-    hub[f"org/plain@{commit}"] = ["README.md", "data/train-00000.parquet", "make.py"]
-    hub[f"org/scripted@{commit}"] = ["README.md", "scripted.py", "data.zip"]
-    assert sources.fingerprint(f"hub:org/plain@{commit}", tmp_path) == f"hub:org/plain@{commit}#"
+    hub_listing[f"org/plain@{commit}"] = ["README.md", "data/train-00000.parquet", "make.py"]
+    hub_listing[f"org/scripted@{commit}"] = ["README.md", "scripted.py", "data.zip"]
+    assert sources.fingerprint(f"hub:org/plain@{commit}", tmp_path, anew=True) == f"hub:org/plain@{commit}#"
     with pytest.raises(SourceError, match=r"has a loading script \(scripted.py\), .*hf://datasets/org/scripted@0123"):
-        sources.fingerprint(f"hub:org/scripted@{commit}", tmp_path)
+        sources.fingerprint(f"hub:org/scripted@{commit}", tmp_path, anew=True)
     with pytest.raises(SourceError, match=r"hub:org/none@.*the hub refuses it \(RevisionNotFoundError") as error:
-        sources.fingerprint(f"hub:org/none@{commit}", tmp_path)
+        sources.fingerprint(f"hub:org/none@{commit}", tmp_path, anew=True)
     assert "\n" not in str(error.value)
 
 
 def test_a_hub_out_of_reach_says_nothing_against_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     commit = "hub:org/name@" + "0123456789" * 4
-    assert sources.fingerprint(commit, tmp_path) == f"{commit}#"
+    assert sources.fingerprint(commit, tmp_path, anew=True) == f"{commit}#"

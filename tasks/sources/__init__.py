@@ -169,7 +169,7 @@ def fingerprint(text: str, cache: Path, *, sha256: str | None = None, anew: bool
 
     Args:
         cache: folder where hashes are kept.
-        anew: hash files whose stamp says that they are as they were too.
+        anew: hash files whose stamp says that they are as they were too, and ask the hub for a dataset's files.
 
     Raises:
         SourceError: as `fetch`, and if a hub dataset is not pinned to a commit or has a loading script.
@@ -177,7 +177,8 @@ def fingerprint(text: str, cache: Path, *, sha256: str | None = None, anew: bool
     source = parse(text)
     if source.kind == "hub":
         require_commit(source)
-        hub.require_data_files(source)
+        if anew:
+            hub.require_data_files(source)
     if sha256 is not None or source.is_pinned:
         return f"{text}#{sha256 or ''}"
     return _listed(text, cache).fingerprint(anew=anew)

@@ -44,6 +44,7 @@ def test_a_recipe_can_be_pasted_into_the_project_and_planned(path: Path) -> None
     result = CliRunner().invoke(cli.app, ["plan", path.stem, "--file", str(path), "--tflops", "312"])
     assert result.exit_code == 0, result.output
     assert "training tokens" in result.stdout
+    assert ("put an address of yours there" in result.stdout.replace("\n", " ")) == ("YOUR-NAME" in path.read_text())
     assert CliRunner().invoke(cli.app, ["plan", str(path), "--tflops", "312"]).stdout == result.stdout
 
 

@@ -1,0 +1,79 @@
+"""What would be refused only after hours: sources and tasks that cannot be had, by settings and the hub's listings."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+from tasks import sources
+from tasks.settings import Settings, SettingsError
+from tasks.sources import hub
+
+PLACEHOLDER = "YOUR-NAME"
+"""Stands in recipes where an address of one's own belongs."""
+
+_TASK = re.compile(r"""^["']?task["']?:[ \t]*["']?([\w.+-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+_DATASET = re.compile(r"""^["']?dataset_path["']?:[ \t]*["']?([\w./-]+)""", re.MULTILINE)
+_INCLUDE = re.compile(r"""^["']?include["']?:[ \t]*["']?([^\s"']+)""", re.MULTILINE)
+
+
+def require(settings: Settings, pipeline: str) -> None:
+    """Raise SettingsError listing what of a pipeline is refused."""
+    if refused := list(refusals(settings, pipeline)):
+        raise SettingsError("\n".join(refused))
+
+
+def refusals(settings: Settings, pipeline: str) -> Iterator[str]:
+    """What of a pipeline is refused for sure, a line each: placeholders, and hub datasets with a loading script.
+
+    The hub is asked for file listings and nothing is downloaded; out of reach, it says nothing against anything.
+    """
+    entry = settings.pipeline(pipeline)
+    parts = settings.corpus(entry.corpus).parts()
+    if unfilled := [name.partition(" ")[2] for name, part in parts.items() if PLACEHOLDER in part.source]:
+        yield (
+            f"corpora.{entry.corpus}: the source of {', '.join(unfilled)} has {PLACEHOLDER} in it; put an address of "
+            "yours there"
+        )
+    try:
+        for name, part in parts.items():
+            if (source := sources.parse(part.source)).kind == "hub":
+                try:
+                    hub.require_data_files(source, ask=True)
+                except sources.SourceError as error:
+                    yield f"corpora.{entry.corpus}, {name}: {error}"
+        for task in entry.evaluate.tasks:
+            if task.source is None and (dataset := dataset_of(task.name)) and (script := hub.script_of(dataset)):
+                yield (
+                    f"pipelines.{pipeline}.evaluate.tasks: lm-eval reads {task.name} from hub:{dataset}, which has a "
+                    f"loading script ({script}) that `datasets` never runs; name another task, or give it a `source`"
+                )
+    except hub.Unreachable:
+        return
+
+
+def dataset_of(task: str) -> str | None:
+    """The dataset that lm-eval reads for a task of its own; None if no description of it names one."""
+    path = _descriptions().get(task)
+    return _dataset(path) if path else None
+
+
+@functools.cache
+def _descriptions() -> dict[str, Path]:
+    """The file that describes each task of lm-eval's own."""
+    spec = util.find_spec("lm_eval")
+    roots = spec.submodule_search_locations or () if spec else ()
+    paths = (path for root in roots for path in Path(root, "tasks").rglob("*.yaml"))
+    return {name[1]: path for path in paths if (name := _TASK.search(path.read_text()))}
+
+
+def _dataset(path: Path) -> str | None:
+    text = path.read_text()
+    if found := _DATASET.search(text):
+        return found[1]
+    included = _INCLUDE.search(text)
+    base = path.parent / included[1] if included else path
+    return _dataset(base) if base != path and base.is_file() else None

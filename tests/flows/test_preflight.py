@@ -1,0 +1,67 @@
+"""What nobody can have is said by `moeforge plan`, and stops `moeforge run` before its first stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from flows import cli, dag, preflight
+from tasks import settings
+from tests.flows.conftest import ROOT
+
+COMMIT = "0123456789" * 4
+
+
+def recipe(**domain: str) -> settings.Settings:
+    """The modern recipe with one domain changed."""
+    raw: Any = YAML(typ="safe", pure=True).load((ROOT / "recipes/llama-3-2-1b-shared.yaml").read_text())
+    raw["corpora"]["web-wiki-code"]["domains"]["web"] |= domain
+    return settings.validate(raw)
+
+
+def test_datasets_with_a_loading_script_are_refused_domain_or_task(hub_listing: dict[str, list[str]]) -> None:
+    name = "llama-3-2-1b-shared"
+    for dataset in ("allenai/sciq", "baber/piqa", "allenai/ai2_arc", "Rowan/hellaswag"):
+        hub_listing[dataset] = ["README.md", "data/test.parquet"]
+    hub_listing[f"org/scripted@{COMMIT}"] = ["scripted.py"]
+    config = recipe()
+    preflight.require(config, name)
+    hub_listing["Rowan/hellaswag"] = ["README.md", "hellaswag.py"]
+    config = recipe(source=f"hub:org/scripted@{COMMIT}", format="dataset")
+    with pytest.raises(settings.SettingsError) as error:
+        preflight.require(config, name)
+    first, second = str(error.value).splitlines()
+    assert first.startswith("corpora.web-wiki-code, domain web: source 'hub:org/scripted@0123")
+    assert "loading script (scripted.py)" in first
+    assert second.startswith(
+        f"pipelines.{name}.evaluate.tasks: lm-eval reads hellaswag from hub:Rowan/hellaswag, which"
+    )
+
+
+def test_a_hub_out_of_reach_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    preflight.require(recipe(source=f"hub:org/scripted@{COMMIT}", format="dataset"), "llama-3-2-1b-shared")
+
+
+def test_no_recipe_names_a_task_whose_dataset_is_a_script() -> None:
+    """EleutherAI/logiqa is one: lm-evaluation-harness issue 3171."""
+    assert preflight.dataset_of("logiqa") == "EleutherAI/logiqa"
+    for path in (ROOT / "recipes").glob("llama*.yaml"):
+        for pipeline in settings.load(path).pipelines.values():
+            names = [task.name for task in pipeline.evaluate.tasks]
+            assert "EleutherAI/logiqa" not in [preflight.dataset_of(name) for name in names if "logiqa" in name]
+
+
+def test_run_stops_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "recipes/llama-2-7b-random-2of8.yaml", "pipelines.yaml")
+    monkeypatch.setattr(dag, "ancestors", lambda target: [])
+    monkeypatch.setattr(dag, "changes", lambda names: {target: ["never run"] for target in ["model@llama-2-7b"]})
+    said = CliRunner().invoke(cli.app, ["run", "llama-2-7b-random-2of8"])
+    assert said.exit_code == 1
+    assert "moeforge: corpora.slimpajama: the source of cc, c4, github" in said.stderr
