@@ -19,8 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.sources import hub, packages, stores
 from tasks.sources.hashes import Hashes, open_sequential, stamp
+from tasks.sources.hub import require_data_files
+from tasks.sources.packages import download, open_archive
+from tasks.sources.stores import Place, open_store
 from tasks.sources.syntax import SYNTAX, Source, SourceError, parse, require_commit
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Fetched:
     fs: AbstractFileSystem
     sizes: dict[str, int | None]
     root: int
-    archive: stores.Place | None
+    archive: Place | None
     hashes: Hashes
     checked: dict[str, str] = field(default_factory=dict)
     """The versions whose digest was compared with the settings' sha256."""
@@ -178,7 +180,7 @@ def fingerprint(text: str, cache: Path, *, sha256: str | None = None, anew: bool
     if source.kind == "hub":
         require_commit(source)
         if anew:
-            hub.require_data_files(source)
+            require_data_files(source)
     if sha256 is not None or source.is_pinned:
         return f"{text}#{sha256 or ''}"
     return _listed(text, cache).fingerprint(anew=anew)
@@ -186,15 +188,15 @@ def fingerprint(text: str, cache: Path, *, sha256: str | None = None, anew: bool
 
 def _listed(text: str, cache: Path, *, sdist: bool = False, anywhere: bool = False) -> Fetched:
     source = parse(text)
-    archive: stores.Place | None
+    archive: Place | None
     if source.kind in {"pypi", "npm"}:
         import fsspec
 
-        file = packages.download(source, cache, sdist=sdist)
-        fs, found = packages.open_archive(source, file)
+        file = download(source, cache, sdist=sdist)
+        fs, found = open_archive(source, file)
         archive = fsspec.filesystem("file"), str(file)
     elif source.kind in {"dir", "url"}:
-        fs, found, archive = stores.open_store(source, anywhere=anywhere)
+        fs, found, archive = open_store(source, anywhere=anywhere)
     else:
         raise SourceError(
             f"source {text!r}: a hub id names a model or a dataset, not files; a dataset has format: dataset"
