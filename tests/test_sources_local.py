@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -297,3 +298,46 @@ def test_what_was_checked_and_changes_before_or_while_it_is_read_is_refused(fold
 
     with pytest.raises(SourceError, match=r"a.txt changed while it was read"), now.unchanged():
         there_and_back()
+
+
+def test_many_files_of_a_store_are_listed_and_not_asked_for_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store whose listings have ETags, and more to tell when it is asked for one file, as S3 has."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    asked: list[str] = []
+
+    class Bucket(MemoryFileSystem):
+        protocol = "bucket"
+        store: dict[str, Any] = {}  # noqa: RUF012
+
+        def _etag(self, path: str) -> str:
+            return hashlib.md5(self.store[path].getvalue()).hexdigest()
+
+        def find(self, path: str, **options: Any) -> Any:
+            asked.append("list")
+            return {p: {"name": p, "type": "file", "size": 3, "ETag": self._etag(p)} for p in sorted(self.store)}
+
+        def info(self, path: str, **options: Any) -> Any:
+            path = self._strip_protocol(path)
+            if path not in self.store:
+                return super().info(path, **options)
+            asked.append("info")
+            return {"name": path, "type": "file", "size": 3, "ETag": self._etag(path), "VersionId": "7"}
+
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    fs = fsspec.filesystem("bucket")
+    for i in range(40):
+        fs.pipe(f"/a/{i:02}.txt", b"one")
+    asked.clear()
+    found = sources.fetch("bucket://a", tmp_path)
+    before, print_ = found.versions(), found.fingerprint()
+    assert set(asked) == {"list"}
+    assert found.only(found.paths[:2]).versions() == {path: before[path] for path in found.paths[:2]}
+    assert asked[-2:] == ["info", "info"]
+    fs.pipe("/a/07.txt", b"two")
+    assert found.fingerprint() != print_
+    with pytest.raises(SourceError, match=r"/a/07.txt changed since it was checked"), found.unchanged(before):
+        raise AssertionError("never read")

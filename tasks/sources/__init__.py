@@ -13,16 +13,16 @@ What is read is what was checked: `Fetched.versions` says what the files hold, `
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.sources.hashes import Hashes, open_sequential, stamp
+from tasks.sources.hashes import Hashes, Listing, open_sequential, stamp
 from tasks.sources.hub import require_data_files
 from tasks.sources.packages import download, open_archive
-from tasks.sources.stores import Place, open_store
+from tasks.sources.stores import Place, Store, open_store
 from tasks.sources.syntax import SYNTAX, Source, SourceError, parse, require_commit
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SYNTAX", "Fetched", "Source", "SourceError", "fetch", "fingerprint", "open_sequential", "parse"]
 __all__ += ["require_commit"]
+
+FEW = 16
+"""Files of a store up to which it is asked for each; for more, they are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Fetched:
     sizes: dict[str, int | None]
     root: int
     archive: Place | None
+    again: Callable[[], Listing] | None
     hashes: Hashes
     checked: dict[str, str] = field(default_factory=dict)
     """The versions whose digest was compared with the settings' sha256."""
@@ -75,7 +79,7 @@ class Fetched:
     def versions(self, *, anew: bool = False) -> dict[str, str]:
         """A string per file, or for the archive of all, that changes when its bytes do; `anew` as in `digest`."""
         fs, paths = self._places()
-        found = self.hashes.versions(fs, list(paths.values()), anew=anew)
+        found = self.hashes.versions(fs, list(paths.values()), listed=self._list_again(), anew=anew)
         return {name: found[path] for name, path in paths.items()}
 
     def fingerprint(self, *, anew: bool = False) -> str:
@@ -89,7 +93,8 @@ class Fetched:
     def stamps(self) -> dict[str, str]:
         """What is known of each file, or of the archive, without reading it."""
         fs, paths = self._places()
-        return {name: stamp(fs, path).text for name, path in paths.items()}
+        listed = self._list_again()
+        return {name: stamp(fs, path, listed=listed.get(path)).text for name, path in paths.items()}
 
     @contextmanager
     def unchanged(
@@ -121,6 +126,10 @@ class Fetched:
         if changed:
             more = f" (and {len(changed) - 1} more files)" if len(changed) > 1 else ""
             raise SourceError(f"source {self.source.text!r}: {changed[0]} {what}{more}; {mend}")
+
+    def _list_again(self) -> Listing:
+        """One listing, where it takes less than a question for each file."""
+        return self.again() if self.again and len(self.sizes) > FEW else {}
 
     def _places(self) -> tuple[AbstractFileSystem, dict[str, str]]:
         if self.archive:
@@ -188,28 +197,33 @@ def fingerprint(text: str, cache: Path, *, sha256: str | None = None, anew: bool
 
 def _listed(text: str, cache: Path, *, sdist: bool = False, anywhere: bool = False) -> Fetched:
     source = parse(text)
-    archive: Place | None
     if source.kind in {"pypi", "npm"}:
         import fsspec
 
         file = download(source, cache, sdist=sdist)
         fs, found = open_archive(source, file)
-        archive = fsspec.filesystem("file"), str(file)
+        store = Store(fs=fs, found=found, archive=(fsspec.filesystem("file"), str(file)))
     elif source.kind in {"dir", "url"}:
-        fs, found, archive = open_store(source, anywhere=anywhere)
+        store = open_store(source, anywhere=anywhere)
     else:
         raise SourceError(
             f"source {text!r}: a hub id names a model or a dataset, not files; a dataset has format: dataset"
         )
-    files = {path: info.get("size") for path, info in sorted(found.items()) if info["type"] != "directory"}
+    files = {path: info.get("size") for path, info in sorted(store.found.items()) if info["type"] != "directory"}
     if not files:
         raise SourceError(f"source {text!r} matches no file; check its path or glob")
     _require_utf8(text, files)
     # A web server's listing has no sizes.
-    sizes = {path: fs.size(path) if size is None else size for path, size in files.items()}
+    sizes = {path: store.fs.size(path) if size is None else size for path, size in files.items()}
     kept = cache / "hashes" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     return Fetched(
-        source=source, fs=fs, sizes=sizes, root=_common_root(list(files)), archive=archive, hashes=Hashes(kept)
+        source=source,
+        fs=store.fs,
+        sizes=sizes,
+        root=_common_root(list(files)),
+        archive=store.archive,
+        again=store.again,
+        hashes=Hashes(kept),
     )
 
 

@@ -30,11 +30,16 @@ _VERSIONS = (
     *("ETag", "etag", "e_tag", "Content-MD5", "content_md5", "Digest", "md5", "md5Hash", "md5Checksum", "crc32c"),
     *("generation", "VersionId", "version_id", "sha", "sha256", "hex", "blob_id", "oid", "checksum", "content_hash"),
 )
-"""What stores call a version of a file's content: S3, GCS, Azure, the hub, GitHub, git, WebDAV, web servers."""
+"""What stores call a version of a file's content: S3, GCS, Azure, the hub, GitHub, git, WebDAV, web servers. The first
+that a store knows is taken: listings and questions for one file tell different numbers of them."""
 _TIMES = ("LastModified", "Last-Modified", "last_modified", "modified", "modify", "mtime", "updated", "time")
 _YOUNG = 2.0
 """Seconds in which a file may be written again with the times that it had: file systems count coarsely."""
 _BLOCK = 1 << 20
+
+
+Listing = dict[str, dict[str, Any]]
+"""{path: what a store tells of it}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +51,32 @@ class Stamp:
     is_young: bool = False
 
 
-def stamp(fs: AbstractFileSystem, path: str) -> Stamp:
-    """What is known of a file without reading it. Raises SourceError if it is gone."""
+def stamp(fs: AbstractFileSystem, path: str, *, listed: dict[str, Any] | None = None) -> Stamp:
+    """What is known of a file without reading it. Raises SourceError if it is gone.
+
+    A store is asked for the file unless `listed`, what it told in a listing, has a version of it.
+    """
     if "local" in fs.protocol:
         found = local.regular(path)
         is_young = time.time() - max(found.st_mtime, found.st_ctime) < _YOUNG
         text = f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
         return Stamp(text, is_young=is_young)
+    if listed is not None and (version := _version(listed)):
+        return Stamp(version, is_version=True)
     try:
         fs.invalidate_cache()  # else some stores give what they were told when the source was listed
         info = fs.info(path)
     except Exception as error:  # every store has errors of its own
         raise SourceError(f"{path} cannot be asked for ({type(error).__name__}: {error}); run again") from error
-    versions = {field: info[field] for field in _VERSIONS if _is_strong(info.get(field))}
-    times = {field: str(info[field]) for field in _TIMES if info.get(field)}
-    text = repr([info.get("size"), versions] + ([] if versions else [times]))
-    return Stamp(text, is_version=bool(versions))
+    if version := _version(info):
+        return Stamp(version, is_version=True)
+    return Stamp(repr([info.get("size"), {field: str(info[field]) for field in _TIMES if info.get(field)}]))
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Size and version of a file by what its store tells of it; empty if that is no version."""
+    field = next((field for field in _VERSIONS if _is_strong(info.get(field))), None)
+    return repr([info.get("size"), field, info[field]]) if field else ""
 
 
 def _is_strong(version: Any) -> bool:
@@ -76,18 +91,21 @@ class Hashes:
         self._path = path
         self._loaded: tuple[Any, dict[str, list[str]]] = None, {}
 
-    def versions(self, fs: AbstractFileSystem, paths: list[str], *, anew: bool = False) -> dict[str, str]:
+    def versions(
+        self, fs: AbstractFileSystem, paths: list[str], *, listed: Listing | None = None, anew: bool = False
+    ) -> dict[str, str]:
         """A string per file that changes when its bytes do: what the store calls its version, or its SHA-256.
 
         Args:
             fs: opens the files.
             paths: the files.
+            listed: what a listing of a moment ago tells of them.
             anew: read every file whose store knows no version, whatever its stamp.
 
         Raises:
             SourceError: a file is gone, cannot be read, or changed meanwhile.
         """
-        stamps = {path: stamp(fs, path) for path in paths}
+        stamps = {path: stamp(fs, path, listed=(listed or {}).get(path)) for path in paths}
         found = {path: f"version {known.text}" for path, known in stamps.items() if known.is_version}
         left = [path for path in paths if path not in found]
         if not anew:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tasks.sources import local
+from tasks.sources.hashes import Listing
 from tasks.sources.syntax import Source, SourceError
 
 if TYPE_CHECKING:
@@ -15,13 +18,21 @@ _ARCHIVES = ("zip", "tar", "libarchive")
 Place = tuple["AbstractFileSystem", str]
 
 
-def open_store(
-    source: Source, *, anywhere: bool = False
-) -> tuple[AbstractFileSystem, dict[str, dict[str, Any]], Place | None]:
-    """What a `dir:` source or a URL names; `anywhere`: links of a folder may lead out of it.
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """An open source: `found` are its files; `archive` is the place of the archive that they lie in, if they do.
 
-    Returns:
-        the file system, its files by path with what it tells of them, and the place of the archive that holds them.
+    `again` lists a store's files anew; None for local files and archives, which are asked one by one.
+    """
+
+    fs: AbstractFileSystem
+    found: Listing
+    archive: Place | None = None
+    again: Callable[[], Listing] | None = None
+
+
+def open_store(source: Source, *, anywhere: bool = False) -> Store:
+    """What a `dir:` source or a URL names; `anywhere`: links of a folder may lead out of it.
 
     Raises:
         SourceError: it cannot be opened, or a local file of it is none that can be read.
@@ -31,17 +42,21 @@ def open_store(
     try:
         if source.kind == "dir":
             fs = fsspec.filesystem("file")
-            return fs, _local(fs, source.path, anywhere=anywhere), None
+            return Store(fs=fs, found=_local(fs, source.path, anywhere=anywhere))
         archive = _archive(source)
         fs, path = fsspec.url_to_fs(source.path, **({"skip_instance_cache": True} if archive else {}))
         if "local" in fs.protocol:
-            return fs, _local(fs, path, anywhere=anywhere), None
-        if source.is_glob:
-            found = fs.glob(path, detail=True)
-        elif "http" in fs.protocol:  # listing would download the file and look for links in it
-            found = {path: fs.info(path)}
-        else:
-            found = fs.find(path, detail=True)
+            return Store(fs=fs, found=_local(fs, path, anywhere=anywhere))
+
+        def again() -> Listing:
+            fs.invalidate_cache()
+            if source.is_glob:
+                return dict(fs.glob(path, detail=True))
+            if "http" in fs.protocol:  # listing would download the file and look for links in it
+                return {path: fs.info(path)}
+            return dict(fs.find(path, detail=True))
+
+        return Store(fs=fs, found=again(), archive=archive, again=None if archive else again)
     except ImportError as error:
         extra = next((extra for protocol, extra in _EXTRAS.items() if f"{protocol}://" in source.path), None)
         mend = f"pip install 'moeforge[{extra}]'" if extra else "install the package it names"
@@ -50,7 +65,6 @@ def open_store(
         raise SourceError(f"source {source.text!r}: {error}") from error
     except Exception as error:  # every store and archive has errors of its own; ValueError: no such protocol
         raise SourceError(f"source {source.text!r} cannot be opened: {type(error).__name__}: {error}") from error
-    return fs, found, archive
 
 
 def _archive(source: Source) -> Place | None:
@@ -68,6 +82,6 @@ def _archive(source: Source) -> Place | None:
     return fs, path
 
 
-def _local(fs: AbstractFileSystem, path: str, *, anywhere: bool) -> dict[str, dict[str, Any]]:
+def _local(fs: AbstractFileSystem, path: str, *, anywhere: bool) -> Listing:
     path = fs._strip_protocol(path)  # absolute, with ~ expanded
     return {name: {"type": "file", "size": size} for name, size in local.files(path, anywhere=anywhere).items()}

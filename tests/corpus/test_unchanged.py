@@ -138,7 +138,7 @@ def test_what_changes_between_scan_and_resolve_is_refused(two: Path, change: str
 
 def test_where_stamps_say_nothing_the_hashes_after_the_scan_do(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without inodes and times of its own."""
-    monkeypatch.setattr(hashes, "stamp", lambda fs, path: hashes.Stamp("always the same"))
+    monkeypatch.setattr(hashes, "stamp", lambda fs, path, **_: hashes.Stamp("always the same"))
     monkeypatch.setattr(sources, "stamp", hashes.stamp)
     fingerprints()
     at_document(monkeypatch, 50, lambda: rewrite(two / "a.jsonl"))
