@@ -1,7 +1,8 @@
 """Interrupted work, kept: a folder per fingerprint, one writer at a time, finished results moved into place whole.
 
 DVC deletes a stage's outs before it runs the stage, so unfinished work lives in
-`.scratch/<stage>-<name>/<fingerprint>/` and a result appears under its final name by a rename.
+`.scratch/<stage>-<name>/<fingerprint>/` and a result appears under its final name by a rename. Expensive work that was
+begun with other inputs is kept beside it, one at most, until the work with the new ones is finished.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 ROOT = Path(".scratch")
+_SEAL = "xxh3_128"
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
 
 
 class BusyError(RuntimeError):
@@ -25,7 +31,14 @@ class BusyError(RuntimeError):
 
 
 @contextmanager
-def workspace(stage: str, name: str, *, inputs: Any = None, shared: bool = False) -> Iterator[Path]:
+def workspace(
+    stage: str,
+    name: str,
+    *,
+    inputs: Any = None,
+    shared: bool = False,
+    worth: Callable[[Path], float] | None = None,
+) -> Iterator[Path]:
     """Yield the scratch folder of one unit of work, held until the block ends.
 
     Args:
@@ -33,6 +46,9 @@ def workspace(stage: str, name: str, *, inputs: Any = None, shared: bool = False
         name: what it works on: a model, corpus or pipeline.
         inputs: JSON-able parameters and digests; work begun with other inputs is not found again, and is deleted.
         shared: let others that say so hold it at the same time; nothing is deleted then.
+        worth: of a folder with work begun with other inputs, 0 for none. The one worth most is not deleted: it is
+            found again if its inputs come back. Work whose folder is gone at the end of the block is finished, and
+            then the other is deleted. Absent: no other is kept.
 
     Raises:
         BusyError: another process holds it. The lock dies with its process, so kill -9 leaves none behind.
@@ -52,11 +68,42 @@ def workspace(stage: str, name: str, *, inputs: Any = None, shared: bool = False
         lock.write(f"{os.getpid()} ")  # those who share it may write at once
         lock.flush()
         folder = base / fingerprint(inputs)
-        for old in [] if shared else list(base.iterdir()):
-            if old.is_dir() and old != folder:
-                shutil.rmtree(old)
+        if not shared:
+            _drop(others(folder), worth=worth)
         folder.mkdir(exist_ok=True)
+        os.utime(folder)  # for `recency`
         yield folder
+        if not shared and not folder.exists():
+            _drop(others(folder), worth=None)
+
+
+def others(folder: Path) -> list[Path]:
+    """The folders beside a workspace: work begun with other inputs."""
+    return [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
+
+
+def say_aside(folder: Path) -> None:
+    """Print where work begun with other inputs is kept beside a workspace."""
+    for other in others(folder):
+        print(
+            f"the inputs have changed: what was done with those before is kept in {other} until this is finished, and "
+            "goes on if they come back; delete it if you need its room",
+            flush=True,
+        )
+
+
+def recency(folder: Path) -> float:
+    """The worth of a workspace by when it was last taken up."""
+    return folder.stat().st_mtime
+
+
+def _drop(folders: list[Path], *, worth: Callable[[Path], float] | None) -> None:
+    """Delete folders; not the one that is worth most, if there is a worth."""
+    worths = {folder: worth(folder) for folder in folders if worth and _FINGERPRINT.fullmatch(folder.name)}
+    best = max(worths, key=lambda folder: worths[folder], default=None)
+    for folder in folders:
+        if folder != best or not worths[folder]:
+            shutil.rmtree(folder)
 
 
 def fingerprint(inputs: Any) -> str:
@@ -104,3 +151,27 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:  # of a write on a full disk, which names no file
         staging.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON as `write_json` does, with its own xxh3-128, by which `read_sealed` knows it again."""
+    write_json(path, {**content, _SEAL: _seal(json.loads(json.dumps(content)))})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        ValueError: the file holds something else; the message says what.
+        OSError: it is not there or cannot be read.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict) or _SEAL not in content:
+        raise ValueError(f"it has no {_SEAL}: it is no such file, or older code wrote it")
+    if content.pop(_SEAL) != _seal(content):
+        raise ValueError("its content has changed since it was written")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,24 @@ def test_work_is_found_again_for_the_same_inputs_and_deleted_for_others() -> Non
     with scratch.workspace("corpus", "other", inputs={"a": 1}) as apart:
         assert apart.parent != other.parent
         assert other.exists()
+
+
+def test_expensive_work_is_kept_for_its_inputs_one_folder_at_most_until_other_work_is_finished() -> None:
+    def work(inputs: str) -> Any:
+        return scratch.workspace("corpus", "demo", inputs=inputs, worth=scratch.recency)
+
+    folders = {}
+    for moment, inputs in enumerate("abc"):
+        with work(inputs) as folders[inputs]:
+            (folders[inputs] / "half").write_text(inputs)
+        os.utime(folders[inputs], (moment, moment))
+    assert [folders[inputs].exists() for inputs in "abc"] == [False, True, True]
+    (folders["c"].parent / "done-0123").mkdir()  # what a kill left of a finished one
+    with work("b") as again:
+        assert (again / "half").read_text() == "b"
+        assert scratch.others(again) == [folders["c"]]
+        shutil.rmtree(again)
+    assert not scratch.others(again)
 
 
 HOLD = """

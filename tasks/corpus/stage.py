@@ -200,8 +200,9 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]
     here = Path(__file__).parent
     code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
     code |= {name: _version(name) for name in JUDGES}
-    with scratch.workspace("corpus", name, inputs=[inputs, code], shared=shared) as work:
+    with scratch.workspace("corpus", name, inputs=[inputs, code], shared=shared, worth=scratch.recency) as work:
         if not shared:
+            scratch.say_aside(work)
             files.sweep(work)
         yield work, plan.open_plan(work, name, corpus=corpus, inputs=inputs)
 

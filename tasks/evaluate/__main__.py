@@ -51,18 +51,22 @@ def evaluate(name: str) -> None:
         "models": {key: scratch.digest(folder) for key, folder in folders.items()},
         "code": [scratch.digest(path) for path in sorted(CODE.rglob("*")) if path.suffix in {".py", ".yaml"}],
     }
-    with scratch.workspace("evaluate", name, inputs=inputs) as folder:
+    with scratch.workspace("evaluate", name, inputs=inputs, worth=scratch.recency) as folder:
+        scratch.say_aside(folder)
         prepared = accuracy.prepare(knobs.tasks, folder / "tasks", versions=items)
         done = {}
         for key, path in folders.items():
             result = folder / f"{key}.json"
-            if result.exists():
+            try:
+                done[key] = scratch.read_sealed(result)
                 print(f"{MODELS[key]}: already judged, kept", flush=True)
-            else:
+            except (FileNotFoundError, ValueError) as error:
+                if result.exists():
+                    print(f"{result} is damaged ({error}); judging again", flush=True)
                 print(f"{MODELS[key]}: {path}", flush=True)
                 judged = _judge(path, ids, knobs=knobs, prepared=prepared, stock=key == "trained")
-                scratch.write_json(result, judged)
-            done[key] = json.loads(result.read_text())
+                scratch.write_sealed(result, judged)
+                done[key] = scratch.read_sealed(result)
         counted = likelihood.counts(ids, token_bytes=token_bytes)
         outs = {
             "routing": {key: done[key]["load"] for key in ("split", "trained")},

@@ -119,8 +119,10 @@ def judgement(project: Path) -> dict[str, Any]:
         with pytest.raises(KeyboardInterrupt):
             stage.evaluate("tiny")
         assert not (project / "runs" / "tiny" / "evaluation.json").exists()
+        (kept,) = (project / ".scratch/evaluate-tiny").glob("*/split.json")
+        kept.write_text(kept.read_text().replace('"tokens_per_second": ', '"tokens_per_second": 1'))
         stage.evaluate("tiny")
-    assert judged == ["tiny", "moe", "trained", "trained"]
+    assert judged == ["tiny", "moe", "trained", "moe", "trained"]  # what was changed is not believed
     return json.loads((project / "runs" / "tiny" / "evaluation.json").read_text())
 
 
