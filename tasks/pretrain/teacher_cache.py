@@ -2,7 +2,7 @@
 
     .scratch/teacher-<fingerprint>/
       part-<digest of its windows>.arrow     Arrow IPC stream of one record batch, a row a window
-      part-<digest of its windows>.json      sidecar, the commit record: size, digests, (domain, window) of each row
+      part-<digest of its windows>.json      sidecar, the commit record: size, xxh3-128, (domain, window) of each row
 
 | column | type                            |                                                                      |
 |--------|---------------------------------|----------------------------------------------------------------------|
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import shutil
 import time
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from tasks import scratch
@@ -57,7 +59,9 @@ class Cache:
     """What was kept of the parent's distributions, for the windows of a run."""
 
     def __init__(self, job: Job, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Open the cache, and make what it lacks of the windows that the run will draw. All ranks must do it together.
+        """Open the cache, and make what it lacks, or has damaged, of the windows that the run will draw.
+
+        All ranks must do it together.
 
         Raises:
             TrainingError: the parent has fewer than `top_n` tokens, or the disk is full.
@@ -131,18 +135,49 @@ class Cache:
         """Shard and row of every window that is kept."""
         index: dict[Slot, tuple[str, int]] = {}
         for path in sorted(self.folder.glob("part-*.arrow")):
-            if sidecar := shards.committed(path, self._key):
+            if sidecar := self._sidecar(path):
                 for row, (domain, window) in enumerate(sidecar["windows"]):
                     index[domain, window] = (path.name, row)
         return index
+
+    def _sidecar(self, path: Path) -> dict[str, Any] | None:
+        """The sidecar of a shard; None if it is not there, or not that of this file."""
+        try:
+            sidecar: dict[str, Any] = json.loads(shards.sidecar_of(path).read_bytes())
+            fits = sidecar["size"] == path.stat().st_size and sidecar["task_key"] == self._key
+            return sidecar if fits and path.name == _name(sidecar["windows"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _sift(self) -> None:
+        """Delete damaged shards, and say so. Each rank reads its share of them."""
+        damaged = []
+        paths = self._gathered(sorted(self.folder.glob("part-*.arrow")))[0]  # one list, for some delete from it
+        for path in paths[self._rank :: self._world_size]:
+            if not shards.sidecar_of(path).exists():  # being written
+                continue
+            sidecar = self._sidecar(path)
+            if sidecar is None:
+                damaged.append(f"{path}: its sidecar is not that of this file")
+            elif _digest(path) != sidecar["xxh3_128"]:
+                damaged.append(f"{path}: its content has changed since it was written")
+            else:
+                continue
+            path.unlink(missing_ok=True)  # another run may do the same
+            shards.sidecar_of(path).unlink(missing_ok=True)
+        for problem in (problem for rank in self._gathered(damaged) for problem in rank):
+            if self._rank == 0:
+                print(f"teacher: {problem}; deleted, to be made again", flush=True)
 
     def _fill(self) -> None:
         """Keep what is missing; each rank computes its share."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with _filling(self.folder) if self._rank == 0 else contextlib.nullcontext():
+            self._together(None)  # the first has swept
+            self._sift()
             kept = self._find()
             missing = [slot for slot in self._drawn() if slot not in kept]
-            self._together(None)  # no rank writes before all have looked and the first has swept
+            self._together(None)  # no rank writes before all have looked
             try:
                 self._compute(missing)
                 failed = None
@@ -185,14 +220,18 @@ class Cache:
 
     def _together(self, failed: str | None) -> None:
         """Wait for all ranks; raise on each if one of them failed."""
-        every: list[str | None] = [failed]
-        if self._world_size > 1:
-            import torch
-
-            every = [None] * self._world_size
-            torch.distributed.all_gather_object(every, failed)
-        if message := next((message for message in every if message), None):
+        if message := next(filter(None, self._gathered(failed)), None):
             raise TrainingError(message)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank."""
+        if self._world_size == 1:
+            return [value]
+        import torch
+
+        every: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(every, value)
+        return every
 
     def _ask(self, slot: Slot) -> Row:
         """Let the parent read one window. Always one, so that a row doesn't depend on what it was computed with."""
@@ -226,12 +265,11 @@ class Cache:
         batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns)).replace_schema_metadata(
             {"format": FORMAT, "task_key": self._key}
         )
-        path = self.folder / f"part-{scratch.fingerprint(list(slots))}.arrow"
+        path = self.folder / _name(slots)
         with files.replacing(path) as file:
             sink = shards.write_batch(file, batch)
         sidecar = {
             "size": sink.size,
-            "sha256": sink.sha256.hexdigest(),
             "xxh3_128": sink.xxh3_128.hexdigest(),
             "task_key": self._key,
             "windows": [list(slot) for slot in slots],
@@ -252,6 +290,16 @@ class Cache:
         length = self._job.params.seq_len
         ids, logs, rest = (_row_of(self._open[name].column(column), row) for column in ("ids", "logs", "rest"))
         return ids.reshape(length, -1), logs.reshape(length, -1), rest
+
+
+def _name(slots: Sequence[Sequence[Any]]) -> str:
+    """The name of the shard of these windows, in this order."""
+    return f"part-{scratch.fingerprint(list(slots))}.arrow"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return str(hashlib.file_digest(file, xxhash.xxh3_128).hexdigest())
 
 
 def _row_of(column: pa.FixedSizeListArray, row: int) -> NDArray[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,13 +219,48 @@ def test_killed_at_any_shard_it_goes_on_after_the_last_whole_one_to_the_same_byt
     assert contents(folder) == wanted
 
 
-def test_a_damaged_shard_is_made_again(job: Job) -> None:
+def _flip(path: Path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard, _: shard.write_bytes(shard.read_bytes()[:-8]),
+        lambda shard, _: shard.write_bytes(bytes(shard.stat().st_size)),
+        lambda shard, _: _flip(shard, 0.8),
+        lambda shard, other: shutil.copy(other, shard),
+        lambda shard, other: [
+            shutil.copy(other.with_suffix(suffix), shard.with_suffix(suffix)) for suffix in SUFFIXES
+        ],
+        lambda shard, _: shard.with_suffix(".json").write_bytes(b"\xff"),
+        lambda shard, _: shard.with_suffix(".json").write_text("[]"),
+        lambda shard, _: _swap(shard.with_suffix(".json")),
+    ],
+)
+def test_a_damaged_shard_is_named_and_made_again(
+    job: Job, damage: Callable[[Path, Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = made_by(job).folder
     wanted = contents(folder)
-    damaged = next(folder.glob("*.arrow"))
-    damaged.write_bytes(damaged.read_bytes()[:-8])
+    shard, other = sorted(folder.glob("*.arrow"))[:2]
+    damage(shard, other)
+    capsys.readouterr()
     made_by(job)
+    assert f"teacher: {shard}: its" in capsys.readouterr().out
     assert contents(folder) == wanted
+
+
+SUFFIXES = (".arrow", ".json")
+
+
+def _swap(sidecar: Path) -> None:
+    """Say of two rows that they are each other's."""
+    content = json.loads(sidecar.read_text())
+    content["windows"][:2] = content["windows"][1::-1]
+    sidecar.write_text(json.dumps(content))
 
 
 def test_a_window_that_was_not_foreseen_is_read_by_the_parent_itself(job: Job) -> None:
@@ -285,6 +320,12 @@ def _rank(rank: int, job: Job) -> None:
     with pytest.raises(TrainingError, match="Make room"):
         made_by(job)
     Cache._compute = compute  # type: ignore[method-assign]
+    folder = made_by(job).folder
+    torch.distributed.barrier()
+    if rank == 0:
+        for shard in folder.glob("*.arrow"):
+            _flip(shard, 0.8)
+    torch.distributed.barrier()
     made_by(job)
     torch.distributed.destroy_process_group()
 
