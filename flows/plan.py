@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks import sources
 from tasks.moe import counts, families
-from tasks.pretrain import estimate, meters
+from tasks.pretrain import branch, estimate, meters
 from tasks.pretrain.estimate import Memory
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 
@@ -83,7 +83,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         other_flops=_other_flops(settings, pipeline, dense=dense, sparse=sparse),
         dtype="bfloat16" if is_bfloat16 else "float32",
         memory=_memory(sparse, train, bfloat16=is_bfloat16, cuda=cuda, parent=dense),
-        disk=_disk(settings, pipeline, sizes=sizes) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
+        disk=_disk(settings, name, sizes=sizes) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
         checkpoint=estimate.checkpoint_bytes(sparse, train, bfloat16=is_bfloat16),
     )
 
@@ -178,7 +178,8 @@ def _memory(
     return found
 
 
-def _disk(settings: Settings, pipeline: Pipeline, *, sizes: dict[str, dict[str, int]]) -> dict[str, float]:
+def _disk(settings: Settings, name: str, *, sizes: dict[str, dict[str, int]]) -> dict[str, float]:
+    pipeline = settings.pipeline(name)
     dtype = 2 if settings.model(pipeline.model).dtype == "bfloat16" else 4
     total = sizes["sparse"]["total"]
     parts: dict[str, float] = {
@@ -188,6 +189,8 @@ def _disk(settings: Settings, pipeline: Pipeline, *, sizes: dict[str, dict[str, 
     }
     if (manifest := Path("data/corpora", pipeline.corpus, "manifest.json")).exists():
         parts["shards"] = sum(path.stat().st_size for path in manifest.parent.rglob("*.arrow"))
+    if kept := branch.kept_bytes(name):
+        parts["kept of earlier training in .scratch; `python -m tasks.pretrain NAME --discard` frees it"] = kept
     return parts
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flows import dag, plan
 from tasks import scratch
+from tasks.pretrain import branch
 from tasks.settings import Pipeline, Pretrain, Settings
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ def _costs(cost: plan.Plan, pipeline: Pipeline) -> Table:
     table.add_row("parameters", count(sparse["total"]), "total")
     table.add_row("", count(sparse["active"]), f"active per token, {sparse['active'] / sparse['total']:.1%}")
     table.add_row("training tokens", count(cost.tokens), f"{cost.steps:,} steps of {train.batch} x {train.seq_len}")
+    if step := branch.outlook(cost.pipeline, train):
+        table.add_row(
+            "", f"step {step:,}", "kept of an earlier run, which goes on from there if its inputs are the same"
+        )
     table.add_row("FLOPs", f"{cost.train_flops:.2e}", "training, forward and backward")
     table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, evaluation")
     table.add_section()

@@ -30,7 +30,7 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
     Args:
         pipeline: its name in pipelines.yaml.
         publish: commit dvc.lock, the metrics and accepted.json, and `dvc push` if there is a remote.
-        force: train again, and judge, although nothing changed.
+        force: run the stage pretrain and judge although nothing changed; a finished run is published again.
         tolerance: how much worse, in bits per byte averaged over domains, a new model may be.
 
     Returns:

@@ -1,10 +1,11 @@
 """Continually pre-train the split model of a pipeline.
 
-    python -m tasks.pretrain PIPELINE [--discard]
+    python -m tasks.pretrain PIPELINE [--discard | --branch OTHER [--step N]]
 
 Reads runs/<pipeline>/{moe/,mixture.json} and data/corpora/<corpus>/; writes runs/<pipeline>/{trained/,training/,
 pretrain.json,loss.csv,validation.csv}. Stopped at any moment, even by kill -9, the same command goes on from the last
-checkpoint and ends with the same weights and the same log. With --discard, it deletes the unfinished work instead.
+checkpoint and ends with the same weights and the same log. With --discard, it deletes the unfinished work instead;
+with --branch, the next run begins where a kept checkpoint of another pipeline is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 from tasks import scratch, settings
+from tasks.pretrain import branch as branches
 from tasks.pretrain import launch, outputs, resume, trackers
 from tasks.pretrain.job import Job, TrainingError
 
@@ -27,22 +29,8 @@ def run(pipeline: str) -> Path:
     """
     entry = settings.load().pipeline(pipeline)
     root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus
-    model, mixture, manifest = root / "moe", root / "mixture.json", corpus / "manifest.json"
     parent = Path("data/models") / entry.model
-    needed = {
-        parent / "config.json": "model",
-        model / "config.json": "partition",
-        mixture: "mixture",
-        manifest: "corpus",
-    }
-    for path, stage in needed.items():
-        if not path.exists():
-            raise TrainingError(f"{path}: not found; run the stage `{stage}` first")
-    inputs = {
-        "model": scratch.digest(model),
-        "mixture": _decided(mixture),
-        "corpus": scratch.digest(manifest),
-    }
+    inputs = _inputs(pipeline, entry)
     trackers.check(entry.pretrain.trackers)
     with resume.workspace(pipeline, params=entry.pretrain, inputs=inputs) as (workspace, notes):
         for note in notes:
@@ -51,14 +39,37 @@ def run(pipeline: str) -> Path:
             pipeline=pipeline,
             params=entry.pretrain,
             corpus=corpus,
-            model=model,
+            model=root / "moe",
             parent=parent,
-            mixture=mixture,
+            mixture=root / "mixture.json",
             workspace=workspace,
         )
         launch.run(job)
         outputs.publish(job)
     return root / "trained"
+
+
+def branch(pipeline: str, other: str, *, step: int | None) -> str:
+    """Begin the run of `pipeline` where a checkpoint of `other` is; raises as `run` does."""
+    entry = settings.load().pipeline(pipeline)
+    inputs = _inputs(pipeline, entry)
+    return branches.branch(pipeline, other, step=step, params=entry.pretrain, inputs=inputs)
+
+
+def _inputs(pipeline: str, entry: settings.Pipeline) -> dict[str, str]:
+    """Digests of what a pipeline is trained from. Raises TrainingError if it is not there."""
+    root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus
+    model, mixture, manifest = root / "moe", root / "mixture.json", corpus / "manifest.json"
+    needed = {
+        Path("data/models") / entry.model / "config.json": "model",
+        model / "config.json": "partition",
+        mixture: "mixture",
+        manifest: "corpus",
+    }
+    for path, stage in needed.items():
+        if not path.exists():
+            raise TrainingError(f"{path}: not found; run the stage `{stage}` first")
+    return {"model": scratch.digest(model), "mixture": _decided(mixture), "corpus": scratch.digest(manifest)}
 
 
 def _decided(mixture: Path) -> str:
@@ -72,10 +83,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.pretrain", description="Continually pre-train a pipeline.")
     parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
     parser.add_argument("--discard", action="store_true", help="delete its unfinished training, and train nothing")
+    parser.add_argument("--branch", metavar="OTHER", help="begin from a checkpoint of OTHER, and train nothing yet")
+    parser.add_argument("--step", type=int, help="of that checkpoint; the newest that fits if absent")
     arguments = parser.parse_args()
     pipeline = arguments.pipeline
+    if (arguments.branch and arguments.discard) or (arguments.step is not None and not arguments.branch):
+        parser.error("--step goes with --branch, and --discard goes alone")
     try:
-        print(resume.discard(pipeline) if arguments.discard else run(pipeline))
+        if arguments.branch:
+            print(branch(pipeline, arguments.branch, step=arguments.step))
+        else:
+            print(resume.discard(pipeline) if arguments.discard else run(pipeline))
     except (ValueError, TrainingError, scratch.BusyError, OSError) as error:
         print(f"pretrain {pipeline}: {error}", file=sys.stderr)
         return 1

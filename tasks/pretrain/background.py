@@ -14,9 +14,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 import torch
+import xxhash
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -110,7 +111,7 @@ class BackgroundEngine(CheckpointEngine):
     def preserves_storage_sharing(self) -> bool:
         return False  # a view is copied alone, without the buffer that it is cut from
 
-    def start(self, texts: dict[Path, str], *, then: Callable[[dict[str, int]], None]) -> Write:
+    def start(self, texts: dict[Path, str], *, then: Callable[[dict[str, dict[str, Any]]], None]) -> Write:
         """Write what was collected, and `texts`; see Write."""
         assert self._copies is not None
         self.write = Write(self._files, self._copies, texts, then=then)
@@ -133,7 +134,7 @@ class Write:
         copies: Copies,
         texts: dict[Path, str],
         *,
-        then: Callable[[dict[str, int]], None],
+        then: Callable[[dict[str, dict[str, Any]]], None],
     ) -> None:
         """Begin.
 
@@ -141,7 +142,7 @@ class Write:
             files: torch files.
             copies: what they hold.
             texts: text files.
-            then: called in the thread when all of these are on the disk, with the bytes of each by name.
+            then: called in the thread when all of these are on the disk, with {bytes, xxh3_128} of each by name.
         """
         self._files, self._copies, self._texts, self._then = files, copies, texts, then
         self.copied, self.written, self.done = threading.Event(), threading.Event(), threading.Event()
@@ -154,19 +155,21 @@ class Write:
         try:
             self._copies.fill()
             self.copied.set()
-            sizes = {}
+            written = {}
             while self._files:
                 path, content = self._files.pop(0)
                 made.append(path)
-                torch.save(content, path)
-                del content  # a file's copies are dropped as soon as it is written
-                sizes[path.name] = _sync(path)
+                with _Hashed(path) as file:
+                    torch.save(content, cast("IO[bytes]", file))
+                    del content  # a file's copies are dropped as soon as it is written
+                    written[path.name] = file.sync()
             for path, text in self._texts.items():
                 made.append(path)
-                path.write_text(text)
-                sizes[path.name] = _sync(path)
+                with _Hashed(path) as file:
+                    file.write(text.encode())
+                    written[path.name] = file.sync()
             self.written.set()
-            self._then(sizes)
+            self._then(written)
         except Exception as error:  # raised again by whoever waits
             self.error = error
             for path in made:
@@ -176,8 +179,29 @@ class Write:
                 event.set()
 
 
-def _sync(path: Path) -> int:
-    """Bring a file to the disk; returns its bytes."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size
+class _Hashed:
+    """A file that is hashed on its way to the disk, so that what was to be written is known whatever becomes of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._hash, self._size = path.open("wb"), xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        size = self._file.write(data)
+        self._size += size
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def sync(self) -> dict[str, Any]:
+        """Bring it to the disk; returns {bytes, xxh3_128}."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"bytes": self._size, "xxh3_128": self._hash.hexdigest()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
 from tasks.pretrain import checkpoint_files as files
-from tasks.pretrain import random_state, trainable
+from tasks.pretrain import random_state, schedule, trainable
 from tasks.pretrain.checkpoint_files import find, steps, tag
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.log import LOG
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
@@ -51,29 +52,29 @@ class Checkpoints:
         return self._blocked + (BackgroundEngine.of(self._engine).waited if self._engine else 0.0)
 
     def latest(self) -> dict[str, Any] | None:
-        """The state of the newest whole checkpoint, with its `tag`; deletes what a crash left.
+        """The state of the newest whole checkpoint, with its `tag`; deletes what a crash left, and damaged newer ones.
+
+        Every byte is held against what was written; the ranks share that work and come to one verdict.
 
         Raises:
             TrainingError: there are checkpoints, and all are damaged.
         """
-        import torch
-
         self._settle()
-        found: list[Any] = [None, [], None]
+        kept: list[int] = []
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                found = [*files.newest(self.folder), None]
-                files.sweep(self.folder, found[0])
-            except TrainingError as error:
-                found[2] = str(error)
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        self.notes, problem = found[1:]
-        if problem:
-            raise TrainingError(problem)
-        state: dict[str, Any] | None = found[0]
-        return state
+            kept = steps(self.folder)
+        kept = self._gathered(kept)[0]
+        found, self.notes = files.newest(self.folder, kept, damage=self._damage)
+        if self.rank == 0:
+            files.sweep(self.folder, found)
+        return self._gathered(found)[0]
+
+    def _damage(self, path: Path) -> str | None:
+        """What any rank finds wrong with a checkpoint, the same on every rank."""
+        log = self.folder.parent / "training" / LOG
+        mine = files.damage(path, log=log, rank=self.rank, world_size=self.world_size)
+        return next(filter(None, self._gathered(mine)), None)
 
     def save(self, engine: DeepSpeedEngine, *, state: dict[str, Any]) -> None:
         """Begin the checkpoint of `state["step"]`; returns when training may go on, before it is on the disk.
@@ -105,8 +106,8 @@ class Checkpoints:
         self._stop = threading.Event()
         stop = self._stop
 
-        def then(sizes: dict[str, int]) -> None:
-            scratch.write_json(_marker(staging, self.rank), sizes)
+        def then(written: dict[str, dict[str, Any]]) -> None:
+            scratch.write_json(_marker(staging, self.rank), written)
             if self.rank == 0 and self._all_written(staging, stop):
                 self._commit(staging, state)
 
@@ -180,13 +181,18 @@ class Checkpoints:
 
     def _shared(self, error: Exception | None) -> Exception | None:
         """An error of any rank."""
+        texts = self._gathered(None if error is None else repr(error))
+        return next((error or OSError(f"rank {rank}: {text}") for rank, text in enumerate(texts) if text), None)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank."""
         import torch
 
         if self.world_size == 1:
-            return error
-        texts: list[str | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(texts, None if error is None else repr(error))
-        return next((error or OSError(f"rank {rank}: {text}") for rank, text in enumerate(texts) if text), None)
+            return [value]
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def _failure(self, error: Exception) -> Exception:
         """What to raise; nothing half is left."""
@@ -217,20 +223,20 @@ class Checkpoints:
         return True
 
     def _commit(self, staging: Path, state: dict[str, Any]) -> None:
-        sizes: dict[str, int] = {}
+        written: dict[str, dict[str, Any]] = {}
         for rank in range(self.world_size):
-            sizes |= json.loads(_marker(staging, rank).read_text())
+            written |= json.loads(_marker(staging, rank).read_text())
             _marker(staging, rank).unlink()
-        scratch.write_json(staging / files.STATE, {**state, "files": sizes})
+        scratch.write_sealed(staging / files.STATE, {**state, "files": written})
         files.sync_folder(staging)
         final = self.folder / tag(state["step"])
-        if final.exists():  # left by a crash between this rename and the pointer's
+        if final.exists():
             files.delete(final)
         staging.rename(final)
         files.point(self.folder, state["step"])
-        kept = steps(self.folder)
-        for old in kept[: -self.params.keep]:
-            if self.params.keep_every is None or old % self.params.keep_every:
+        for old in steps(self.folder)[: -self.params.keep]:
+            milestone = self.params.keep_every is not None and old % self.params.keep_every == 0
+            if not milestone and old != schedule.stable(self.params):
                 files.delete(self.folder / tag(old))
 
 

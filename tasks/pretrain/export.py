@@ -2,8 +2,9 @@
 
     python -m tasks.pretrain.export PIPELINE [--step N] [--to DIR]
 
-Reads .scratch/pretrain-<pipeline>/; writes DIR, or runs/<pipeline>/exported/step-<N>/. Without --step, the newest. The
-weights are the fp32 masters in the split model's dtype, and load with `AutoModelForCausalLM` and none of this code.
+Reads .scratch/pretrain-<pipeline>/, or finished-<pipeline>/; writes DIR, or runs/<pipeline>/exported/step-<N>/.
+Without --step, the newest. The weights are the fp32 masters in the split model's dtype, and load with
+`AutoModelForCausalLM` and none of this code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files
+from tasks.pretrain import checkpoint_files, finished, resume
 from tasks.pretrain.job import JOB, Job, TrainingError
 from tasks.settings import Pretrain
 
@@ -38,7 +39,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
 def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Export a kept checkpoint of an unfinished run, which may be going on.
+    """Export a kept checkpoint of an unfinished run, which may be going on, or of a finished one if there is none.
 
     Returns:
         The folder, and what `write` returns.
@@ -49,7 +50,7 @@ def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tu
     from tasks.corpus import manifest
     from tasks.pretrain import batches
 
-    source = _unfinished(pipeline)
+    source = _source(pipeline)
     job = Job.read(source / JOB)
     with scratch.workspace("export", pipeline) as folder:
         linked = folder / "checkpoints"
@@ -240,27 +241,41 @@ def _of_experts(path: Path, *, model: Path) -> dict[str, torch.Tensor]:
 
 
 def _hold(source: Path, target: Path, *, step: int | None) -> dict[str, Any]:
-    """Link a checkpoint's files into target/, where the run's retention cannot delete them; returns its state."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Link a whole checkpoint's files into target/, where the run's retention cannot delete them; returns its state.
+
+    The newest whole one if `step` is None.
+    """
     while True:
-        state = checkpoint_files.find(source) if step is None else checkpoint_files.read(source, step)
+        kept = checkpoint_files.steps(source)
+        if step is not None:
+            checkpoint_files.read(source, step)  # raises if it is not there
+            kept = [step]
+        try:
+            state, _ = checkpoint_files.newest(target, kept, damage=lambda path: _link(source / path.name, path))
+        except (FileNotFoundError, shutil.Error):  # the run deleted it meanwhile, and has a newer one
+            continue
         if state is None:
             raise TrainingError(f"{source} has no checkpoint yet; the first comes at step pretrain.save_every")
-        try:
-            shutil.copytree(source / state["tag"], target / state["tag"], copy_function=os.link)
-            return state
-        except (FileNotFoundError, shutil.Error):  # the run deleted it meanwhile, and has a newer one
-            shutil.rmtree(target, ignore_errors=True)
+        return state
 
 
-def _unfinished(pipeline: str) -> Path:
-    pointers = (scratch.ROOT / f"pretrain-{pipeline}").glob("*/checkpoints/latest.json")
-    newest = max(pointers, key=lambda path: path.stat().st_mtime, default=None)
+def _link(source: Path, target: Path) -> str | None:
+    """Link a checkpoint's files; returns what is wrong with it."""
+    shutil.rmtree(target.parent, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=os.link)
+    return checkpoint_files.damage(target)
+
+
+def _source(pipeline: str) -> Path:
+    """The workspace of the unfinished run that was started last, or what is kept of the finished one."""
+    folders = list(resume.unfinished(pipeline)) or filter(None, [finished.folder(pipeline)])
+    jobs = [folder / JOB for folder in folders]
+    newest = max((job for job in jobs if job.exists()), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise TrainingError(
-            f"{pipeline} has no unfinished training with a checkpoint; a finished one is in runs/{pipeline}/trained"
+            f"{pipeline} has no training with a checkpoint; a finished model is in runs/{pipeline}/trained"
         )
-    return newest.parent.parent
+    return newest.parent
 
 
 def main() -> int:

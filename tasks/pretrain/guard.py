@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -170,7 +169,7 @@ class Rollbacks:
         key, drawn = _key(checkpoint), rollback.sampler["step"]
         # a run that starts from an older checkpoint, because the newest is damaged, comes through here again
         entries = [e for e in self._read() if e["checkpoint"] != key or e["sampler"]["step"] < drawn]
-        scratch.write_json(self._path, [*entries, {"checkpoint": key, **asdict(rollback)}])
+        scratch.write_sealed(self._path, {"rollbacks": [*entries, {"checkpoint": key, **asdict(rollback)}]})
 
     def after(self, checkpoint: Mapping[str, Any]) -> list[Rollback]:
         """The rollbacks to the checkpoint of this state, in order; the last one's `sampler` and `guard` hold."""
@@ -178,7 +177,12 @@ class Rollbacks:
         return [Rollback(**entry) for entry in found]
 
     def _read(self) -> list[dict[str, Any]]:
-        return json.loads(self._path.read_text()) if self._path.exists() else []
+        """None if the file is missing or damaged: the run fails at the same step then, and comes to the same again."""
+        try:
+            found: list[dict[str, Any]] = scratch.read_sealed(self._path)["rollbacks"]
+        except (FileNotFoundError, ValueError):
+            return []
+        return found
 
 
 def _key(checkpoint: Mapping[str, Any]) -> list[int]:

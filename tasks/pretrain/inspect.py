@@ -66,8 +66,10 @@ def _find(run: Path) -> tuple[Path, Path]:
                 f"run the stage `pretrain` of {root.name} again"
             )
         return root / "training", root / "training" / JOB
-    for folder in scratch.ROOT.glob(f"pretrain-{root.resolve().name}/*/training"):  # one: a workspace has no other
-        return folder, folder.parent / JOB
+    jobs = scratch.ROOT.glob(f"pretrain-{root.resolve().name}/*/{JOB}")
+    newest = max(jobs, key=lambda path: path.stat().st_mtime, default=None)  # others are kept with other inputs
+    if newest is not None and (newest.parent / "training/log.jsonl").exists():
+        return newest.parent / "training", newest
     raise TrainingError(
         f"{run}: no run is there; give runs/PIPELINE of a pipeline whose stage `pretrain` has run or is running"
     )

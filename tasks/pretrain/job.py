@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tasks import scratch
 from tasks.settings import Pretrain
 
 JOB = "job.json"
+_OTHER_STAGES = ("evaluate", "mixture", "partition")
 _FOLDERS = ("corpus", "model", "parent", "mixture", "workspace")
 
 
@@ -55,6 +57,18 @@ class Job:
                 "code, or train again"
             ) from None
         return cls(pipeline=fields["pipeline"], params=params, **folders)
+
+
+def code_digest() -> str:
+    """Digest of the code that a run is made by: what dvc.yaml names for the stage."""
+    tasks = Path(__file__).parents[1]
+    kernels = importlib.util.find_spec("moe_kernels")
+    found = [path for path in tasks.rglob("*") if path.relative_to(tasks).parts[0] not in _OTHER_STAGES]
+    for place in (kernels.submodule_search_locations if kernels else None) or ():
+        found += Path(place).rglob("*")
+    return scratch.fingerprint(
+        sorted(f"{path.name} {scratch.digest(path)}" for path in found if path.is_file() and path.suffix != ".pyc")
+    )
 
 
 def code_version() -> str:

@@ -152,9 +152,9 @@ class Journal:
         if self._display:
             self._display.say(text)
 
-    def sync(self) -> int:
-        """Bring the log to the disk; returns its length in bytes."""
-        return self._log.sync() if self._log else 0
+    def sync(self) -> dict[str, Any]:
+        """Bring the log to the disk; returns its bytes and digest; {} on the other ranks."""
+        return self._log.sync() if self._log else {}
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._log and self._display:

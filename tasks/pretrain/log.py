@@ -13,6 +13,7 @@ A record's `timing` is the only part that differs between an interrupted and an 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,11 +22,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from tasks import scratch
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.trackers import Run, Tracker, start
 
 Record = dict[str, Any]
+
+LOG = "log.jsonl"
 
 _HAS_NUMBERS = re.compile(rb'"kind": "(step|validation)".*\n')  # a whole line of log.jsonl
 ROWS = 2000  # of a CSV file, which git keeps: log.jsonl has every record
@@ -56,7 +61,7 @@ class Log:
             TrainingError: the log is shorter than `offset`, or a tracker can't start.
         """
         run.folder.mkdir(parents=True, exist_ok=True)
-        path = run.folder / "log.jsonl"
+        path = run.folder / LOG
         path.touch()
         if path.stat().st_size < offset:
             raise TrainingError(
@@ -64,38 +69,52 @@ class Log:
                 f"delete {run.folder.parent} to start over"
             )
         self._told = run.folder / "told.json"
-        self._repeated = self._count(path, offset)
+        try:
+            told = scratch.read_sealed(self._told)
+        except (FileNotFoundError, ValueError):
+            told = {}
+        known = told.get("trackers", [])
+        self._repeated = self._count(path, offset, told=told.get("records", 0), trackers=known)
         os.truncate(path, offset)
         self._file = path.open("ab")
+        self._hash = _digest(path)
         self._say = say
-        self._trackers = start(names, run, step=step)
+        new = [name for name in names if offset and name not in known]
+        self._trackers = start([name for name in names if name not in new], run, step=step)
+        self._new = start(new, run, step=0) if new else []
+        self._trackers += self._new
+        self._replay(path)
+        self._names = sorted({*names, *known})
+        scratch.write_sealed(self._told, {**scratch.read_sealed(self._told), "trackers": self._names})
 
     def write(self, record: Record) -> None:
         """Append a record."""
-        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+        line = json.dumps(_finite(record)).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._hash.update(line)
         if record["kind"] == "event":
             return
         again, self._repeated = self._repeated > 0, max(0, self._repeated - 1)
-        curves = dict(numbers(record))
         for tracker in list(self._trackers):
-            if tracker.forgets or not again:
-                self._tell(tracker, lambda it: it.write(record["step"], curves))
+            if tracker.forgets or not again or tracker in self._new:
+                self._tell_of(record, tracker)
 
     def rewind(self, *, offset: int, step: int) -> None:
         """Drop what lies behind `offset` bytes and step `step`: training was rolled back and takes another course."""
         os.ftruncate(self._file.fileno(), offset)
+        self._hash = _digest(Path(self._file.name))
         self._repeated = 0
-        self._told.unlink(missing_ok=True)
+        scratch.write_sealed(self._told, {"records": 0, "trackers": self._names})
         for tracker in list(self._trackers):
             self._tell(tracker, lambda it: it.rewind(step))
 
-    def sync(self) -> int:
-        """Bring everything to the disk; returns the length of log.jsonl in bytes."""
+    def sync(self) -> dict[str, Any]:
+        """Bring everything to the disk; returns {bytes, xxh3_128} of log.jsonl."""
         os.fsync(self._file.fileno())
         for tracker in list(self._trackers):
             self._tell(tracker, lambda it: it.flush())
-        return os.fstat(self._file.fileno()).st_size
+        return {"bytes": os.fstat(self._file.fileno()).st_size, "xxh3_128": self._hash.hexdigest()}
 
     def close(self, *, failed: bool = False) -> None:
         """`failed`: training ends by an error, which trackers show of the run."""
@@ -104,20 +123,31 @@ class Log:
         for tracker in list(self._trackers):
             self._tell(tracker, lambda it: it.close(failed=failed))
 
-    def _count(self, path: Path, offset: int) -> int:
+    def _replay(self, path: Path) -> None:
+        """Tell trackers that are new to a run what was before them."""
+        for line in path.open("rb") if self._new else ():
+            if _HAS_NUMBERS.search(line):
+                record = json.loads(line)
+                for tracker in self._new:
+                    if tracker in self._trackers:
+                        self._tell_of(record, tracker)
+
+    def _count(self, path: Path, offset: int, *, told: int, trackers: list[str]) -> int:
         """How many records after `offset` the trackers have been told, by this log or by one that was cut off it."""
-        kept = told = 0
+        kept = there = 0
         at = 0
         with path.open("rb") as file:
             for line in file:
                 at += len(line)
                 if _HAS_NUMBERS.search(line):
-                    told += 1
+                    there += 1
                     kept += at <= offset
-        if self._told.exists():
-            told = max(told, json.loads(self._told.read_text())["records"])
-        scratch.write_json(self._told, {"records": told})  # before they go
+        told = max(told, there)
+        scratch.write_sealed(self._told, {"records": told, "trackers": trackers})  # before they go
         return told - kept
+
+    def _tell_of(self, record: Record, tracker: Tracker) -> None:
+        self._tell(tracker, lambda it: it.write(record["step"], dict(numbers(record))))
 
     def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
         try:
@@ -128,6 +158,11 @@ class Log:
                 f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); training goes on without it, "
                 "and log.jsonl has every number"
             )
+
+
+def _digest(path: Path) -> Any:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128)
 
 
 def read(path: Path, kind: str) -> list[Record]:

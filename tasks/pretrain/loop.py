@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import batches, found, resume, trainable
+from tasks.pretrain import batches, found, resume, schedule, trainable
 from tasks.pretrain import engine as engines
 from tasks.pretrain.checkpoint import Checkpoints
 from tasks.pretrain.dynamic import Reweighter
@@ -95,7 +95,7 @@ class Trainer:
                     self._evaluate()
                 self.state.seconds["total"] = before["total"] + time.perf_counter() - begun
                 self.state.seconds["saving"] = before["saving"] + self.checkpoints.blocked
-                if last or step % params.save_every == 0:
+                if last or step % params.save_every == 0 or step == schedule.stable(params):
                     self._save()
             self.checkpoints.finish()
             self.state.seconds["saving"] = before["saving"] + self.checkpoints.blocked
@@ -258,7 +258,7 @@ class Trainer:
         state = {
             **self.state.to_json(),
             "code": self._code,
-            "log_bytes": self.journal.sync(),
+            "log": self.journal.sync(),
             "sampler": self.sampler.state(),
             "guard": self.guard.state(),
             "watch": self.watch.state(),
@@ -279,7 +279,7 @@ class Trainer:
         self.watch.restore(saved["watch"])
         if self.reweighter:
             self.reweighter.restore(saved["reweighter"])
-        self.journal.open(offset=saved["log_bytes"], step=self.state.step)
+        self.journal.open(offset=saved["log"]["bytes"], step=self.state.step)
         rollbacks = self.rollbacks.after(saved)
         for rollback in rollbacks:  # the log was cut back to the checkpoint
             self.journal.event(rollback.to_step, what="rollback", message=rollback.message, sampler=rollback.sampler)
@@ -289,7 +289,8 @@ class Trainer:
         if not first:
             return
         for change in resume.changes(Pretrain(**saved["params"]), self.params):
-            self.journal.event(self.state.step, what="settings", message=f"from here on {change}")
+            if change.shows:
+                self.journal.event(self.state.step, what="settings", message=f"from here on {change}")
         self.state.resumed_from = {"step": self.state.step, "code": saved["code"]}
         self.journal.say(f"going on from the checkpoint of step {self.state.step}")
         if saved["code"] != self._code:

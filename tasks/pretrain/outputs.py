@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
 from tasks.pretrain import engine as engines
-from tasks.pretrain import export, log
+from tasks.pretrain import export, finished, log
 from tasks.pretrain.job import JOB, Job
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
 
 
 def publish(job: Job) -> None:
-    """Move the results to runs/<pipeline>/, and drop the workspace's checkpoints once all are there.
+    """Move the results to runs/<pipeline>/, and once all are there the workspace to where a finished run's is kept.
 
     The log is published as a copy: a run killed in here goes on from its last checkpoint, which needs the log.
     """
@@ -58,9 +58,7 @@ def publish(job: Job) -> None:
     scratch.publish(copy, target / "training")
     for name in ("trained", "loss.csv", "validation.csv", "pretrain.json"):
         scratch.publish(job.workspace / name, target / name)
-    (job.workspace / "checkpoints/latest.json").unlink()  # what it names is no longer whole from here on
-    shutil.rmtree(job.workspace / "checkpoints")
-    shutil.rmtree(job.workspace / "training")
+    finished.keep(job)
 
 
 def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, Any]:

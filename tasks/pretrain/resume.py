@@ -1,14 +1,15 @@
-"""Which unfinished work a start goes on with, and what it may change.
+"""Which work a start goes on with, and what it may change.
 
 Unfinished work belongs to its inputs: the split model, the mixture, the corpus. Other inputs are a new start. Other
 settings are taken over only if the run that goes on is the one that the new settings would have given from the start,
-up to rounding and to which random numbers are drawn; else they are refused by name.
+up to rounding and to which random numbers are drawn; else they are refused by name. The same rule says whether a
+finished run is made longer or published again (tasks/pretrain/finished.py), or whether a run begins where another
+pipeline's was.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files, schedule
+from tasks.pretrain import checkpoint_files, finished, job, schedule
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
 STAGE = "pretrain"
+INPUTS = "inputs.json"
 
 _ALWAYS = frozenset(
     {
@@ -46,6 +48,9 @@ _ALWAYS = frozenset(
 )
 _COURSE = frozenset({"tokens", "schedule", "warmup_tokens", "decay_share", "final_lr_share"})
 """Safe as long as every step so far had the learning rate that the new settings give it."""
+_UNSEEN = _COURSE | {"launcher", "hostfile", "save_every", "keep", "keep_every", "trackers"}
+"""What leaves no trace in the results, if it is safe."""
+NAMES = {"model": "the split model", "mixture": "the mixture", "corpus": "the corpus"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,11 @@ class Change:
     field: str
     old: Any
     new: Any
+
+    @property
+    def shows(self) -> bool:
+        """Whether the results may show the change, if only by rounding."""
+        return self.field.split(".")[0] not in _UNSEEN
 
     def __str__(self) -> str:
         return f"pretrain.{self.field}: {_shown(self.old)} -> {_shown(self.new)}"
@@ -74,44 +84,96 @@ def workspace(pipeline: str, *, params: Pretrain, inputs: dict[str, str]) -> Ite
         TrainingError: there is unfinished work from these inputs with settings that cannot be taken over.
         scratch.BusyError: another process holds it.
     """
-    current = scratch.fingerprint(inputs)
-    others = {folder.name: step for folder, step in _unfinished(pipeline) if folder.name != current}
-    with scratch.workspace(STAGE, pipeline, inputs=inputs) as folder:
-        notes = [
-            f"the split model, the mixture or the corpus has changed since step {step} of the unfinished run; "
-            "starting anew"
-            for step in others.values()
-        ]
-        if state := checkpoint_files.find(folder / "checkpoints"):
-            changed = admit(state, params, pipeline=pipeline)
+    before = unfinished(pipeline)
+    with scratch.workspace(STAGE, pipeline, inputs=inputs, worth=last_step) as folder:
+        notes = [_aside(other, step, inputs) for other, step in before.items() if other != folder]
+        state = checkpoint_files.find(folder / "checkpoints")
+        code = job.code_digest()
+        mixed = state is not None and read_inputs(folder).get("code") != code
+        scratch.write_json(folder / INPUTS, {**inputs, "code": "" if mixed else code})
+        if state:
+            changed = admit(state, params, pipeline=pipeline, older=_goes_back(folder, params))
             notes += [f"going on from step {state['step']} with {change}" for change in changed]
+        elif kept := finished.folder(pipeline):
+            notes += _from_finished(kept, folder, params=params, pipeline=pipeline)
+        elif notes:
+            notes.append("starting anew")
         yield folder, notes
 
 
-def admit(state: dict[str, Any], params: Pretrain, *, pipeline: str) -> list[Change]:
+def _from_finished(kept: Path, folder: Path, *, params: Pretrain, pipeline: str) -> list[str]:
+    """Go on from a finished run if it may be, in a workspace without a checkpoint; returns what to say."""
+    said = f"the finished run's checkpoints are kept in {kept} until this run is finished"
+    if kept.name != folder.name:
+        before = read_inputs(kept)
+        named = [name for key, name in NAMES.items() if before.get(key) != read_inputs(folder)[key]]
+        return [f"starting anew: {', '.join(named)} changed since the last run was finished; {said}"]
+    if read_inputs(kept).get("code") != read_inputs(folder)["code"]:
+        way = f"`python -m tasks.pretrain {pipeline} --branch {pipeline}` goes on from them nevertheless"
+        return [f"starting anew: the last run was finished by other code; {said}, and {way}"]
+    notes: list[str] = []
+    refused = ""
+    for step in reversed(checkpoint_files.steps(kept / "checkpoints")):
+        path = kept / "checkpoints" / checkpoint_files.tag(step)
+        problem = checkpoint_files.damage(path, content=False)
+        if problem is None:
+            state = checkpoint_files.state(path)
+            changed, refusal = compare(state, params)
+            if refusal:
+                refused = refused or refusal
+                continue
+            problem = finished.take(kept, folder, step=step)
+        if problem is None:
+            left = params.steps - step
+            way = f"with {left} steps to train" if left else "which is published again: no step is left to train"
+            return [*notes, f"going on from step {step} of the finished run, {way}", *map(str, changed)]
+        notes.append(f"{path} is damaged: {problem}")
+    why = f" is not the one that these settings give ({refused})" if refused else " cannot be gone on with"
+    return [*notes, f"starting anew: the finished run{why}; {said}"]
+
+
+def admit(state: dict[str, Any], params: Pretrain, *, pipeline: str, older: int | None = None) -> list[Change]:
     """The settings that have changed since a checkpoint, all of them safe.
 
     Args:
         state: the checkpoint's, with `step` and `params`.
+        older: the step of an older one, of which they are safe.
 
     Raises:
         TrainingError: not all are safe; it lists those that are not and says how to go on.
     """
-    step = state["step"]
+    found, refusal = compare(state, params)
+    if refusal:
+        ways = "Either set them back" if found else "Either go on with the code that wrote it"
+        if older is not None:
+            ways += (
+                f", or go back to step {older}, from which they may change: `python -m tasks.pretrain {pipeline} "
+                f"--branch {pipeline} --step {older}`"
+            )
+        raise TrainingError(
+            f"the unfinished run of {pipeline} (step {state['step']}) cannot go on with other settings: {refusal}. "
+            f"{ways}, or give the work up: `python -m tasks.pretrain {pipeline} --discard`; then run again"
+        )
+    return found
+
+
+def compare(state: dict[str, Any], params: Pretrain) -> tuple[list[Change], str]:
+    """The settings that have changed since a checkpoint, and those that are not safe, for a message."""
     try:
         old = Pretrain(**state["params"])
     except (KeyError, ValidationError) as error:
-        raise TrainingError(
-            f"the unfinished run of {pipeline} (step {step}) was written by code with other settings and cannot be "
-            f"continued by this one ({_first(error)}). {_ways_on(pipeline, 'go on with the code that wrote it')}"
-        ) from None
+        return [], f"it was written by code with other settings ({_first(error)})"
     found = changes(old, params)
-    if refused := [change for change in found if not _safe(change, old, params, step=step)]:
-        raise TrainingError(
-            f"the unfinished run of {pipeline} (step {step}) cannot go on with other settings: "
-            f"{'; '.join(map(str, refused))}. {_ways_on(pipeline, 'set them back')}"
-        )
-    return found
+    return found, "; ".join(str(change) for change in found if not _safe(change, old, params, step=state["step"]))
+
+
+def _goes_back(folder: Path, params: Pretrain) -> int | None:
+    """The newest step but the last whose checkpoint the settings fit."""
+    for step in reversed(checkpoint_files.steps(folder / "checkpoints")[:-1]):
+        path = folder / "checkpoints" / checkpoint_files.tag(step)
+        if not checkpoint_files.damage(path, content=False) and not compare(checkpoint_files.state(path), params)[1]:
+            return step
+    return None
 
 
 def changes(old: Pretrain, new: Pretrain) -> list[Change]:
@@ -126,17 +188,31 @@ def changes(old: Pretrain, new: Pretrain) -> list[Change]:
 
 
 def discard(pipeline: str) -> str:
-    """Delete the unfinished work of a pipeline; returns what to tell the user.
+    """Delete the unfinished work of a pipeline, or if there is none what is kept of the finished run.
+
+    Returns:
+        What to tell the user.
 
     Raises:
         scratch.BusyError: it is being worked on.
     """
-    found = _unfinished(pipeline)
+    found = unfinished(pipeline)
     with scratch.workspace(STAGE, pipeline, inputs="discarded") as folder:  # which deletes all others
-        shutil.rmtree(folder)
+        folder.rmdir()
+        if not found and (steps := finished.discard(pipeline)):
+            return f"deleted what was kept of the finished training of {pipeline}: step {', '.join(map(str, steps))}"
     if not found:
         return f"{pipeline} has no unfinished training"
-    return f"deleted the unfinished training of {pipeline} up to step {max(step for _, step in found)}"
+    more = ". The finished run's checkpoints are still kept; again with --discard, they go" * bool(
+        finished.folder(pipeline)
+    )
+    return f"deleted the unfinished training of {pipeline} up to step {max(found.values())}{more}"
+
+
+def unfinished(pipeline: str) -> dict[Path, int]:
+    """Workspaces with a checkpoint, and the step of the newest."""
+    folders = (scratch.ROOT / f"{STAGE}-{pipeline}").glob("*/checkpoints")
+    return {path.parent: step for path in folders if (step := last_step(path.parent))}
 
 
 def _safe(change: Change, old: Pretrain, new: Pretrain, *, step: int) -> bool:
@@ -145,17 +221,37 @@ def _safe(change: Change, old: Pretrain, new: Pretrain, *, step: int) -> bool:
         return True
     if field == "eval_tokens":
         return new.dynamic is None  # else evaluations move the weights
-    if field not in _COURSE or (new.distill and new.distill.top_n):  # whose shards are those of so many tokens
+    if field not in _COURSE:
         return False
-    return step < new.steps and all(schedule.share(at, old) == schedule.share(at, new) for at in range(1, step + 1))
+    if old.steps != new.steps and step >= min(old.steps, new.steps):  # after its last step a run is evaluated
+        return False
+    return all(schedule.share(at, old) == schedule.share(at, new) for at in range(1, step + 1))
 
 
-def _unfinished(pipeline: str) -> list[tuple[Path, int]]:
-    """Workspaces with a checkpoint, and its step."""
-    found = []
-    for pointer in (scratch.ROOT / f"{STAGE}-{pipeline}").glob("*/checkpoints/latest.json"):
-        if steps := checkpoint_files.steps(pointer.parent):
-            found.append((pointer.parent.parent, steps[-1]))
+def last_step(folder: Path) -> int:
+    """The step of a workspace's newest checkpoint; 0 without one."""
+    return max(checkpoint_files.steps(folder / "checkpoints"), default=0)
+
+
+def _aside(other: Path, step: int, inputs: dict[str, str]) -> str:
+    """What to say of an unfinished run with other inputs."""
+    before = read_inputs(other)
+    named = ", ".join(NAMES[name] for name in inputs if before.get(name) != inputs[name]) if before else "an input"
+    run = f"{named} changed since step {step} of an unfinished run"
+    if not other.exists():
+        return f"{run}, which was deleted: one such run is kept, the longest"
+    return (
+        f"{run}, which is kept in {other} until this one is finished. With its inputs back it goes on; `--discard` "
+        "deletes both"
+    )
+
+
+def read_inputs(folder: Path) -> dict[str, str]:
+    """Digests of what a workspace's run is trained from; {} if that is not known."""
+    try:
+        found: dict[str, str] = json.loads((folder / INPUTS).read_text())
+    except (OSError, ValueError):
+        return {}
     return found
 
 
@@ -178,7 +274,3 @@ def _first(error: Exception) -> str:
         problem = error.errors()[0]
         return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
     return f"{error.args[0]} is missing"
-
-
-def _ways_on(pipeline: str, way: str) -> str:
-    return f"Either {way}, or give the work up: `python -m tasks.pretrain {pipeline} --discard`, then run again"

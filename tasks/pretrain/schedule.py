@@ -29,7 +29,7 @@ def share(step: int, params: Pretrain) -> float:
         return 1.0
     decay = steps - warmup
     if params.schedule == "wsd":
-        decay = min(decay, max(1, round(params.decay_share * steps)))
+        decay = _wsd_decay(params)
         if step <= steps - decay:
             return 1.0
     progress = (step - (steps - decay)) / max(1, decay)
@@ -38,3 +38,17 @@ def share(step: int, params: Pretrain) -> float:
     if params.schedule == "linear":
         return final + (1 - final) * (1 - progress)
     return final + (1 - final) * (1 - math.sqrt(progress))
+
+
+def stable(params: Pretrain) -> int | None:
+    """The last step up to which a run with more tokens is the same; None where the first already differs.
+
+    With `constant` it is the one before the last, after which a run is evaluated that a longer one is not.
+    """
+    last = {"wsd": params.steps - _wsd_decay(params), "constant": params.steps - 1}.get(params.schedule, 0)
+    return last or None
+
+
+def _wsd_decay(params: Pretrain) -> int:
+    """Steps over which `wsd` decays."""
+    return min(params.steps - params.warmup_steps, max(1, round(params.decay_share * params.steps)))

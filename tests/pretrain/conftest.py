@@ -25,6 +25,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_da
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     settings = SETTINGS.format(model=tiny_model, data=tiny_data).replace("tokens: 1536", f"tokens: {STEPS * 256}")
     settings = settings.replace("micro_batch: 2", "micro_batch: 1")  # the balance loss of a window is its own then
+    settings = settings.replace("warmup_tokens:", "schedule: wsd\n      decay_share: 0.5\n      warmup_tokens:")
     (folder / "pipelines.yaml").write_text(settings)
     for name in ("moe.dense", "corpus.fingerprint", "corpus", "mixture", "partition"):
         done = stage(f"tasks.{name}", "tiny", cwd=folder)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from tasks import scratch
 from tasks.pretrain import background, checkpoint_files, engine, random_state
@@ -33,6 +35,11 @@ def built() -> engine.DeepSpeedEngine:
     return build(settings())
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
 OPERATIONS = [(Path, "rename"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (os, "fsync")]
 
 
@@ -40,12 +47,25 @@ def make(folder: Path, **fields: Any) -> Checkpoints:
     return Checkpoints(folder, params=settings(**fields), rank=0, world_size=1)
 
 
+def entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+
+
+def log_of(folder: Path) -> dict[str, Any]:
+    """The run's log beside checkpoints/, two bytes long so far."""
+    log = folder.parent / "training/log.jsonl"
+    log.parent.mkdir(exist_ok=True)
+    log.write_bytes(b"{}")
+    return entry(b"{}")
+
+
 def written(folder: Path, step: int) -> Path:
     """A checkpoint of one small file, as `_commit` leaves it."""
     path = folder / checkpoint_files.tag(step)
     path.mkdir(parents=True)
     (path / "weights").write_bytes(bytes(step))
-    scratch.write_json(path / "state.json", {"step": step, "files": {"weights": step}})
+    files = {"weights": entry(bytes(step))}
+    scratch.write_sealed(path / "state.json", {"step": step, "files": files, "log": log_of(folder)})
     scratch.write_json(folder / "latest.json", {"tag": path.name})
     return path
 
@@ -55,7 +75,7 @@ def staged(checkpoints: Checkpoints, step: int) -> Path:
     staging = checkpoints.folder / f".tmp-{checkpoint_files.tag(step)}"
     staging.mkdir(parents=True)
     (staging / "weights").write_bytes(bytes(step))
-    scratch.write_json(staging / "written-0.json", {"weights": step})
+    scratch.write_json(staging / "written-0.json", {"weights": entry(bytes(step))})
     return staging
 
 
@@ -63,24 +83,30 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_only_what_the_pointer_names_is_found_and_a_crashed_save_is_swept_away(tmp_path: Path) -> None:
-    checkpoints = make(tmp_path)
+@pytest.mark.parametrize("pointer", ["missing", "", "{", '{"tag": "step-00000002"}', "[]", "\0\0"])
+def test_the_newest_whole_checkpoint_is_found_whatever_the_pointer_says_and_a_crashed_save_is_swept_away(
+    folder: Path, pointer: str
+) -> None:
+    checkpoints = make(folder)
     assert checkpoints.latest() is None
     for step in (2, 4, 6):
-        written(tmp_path, step)
-    scratch.write_json(tmp_path / "latest.json", {"tag": "step-00000004"})  # killed between 6's rename and the pointer
-    (tmp_path / ".tmp-step-00000008").mkdir()
+        written(folder, step)
+    (folder / "latest.json").unlink()
+    if pointer != "missing":
+        (folder / "latest.json").write_text(pointer)
+    (folder / ".tmp-step-00000008").mkdir()
     found = checkpoints.latest()
     assert found is not None
-    assert (found["step"], found["tag"]) == (4, "step-00000004")
-    assert names(tmp_path) == ["latest.json", "step-00000002", "step-00000004"]
+    assert (found["step"], found["tag"]) == (6, "step-00000006")
+    assert checkpoint_files.steps(folder) == [2, 4, 6]
+    assert not list(folder.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("keep_every", [None, 4])
 def test_the_newest_and_the_milestones_are_kept(tmp_path: Path, keep_every: int | None) -> None:
     checkpoints = make(tmp_path, keep=2, keep_every=keep_every)
     for step in range(2, 13, 2):
-        checkpoints._commit(staged(checkpoints, step), {"step": step})
+        checkpoints._commit(staged(checkpoints, step), {"step": step, "log": {}})
     assert checkpoint_files.steps(tmp_path) == [*([4, 8] if keep_every else []), 10, 12]
 
 
@@ -104,7 +130,7 @@ def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_check
 
     seen = set()
     for operations in range(100):
-        folder = tmp_path / str(operations)
+        folder = tmp_path / str(operations) / "checkpoints"
         checkpoints = make(folder, keep=1)
         for step in (2, 4):
             written(folder, step)
@@ -114,13 +140,13 @@ def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_check
             for holder, name in OPERATIONS:
                 patch.setattr(holder, name, counted(getattr(holder, name)))
             try:
-                checkpoints._commit(staging, {"step": 6})
+                checkpoints._commit(staging, {"step": 6, "log": log_of(folder)})
                 through = True
             except Stopped:
                 through = False
         found = make(folder).latest()
         assert found is not None
-        assert checkpoint_files._damage(folder / found["tag"]) is None
+        assert checkpoint_files.damage(folder / found["tag"]) is None
         assert found["step"] in {4, 6}
         assert not list(folder.glob(".tmp-*"))
         seen.add(found["step"])
@@ -131,32 +157,116 @@ def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_check
     assert seen == {4, 6}
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_word(tmp_path: Path, damage: str) -> None:
-    written(tmp_path, 2)
-    path = written(tmp_path, 4)
-    if damage == "cut":
-        (path / "weights").write_bytes(b"1")
-    else:
-        (path / ("weights" if damage == "missing" else "state.json")).unlink()
-    checkpoints = make(tmp_path)
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: (path / "weights").write_bytes(b"1"), "weights has 1 bytes of 4"),
+        (lambda path: (path / "weights").write_bytes(b"\0\0\1\0"), "weights: its content has changed"),
+        (lambda path: (path / "weights").unlink(), "weights is missing"),
+        (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+        (lambda path: (path / "state.json").write_text(""), "state.json cannot be read"),
+        (lambda path: (path / "state.json").write_bytes(b"\xff" * 9), "state.json cannot be read"),
+        (lambda path: scratch.write_json(path / "state.json", {"step": 4, "files": {}}), "older code wrote it"),
+        (lambda path: shutil.copy(path.parent / "step-00000002/state.json", path), "state.json is of step 2"),
+        (lambda path: (path / "old_optim_states.pt").touch(), "old_optim_states.pt is not of this checkpoint"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_word(
+    folder: Path, damage: Callable[[Path], object], told: str
+) -> None:
+    written(folder, 2)
+    path = written(folder, 4)
+    damage(path)
+    checkpoints = make(folder)
     found = checkpoints.latest()
     assert found is not None
     assert found["step"] == 2
     (note,) = checkpoints.notes
     assert str(path) in note
-    assert {"cut": "1 bytes of 4", "missing": "weights is missing", "state": "state.json"}[damage] in note
+    assert told in note
     assert "going on from the checkpoint of step 2" in note
-    assert names(tmp_path) == ["latest.json", "step-00000002"]
-    assert json.loads((tmp_path / "latest.json").read_text()) == {"tag": "step-00000002"}
+    assert checkpoint_files.steps(folder) == [2]
 
 
-def test_with_all_checkpoints_damaged_nothing_is_deleted_and_the_error_names_them(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_a_state_is_found_or_changes_nothing(folder: Path) -> None:
+    path = written(folder, 4)
+    whole = checkpoint_files.state(path)
+    text = (path / "state.json").read_bytes()
+    found = 0
+    for bit in range(len(text) * 8):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / "state.json").write_bytes(flipped)
+        if checkpoint_files.damage(path, content=False):
+            found += 1
+        else:
+            assert checkpoint_files.state(path) == whole  # a space for a tab
+    assert found > 0.9 * len(text) * 8
+
+
+def test_a_checkpoint_whose_log_was_changed_is_passed_over_for_one_from_before_the_change(folder: Path) -> None:
+    log = folder.parent / "training/log.jsonl"
+    for step, length in ((2, 2), (4, 12)):
+        path = written(folder, step)
+        content = b"{}" + bytes(length - 2)
+        log.write_bytes(content + b"later")
+        state = {"step": step, "files": {}, "log": entry(content)}
+        scratch.write_sealed(path / "state.json", state)
+    make(folder).latest()
+    log.write_bytes(b"{}" + b"1" * 15)
+    checkpoints = make(folder)
+    found = checkpoints.latest()
+    assert found is not None
+    assert found["step"] == 2
+    assert "log.jsonl is not the log that it goes on from: its first 12 bytes" in checkpoints.notes[0]
+
+
+def test_one_that_may_not_be_read_is_not_taken_for_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(folder, 2)
+
+    def refused(_path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", "state.json")
+
+    monkeypatch.setattr(scratch, "read_sealed", refused)
+    with pytest.raises(PermissionError):
+        make(folder).latest()
+    assert checkpoint_files.steps(folder) == [2]
+
+
+def test_with_all_checkpoints_damaged_nothing_is_deleted_and_the_error_names_them(folder: Path) -> None:
     for step in (2, 4):
-        (written(tmp_path, step) / "weights").unlink()
+        (written(folder, step) / "weights").unlink()
     with pytest.raises(TrainingError, match=r"step-00000004 is damaged: weights is missing.*step-00000002.*--discard"):
-        make(tmp_path).latest()
-    assert names(tmp_path) == ["latest.json", "step-00000002", "step-00000004"]
+        make(folder).latest()
+    assert names(folder) == ["latest.json", "step-00000002", "step-00000004"]
+
+
+def test_a_flipped_byte_in_any_of_deepspeeds_files_is_found_with_its_record(
+    tmp_path: Path, built: engine.DeepSpeedEngine
+) -> None:
+    train(built, range(1))
+    checkpoints = make(tmp_path)
+    checkpoints.save(built, state={"step": 1})
+    checkpoints.finish()
+    path = tmp_path / "step-00000001"
+    assert checkpoint_files.damage(path) is None
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for at in (0, len(content) // 3, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+            assert file.name in (checkpoint_files.damage(path) or ""), at
+        file.write_bytes(content)
+    for file in path.glob("*.pt"):  # 4 KiB of zeros in the middle of a tensor
+        content = bytearray(file.read_bytes())
+        with zipfile.ZipFile(file) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+        at = largest.header_offset + 128
+        content[at : at + 4096] = bytes(len(content[at : at + 4096]))
+        file.write_bytes(content[: file.stat().st_size])
+        assert f"{file.name}: record {largest.filename}: " in (checkpoint_files.damage(path) or "")
+        break
+    assert checkpoint_files.damage(path, content=False) is None
 
 
 def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_step(
@@ -226,8 +336,8 @@ def test_a_full_disk_is_told_at_the_next_call_and_leaves_nothing_half(
     checkpoints.finish()
     before = names(tmp_path)
 
-    def full(_content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(_content: Any, file: Any) -> None:
+        file.write(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     with monkeypatch.context() as patch:

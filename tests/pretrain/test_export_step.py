@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from tasks import scratch
@@ -142,20 +143,29 @@ def test_a_checkpoint_in_hand_outlives_its_deletion_and_one_deleted_under_the_ha
     for step in (2, 4):
         folder = source / checkpoint_files.tag(step)
         folder.mkdir(parents=True)
-        (folder / "weights").write_text(f"of {step}")
-        scratch.write_json(folder / "state.json", {"step": step, "files": {"weights": 4}})
-    scratch.write_json(source / "latest.json", {"tag": "step-00000002"})
+        content = f"of {step}".encode()
+        (folder / "weights").write_bytes(content)
+        files = {"weights": {"bytes": 4, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}}
+        scratch.write_sealed(folder / "state.json", {"step": step, "files": files})
+    newer = source / "step-00000004"
+    newer.rename(tmp_path / "later")
     link = os.link
 
     def deleted(old: str, new: str) -> None:  # the run goes on between two links
         monkeypatch.setattr(os, "link", link)
         shutil.rmtree(source / "step-00000002")
-        scratch.write_json(source / "latest.json", {"tag": "step-00000004"})
+        (tmp_path / "later").rename(newer)
         link(old, new)
 
     monkeypatch.setattr(os, "link", deleted)
     state = export._hold(source, tmp_path / "held", step=None)
     assert state["step"] == 4
+    with pytest.raises(TrainingError, match="no checkpoint of step 2; kept: 4"):
+        export._hold(source, tmp_path / "other", step=2)
+    os.unlink(source / "step-00000004/weights")
+    (source / "step-00000004/weights").write_text("of 5")
+    with pytest.raises(TrainingError, match="weights: its content has changed"):
+        export._hold(source, tmp_path / "other", step=4)
     shutil.rmtree(source)
     assert (tmp_path / "held" / state["tag"] / "weights").read_text() == "of 4"
 
@@ -164,7 +174,7 @@ def test_a_checkpoint_in_hand_outlives_its_deletion_and_one_deleted_under_the_ha
 def test_a_step_is_exported_while_its_run_goes_on_and_what_is_not_there_is_told(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(TrainingError, match="has no unfinished training"):
+    with pytest.raises(TrainingError, match="has no training with a checkpoint"):
         export.run("tiny")
     moe = project / "runs/tiny/moe"
     experts, hidden = gate.router(AutoModelForCausalLM.from_pretrained(moe)).state_dict()["weight"].shape

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,7 +70,7 @@ def event(number: int) -> log.Record:
 def test_reopening_drops_what_was_written_after_the_checkpoint(tmp_path: Path) -> None:
     first = opened(tmp_path)
     first.write(step(1))
-    offset = first.sync()
+    offset = first.sync()["bytes"]
     first.write(step(2))
     first.close()
     with (tmp_path / "log.jsonl").open("a") as file:
@@ -167,7 +168,7 @@ def test_however_often_a_run_is_killed_a_tracker_has_every_point_once(
             for count in range(AFTER[at], stop):
                 current.write(COURSE[count])
                 if count + 1 in AFTER.values():
-                    at, offset = COURSE[count]["step"], current.sync()
+                    at, offset = COURSE[count]["step"], current.sync()["bytes"]
             if torn:
                 with (folder / "log.jsonl").open("a") as file:
                     file.write('{"kind": "step", "step": 7')
@@ -184,11 +185,12 @@ def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_leas
     current = opened(tmp_path)
     for record in (validation(0), step(1), step(2)):
         current.write(record)
-    offset = current.sync()
+    offset = current.sync()["bytes"]
     current.write(step(3, loss=99.0))
     current.rewind(offset=offset, step=2)
     current.write(step(3, loss=1.0))
-    assert current.sync() == (tmp_path / "log.jsonl").stat().st_size
+    written = (tmp_path / "log.jsonl").read_bytes()
+    assert current.sync() == {"bytes": len(written), "xxh3_128": xxhash.xxh3_128_hexdigest(written)}
     current.close()
     assert [record["loss"] for record in log.read(tmp_path / "log.jsonl", "step")] == [1.5, 1.5, 1.0]
     course = [curves["step/loss"] for at, curves in points if at == 3]

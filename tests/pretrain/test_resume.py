@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -32,6 +33,18 @@ def checkpoints(project: Path) -> list[str]:
     return sorted(path.name for path in project.glob(".scratch/pretrain-tiny/*/checkpoints/step-*"))
 
 
+def newest_checkpoint(project: Path) -> Path:
+    found = project.glob(".scratch/pretrain-tiny/*/checkpoints/step-*")
+    return max(found, key=lambda path: path.name)
+
+
+def flip(file: Path, share: float) -> None:
+    """Flip a bit of a file, so far into it."""
+    content = bytearray(file.read_bytes())
+    content[int(share * len(content))] ^= 1
+    file.write_bytes(content)
+
+
 def run_until_killed(project: Path, moment: object) -> None:
     """Start the stage, kill -9 it when `moment()` is true, and see its workers gone."""
     with start("tasks.pretrain", "tiny", cwd=project) as process:
@@ -52,10 +65,10 @@ def test_a_run_killed_in_a_step_and_in_a_save_and_out_of_disk_ends_as_if_nothing
     assert "Run again" in err
 
     run_until_killed(
-        project, lambda: checkpoints(project) and any(project.glob(".scratch/*/*/checkpoints/.tmp-step-*"))
+        project, lambda: checkpoints(project)[1:] and any(project.glob(".scratch/*/*/checkpoints/.tmp-step-*"))
     )
     before = checkpoints(project)
-    assert before
+    assert len(before) >= 2
 
     small = 200_000  # bytes: the log fits, the optimizer's state does not
     full = stage(
@@ -68,9 +81,29 @@ def test_a_run_killed_in_a_step_and_in_a_save_and_out_of_disk_ends_as_if_nothing
     assert "Traceback" not in full.stderr
     assert set(before) <= set(checkpoints(project))
 
+    mixture = project / "runs/tiny/mixture.json"
+    weights = mixture.read_text()
+    content = json.loads(weights)
+    first, second = content["weights"]
+    content["weights"] |= {first: content["weights"][first] - 0.01, second: content["weights"][second] + 0.01}
+    mixture.write_text(json.dumps(content))
+    with start("tasks.pretrain", "tiny", cwd=project) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.kill()
+    wait_for(lambda: not workers(project))
+    assert "the mixture changed since step" in said
+    assert "which is kept in" in said
+    mixture.write_text(weights)
+
+    newest = newest_checkpoint(project)
+    broken = newest / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    flip(broken, 0.5)
+    (newest.parent / "latest.json").unlink()
     last = stage("tasks.pretrain", "tiny", cwd=project)
     assert last.returncode == 0, last.stderr
-    assert "going on from the checkpoint of step" in last.stdout
+    assert f"{newest.relative_to(project)} is damaged: {broken.name}: record " in last.stdout
+    assert f"going on from the checkpoint of step {int(before[-2][5:])}\n" in last.stdout
     reference, once = finished[0] / "runs/tiny", project / "runs/tiny"
     assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
     assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
@@ -87,10 +120,14 @@ def test_a_run_goes_on_with_one_process_and_then_with_two_again_on_the_same_batc
     for processes, step in ((2, 4), (1, 8)):
         configure(project, processes=processes)
         run_until_killed(project, lambda step=step: f"step-{step:08}" in checkpoints(project))
+        newest = newest_checkpoint(project)
+        shutil.copy(newest.with_name(checkpoints(project)[0]) / "mp_rank_00_model_states.pt", newest)
+        (newest.parent / "latest.json").write_text("{")
     configure(project, processes=2)
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "pretrain.processes: 1 -> 2" in done.stdout
+    assert f"{newest.relative_to(project)} is damaged: mp_rank_00_model_states.pt" in done.stdout
     log = timeless(project / "runs/tiny/training/log.jsonl")
     two = [record for record in log if record["kind"] != "event"]
     assert [record["message"] for record in log if record["kind"] == "event"] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,13 @@ def state(step: int = 20, **fields: Any) -> dict[str, Any]:
 def unfinished(folder: Path, *, step: int = 20, **fields: Any) -> None:
     """A whole checkpoint without tensors."""
     saved = {**state(step, **fields), "files": {}}
-    scratch.write_json(folder / f"checkpoints/step-{step:08}/state.json", saved)
-    scratch.write_json(folder / "checkpoints/latest.json", {"tag": f"step-{step:08}"})
+    scratch.write_sealed(folder / f"checkpoints/step-{step:08}/state.json", saved)
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resume.job, "code_digest", lambda: "this")
     return tmp_path
 
 
@@ -96,14 +98,17 @@ def test_any_other_change_is_refused_with_what_it_was_and_both_ways_on(field: st
     assert "python -m tasks.pretrain p --discard" in message
 
 
-def test_evaluations_that_move_the_weights_and_shards_of_so_many_tokens_stay_as_they_are() -> None:
-    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"dynamic": {}}, {"eval_tokens": 640}),
-        ({"distill": {"top_n": 4}}, {"tokens": 12800}),
-    ]
-    for fields, change in cases:
-        with pytest.raises(TrainingError, match=next(iter(change))):
-            resume.admit(state(**fields), settings(**fields, **change), pipeline="p")
+def test_evaluations_that_move_the_weights_stay_as_they_are() -> None:
+    with pytest.raises(TrainingError, match="eval_tokens"):
+        resume.admit(state(dynamic={}), settings(dynamic={}, eval_tokens=640), pipeline="p")
+
+
+def test_after_its_last_step_a_run_is_not_made_longer() -> None:
+    constant = {"schedule": "constant", "warmup_tokens": 0}
+    for step, admitted in ((99, True), (100, False)):
+        saved = state(step, **constant)
+        with contextlib.nullcontext() if admitted else pytest.raises(TrainingError, match="tokens: 6400 -> 12800"):
+            resume.admit(saved, settings(tokens=12800, **constant), pipeline="p")
 
 
 @given(
@@ -164,13 +169,55 @@ def test_a_run_without_a_checkpoint_takes_any_settings() -> None:
         assert not notes
 
 
-def test_other_inputs_are_a_new_start_said_in_a_line() -> None:
+def finish(folder: Path) -> None:
+    shutil.rmtree(folder)  # as outputs.publish does
+
+
+def test_unfinished_work_is_kept_aside_for_other_inputs_and_found_again_with_its_own() -> None:
+    others = INPUTS | {"mixture": "d"}
     with resume.workspace("p", params=settings(), inputs=INPUTS) as (folder, _):
         unfinished(folder)
-    with resume.workspace("p", params=settings(seed=1), inputs=INPUTS | {"corpus": "d"}) as (other, (note,)):
-        assert other != folder
-        assert not folder.exists()
-        assert "the split model, the mixture or the corpus has changed since step 20" in note
+    for _ in range(2):  # killed, and started again
+        with resume.workspace("p", params=settings(seed=1), inputs=others) as (other, (note, start)):
+            assert other != folder
+            assert f"the mixture changed since step 20 of an unfinished run, which is kept in {folder} " in note
+            assert start == "starting anew"
+    with resume.workspace("p", params=settings(), inputs=INPUTS) as (again, notes):
+        assert (again, notes) == (folder, [])
+        assert resume.unfinished("p") == {folder: 20}
+    with resume.workspace("p", params=settings(seed=1), inputs=others) as (other, _):
+        unfinished(other, step=10, seed=1)
+    with resume.workspace("p", params=settings(), inputs=INPUTS) as (_, (note,)):
+        assert "the mixture changed since step 10" in note
+        finish(folder)
+    assert not other.exists()
+    assert not resume.unfinished("p")
+
+
+@pytest.mark.parametrize("steps", [(20, 10), (10, 20)])
+def test_of_runs_with_other_inputs_the_longest_is_kept_and_the_other_told(steps: tuple[int, int]) -> None:
+    folders = {}
+    for corpus, step in zip("de", steps, strict=True):
+        with resume.workspace("p", params=settings(), inputs=INPUTS | {"corpus": corpus}) as (folders[step], _):
+            unfinished(folders[step], step=step)
+    with resume.workspace("p", params=settings(), inputs=INPUTS) as (_, notes):
+        assert folders[20].exists()
+        assert not folders[10].exists()
+        assert sorted("which was deleted" in note for note in notes) == [False, False, True]
+        assert any("step 10 of an unfinished run, which was deleted" in note for note in notes)
+
+
+@pytest.mark.parametrize("pointer", [None, "", "{", "[]"])
+def test_discarding_needs_no_pointer_and_takes_what_was_kept_aside(pointer: str | None) -> None:
+    for corpus in "cd":
+        with resume.workspace("p", params=settings(), inputs=INPUTS | {"corpus": corpus}) as (folder, _):
+            unfinished(folder)
+            if pointer is not None:
+                (folder / "checkpoints/latest.json").write_text(pointer)
+    assert len(resume.unfinished("p")) == 2
+    assert resume.discard("p") == "deleted the unfinished training of p up to step 20"
+    assert not resume.unfinished("p")
+    assert not list((scratch.ROOT / "pretrain-p").glob("*/"))
 
 
 def test_discarding_deletes_the_unfinished_work_of_this_pipeline_alone() -> None:

@@ -34,7 +34,7 @@ for step in range(first + 1, last + 1):
     layers = {"peak": [0.5, 0.25]}
     log.write({"kind": "step", "step": step, "tokens": step * 8, "loss": 1 / step, "experts": {"layers": layers}})
     if step == 2:
-        print(log.sync(), flush=True)
+        print(log.sync()["bytes"], flush=True)
 """
 KILLED = "time.sleep(2.5 if name in {'wandb', 'trackio'} else 0); os.kill(os.getpid(), signal.SIGKILL)"
 DONE = "log.close()"
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_run_with_every_point_once(
 
 def test_a_rollback_hides_what_it_takes_back_where_the_tracker_can(tmp_path: Path) -> None:
     again = """
-offset = log.sync()
+offset = log.sync()["bytes"]
 log.write({"kind": "step", "step": 5, "tokens": 40, "loss": 99.0})
 log.rewind(offset=offset, step=4)
 log.write({"kind": "step", "step": 5, "tokens": 40, "loss": 0.5})

@@ -1,0 +1,86 @@
+"""Where a pipeline's next run can begin: at a kept checkpoint of another pipeline's run, or of its own."""
+
+from __future__ import annotations
+
+from tasks import scratch
+from tasks.pretrain import checkpoint_files, finished, job, resume
+from tasks.pretrain.job import TrainingError
+from tasks.settings import Pretrain
+
+
+def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inputs: dict[str, str]) -> str:
+    """Begin a pipeline's run where a kept checkpoint of another's is, or of its own; returns what to tell the user.
+
+    Args:
+        step: of the checkpoint; the newest that fits if None.
+
+    Raises:
+        TrainingError: there is no such checkpoint, or it is not one of a run from these inputs with these settings.
+        scratch.BusyError: the pipeline is being trained.
+    """
+    sources = [*resume.unfinished(other), *filter(None, [finished.folder(other)])]
+    if not sources:
+        raise TrainingError(f"{other} has no checkpoint, neither of an unfinished run nor of a finished one")
+    name = scratch.fingerprint(inputs)
+    fitting = [source for source in sources if source.name == name]
+    if not fitting:
+        before = resume.read_inputs(sources[-1])
+        named = ", ".join(text for key, text in resume.NAMES.items() if before.get(key) != inputs[key])
+        raise TrainingError(f"{pipeline} cannot begin from {other}: {named} of the two are not the same")
+    found = sorted(
+        ((at, source) for source in fitting for at in checkpoint_files.steps(source / "checkpoints")), reverse=True
+    )
+    some = [each for each in found if step in (None, each[0])]
+    if not some:
+        kept = ", ".join(str(at) for at, _ in reversed(found))
+        raise TrainingError(f"{other} has no checkpoint of step {step}; kept: {kept}")
+    with scratch.workspace(resume.STAGE, pipeline, inputs=inputs, worth=resume.last_step) as folder:
+        mine = checkpoint_files.steps(folder / "checkpoints")
+        if mine and pipeline != other:
+            raise TrainingError(
+                f"{pipeline} has unfinished training up to step {mine[-1]}; finish it, or give it up: "
+                f"`python -m tasks.pretrain {pipeline} --discard`"
+            )
+        problem = ""
+        for at, source in some:
+            path = source / "checkpoints" / checkpoint_files.tag(at)
+            fault = checkpoint_files.damage(path, content=source == folder)
+            if fault is None:
+                _, fault = resume.compare(checkpoint_files.state(path), params)
+            if not fault:
+                for later in mine:
+                    if source != folder or later > at:
+                        checkpoint_files.delete(folder / "checkpoints" / checkpoint_files.tag(later))
+                fault = finished.take(source, folder, step=at) if source != folder else None
+            if not fault:
+                scratch.write_json(
+                    folder / resume.INPUTS, {**inputs, "code": resume.read_inputs(source).get("code", "")}
+                )
+                return f"{pipeline} begins from step {at} of {other}; run it: `dvc repro pretrain@{pipeline}`"
+            problem = problem or f"step {at}: {fault}"
+        raise TrainingError(f"{pipeline} cannot begin from {other}, {problem}")
+
+
+def outlook(pipeline: str, params: Pretrain) -> int:
+    """The step that a run would go on from if what it reads is what it was; 0 without such a checkpoint."""
+    kept = finished.folder(pipeline)
+    if kept and resume.read_inputs(kept).get("code") != job.code_digest():
+        kept = None
+    for folder in [*resume.unfinished(pipeline), *filter(None, [kept])]:
+        for step in reversed(checkpoint_files.steps(folder / "checkpoints")):
+            path = folder / "checkpoints" / checkpoint_files.tag(step)
+            if (
+                not checkpoint_files.damage(path, content=False)
+                and not (resume.compare(checkpoint_files.state(path), params)[1])
+            ):
+                return step
+            if folder != kept:  # of an unfinished run, the newest alone is gone on with
+                break
+    return 0
+
+
+def kept_bytes(pipeline: str) -> int:
+    """What training has left in .scratch for later runs of a pipeline; linked files count once."""
+    folders = [*resume.unfinished(pipeline), *filter(None, [finished.folder(pipeline)])]
+    found = [path.stat() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
