@@ -96,6 +96,8 @@ def shape(results: Results) -> str:
     partition, model = results.pipeline.partition, results.pipeline.model
     sparse, layers = counts.experts(results.config), results.config["num_hidden_layers"]
     sizes = results.evaluation["trained"]["parameters"]
+    if not sparse["layers"]:
+        return f"All {layers} layers of {model} stay dense ({results.config['architectures'][0]})."
     where = f"Each FFN of {model}"
     if len(sparse["layers"]) < layers:
         where += f" in {len(sparse['layers'])} of its {layers} layers"

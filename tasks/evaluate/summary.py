@@ -151,8 +151,8 @@ def chance(evaluation: dict[str, Any]) -> str:
             for key, title in zip(MODELS, titles(evaluation), strict=True)
             if abs(evaluation[key]["tasks"][task][metric] - guess) <= 2 * error
         ]
-        verdict = f"not told from chance by two of them: {', '.join(near)}" if near else "all scores are further off"
-        said.append(f"{task}: a blind guess scores {guess:.3f} ± {error:.3f}; {verdict}.")
+        told = f"cannot be told from it: {', '.join(near)}" if near else "every score is more than two errors off"
+        said.append(f"{task}: a blind guess scores {guess:.3f} ± {error:.3f}; {told}.")
     return " ".join(said)
 
 

@@ -290,14 +290,14 @@ def test_the_words_follow_the_method(
 def test_chance_is_computed_and_only_scores_that_may_be_a_guess_are_called_so(results: Results) -> None:
     # 0.25 ± 0.0433: up to 0.3366 may be a guess
     said = summary.chance(results.evaluation)
-    assert said.startswith("hellaswag_100: a blind guess scores 0.250 ± 0.043; ")
+    assert said.startswith("hellaswag_100: a blind guess scores 0.250 ± 0.043; cannot be told from it: ")
     assert "acc 0.320 (dense parent)" in said
     assert "acc_norm 0.390" not in said
     assert "acc_norm 0.316 (after the split)" in said
     evaluation = json.loads(json.dumps(results.evaluation))
     for key in summary.MODELS:
         evaluation[key]["tasks"]["hellaswag_100"].update(acc=0.62, acc_norm=0.05)
-    assert summary.chance(evaluation).endswith("; all scores are further off.")
+    assert summary.chance(evaluation).endswith("; every score is more than two errors off.")
     for key in summary.MODELS:
         del evaluation[key]["tasks"]["hellaswag_100"]["chance"]
     assert summary.chance(evaluation) == ""
@@ -397,6 +397,23 @@ def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(fin
     assert "Specialisation" not in text
     assert "layer 7, where 32 of 96" in text
     assert "layer 7, where 32 of 96" in card.text(found)
+
+
+def test_a_model_that_stayed_dense_gives_a_page_and_a_card(finished: Path) -> None:
+    run = Path("runs/demo")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["routing"] = {"experts": 0, "top_k": 0, "split": {}, "trained": {}}
+    for key in ("split", "trained"):
+        evaluation[key]["speed"] = evaluation["dense"]["speed"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    (run / "routing.json").write_text(json.dumps({"split": {}, "trained": {}}))
+    dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30}
+    (run / "trained" / "config.json").write_text(json.dumps(dense))
+    found = results_module.read("demo")
+    for text in (Page(page.render(found)).text, card.text(found)):
+        assert "All 30 layers of smollm2-135m-q4 stay dense (LlamaForCausalLM)." in " ".join(text.split())
+        assert "moe_kernels" not in text
+        assert "routing" not in text
 
 
 def test_the_table_for_the_terminal_needs_no_heavy_import(finished: Path) -> None:
