@@ -220,3 +220,25 @@ def test_a_tracker_that_fails_is_left_out_with_a_word_and_training_goes_on(
     assert len(log.read(tmp_path / "log.jsonl", "step")) == 2
     assert len(said) == 1
     assert "Gone failed (ConnectionError: the server has gone); training goes on without it" in said[0]
+
+
+@pytest.mark.parametrize("kind", [Told, Forgetful])
+def test_a_tracker_that_is_new_to_a_run_is_told_it_from_its_start(
+    kind: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: dict[str, list[tuple[int, dict[str, float]]]] = {"a": [], "b": []}
+    monkeypatch.setattr(log, "start", lambda names, run, *, step: [kind(points[name], step) for name in names])
+    first = log.Log(a_run(tmp_path), names=["a"], offset=0, step=0)
+    for number in (1, 2):
+        first.write(step(number))
+    offset = first.sync()["bytes"]
+    first.write(step(3))
+    first.close()
+    for names in (["a", "b"], ["b", "a"]):  # killed, and started again
+        again = log.Log(a_run(tmp_path), names=names, offset=offset, step=2)
+        again.write(step(3))
+        again.close()
+    assert [[at for at, _ in told] for told in points.values()] == [[1, 2, 3], [1, 2, 3]]
+    (tmp_path / "told.json").write_text("{")  # then all are new: told twice is better than not at all
+    log.Log(a_run(tmp_path), names=["a"], offset=offset, step=2).close()
+    assert {at for at, _ in points["a"]} >= {1, 2}
