@@ -98,8 +98,10 @@ def table(pipeline: str) -> Table:
 
 
 def notes(evaluation: dict[str, Any]) -> list[str]:
-    """What the table rests on and what it means, a line each; those that do not apply are left out."""
+    """What the table rests on and what it means, a line each, a warning first; what does not apply is left out."""
     found = [basis(evaluation), change(evaluation), chance(evaluation), speed_basis(evaluation), routing(evaluation)]
+    if collapsed(evaluation):
+        found.insert(0, found.pop())
     return [note for note in found if note]
 
 

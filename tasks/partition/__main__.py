@@ -123,8 +123,8 @@ def main() -> int:
         return 1
     dense = metrics["dense"]["perplexity"]
     print(
-        f"perplexity {dense:.2f} dense, {metrics['perplexity']:.2f} with {metrics['ffn_active']:.0%} of the FFN "
-        f"active ({metrics['perplexity_ratio']:.2f} x); identity error {metrics['identity_error']:.1e}"
+        f"validation perplexity {dense:.2f} dense, {metrics['perplexity']:.2f} with {metrics['ffn_active']:.0%} of "
+        f"the FFN active ({metrics['perplexity_ratio']:.2f} x); identity error {metrics['identity_error']:.1e}"
     )
     return 0
 

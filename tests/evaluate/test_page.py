@@ -354,6 +354,7 @@ def test_a_collapsed_layer_is_named_with_a_warning_everywhere(finished: Path) ->
     )
     for text in (Page(page.render(found)).text, card.text(found), done.stdout):
         assert warning in " ".join(text.split())
+    assert summary.notes(evaluation)[0] == warning
 
 
 def test_what_the_models_write_stands_side_by_side_and_is_no_markup(results: Results) -> None:
