@@ -6,16 +6,18 @@ Parameters and FLOPs are exact counts. Memory, disk and time are estimates; each
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import sources
+from tasks import scratch
 from tasks.moe import counts, families
 from tasks.pretrain import branch, estimate, meters
 from tasks.pretrain.estimate import Memory
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
+from tasks.settings import model as models
 
 UTILISATION = 0.4
 """Share of the matrix-product speed that training reaches: 0.4 is usual on A100s."""
@@ -89,23 +91,14 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
 
 
 def dense_config(settings: Settings, model: str) -> dict[str, Any]:
-    """The dense model's config.json: fetched, or in the folder it comes from, or made from its `shape`.
-
-    Raises SettingsError where there is none of these.
-    """
-    fetched = Path("data/models", model, "config.json")
-    source = sources.parse(settings.model(model).source)
-    for path in [fetched, *[Path(source.path, "config.json")][: source.kind == "dir"]]:
-        if path.exists():
-            config: dict[str, Any] = json.loads(path.read_text())
-            return config
-    shape = settings.model(model).shape
-    if shape is None:
+    """The dense model's config.json as far as it is known. Raises SettingsError where nothing is."""
+    found = models.config(model, settings.model(model))
+    if found is None:
         raise SettingsError(
-            f"pipelines.yaml: models.{model}.shape is missing and {fetched} is not there yet; "
-            "give its sizes under `shape`, or run `dvc repro model@" + model + "` first"
+            f"pipelines.yaml: models.{model}.shape is missing and {models.FETCHED / model}/config.json is not there "
+            f"yet; give its sizes under `shape`, or run `dvc repro model@{model}` first"
         )
-    return shape.model_dump(exclude_none=True)
+    return found[0]
 
 
 def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]:
@@ -202,6 +195,57 @@ def split_config(settings: Settings, name: str) -> dict[str, Any]:
         return found
     pipeline = settings.pipeline(name)
     return sparse_config(dense_config(settings, pipeline.model), pipeline.partition)
+
+
+def short_windows(settings: Settings, name: str) -> list[str]:
+    """Where the corpus has fewer windows than the settings ask for, if it is there. A stage takes those there are."""
+    pipeline = settings.pipeline(name)
+    path = Path("data/corpora", pipeline.corpus, "manifest.json")
+    if not path.is_file():
+        return []
+    judge, train, mixture = pipeline.evaluate, pipeline.pretrain, pipeline.mixture
+    asked = [("evaluate.windows", "test", judge.seq_len, judge.windows)]
+    asked.append(("pretrain.eval_windows", "validation", train.seq_len, train.eval_windows))
+    if mixture.method == "reference_loss":
+        asked.append(("mixture.windows", "validation", judge.seq_len, mixture.windows))
+    domains = json.loads(path.read_text())["domains"]
+    return [
+        f"{field} = {count}: the {split} part of {domain} has {there} of {seq_len} tokens"
+        + ("" if there else "; raise its `heldout`, or lower seq_len: no run can be finished")
+        for field, split, seq_len, count in asked
+        for domain, entry in domains.items()
+        if (there := entry.get(split, {}).get("tokens", seq_len * count) // seq_len) < count
+    ]
+
+
+def disk_lacks(cost: Plan, model: str) -> list[str]:
+    """The disks here that have less room than what is not there yet will take; two folders may lie on one disk."""
+    run = Path("runs", cost.pipeline)
+    made = {
+        "dense checkpoint": models.FETCHED / model,
+        "MoE after the split": run / "moe",
+        "trained MoE": run / "trained",
+        "shards": Path("data"),
+    }
+    needed: dict[int, float] = {}
+    folders: dict[int, dict[str, Path]] = {}
+    for part, size in cost.disk.items():
+        folder = made.get(part, scratch.ROOT)
+        if part in made and folder.exists():
+            continue
+        there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
+        disk = there.stat().st_dev
+        needed[disk] = needed.get(disk, 0.0) + size
+        folders.setdefault(disk, {})[folder.parts[0]] = there
+    short = []
+    for disk, size in needed.items():
+        free = shutil.disk_usage(next(iter(folders[disk].values()))).free
+        if size > free:
+            short.append(
+                f"does not fit here: {', '.join(sorted(folders[disk]))} needs {size / 1e9:.2f} GB more, "
+                f"{free / 1e9:.2f} GB are free"
+            )
+    return short
 
 
 def lacks(first: Memory, others: list[Memory]) -> str:

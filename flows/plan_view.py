@@ -66,7 +66,9 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     if calibrated:
         dense = plan.dense_config(settings, pipeline.model)
         speed = calibrate.measure(plan.split_config(settings, name), train, parent=dense if train.distill else None)
-    table = _costs(cost, pipeline)
+    table = _costs(cost, pipeline, here=tflops is None)
+    for i, short in enumerate(plan.short_windows(settings, name)):
+        table.add_row("" if i else "windows", "fewer", short)
     if speed:
         domains = len(settings.corpus(pipeline.corpus).domains)
         _measured_time(table, speed, train, spent=speed.run(train, domains=domains, checkpoint=cost.checkpoint))
@@ -75,7 +77,7 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     return [table, _memory(cost, train, here=tflops is None, measured=speed)]
 
 
-def _costs(cost: plan.Plan, pipeline: Pipeline) -> Table:
+def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
     train, experts = pipeline.pretrain, pipeline.partition
     table = _table(f"{cost.pipeline}: what it costs", "", "", "")
     dense, sparse = cost.dense, cost.sparse
@@ -97,7 +99,10 @@ def _costs(cost: plan.Plan, pipeline: Pipeline) -> Table:
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)
-    table.add_row("", gigabytes(sum(cost.disk.values())), "total", end_section=True)
+    table.add_row("", gigabytes(sum(cost.disk.values())), "total")
+    for lack in plan.disk_lacks(cost, pipeline.model) if here else ():
+        table.add_row("", "", lack)
+    table.add_section()
     return table
 
 

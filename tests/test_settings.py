@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.demo.partition.method", "random", "partition: method `random` has no shared experts"),
         ("pipelines.demo.mixture.method", "explicit", "pipelines.demo.mixture: method `explicit` needs `weights`"),
         ("pipelines.demo.mixture.method", "uniform", "pretrain.dynamic.references: parent needs the parent's losses"),
-        ("pipelines.demo.mixture.weights", {"cod": 1.0}, "mixture.weights = 'cod' is not defined; defined: code"),
+        ("pipelines.demo.mixture.weights", {"cod": 1.0}, "weights must name exactly the domains of corpora.demo, c"),
         ("pipelines.demo.mixture.weights", {"code": 0.0}, "mixture: `weights` must have a positive sum"),
         ("pipelines.demo.mixture.weights", {"code": -1.0}, "mixture.weights.code = -1.0: Input should be greater"),
         ("pipelines.demo.model", "smollm", "pipelines.demo.model = 'smollm' is not defined; defined: smollm2-135m-q4"),
@@ -89,7 +90,37 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("corpora.demo.heldout", 1.0, "corpora.demo.heldout = 1.0: Input should be less than 1"),
         ("pipelines.Demo", GOOD["pipelines"]["demo"], "pipelines.Demo"),
         ("deployments.0.parameters", {"pipeline": "x"}, "deployments[0].parameters.pipeline = 'x' is not defined"),
-        ("deployments.0.parameters", {"corpus": "x"}, "deployments[0].parameters.corpus = 'x' is not defined"),
+        ("deployments.0.parameters", {"corpus": "demo"}, "deployments.0: parameters.pipeline is missing; parameters."),
+        ("deployments.0.parameters", {}, "deployments.0: parameters.pipeline is missing; upcycle takes pipeline, ref"),
+        ("deployments.1.parameters", {"pipeline": "x"}, "deployments[1].parameters.pipeline = 'x' is not defined; d"),
+        ("deployments.1.parameters.tolerance", math.inf, "parameters.tolerance = inf: Input should be a finite numbe"),
+        ("deployments.1.parameters.publish", "yes", "parameters.publish = 'yes': Input should be a valid boolean; re"),
+        ("deployments.1.parameters.pubish", True, "parameters.pubish = True: unknown; retrain takes pipeline, publis"),
+        ("deployments.1.schedules.0.parameters", {"x": 1}, "deployments.1: parameters.x = 1: unknown; retrain takes"),
+        ("deployments.1.schedules.0.cron", "0 3 * *", "schedules.0: cron = '0 3 * *': has 4 fields; write 5: minute"),
+        ("deployments.1.schedules.0.cron", "0 25 * * 1", "cron = '0 25 * * 1': '25' is no hour, which is 0 to 23"),
+        ("deployments.1.schedules.0.cron", "0 3 * * mo", "'mo' is no day of week, which is 0 to 7 or sun to sat"),
+        ("deployments.1.schedules.0.timezone", "Berlin", "timezone = 'Berlin' is not known; give a name of the IANA"),
+        ("deployments.1.schedules.0.cron", None, "schedules.0: give one of cron, interval and rrule; given: none"),
+        ("deployments.0.entrypoint", "flows/upcycle.py:run", "entrypoint = 'flows/upcycle.py:run' is no flow; the f"),
+        ("deployments.0.shedules", [], "deployments.0.shedules: unknown key; allowed here: name, entrypoint"),
+        ("pipelines.demo.mixture.weights", {"code": 1.0}, "encyclopedia: books, encyclopedia, legal missing; give a"),
+        ("pipelines.demo.pretrain.dynamic.references", {"code": 2.0}, "dynamic.references must name exactly the doma"),
+        ("pipelines.demo.pretrain.learning_rate", math.inf, "learning_rate = inf: Input should be a finite number"),
+        ("pipelines.demo.pretrain.learning_rates", {"router": math.nan}, "learning_rates.router = nan: Input should"),
+        ("pipelines.demo.pretrain.betas", [0.9, 1.5], "pretrain.betas.1 = 1.5: Input should be less than 1"),
+        ("pipelines.demo.pretrain.seed", -1, "pretrain.seed = -1: Input should be greater than or equal to 0"),
+        ("pipelines.demo.pretrain.seq_len", 1, "pretrain.seq_len = 1: Input should be greater than or equal to 2"),
+        ("pipelines.demo.pretrain.seq_len", 8193, "seq_len = 8193: smollm2-135m-q4 has max_position_embeddings = 819"),
+        ("pipelines.demo.evaluate.seq_len", 9000, "evaluate.seq_len = 9000: smollm2-135m-q4 has max_position_embeddi"),
+        ("pipelines.demo.pretrain.tokens", 10**30, "Input should be less than or equal to 9007199254740992"),
+        ("pipelines.demo.partition.layers", [], "partition.layers"),
+        ("pipelines.demo.evaluate.tasks.0.name", "hellaswag", "tasks.0.name = 'hellaswag': it has a `source`, so tas"),
+        ("pipelines.demo.evaluate.tasks", [{"name": "glue"}], "'glue': is a tag of lm-eval 0.4.13 for several tasks;"),
+        ("pipelines.demo.evaluate.tasks", [{"name": "helaswag"}], "is no task of lm-eval 0.4.13; did you mean hellas"),
+        ("pipelines.demo.evaluate.tasks", [{"name": "piqa"}] * 2, "tasks: piqa stands there twice"),
+        ("models.smollm2-135m-q4.shape.num_key_value_heads", 2, "num_attention_heads = 9 is not a multiple of num_ke"),
+        ("corpora.demo.filters", [{"rule": "gopher_quality", "max_doc_words": 9}], "max_doc_words = 9 is less than m"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str, value: Any, message: str) -> None:
@@ -142,7 +173,7 @@ def load(text: str, folder: Path) -> settings.Settings:
 
 
 def test_a_key_given_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(settings.SettingsError, match=r'not valid YAML: line 10.*duplicate key "license"'):
+    with pytest.raises(settings.SettingsError, match=r'not valid YAML: line 11.*duplicate key "license"'):
         load(TEXT.replace("    dtype: float32\n", "    license: MIT\n"), tmp_path)
 
 

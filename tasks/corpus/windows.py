@@ -152,16 +152,23 @@ def test(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.
     return _spread(corpus_dir, "test", seq_len=seq_len, count=count)
 
 
+def require(corpus_dir: Path, split: Split, *, seq_len: int) -> None:
+    """Raise ValueError naming the domains whose split has no whole window of `seq_len` tokens."""
+    corpus = manifest.load(corpus_dir)
+    short = [domain for domain, entry in corpus.domains.items() if getattr(entry, split).tokens < seq_len]
+    if short:
+        raise ValueError(
+            f"{corpus_dir}: the {split} part of {', '.join(short)} is shorter than one window of {seq_len} tokens; "
+            f"raise `heldout` of the domain, or lower seq_len"
+        )
+
+
 def _spread(corpus_dir: Path, split: Split, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
+    require(corpus_dir, split, seq_len=seq_len)
     found = {}
     for domain in manifest.load(corpus_dir).domains:
         windows = Windows(corpus_dir, domain, split, seq_len=seq_len)
         n = min(count, len(windows))
-        if n == 0:
-            raise ValueError(
-                f"{corpus_dir}: the {split} part of {domain} is shorter than one window of {seq_len} tokens; "
-                f"raise `heldout` of the domain, or lower seq_len"
-            )
         found[domain] = np.stack([windows[i * len(windows) // n] for i in range(n)])
     return found
 

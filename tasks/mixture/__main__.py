@@ -23,11 +23,12 @@ def run(pipeline: str) -> Path:
 
     How long it took stands in mixture.time.json: what depends on the weights does not depend on the clock.
     """
-    from tasks.corpus import manifest
+    from tasks.corpus import manifest, windows
 
     loaded = settings.load()
     entry = loaded.pipeline(pipeline)
     corpus, model = Path("data/corpora") / entry.corpus, Path("data/models") / entry.model
+    windows.require(corpus, "test", seq_len=entry.evaluate.seq_len)  # else only found when all is trained
     tokens = {name: domain.train.tokens for name, domain in manifest.load(corpus).domains.items()}
     problem = methods.Problem(
         tokens=tokens,

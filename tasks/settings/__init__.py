@@ -15,47 +15,29 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from tasks.settings import misfits
 from tasks.settings.corpus import Corpus, SourceText
 from tasks.settings.corpus import Domain as Domain  # callers say settings.Domain
 from tasks.settings.corpus import Items as Items
-from tasks.settings.fields import Frozen, Name, Positive, Sha256
+from tasks.settings.deployments import Deployment
+from tasks.settings.fields import LARGEST, Frozen, Name, NotNegative, Positive, SeqLen, Sha256
+from tasks.settings.model import Model
+from tasks.settings.model import Shape as Shape
 from tasks.settings.partition import Partition
 from tasks.settings.pretrain import Pretrain
 from tasks.settings.text import FILE, SettingsError, read
 
 
-class Shape(Frozen):
-    """Family and sizes, for plans and checks before anything is downloaded; the names are those of config.json."""
-
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    num_key_value_heads: Positive
-    vocab_size: Positive
-    tie_word_embeddings: bool = False
-    head_dim: Positive | None = None
-
-
-class Model(Frozen):
-    """A dense LLaMA-family checkpoint."""
-
-    source: SourceText
-    sha256: Sha256 | None = None
-    license: str
-    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
-    """ORG/NAME on the Hugging Face hub, where `source` holds a copy from elsewhere; for the model card alone."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    shape: Shape | None = None
+SMALLEST = 1e-6
+"""Weights that sum to less are a slip of the exponent, and lose digits when they are normalised."""
 
 
 class Mixture(Frozen):
     """Domain weights (tasks/mixture)."""
 
     method: Literal["uniform", "proportional", "explicit", "reference_loss"]
-    weights: dict[Name, Annotated[float, Field(ge=0)]] | None = None
-    """Needed by `explicit`; the start of `reference_loss` (uniform if absent). Normalised to sum 1."""
+    weights: dict[Name, NotNegative] | None = None
+    """Of every domain; normalised. Needed by `explicit`; the start of `reference_loss` (uniform if absent)."""
     windows: Positive = 8
     """Validation windows per domain on which `reference_loss` measures the dense model."""
 
@@ -65,8 +47,8 @@ class Mixture(Frozen):
             raise ValueError("method `explicit` needs `weights`: {domain: weight}")
         if self.method in {"uniform", "proportional"} and self.weights:
             raise ValueError(f"method `{self.method}` takes no `weights`")
-        if self.weights is not None and sum(self.weights.values()) <= 0:
-            raise ValueError("`weights` must have a positive sum")
+        if self.weights is not None and sum(self.weights.values()) < SMALLEST:
+            raise ValueError(f"`weights` must have a positive sum, of {SMALLEST} at least")
         return self
 
 
@@ -77,18 +59,31 @@ class Task(Frozen):
     source: SourceText | None = None
     sha256: Sha256 | None = None
     license: str | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _source(self) -> Self:
+        if self.sha256 is not None and self.source is None:
+            raise ValueError("sha256 is that of the `source`, and there is none; leave it out")
+        return self
 
 
 class Evaluate(Frozen):
     """Evaluation and report (tasks/evaluate)."""
 
-    seq_len: Positive
+    seq_len: SeqLen
     windows: Positive = 8
     """Test windows of seq_len tokens per domain."""
     batch: Positive = 4
     tasks: list[Task] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _tasks(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks: {', '.join(twice)} stands there twice, and one result would hide the other")
+        return self
 
 
 class Pipeline(Frozen):
@@ -110,12 +105,12 @@ class Pipeline(Frozen):
 
 
 class Settings(Frozen):
-    """The whole of pipelines.yaml. `deployments` are Prefect's; Prefect checks what this file does not."""
+    """The whole of pipelines.yaml."""
 
     models: dict[Name, Model]
     corpora: dict[Name, Corpus]
     pipelines: dict[Name, Pipeline]
-    deployments: list[dict[str, Any]] = Field(default_factory=list)
+    deployments: list[Deployment] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _references(self) -> Self:
@@ -124,19 +119,11 @@ class Settings(Frozen):
         for name, pipeline in self.pipelines.items():
             _known(f"pipelines.{name}.model", pipeline.model, self.models)
             _known(f"pipelines.{name}.corpus", pipeline.corpus, self.corpora)
-            domains = self.corpora[pipeline.corpus].domains
-            for domain in pipeline.mixture.weights or {}:
-                _known(f"pipelines.{name}.mixture.weights", domain, domains)
-            if shape := self.models[pipeline.model].shape:
-                try:
-                    pipeline.partition.check_width(shape.intermediate_size)
-                    pipeline.partition.sparse_layers(shape.num_hidden_layers)
-                except ValueError as error:
-                    raise ValueError(f"pipelines.{name}.partition: {error}") from None
         for i, deployment in enumerate(self.deployments):
-            given = deployment.get("parameters") or {}
-            kind, defined = ("corpus", self.corpora) if "corpus" in given else ("pipeline", self.pipelines)
-            _known(f"deployments[{i}].parameters.{kind}", given.get(kind), defined)
+            for call in deployment.calls:
+                for kind, defined in (("pipeline", self.pipelines), ("corpus", self.corpora)):
+                    if kind in call and "{{" not in str(call[kind]):
+                        _known(f"deployments[{i}].parameters.{kind}", call[kind], defined)
         return self
 
     def pipeline(self, name: str) -> Pipeline:
@@ -164,9 +151,12 @@ def load(path: Path | str = FILE) -> Settings:
 def validate(raw: Any, *, path: Path | str = FILE) -> Settings:
     """Validate the content of pipelines.yaml, or of a recipe. Raises SettingsError listing every fault."""
     try:
-        return Settings.model_validate(raw)
+        settings = Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
+    if faults := list(misfits.find(settings)):
+        raise SettingsError("\n".join(f"{path}: {fault}" for fault in faults))
+    return settings
 
 
 def _fault(fault: Any) -> str:

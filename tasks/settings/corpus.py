@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from tasks import sources
-from tasks.settings.fields import Frozen, Name, Positive, Sha256, Share
+from tasks.settings.fields import Frozen, Name, Positive, Seed, Sha256, Share
 from tasks.settings.filters import Filter
 
 
@@ -91,7 +91,7 @@ class Corpus(Frozen):
     """Domains, tokenised with one model's tokenizer. Of equal documents the domain named first keeps its own."""
 
     model: Name
-    seed: int = 0
+    seed: Seed = 0
     heldout: Share = 0.01
     """Share of documents that is not trained on: half for validation, half for test."""
     max_bad: Share = 0.001

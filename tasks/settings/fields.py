@@ -6,11 +6,24 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="lower-case letters, digits, - and _")]
+LARGEST = 1 << 53
+"""The largest integer that a float64, and so JSON anywhere, holds exactly."""
+
+Name = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100, description="lower-case letters, digits, - and _")
+]
+"""It names files and folders, which may have 255 bytes."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+"""A coefficient above a million is a slip of the exponent, and its products leave float32."""
+Above = Annotated[float, Field(gt=0, le=1e6)]
+SeqLen = Annotated[int, Field(ge=2, lt=1 << 31)]
+"""Tokens of a window. Each but the first is predicted, so 1 predicts nothing; positions in a window are int32."""
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""What every generator here takes: torch's, numpy's and scipy's."""
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -10,9 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings.fields import Frozen, Positive
+from tasks.settings.fields import Above, Frozen, NotNegative, Positive
 
-Above0 = Annotated[float, Field(gt=0)]
 Share1 = Annotated[float, Field(gt=0, le=1)]
 """A share, 1 included. 0 is not: datatrove takes it for "off"."""
 
@@ -37,8 +36,8 @@ class GopherQuality(Frozen):
     rule: Literal["gopher_quality"]
     min_doc_words: Positive = 50
     max_doc_words: Positive | None = 100_000
-    min_avg_word_length: Above0 | None = 3.0
-    max_avg_word_length: Above0 | None = 10.0
+    min_avg_word_length: Above | None = 3.0
+    max_avg_word_length: Above | None = 10.0
     max_symbol_word_ratio: Share1 | None = 0.1
     max_bullet_lines_ratio: Share1 | None = 0.9
     max_ellipsis_lines_ratio: Share1 | None = 0.3
@@ -47,6 +46,14 @@ class GopherQuality(Frozen):
     min_stop_words: Positive | None = 2
     stop_words: list[str] | None = None
     """English ones if absent: the, be, to, of, and, that, have, with."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        for what in ("doc_words", "avg_word_length"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if None not in (low, high) and high < low:
+                raise ValueError(f"max_{what} = {high} is less than min_{what} = {low}, and no document passes")
+        return self
 
 
 class GopherRepetition(Frozen):
@@ -95,7 +102,7 @@ class FineWebQuality(Frozen):
     short_line_length: Positive = 30
     char_duplicates_ratio: Share1 = 0.01
     """Largest share of characters in repeated lines."""
-    new_line_ratio: Above0 = 0.3
+    new_line_ratio: Above = 0.3
     """Most line breaks per word."""
 
 
@@ -118,7 +125,7 @@ class Fluency(Frozen):
     rule: Literal["fluency"]
     language: str = "en"
     """A code of wordfreq's; not Chinese, Japanese or Korean, whose words spaces do not divide."""
-    min_zipf: Annotated[float, Field(ge=0)] = 4.2
+    min_zipf: NotNegative = 4.2
     """Least mean over the words of log10 of the word's occurrences per 10^9 words; an unknown word counts 0."""
     min_function_words: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Least share of the language's 50 commonest words."""
@@ -130,7 +137,7 @@ class Advertisement(Frozen):
     """English advertisements, by prices, numbers to call and phrases that sell."""
 
     rule: Literal["advertisement"]
-    max_per_100_words: Annotated[float, Field(ge=0)] = 1.0
+    max_per_100_words: NotNegative = 1.0
     min_kinds: Positive = 2
     """Documents with fewer kinds of signs are kept at any number of them."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings.fields import Frozen, Positive, Share
+from tasks.settings.fields import LARGEST, Above, Frozen, NotNegative, Positive, Seed, Share
 
 
 class Partition(Frozen):
@@ -17,11 +17,11 @@ class Partition(Frozen):
     """Routed experts E."""
     top_k: Positive
     """Routed experts per token, K."""
-    shared_experts: Annotated[int, Field(ge=0)] = 0
+    shared_experts: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Experts that every token passes."""
     expert_size: Positive | None = None
     """Neurons per expert; FFN width / (experts + shared_experts) if absent. Free where experts may share neurons."""
-    layers: Literal["all", "alternate"] | list[Annotated[int, Field(ge=0)]] = "all"
+    layers: Literal["all", "alternate"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
     """Which layers become sparse; the others stay dense."""
     target: Literal["auto", "mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe"] = "auto"
     """Class of the result (its model_type); auto: the first that can express it."""
@@ -32,15 +32,15 @@ class Partition(Frozen):
     scale: Literal["unit", "paper", "mean", "variance", "calibrated"] = "unit"
     """Sum of the routed weights, folded into down_proj: unit K (what the dense sum wants), paper E/K, mean E, variance
     sqrt(K E), calibrated by least squares on the dense output, layer by layer."""
-    router_std: Annotated[float, Field(gt=0)] = 0.1
+    router_std: Above = 0.1
     """Standard deviation of the router's logits over experts: small keeps the chosen weights near 1/K each."""
     down_proj: Literal["keep", "refit"] = "keep"
     """refit: least squares of the kept neurons' down-projection on the dense FFN's output."""
-    fit_passes: Annotated[int, Field(ge=0)] = 0
+    fit_passes: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """After the refit, train all weights of the experts on the same target, layer by layer, so many times over the
     calibration windows."""
     calibration_windows: Positive = 32
-    seed: int = 0
+    seed: Seed = 0
 
     rows: list[Literal["gate", "up", "down"]] | None = None
     """clustering: the weights of a neuron that are clustered; ["up"] if absent."""
@@ -48,9 +48,9 @@ class Partition(Frozen):
     """clustering: l2 if absent."""
     sharing: Literal["none", "inner", "inter"] | None = None
     """importance: none deals every neuron once; inner lets experts overlap; inter needs shared_experts."""
-    common_neurons: Annotated[int, Field(ge=0)] | None = None
+    common_neurons: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     """moebert: the most important neurons, which every expert holds."""
-    noise: Annotated[float, Field(ge=0)] | None = None
+    noise: NotNegative | None = None
     """copy: standard deviation of noise on the copies, as a share of each weight matrix's own."""
     reinitialise: Share | None = None
     """copy: share of every copy's neurons that is drawn anew (Drop-Upcycling, arXiv 2502.19261)."""

@@ -6,10 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings.fields import Frozen, Name, Positive
+from tasks.settings.fields import LARGEST, Above, Frozen, Name, NotNegative, Positive, Seed, SeqLen, Share
 
-NotNegative = Annotated[float, Field(ge=0)]
-Above = Annotated[float, Field(gt=0)]
 What = Literal["all", "router", "experts"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Part = Literal["router", "experts", "shared", "ffn", "attention", "norms", "embeddings"]
@@ -67,6 +65,8 @@ class Fit(Frozen):
         for domain, losses in self.losses.items():
             if len(losses) != len(self.sizes):
                 raise ValueError(f"losses.{domain} has {len(losses)} numbers for {len(self.sizes)} sizes")
+        if len(set(self.sizes)) < 3:
+            raise ValueError(f"sizes = {self.sizes}: a law of three constants needs three different sizes or more")
         return self
 
 
@@ -90,7 +90,7 @@ class Guard(Frozen):
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
     """skip: leave the batch out; rollback: go back to the last checkpoint and leave out the batches since."""
-    spike: Annotated[float, Field(gt=1)] | None = None
+    spike: Annotated[float, Field(gt=1, le=1e6)] | None = None
     """A step's loss counts as a spike above this multiple of the running mean; absent: no limit."""
     limit: Positive = 3
     """Stop after so many interventions without a sound step as long as the last one lost."""
@@ -101,7 +101,7 @@ class Pretrain(Frozen):
 
     tokens: Positive
     """Training tokens; rounded up to whole steps of batch x seq_len."""
-    seq_len: Positive
+    seq_len: SeqLen
     packing: Literal["concat", "best_fit"] = "concat"
     """How documents fill the windows: end to end and cut anywhere, or whole where they fit, with padding behind."""
     mask_documents: bool = False
@@ -129,13 +129,13 @@ class Pretrain(Frozen):
     learning_rates: dict[Part, Above] = Field(default_factory=dict)
     """Peaks for parts of the model that differ from learning_rate."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_tokens: Annotated[int, Field(ge=0)] = 0
+    warmup_tokens: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Rounded up to whole steps."""
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the steps over which `wsd` decays at the end."""
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The decay ends at this share of the peak."""
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), strict=False)
     weight_decay: NotNegative = 0.1
     clip: Above = 1.0
 
@@ -162,7 +162,7 @@ class Pretrain(Frozen):
     """Where the log goes besides log.jsonl."""
     expert_log: Literal["brief", "detailed"] = "brief"
     """Load of the experts in each step's record: three numbers a layer, or the tokens of every expert too."""
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def step_tokens(self) -> int:

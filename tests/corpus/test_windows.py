@@ -113,7 +113,7 @@ def test_windows_of_a_held_out_split_are_spread_over_it_and_fewer_where_it_is_sh
         assert window.tolist() == whole[i * SEQ_LEN : (i + 1) * SEQ_LEN].tolist()
     assert of(two, seq_len=SEQ_LEN, count=10**6)["code"].shape == (n, SEQ_LEN)
     with pytest.raises(
-        ValueError, match=f"the {split} part of code is shorter than one window of 99999 tokens; raise"
+        ValueError, match=f"the {split} part of code, prose is shorter than one window of 99999 tokens; raise"
     ):
         of(two, seq_len=99999, count=1)
 

@@ -209,3 +209,31 @@ def test_times_are_shown_in_a_unit_that_fits(seconds: float, shown: str) -> None
 def test_reasons_are_shortened_with_their_number() -> None:
     assert plan_view.shorten(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
     assert plan_view.shorten(["a"]) == "a"
+
+
+def test_a_disk_that_is_too_small_is_told_with_what_lies_on_it(
+    config: settings.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = plan.plan(config, "demo", bfloat16=True)
+    needed = sum(cost.disk.values())
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1e6))
+    (lack,) = plan.disk_lacks(cost, "smollm2-135m-q4")
+    assert lack.startswith("does not fit here: .scratch, data, runs needs")
+    Path("runs/demo/moe").mkdir(parents=True)  # what is there needs no more place
+    assert plan.disk_lacks(cost, "smollm2-135m-q4") == []
+
+
+def test_windows_that_the_corpus_does_not_have_are_told(config: settings.Settings) -> None:
+    assert plan.short_windows(config, "demo") == []
+    folder = Path("data/corpora/demo")
+    folder.mkdir(parents=True)
+    parts = {"validation": {"tokens": 512 * 8}, "test": {"tokens": 512 * 3 + 511}}
+    domains = {"code": parts, "books": {"validation": {"tokens": 511}, "test": {"tokens": 512 * 8}}}
+    (folder / "manifest.json").write_text(json.dumps({"domains": domains}))
+    assert plan.short_windows(config, "demo") == [
+        "evaluate.windows = 8: the test part of code has 3 of 512 tokens",
+        "pretrain.eval_windows = 2: the validation part of books has 0 of 512 tokens; raise its `heldout`, or lower "
+        "seq_len: no run can be finished",
+        "mixture.windows = 8: the validation part of books has 0 of 512 tokens; raise its `heldout`, or lower "
+        "seq_len: no run can be finished",
+    ]

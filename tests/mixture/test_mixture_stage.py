@@ -59,6 +59,17 @@ def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_st
     assert Path("runs/tiny/mixture.json").read_bytes() == first
     assert json.loads(Path("runs/tiny/mixture.time.json").read_text())["seconds"] > 0
 
+    # What only the evaluation will ask for is looked at here, before anything is trained.
+    path = Path("data/corpora/tiny/manifest.json")
+    contents = json.loads(path.read_text())
+    contents["domains"]["code"]["test"]["tokens"] = 63
+    path.write_text(json.dumps(contents))
+    assert "the test part of code is shorter than one window of 64 tokens" in run("tasks.mixture", "tiny").stderr
+    file = Path("pipelines.yaml")
+    file.write_text(file.read_text().replace("evaluate: {seq_len: 64,", "evaluate: {seq_len: 257,"))
+    told = run("tasks.mixture", "tiny").stderr
+    assert "evaluate.seq_len = 257: tiny has max_position_embeddings = 256 (data/models/tiny/config.json)" in told
+
 
 def test_without_a_corpus_the_error_is_one_line(tiny_project: Path) -> None:
     done = run("tasks.mixture", "tiny")

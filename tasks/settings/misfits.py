@@ -1,0 +1,82 @@
+"""What does not fit together: a pipeline's settings with its corpus's domains, its model's sizes, and lm-eval's tasks.
+
+Each section is valid by itself when this looks at it. What is read, the fetched model's config.json and the names of
+lm-eval's tasks, lies on this disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from tasks.settings import harness, model
+from tasks.settings.pretrain import Fit
+
+if TYPE_CHECKING:
+    from tasks.settings import Pipeline, Settings
+
+
+def find(settings: Settings) -> Iterator[str]:
+    """Every fault, as `path = value: what is wrong and what mends it`."""
+    for name, pipeline in settings.pipelines.items():
+        where = f"pipelines.{name}"
+        yield from (
+            f"{where}.{fault}" for fault in _domains(pipeline, list(settings.corpora[pipeline.corpus].domains))
+        )
+        yield from (f"{where}.{fault}" for fault in _sizes(pipeline, settings))
+        for i, task in enumerate(pipeline.evaluate.tasks):
+            if fault := harness.not_described(task.name) if task.source else harness.why_not(task.name):
+                yield f"{where}.evaluate.tasks.{i}.name = {task.name!r}: {fault}"
+
+
+def _domains(pipeline: Pipeline, domains: list[str]) -> Iterator[str]:
+    """Figures by domain that are not of exactly the corpus's domains."""
+    references = pipeline.pretrain.dynamic.references if pipeline.pretrain.dynamic else "parent"
+    given: dict[str, Iterable[str]] = {"mixture.weights": pipeline.mixture.weights or domains}
+    if isinstance(references, Fit):
+        given["pretrain.dynamic.references.losses"] = references.losses
+    elif isinstance(references, dict):
+        given["pretrain.dynamic.references"] = references
+    for field, names in given.items():
+        unknown, missing = sorted(set(names) - set(domains)), sorted(set(domains) - set(names))
+        if unknown or missing:
+            told = [f"{', '.join(unknown)} not among them"] if unknown else []
+            told += [f"{', '.join(missing)} missing"] if missing else []
+            mend = "; give a domain the weight 0 to leave it out" if field == "mixture.weights" else ""
+            yield (
+                f"{field} must name exactly the domains of corpora.{pipeline.corpus}, {', '.join(domains)}: "
+                f"{' and '.join(told)}{mend}"
+            )
+
+
+def _sizes(pipeline: Pipeline, settings: Settings) -> Iterator[str]:
+    """What the model is too small for, as far as its config is known."""
+    known = model.config(pipeline.model, settings.models[pipeline.model])
+    if known is None:
+        return
+    config, source = known
+    partition, distill = pipeline.partition, pipeline.pretrain.distill
+    width, layers, vocabulary = (
+        size if isinstance(size := config.get(field), int) else None
+        for field in ("intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    try:
+        if width:
+            partition.check_width(width)
+        if layers and not partition.sparse_layers(layers):
+            yield f"partition.layers = {partition.layers!r}: of {layers} layers ({source}) none would become sparse"
+    except ValueError as error:
+        yield f"partition: {error}"
+    limit = model.positions(config)
+    for section in ("pretrain", "evaluate"):
+        seq_len = getattr(pipeline, section).seq_len
+        if limit is not None and seq_len > limit:
+            yield (
+                f"{section}.seq_len = {seq_len}: {pipeline.model} has max_position_embeddings = {limit} ({source}); "
+                f"set it to {limit} or less"
+            )
+    if distill and distill.top_n and vocabulary and distill.top_n > vocabulary:
+        yield (
+            f"pretrain.distill.top_n = {distill.top_n}: the vocabulary has {vocabulary} tokens ({source}); set it to "
+            "less, or leave it out to keep the parent in memory"
+        )
