@@ -7,6 +7,7 @@ begun with other inputs is kept beside it, one at most, until the work with the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -121,30 +122,105 @@ def digest(path: Path) -> str:
 
 
 def publish(result: Path, target: Path) -> None:
-    """Move a finished file or folder to `target` in one rename, replacing what stood there."""
+    """Move a finished file or folder to `target` in one rename, replacing what stood there.
+
+    Where the two are on different file systems, the copy is made beside `target`, and reaches the disk, before that
+    rename. `result` is gone only after it.
+
+    Raises:
+        OSError: naming `target`, such as a full disk. `result` and what stood at `target` are as they were.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in ROOT.glob("old-*"):  # of a process that was killed here
-        shutil.rmtree(stale, ignore_errors=True)
-    if target.is_symlink():  # into DVC's cache, if it links
-        target.unlink()
-    if target.is_dir():
-        ROOT.mkdir(exist_ok=True)
-        aside = ROOT / f"old-{uuid.uuid4().hex}"
-        target.rename(aside)
-        result.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
+    for stale in target.parent.glob(f".{target.name}.publishing-*"):  # of a process that was killed here
+        discard(stale)
+    staging, aside = (target.with_name(f".{target.name}.publishing-{uuid.uuid4().hex}") for _ in range(2))
+    ready = result
+    try:
+        if not _same_file_system(result, target.parent):
+            ready = staging
+            _copy(result, staging)
+        if target.is_symlink():  # into DVC's cache, if it links
+            target.unlink()
+        if target.is_dir():
+            target.rename(aside)
+        try:
+            ready.replace(target)
+        except OSError as error:  # a bind mount or a subvolume: one device, and no renames across it
+            if error.errno != errno.EXDEV:
+                raise
+            ready = staging
+            _copy(result, staging)
+            staging.replace(target)
+    except OSError as error:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        discard(staging)
+        raise OSError(error.errno, f"{error.strerror}; the finished result is in {result}", str(target)) from error
+    discard(aside)
+    if ready != result:
+        discard(result)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make a file of the same content at `target`: a hard link where that can be, else a copy."""
+    try:
+        os.link(path.resolve(), target)  # of the file itself, where DVC links into its cache by symbolic links
+    except OSError as error:
+        if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}:
+            raise
+        _copy(path.resolve(), target)
+
+
+def discard(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        result.replace(target)
+        path.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Let the files of a folder, and their names, reach the disk."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            fsync(path)
+    fsync(folder)
+
+
+def fsync(path: Path) -> None:
+    """Let the names in a folder, or the content of a file, reach the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _same_file_system(path: Path, other: Path) -> bool:
+    return path.lstat().st_dev == other.stat().st_dev
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, target, symlinks=True)
+        sync(target)
+    else:
+        shutil.copy2(path, target)
+        fsync(target)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (sorted, indented) so that a reader finds the old or the new file, never half of one."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         with staging.open("w") as file:
-            json.dump(value, file, indent=2, sort_keys=True)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,7 @@ def test_publishing_replaces_a_folder_whole() -> None:
     target = _folder("data/corpora/demo", old="1", both="1")
     scratch.publish(_folder(".scratch/unit/corpus", new="2", both="2"), target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {"new": "2", "both": "2"}
-    assert not list(Path(".scratch").glob("old-*"))
+    assert [path.name for path in target.parent.iterdir()] == ["demo"]
 
 
 def test_publishing_replaces_files_and_links_and_never_what_a_link_points_at() -> None:
@@ -108,9 +111,54 @@ def test_publishing_replaces_files_and_links_and_never_what_a_link_points_at() -
 
 
 def test_what_a_publish_killed_midway_set_aside_is_swept_by_the_next() -> None:
-    _folder(".scratch/old-0123", big="x")
+    _folder("data/.demo.publishing-0123", big="x")
+    _folder("data/.other.publishing-0123", big="x")
     scratch.publish(_folder("work/result", new="2"), Path("data/demo"))
-    assert not Path(".scratch/old-0123").exists()
+    assert sorted(path.name for path in Path("data").iterdir()) == [".other.publishing-0123", "demo"]
+
+
+@pytest.fixture
+def other_disk() -> Iterator[Path]:
+    """A folder on another file system than the tests' own."""
+    if not Path("/dev/shm").is_dir() or Path("/dev/shm").stat().st_dev == Path().stat().st_dev:
+        pytest.skip("no second file system here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def test_publishing_crosses_file_systems(other_disk: Path) -> None:
+    Path(".scratch").symlink_to(other_disk)
+    result = _folder(".scratch/unit/moe", new="2")
+    (result / "inner").mkdir()
+    (result / "inner" / "part").write_text("3")
+    target = _folder("runs/demo/moe", old="1")
+    scratch.publish(result, target)
+    scratch.publish(_folder(".scratch/other", one="4") / "one", Path("runs/demo/one.json"))
+    assert sorted(str(path.relative_to("runs/demo")) for path in Path("runs/demo").rglob("*")) == [
+        "moe", "moe/inner", "moe/inner/part", "moe/new", "one.json",
+    ]  # fmt: skip
+    assert not result.exists()
+    scratch.link(Path("runs/demo/moe/new"), Path(".scratch/linked"))
+    assert Path(".scratch/linked").read_text() == "2"
+
+
+def test_publishing_that_fails_leaves_result_and_target_as_they_were(
+    other_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: str, target: str, **_: object) -> None:
+        Path(target).write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path(".scratch").symlink_to(other_disk)
+    result, target = _folder(".scratch/unit/moe", new="2"), _folder("runs/demo/moe", old="1")
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device; the finished result is in .scratch/unit/moe.*runs/demo"
+    ):
+        scratch.publish(result, target)
+    assert [path.name for path in Path("runs/demo").iterdir()] == ["moe"]
+    assert (target / "old").exists()
+    assert (result / "new").exists()
 
 
 def test_digests_follow_names_and_contents() -> None:

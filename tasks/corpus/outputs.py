@@ -22,16 +22,17 @@ def lengths_file(name: str) -> Path:
 
 
 def publish(todo: Plan, *, out: Path, resolved: dict[str, Any], encode: Encoder) -> dict[str, Any]:
-    """Write manifest, metrics and lengths, and move the corpus into place; returns the metrics."""
+    """Write the manifest, move the corpus into place, write lengths and metrics; returns the metrics."""
     records = {domain: _records(out, todo, domain) for domain in todo.tasks}
     corpus = out / "corpus"
     scratch.write_json(corpus / manifest.FILE, _manifest(todo, records, resolved=resolved, encode=encode))
     made = manifest.load(corpus)
     metrics = _metrics(made, records, resolved=resolved) | _decontamination(todo)
-    with files.replacing(lengths_file(todo.name)) as file:
-        file.write(_lengths(corpus, made).encode())
-    scratch.write_json(fingerprint.CORPORA / f"{todo.name}.json", metrics)
+    lengths = _lengths(corpus, made).encode()
     scratch.publish(corpus, fingerprint.CORPORA / todo.name)
+    with files.replacing(lengths_file(todo.name)) as file:
+        file.write(lengths)
+    scratch.write_json(fingerprint.CORPORA / f"{todo.name}.json", metrics)  # last: figures of what is there
     return metrics
 
 

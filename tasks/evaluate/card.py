@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from tasks import scratch
 from tasks.evaluate import metadata, summary
 from tasks.evaluate.results import Results
 from tasks.moe import counts
@@ -38,8 +38,8 @@ def write(folder: Path, results: Results, *, trained: Path, heldout: Path) -> No
         if path.is_dir():
             target.mkdir()
         elif path.name != "README.md":
-            _link(path, target)
-    _link(heldout, folder / "heldout.json")
+            scratch.link(path, target)
+    scratch.link(heldout, folder / "heldout.json")
     (folder / "README.md").write_text(text(results))
 
 
@@ -126,7 +126,3 @@ def printable(text: str) -> str:
 def _code(text: str) -> str:
     """An indented block of Markdown: nothing in it is markup, whatever a model wrote."""
     return "\n".join(f"    {line}" for line in printable(text).split("\n"))
-
-
-def _link(path: Path, target: Path) -> None:
-    os.link(path, target)

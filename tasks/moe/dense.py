@@ -258,7 +258,7 @@ def main() -> int:
             metrics = build(entry, work)
             scratch.publish(work / "model", ROOT / name)
             scratch.write_json(ROOT / f"{name}.json", metrics)
-    except (settings.SettingsError, sources.SourceError, scratch.BusyError) as error:
+    except (settings.SettingsError, sources.SourceError, scratch.BusyError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{ROOT / name}: {metrics['parameters']['total']:,} parameters from {entry.source}")
