@@ -259,6 +259,42 @@ def _judge(path: Path, problems: list[str]) -> None:
     print(f"{path}: sound")
 
 
+@app.command(epilog="Example: moeforge release demo")
+def release(name: Name) -> None:
+    """Ship the present result, whatever its figures, as runs/NAME/release. `retrain` ships only what is not worse."""
+    with _released(name) as releases:
+        print(f"{name}: runs/{name}/release is now {releases.by_hand(name)}")
+
+
+@app.command(epilog="Examples: moeforge rollback demo; moeforge rollback demo 1f0c2a9be77d")
+def rollback(
+    name: Name,
+    release: Annotated[str | None, typer.Argument(metavar="RELEASE", help="One that is kept, else the last.")] = None,
+) -> None:
+    """Ship the release before the present one again, or the one named."""
+    with _released(name) as releases:
+        old, new = releases.rollback(name, release)
+        print(f"{name}: runs/{name}/release is now releases/{new}, before it was releases/{old}")
+        print(f"commit runs/{name}/accepted.json: retraining is judged by the model that it names")
+
+
+@contextmanager
+def _released(name: str) -> Iterator[Any]:
+    """flows/releases.py while nothing else runs the pipeline."""
+    from flows import releases
+    from tasks import scratch
+
+    with clear_errors():
+        settings.load().pipeline(name)
+        try:
+            with scratch.workspace("run", name):
+                if wrong := releases.settle(name):
+                    print(wrong, file=sys.stderr)
+                yield releases
+        except releases.ReleaseError as error:
+            fail(str(error))
+
+
 @app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a released checkpoint.")],

@@ -106,6 +106,16 @@ def changes(names: list[str]) -> dict[str, list[str]]:
     return {name: _reasons(status.get(name, [])) for name in names}
 
 
+def locked(out: Path) -> str | None:
+    """DVC's digest of an output when its stage last ran, by dvc.lock; None if it is not in there."""
+    from ruamel.yaml import YAML
+
+    file = Path("dvc.lock")
+    stages = (YAML(typ="safe", pure=True).load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
+    found = (entry for stage in stages.values() for entry in stage.get("outs", []) if entry["path"] == out.as_posix())
+    return next((entry["md5"] for entry in found), None)
+
+
 def resolve(names: list[str], *, stages: list[Stage]) -> set[str]:
     """Full stage names for what a user typed: `pretrain` or `pretrain@demo`. Raises GraphError for an unknown one."""
     found = set()

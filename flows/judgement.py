@@ -1,6 +1,15 @@
-"""Is a new model good enough to replace the last accepted one? Figures of both, the rule, and the record in git.
+"""Is a new model worse than the last accepted one, beyond what the windows they were judged on leave open?
 
-runs/PIPELINE/accepted.json: {trained, dense: bits per byte averaged over domains, dvc_lock_sha256, date}.
+The rule, in bits per byte averaged over the domains that both were judged on:
+
+    refused if   difference + slipped > tolerance + 2 x stderr
+
+`difference` is the new model's figure less the accepted one's. In a domain where both saw at least half of their
+windows in common, it is that on those windows, and paired; elsewhere each model counts by how far it is from its dense
+parent on its own windows, if they have the same parent, and the errors add up. `slipped` is by how much the accepted
+model is worse than the best one before it: what noise lets through once is not let through again.
+
+runs/PIPELINE/accepted.json is the record of the accepted model, and all that the rule needs of it; it is in git.
 """
 
 from __future__ import annotations
@@ -8,45 +17,173 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import statistics
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tasks import scratch
+from tasks import scratch, settings
 from tasks.evaluate import summary
 
+ERRORS = 2.0
+"""How many standard errors worse a model may look. Of equally good ones, 1 in 44 looks worse than that by chance."""
 
-def figures(pipeline: str) -> dict[str, float]:
-    """Bits per byte, averaged over the domains, of the trained model and of its dense parent on the same windows."""
+Record = dict[str, Any]
+"""trained, dense: bits per byte averaged over domains; parent: digest of the dense parent; slipped; date;
+dvc_lock_sha256; release: id of its folder; domains: {domain: {windows: their digests, bytes, trained, dense: nats of
+each}}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a model is accepted, why in one sentence, and the `slipped` of its record."""
+
+    accepted: bool
+    why: str
+    slipped: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A new model less an old one in bits per byte; `windows` counts those of the new one in domains that both have.
+
+    `stderr` is None where a domain has one window. `other` are the domains compared on other windows.
+    """
+
+    difference: float
+    stderr: float | None
+    windows: int
+    domains: list[str]
+    other: list[str]
+
+
+def present(pipeline: str) -> Record:
+    """The record of the result that stands in runs/PIPELINE, as if it were accepted now; without `release`."""
+    run = Path("runs", pipeline)
     evaluation = summary.read(pipeline)
-    return {model: float(evaluation[model]["bits_per_byte"]["mean"]) for model in ("trained", "dense")}
+    path = run / "windows.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; `moeforge run {pipeline}` writes it")
+    return {
+        **{model: float(evaluation[model]["bits_per_byte"]["mean"]) for model in ("trained", "dense")},
+        "parent": _parent(pipeline),
+        "slipped": 0.0,
+        "date": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "dvc_lock_sha256": hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest(),
+        "domains": {
+            domain: {key: entry[key] for key in ("windows", "bytes", "trained", "dense")}
+            for domain, entry in json.loads(path.read_text()).items()
+        },
+    }
 
 
-def refusal(new: float, old: float | None, *, tolerance: float) -> str | None:
-    """Why a model of `new` bits per byte is refused beside the accepted `old` one, or None if it is accepted."""
-    if not math.isfinite(new):
-        return f"refused: {new} bits per byte is not a figure to accept"
-    if old is not None and new > old + tolerance:
-        return (
-            f"refused: {new:.4f} bits per byte is {new - old:.4f} worse than the accepted {old:.4f}; "
-            f"allowed: {tolerance:.4f} worse"
+def judge(new: Record, old: Record | None, *, tolerance: float) -> Verdict:
+    """Apply the rule. A figure that is not finite is refused; the first model is accepted."""
+    figures = [new["trained"], *(nats for entry in new["domains"].values() for nats in entry["trained"])]
+    if not all(math.isfinite(figure) for figure in figures):
+        return Verdict(accepted=False, why=f"refused: {new['trained']} bits per byte is not a figure to accept")
+    if old is None:
+        return Verdict(accepted=True, why=f"accepted: the first model, {new['trained']:.4f} bits per byte")
+    found = compare(new, old)
+    if found is None:
+        return Verdict(
+            accepted=False,
+            why="refused: the accepted model was judged on none of these domains, so the two cannot be compared; if "
+            "this one is to be shipped, accept it by hand with `moeforge release`",
         )
-    return None
+    allowed = tolerance + ERRORS * (found.stderr or 0.0)
+    slipped = found.difference + old.get("slipped", 0.0)
+    accepted = slipped <= allowed
+    error = "unknown, for a domain has one window" if found.stderr is None else f"{found.stderr:.4f}"
+    worse = "worse" if found.difference > 0 else "better"
+    since = f", {slipped:.4f} worse than the best before it" if old.get("slipped") else ""
+    why = (
+        f"{'accepted' if accepted else 'refused'}: {new['trained']:.4f} bits per byte is {abs(found.difference):.4f} "
+        f"{worse} than the accepted {old['trained']:.4f}{since} (standard error {error}; {_basis(found)}); "
+        f"allowed: tolerance {tolerance:.4f} + {ERRORS:g} standard errors"
+    )
+    return Verdict(accepted=accepted, why=why, slipped=max(slipped, 0.0))
 
 
-def accepted(pipeline: str) -> dict[str, Any] | None:
+def compare(new: Record, old: Record) -> Comparison | None:
+    """How much worse `new` is than `old`, over the domains that both were judged on; None if there is none."""
+    common = [domain for domain in new["domains"] if domain in old["domains"]]
+    same_parent = new["parent"] is not None and new["parent"] == old["parent"]
+    differences, variances, other = [], [], []
+    for domain in common:
+        first, second = new["domains"][domain], old["domains"][domain]
+        at = {window: i for i, window in enumerate(second["windows"])}
+        both = [(i, at[window]) for i, window in enumerate(first["windows"]) if window in at]
+        if 2 * len(both) >= len(first["windows"]):
+            nats = [first["trained"][i] - second["trained"][j] for i, j in both]
+            difference, variance = _rate(nats, [first["bytes"][i] for i, _ in both])
+        else:
+            other.append(domain)
+            ends = [_rate(_excess(entry, dense=same_parent), entry["bytes"]) for entry in (first, second)]
+            difference, variance = ends[0][0] - ends[1][0], ends[0][1] + ends[1][1]
+        differences.append(difference)
+        variances.append(variance)
+    if not common:
+        return None
+    error = math.sqrt(sum(variances)) / len(common)
+    return Comparison(
+        difference=statistics.fmean(differences),
+        stderr=error if math.isfinite(error) else None,
+        windows=sum(len(new["domains"][domain]["windows"]) for domain in common),
+        domains=common,
+        other=other,
+    )
+
+
+def accepted(pipeline: str) -> Record | None:
     """The record of the last accepted model, or None before the first."""
     path = record(pipeline)
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def accept(pipeline: str, new: dict[str, float]) -> None:
-    """Record a model as the one to beat: its figures, the digest of dvc.lock and the time."""
-    lock = hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    scratch.write_json(record(pipeline), {**new, "dvc_lock_sha256": lock, "date": date})
+    return {"domains": {}, "parent": None, **json.loads(path.read_text())} if path.exists() else None
 
 
 def record(pipeline: str) -> Path:
     """Where the record stands."""
     return Path("runs", pipeline, "accepted.json")
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record as JSON whose lists take a line each, whole or not at all."""
+    nested = json.dumps(record, indent=1, sort_keys=True)
+    scratch.write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), nested) + "\n")
+
+
+def _excess(entry: dict[str, Any], *, dense: bool) -> list[float]:
+    """Nats of each window, less the dense parent's."""
+    if not dense:
+        return list(entry["trained"])
+    return [trained - parent for trained, parent in zip(entry["trained"], entry["dense"], strict=True)]
+
+
+def _rate(nats: list[float], sizes: list[int]) -> tuple[float, float]:
+    """Bits per byte of windows together, and its variance: that of a ratio of means, to first order (Cochran 1977,
+    eq. 2.46). Infinite for one window."""
+    count, total = len(sizes), sum(sizes)
+    rate = sum(nats) / math.log(2) / total
+    if count == 1:
+        return rate, math.inf
+    errors = [(n / math.log(2) - rate * size) * count / total for n, size in zip(nats, sizes, strict=True)]
+    return rate, sum(error * error for error in errors) / (count - 1) / count
+
+
+def _basis(found: Comparison) -> str:
+    same = [domain for domain in found.domains if domain not in found.other]
+    said = [f"on the same windows of {', '.join(same)}"] if same else []
+    said += [f"on other windows of {', '.join(found.other)}"] if found.other else []
+    return f"n = {found.windows}, {' and '.join(said)}"
+
+
+def _parent(pipeline: str) -> str | None:
+    """A digest of the dense parent's files and dtype, by the metrics of the model stage."""
+    path = Path("data/models", f"{settings.load().pipeline(pipeline).model}.json")
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    digest = found.get("source_sha256")
+    return digest and scratch.fingerprint([digest, found.get("dtype")])

@@ -1,9 +1,9 @@
-"""Scheduled retraining: read the corpus sources again, train if anything changed, keep only a model that is not worse.
+"""Scheduled retraining: read the corpus sources again, train if anything changed, ship only a model that is not worse.
 
     python -m flows.retrain demo
     prefect deployment run retrain/demo --param publish=true
 
-The last accepted model's figures stand in runs/PIPELINE/accepted.json, which is in git.
+judgement.py has the rule, releases.py the folders: runs/PIPELINE/release changes on acceptance alone.
 """
 
 from __future__ import annotations
@@ -18,48 +18,52 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import dag, judgement, stages
+from flows import dag, judgement, releases, stages
+from flows.dag import Stage, StageError
 from flows.upcycle import slug
 from tasks import scratch, settings
 
 
 @flow(name="retrain", persist_result=False)
 def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, tolerance: float = 0.0) -> State[Any]:
-    """Retrain a pipeline and accept or refuse the result.
+    """Retrain a pipeline, and ship the result or refuse it.
 
     Args:
         pipeline: its name in pipelines.yaml.
-        publish: commit dvc.lock, the metrics and accepted.json, and `dvc push` if there is a remote.
+        publish: commit dvc.lock, the metrics and accepted.json, and `dvc push` if there is a remote. What an earlier
+            run accepted and could not publish is published first.
         force: run the stage pretrain and judge although nothing changed; a finished run is published again.
-        tolerance: how much worse, in bits per byte averaged over domains, a new model may be.
+        tolerance: how much worse, in bits per byte averaged over domains, a new model may be (judgement.py).
 
     Returns:
         "Nothing to do" or "Accepted" (both completed), or "Refused" (failed; its files stay for inspection).
 
     Raises:
-        SettingsError, BusyError, StageError: as the upcycle flow does.
+        SettingsError, BusyError, StageError: as the upcycle flow does; StageError also if publishing failed.
     """
     config = settings.load().pipeline(pipeline)
     with scratch.workspace("run", pipeline):
         plan = dag.ancestors(dag.last_stage(pipeline))
+        if wrong := releases.settle(pipeline):
+            get_run_logger().warning(wrong)
+        made_good = _catch_up(pipeline, plan) if publish else ""
         sources = [stage for stage in plan if stage.name == f"sources@{config.corpus}"]
         stages.run(sources, force={stage.name for stage in sources})
         stale = any(dag.changes([stage.name for stage in plan]).values())
         last = judgement.accepted(pipeline)
-        if last and not stale and not force:
-            return _nothing_to_do(pipeline, last)
+        if last and not stale and not force and releases.is_judged(pipeline):
+            return _nothing_to_do(pipeline, last, made_good)
         outcomes = stages.run(plan, force=dag.resolve(["pretrain"], stages=plan) if force else None)
         ran = ", ".join(outcome.name for outcome in outcomes if outcome.ran) or "nothing"
-        new = judgement.figures(pipeline)
-        verdict = judgement.refusal(new["trained"], last["trained"] if last else None, tolerance=tolerance)
-        say(pipeline, verdict or "accepted", rows={"this model": new, "last accepted": last}, ran=ran)
-        if verdict:
-            return Failed(name="Refused", message=f"{pipeline}: {verdict}; runs/{pipeline}/ keeps the refused model")
-        judgement.accept(pipeline, new)
-        published = publish and _publish(pipeline, plan)
-        return Completed(
-            name="Accepted", message=f"{pipeline}: {new['trained']:.4f} bits per byte; {published or 'not published'}"
-        )
+        new = judgement.present(pipeline)
+        verdict = judgement.judge(new, last, tolerance=tolerance)
+        say(pipeline, verdict.why, rows={"this model": new, "last accepted": last}, ran=ran)
+        if not verdict.accepted:
+            aside = releases.refuse(pipeline, new, verdict.why)
+            return Failed(name="Refused", message=f"{pipeline}: {verdict.why}; {aside}/ keeps it for inspection")
+        folder = releases.accept(pipeline, {**new, "slipped": verdict.slipped})
+        told = _publish(pipeline, plan, f"{folder} is accepted and shipped here") if publish else "not published"
+        return Completed(name="Accepted", message=f"{pipeline}: {verdict.why}; {folder}; {told}")
 
 
 def say(pipeline: str, verdict: str, *, rows: dict[str, dict[str, Any] | None], ran: str) -> None:
@@ -72,36 +76,64 @@ def say(pipeline: str, verdict: str, *, rows: dict[str, dict[str, Any] | None], 
     )
 
 
-def _nothing_to_do(pipeline: str, last: dict[str, Any]) -> State[Any]:
-    now = judgement.figures(pipeline)
+def _nothing_to_do(pipeline: str, last: dict[str, Any], made_good: str) -> State[Any]:
+    now = judgement.present(pipeline)
     say(pipeline, "nothing to do", rows={"this model": now, "last accepted": last}, ran="nothing")
-    note = "" if now["trained"] == last["trained"] else f"; the model in runs/{pipeline}/ is not the accepted one"
+    note = (
+        "" if releases.present(pipeline) == last.get("release") else f"; runs/{pipeline}/model is not the accepted one"
+    )
     return Completed(
-        name="Nothing to do", message=f"{pipeline}: the sources and everything after them are unchanged{note}"
+        name="Nothing to do",
+        message=f"{pipeline}: the sources and everything after them are unchanged{note}{made_good}",
     )
 
 
-def _publish(pipeline: str, plan: list[dag.Stage]) -> str:
-    """Commit what git holds of this pipeline, push what DVC holds. Returns what was done."""
+def _catch_up(pipeline: str, plan: list[Stage]) -> str:
+    """Publish what was accepted and is not published, before anything of it is replaced. Returns what was done."""
+    if not releases.is_unpublished(pipeline):
+        return ""
+    last = judgement.accepted(pipeline) or {}
+    if releases.present(pipeline) != last["release"]:
+        get_run_logger().warning(
+            f"{pipeline}: release {last['release']} was never published, and runs/{pipeline}/ holds a later result; "
+            f"its files are in runs/{pipeline}/release"
+        )
+        return ""
+    told = _publish(pipeline, plan, f"release {last['release']} was accepted before, and nothing was trained now")
+    return f"; release {last['release']}: {told}"
+
+
+def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
+    """Commit what git holds of this pipeline, push what DVC holds. Returns what was done.
+
+    Raises StageError with `state` if a command fails; the next run that publishes tries again, and trains nothing.
+    """
     kept = [path for stage in plan for path in stage.in_git] + [judgement.record(pipeline), Path("dvc.lock")]
     paths = [str(path) for path in kept if path.exists()]
-    _call("git", "add", "--", *paths)
-    if subprocess.run(["git", "diff", "--cached", "--quiet", "--", *paths], check=False).returncode:
-        _call("git", "commit", "--quiet", "--message", f"Accept the retrained {pipeline}", "--", *paths)
-        done = f"committed {_call('git', 'rev-parse', '--short', 'HEAD').strip()}"
-    else:
-        done = "nothing to commit"
-    dvc = [sys.executable, "-m", "dvc"]
-    if not _call(*dvc, "remote", "list").strip():
-        return f"{done}; no DVC remote to push to (`dvc remote add --default NAME URL`)"
-    _call(*dvc, "push", "--quiet", *[stage.name for stage in plan])
-    return f"{done}; pushed"
+    try:
+        _call("git", "add", "--", *paths)
+        if subprocess.run(["git", "diff", "--cached", "--quiet", "--", *paths], check=False).returncode:
+            _call("git", "commit", "--quiet", "--message", f"Accept the retrained {pipeline}", "--", *paths)
+            done = f"committed {_call('git', 'rev-parse', '--short', 'HEAD').strip()}"
+        else:
+            done = "nothing to commit"
+        dvc = [sys.executable, "-m", "dvc"]
+        remote = bool(_call(*dvc, "remote", "list").strip())
+        if remote:
+            _call(*dvc, "push", "--quiet", *[stage.name for stage in plan])
+    except StageError as error:
+        raise StageError(
+            f"{pipeline}: {state}, but publishing failed: {error}; the next retrain with publish=true makes it good "
+            "without training"
+        ) from None
+    releases.published(pipeline)
+    return f"{done}; pushed" if remote else f"{done}; no DVC remote to push to (`dvc remote add --default NAME URL`)"
 
 
 def _call(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=stages.environment())
     if done.returncode:
-        raise dag.StageError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
+        raise StageError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 

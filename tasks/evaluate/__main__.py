@@ -3,8 +3,9 @@
     python -m tasks.evaluate PIPELINE
 
 Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}. Writes runs/PIPELINE/evaluation.json (the figures),
-routing.json (tokens per domain, layer and expert), samples.json (what each model makes of a few prompts) and
-heldout.json (the very windows judged, {domain: [[ids]]}).
+routing.json (tokens per domain, layer and expert), samples.json (what each model makes of a few prompts), heldout.json
+(the very windows judged, {domain: [[ids]]}) and windows.json (each model's nats on each of them, by which another
+evaluation is compared with this one).
 A model that is done stays done: an evaluation that is killed goes on with the next model.
 """
 
@@ -72,6 +73,9 @@ def evaluate(name: str) -> None:
             "routing": {key: done[key]["load"] for key in ("split", "trained")},
             "samples": samples(done),
             "heldout": {domain: a.tolist() for domain, a in ids.items()},
+            "windows": likelihood.by_window(
+                ids, {key: result["nats"] for key, result in done.items()}, token_bytes=token_bytes
+            ),
         }
         for out, content in outs.items():
             (folder / f"{out}.json").write_text(json.dumps(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
@@ -72,6 +73,29 @@ def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dic
             "windows": len(ids_BL),
             "tokens": predicted(ids_BL),
             "bytes": int(token_bytes[ids_BL[:, 1:]].sum()),
+        }
+        for domain, ids_BL in windows.items()
+    }
+
+
+def by_window(
+    windows: Mapping[str, np.ndarray], nats: Mapping[str, Mapping[str, list[float]]], *, token_bytes: np.ndarray
+) -> dict[str, dict[str, list[Any]]]:
+    """What two evaluations need to be compared window by window, whatever each of them was judged on.
+
+    Args:
+        windows: {domain: int64 [B, L]}.
+        nats: {model: {domain: [summed nats of each window]}}.
+        token_bytes: int64 [vocabulary].
+
+    Returns:
+        {domain: {windows: digests of their ids, bytes: of their predicted tokens, and each model: its nats}}.
+    """
+    return {
+        domain: {
+            "windows": [hashlib.sha256(ids_L.astype("<i8").tobytes()).hexdigest()[:16] for ids_L in ids_BL],
+            "bytes": token_bytes[ids_BL[:, 1:]].sum(1).tolist(),
+            **{model: [round(value, 4) for value in found[domain]] for model, found in nats.items()},
         }
         for domain, ids_BL in windows.items()
     }

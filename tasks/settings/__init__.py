@@ -27,7 +27,6 @@ from tasks.settings.partition import Partition
 from tasks.settings.pretrain import Pretrain
 from tasks.settings.text import FILE, SettingsError, read
 
-
 SMALLEST = 1e-6
 """Weights that sum to less are a slip of the exponent, and lose digits when they are normalised."""
 

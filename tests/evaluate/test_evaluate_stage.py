@@ -256,6 +256,18 @@ def test_the_cards_snippet_gives_the_reports_perplexity_with_torch_and_transform
         assert value == pytest.approx(judgement["trained"]["perplexity"][domain], abs=0.011)
 
 
+def test_windows_are_told_apart_and_their_nats_add_up(judgement: dict[str, Any], project: Path) -> None:
+    """What the gate of retraining compares two evaluations by."""
+    written = json.loads((project / "runs" / "tiny" / "windows.json").read_text())
+    for domain, entry in written.items():
+        counted = judgement["test"]["domains"][domain]
+        assert len(set(entry["windows"])) == len(entry["bytes"]) == counted["windows"]
+        assert sum(entry["bytes"]) == counted["bytes"]
+        for model in ("dense", "split", "trained"):
+            loss = sum(entry[model]) / counted["tokens"]
+            assert loss == pytest.approx(judgement[model]["loss"][domain], abs=1e-4)
+
+
 def test_the_means_are_over_domains(judgement: dict[str, Any]) -> None:
     scores = judgement["trained"]
     mean = (scores["loss"]["prose"] + scores["loss"]["code"]) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -45,12 +46,14 @@ if Path("fail", name).exists():
 value = json.loads(Path("values", name).read_text()) if Path("values", name).exists() else {"value": 1}
 for out in outs:
     path = Path(out)
+    own = Path("values", path.name)
+    content = json.loads(own.read_text()) if own.exists() else value
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix:
-        path.write_text(json.dumps(value))
+        path.write_text(json.dumps(content))
     else:
         path.mkdir()
-        (path / "part").write_text(json.dumps(value) + Path("source.txt").read_text())
+        (path / "part").write_text(json.dumps(content) + Path("source.txt").read_text())
     print("wrote", out, flush=True)
 '''
 
@@ -111,9 +114,10 @@ def dag_file() -> str:
         stage("partition", **own, deps=[corpus, model], outs=[f"{run}/moe"], metrics=[], meta="{gpu: true}"),
         stage("pretrain", **own, deps=[f"{run}/mixture.json", f"{run}/moe"], outs=[f"{run}/trained"],
               metrics=[f"{run}/pretrain.json"], meta="{gpu: true}"),
-        stage("evaluate", **own, deps=[f"{run}/trained", corpus], outs=[], metrics=[f"{run}/evaluation.json"],
-              meta="{gpu: true}"),
-        stage("report", **own, deps=[f"{run}/evaluation.json"], outs=[f"{run}/report"], metrics=[], meta=""),
+        stage("evaluate", **own, deps=[f"{run}/trained", corpus], outs=[f"{run}/windows.json"],
+              metrics=[f"{run}/evaluation.json"], meta="{gpu: true}"),
+        stage("report", **own, deps=[f"{run}/evaluation.json"], outs=[f"{run}/report", f"{run}/model"], metrics=[],
+              meta=""),
     ]  # fmt: skip
     return "vars:\n  - pipelines.yaml:models,corpora,pipelines\nstages:\n" + "\n".join(rows) + "\n"
 
@@ -195,9 +199,24 @@ def evaluation(trained: float) -> dict[str, object]:
     }
 
 
-def judge(project: Path, trained: float) -> None:
-    """Let the toy project's evaluation stage find this the next time it runs."""
-    (project / "values" / "evaluate").write_text(json.dumps(evaluation(trained)))
+def judge(project: Path, trained: float, *, error: float = 0.0, names: str = "abcd") -> None:
+    """Let the toy project's evaluation stage find this the next time it runs.
+
+    Args:
+        trained: bits per byte, in the mean of the windows.
+        error: by which every other window is above that mean, and the others below.
+        names: of the windows, 100 bytes each.
+    """
+    signs = [(-1) ** i for i in range(len(names))]
+    windows = {
+        "windows": list(names),
+        "bytes": [100] * len(names),
+        "dense": [100 * math.log(2)] * len(names),
+        "trained": [100 * math.log(2) * (trained + error * sign) for sign in signs],
+    }
+    (project / "values" / "evaluation.json").write_text(json.dumps(evaluation(trained)))
+    (project / "values" / "windows.json").write_text(json.dumps({"prose": windows}))
+    (project / "values" / "report").write_text(json.dumps([trained, error, names]))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,19 @@ from flows import artifacts, cli, doctor
 from tasks.scratch import workspace
 from tests.flows.conftest import ROOT, moeforge, ran
 
-COMMANDS = ["run", "tokenise", "plan", "status", "inspect", "verify", "repair", "import", "doctor"]
+COMMANDS = [
+    "run",
+    "tokenise",
+    "plan",
+    "status",
+    "inspect",
+    "verify",
+    "repair",
+    "release",
+    "rollback",
+    "import",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

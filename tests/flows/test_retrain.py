@@ -11,7 +11,7 @@ import pytest
 from prefect.artifacts import Artifact
 
 from flows.retrain import retrain
-from tests.flows.conftest import judge, ran
+from tests.flows.conftest import judge, moeforge, ran
 
 pytestmark = pytest.mark.usefixtures("server")
 
@@ -20,13 +20,20 @@ def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def shipped() -> str:
+    """What a consumer reads of the toy's model."""
+    return (Path("runs/toy/release").resolve() / "part").read_text()
+
+
 def test_the_gate_through_the_weeks(done_toy: Path) -> None:
-    """First model accepted; nothing to do; changed corpus, worse model refused; better one accepted and published."""
+    """First model accepted; nothing to do; changed corpus, worse model refused; then one that noise alone makes worse;
+    then a person goes back."""
     first = retrain("toy", return_state=True)
     assert (first.name, first.type.value) == ("Accepted", "COMPLETED")
     assert ran(done_toy) == ["sources"]
     record = Path("runs/toy/accepted.json")
     assert json.loads(record.read_text())["trained"] == 1.5
+    assert shipped() == '[1.5, 0.0, "abcd"]texts'
 
     second = retrain("toy", return_state=True)
     assert (second.name, second.type.value) == ("Nothing to do", "COMPLETED")
@@ -39,18 +46,55 @@ def test_the_gate_through_the_weeks(done_toy: Path) -> None:
     third = retrain("toy", return_state=True)
     assert (third.name, third.type.value) == ("Refused", "FAILED")
     assert "1.6000 bits per byte is 0.1000 worse than the accepted 1.5000" in third.message
+    assert "on the same windows of prose" in third.message
     assert ran(done_toy) == ["sources", "corpus", "mixture", "partition", "pretrain", "evaluate", "report"]
     assert record.read_text() == before
     assert "| last accepted | 1.5000 |" in str(Artifact.get("retrain-toy").data)
+    assert shipped() == '[1.5, 0.0, "abcd"]texts'
+    refused = next(Path("runs/toy/refused").iterdir())
+    assert (refused / "model/part").read_text() == '[1.6, 0.0, "abcd"]new texts'
+    assert "worse than the accepted" in json.loads((refused / "refusal.json").read_text())["why"]
+
+    fourth = retrain("toy", return_state=True)
+    assert fourth.name == "Nothing to do"
+    assert "runs/toy/model is not the accepted one" in fourth.message
+    assert ran(done_toy) == ["sources"]
+
+    (done_toy / "source.txt").write_text("other texts")
+    (done_toy / "values" / "sources").write_text('{"prose": "other"}')
+    judge(done_toy, 1.51, error=0.02, names="abyz")
+    fifth = retrain("toy", return_state=True)
+    assert fifth.name == "Accepted", fifth.message
+    assert json.loads(record.read_text())["slipped"] == pytest.approx(0.01)
+    assert shipped() == '[1.51, 0.02, "abyz"]other texts'
+    ran(done_toy)
+
+    back = moeforge("rollback", "toy")
+    assert back.returncode == 0, back.stderr
+    assert shipped() == '[1.5, 0.0, "abcd"]texts'
+    assert record.read_text() == before
+    sixth = retrain("toy", return_state=True)
+    assert sixth.name == "Nothing to do"  # what was rolled back is not shipped again by itself
+    assert shipped() == '[1.5, 0.0, "abcd"]texts'
+    assert "commit runs/toy/accepted.json" in back.stdout
+    again = moeforge("release", "toy")
+    assert again.returncode == 0, again.stderr
+    assert shipped() == '[1.51, 0.02, "abyz"]other texts'
 
 
 def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_path: Path) -> None:
-    remote = tmp_path / "remote"
-    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "--default", "store", str(remote)], check=True)
+    """The remote cannot be reached at first: the next run makes it good, and trains nothing."""
+    remote, absent = tmp_path / "remote", tmp_path / "file"
+    absent.write_text("no folder")
+    dvc = [sys.executable, "-m", "dvc", "remote"]
+    subprocess.run([*dvc, "add", "--default", "store", str(absent / "store")], check=True)
     (done_toy / "README").write_text("staged by somebody else")
     git("add", "README")
     state = retrain("toy", publish=True, force=True, return_state=True)
-    assert state.name == "Accepted"
+    assert state.type.value == "FAILED"
+    assert "is accepted and shipped here, but publishing failed: `" in state.message
+    assert "dvc push" in state.message
+    assert shipped() == '[1.5, 0.0, "abcd"]texts'
     assert "pretrain" in ran(done_toy)
     committed = git("show", "--name-only", "--format=%s", "HEAD").split("\n")
     assert committed[0] == "Accept the retrained toy"
@@ -58,5 +102,22 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
         committed
     )
     assert "README" not in committed
+
+    subprocess.run([*dvc, "modify", "store", "url", str(remote)], check=True)
+    second = retrain("toy", publish=True, return_state=True)
+    assert second.name == "Nothing to do"
+    assert second.message.endswith("nothing to commit; pushed")
     assert any(remote.rglob("*"))
-    assert "pushed" in state.message
+    assert ran(done_toy) == ["sources"]
+    third = retrain("toy", publish=True, return_state=True)
+    assert third.message.endswith("everything after them are unchanged")
+
+
+def test_what_is_released_by_hand_is_what_was_judged(done_toy: Path) -> None:
+    with (done_toy / "runs/toy/windows.json").open("a") as file:
+        file.write(" ")
+    refused = moeforge("release", "toy")
+    assert refused.returncode == 1
+    assert "evaluate@toy: output runs/toy/windows.json: modified" in refused.stderr
+    assert not (done_toy / "runs/toy/release").exists()
+    assert "runs/toy/release" not in moeforge("rollback", "toy").stdout
