@@ -155,7 +155,8 @@ def publish(result: Path, target: Path) -> None:
         if aside.exists() and not target.exists():
             aside.rename(target)
         discard(staging)
-        raise OSError(error.errno, f"{error.strerror}; the finished result is in {result}", str(target)) from error
+        why = f"{error.strerror or error}; the finished result is in {result}"  # shutil.Error has a list of reasons
+        raise OSError(error.errno or errno.EIO, why, str(target)) from error
     discard(aside)
     if ready != result:
         discard(result)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -147,13 +146,13 @@ def test_publishing_that_fails_leaves_result_and_target_as_they_were(
 ) -> None:
     def full(source: str, target: str, **_: object) -> None:
         Path(target).write_text("ha")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise shutil.Error([(source, target, "[Errno 28] No space left on device")])
 
     Path(".scratch").symlink_to(other_disk)
     result, target = _folder(".scratch/unit/moe", new="2"), _folder("runs/demo/moe", old="1")
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(
-        OSError, match=r"No space left on device; the finished result is in .scratch/unit/moe.*runs/demo"
+        OSError, match=r"No space left on device.*; the finished result is in .scratch/unit/moe.*runs/demo"
     ):
         scratch.publish(result, target)
     assert [path.name for path in Path("runs/demo").iterdir()] == ["moe"]
