@@ -43,13 +43,20 @@ class Decision:
 
 
 def decide(
-    chunks: Sequence[Path], *, near: NearDuplicates | None, scratch: Path, partition_bytes: int = 64 << 20
+    chunks: Sequence[Path],
+    *,
+    near: NearDuplicates | None,
+    scratch: Path,
+    signed: Sequence[Path] | None = None,
+    partition_bytes: int = 64 << 20,
 ) -> Decision:
     """Find the duplicates among the documents of `chunks`; of each cluster the first document stays.
 
     Args:
-        chunks: Arrow IPC files with `doc_id`, fixed_size_binary(16), and `bands`, fixed_size_binary(8 * bands):
-            little-endian uint64s. The first document of the first chunk has ordinal 0.
+        chunks: Arrow IPC files with `doc_id`, fixed_size_binary(16). The first document of the first chunk has
+            ordinal 0.
+        signed: of each chunk the file with its `bands`, fixed_size_binary(8 * bands): little-endian uint64s; the
+            chunk itself if not given.
         near: also near-duplicates; with `action: group` they are clustered, and all kept.
         scratch: an existing folder; the result's arrays stay in it.
         partition_bytes: what is sorted in memory at once, which takes about five times as much.
@@ -58,7 +65,7 @@ def decide(
         CorpusError: a chunk is damaged, or lacks a column.
     """
     bands = near.bands if near else 0
-    n = _ingest(chunks, bands, scratch=scratch)
+    n = _ingest(chunks, chunks if signed is None else signed, bands=bands, scratch=scratch)
     if not n:
         empty = np.empty(0, dtype=np.uint8)
         return Decision(fate=empty, first=empty.astype(np.int64), key=empty.reshape(0, _ID_BYTES))
@@ -84,38 +91,40 @@ def _band(scratch: Path, band: int) -> Path:
     return scratch / f"band-{band:03d}.u64"
 
 
-def _ingest(chunks: Sequence[Path], bands: int, *, scratch: Path) -> int:
+def _ingest(chunks: Sequence[Path], signed: Sequence[Path], *, bands: int, scratch: Path) -> int:
     """Copy the chunks' columns into files of their own; returns the number of documents."""
-    n = 0
+    n = banded = 0
     with ExitStack() as stack:
         keys = stack.enter_context((scratch / "key.u8").open("wb"))
         columns = [stack.enter_context(_band(scratch, band).open("wb")) for band in range(bands)]
-        for path in chunks:
-            for batch in _batches(path, {"doc_id": _ID_BYTES, **({"bands": 8 * bands} if bands else {})}):
-                batch["doc_id"].tofile(keys)
-                n += len(batch["doc_id"])
+        for path, bands_path in zip(chunks, signed, strict=True):
+            for found in _batches(path, "doc_id", width=_ID_BYTES):
+                found.tofile(keys)
+                n += len(found)
+            for found in _batches(bands_path, "bands", width=8 * bands) if bands else ():
+                banded += len(found)
                 for band, column in enumerate(columns):
-                    batch["bands"].view("<u8")[:, band].tofile(column)
+                    found.view("<u8")[:, band].tofile(column)
+            if bands and banded != n:
+                raise CorpusError(f"{bands_path}: has other rows than {path}; delete the work folder and run again")
     return n
 
 
-def _batches(path: Path, widths: dict[str, int]) -> Iterator[dict[str, NDArray[np.uint8]]]:
-    """The named columns of a chunk's batches, uint8 [rows, width]; no other is read."""
+def _batches(path: Path, name: str, *, width: int) -> Iterator[NDArray[np.uint8]]:
+    """A column of a chunk's batches, uint8 [rows, width]; no other is read."""
     try:
         with pa.memory_map(str(path)) as file:
             schema = pa.ipc.open_file(file).schema
-            for name, width in widths.items():
-                if name not in schema.names or schema.field(name).type != pa.binary(width):
-                    found = schema.field(name).type if name in schema.names else "missing"
-                    raise CorpusError(
-                        f"{path}: column {name} is {found}, expected fixed_size_binary[{width}]; it was written with "
-                        "other settings: delete the work folder and run again"
-                    )
-            wanted = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in widths])
+            if name not in schema.names or schema.field(name).type != pa.binary(width):
+                found = schema.field(name).type if name in schema.names else "missing"
+                raise CorpusError(
+                    f"{path}: column {name} is {found}, expected fixed_size_binary[{width}]; it was written with "
+                    "other settings: delete the work folder and run again"
+                )
+            wanted = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
             reader = pa.ipc.open_file(file, options=wanted)
             for i in range(reader.num_record_batches):
-                batch = reader.get_batch(i)
-                yield {name: _bytes(batch.column(name), width) for name, width in widths.items()}
+                yield _bytes(reader.get_batch(i).column(name), width)
     except (pa.ArrowInvalid, OSError) as error:
         raise CorpusError(f"{path}: not a readable chunk ({error}); delete it and run again") from error
 

@@ -30,7 +30,7 @@ class Meter:
 
     def __init__(self, folder: Path, *, phase: str, domain: str, task: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"{phase}-{domain}-{task:05}.json"
+        self._path = _path(folder, phase=phase, domain=domain, task=task)
         self._now = Snapshot(phase=phase, domain=domain, task=task, attempt=uuid.uuid4().hex)
         self.rules: Counter[str] = Counter()
         """Records dropped, by rule; each record in one phase only."""
@@ -65,6 +65,15 @@ class Meter:
         with suppress(OSError):  # a full disk stops the work by the work's own writes, not by its meter
             staging.write_text(self._now.model_dump_json())
             os.replace(staging, self._path)
+
+
+def forget(folder: Path, *, phase: str, domain: str, task: int) -> None:
+    """Delete the counters of a unit that is to be run anew."""
+    _path(folder, phase=phase, domain=domain, task=task).unlink(missing_ok=True)
+
+
+def _path(folder: Path, *, phase: str, domain: str, task: int) -> Path:
+    return folder / f"{phase}-{domain}-{task:05}.json"
 
 
 class Display:

@@ -7,13 +7,13 @@ was to be kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from tasks.corpus import spool
+from tasks.corpus import files, spool
 
 EXAMPLES = 100  # bad records of a rule shown per task
 
@@ -26,6 +26,22 @@ def lines(folder: Path, task: int, *, chunks: int, starts: list[int]) -> Iterato
             seen[reject["rule"]] += 1
             if _is_shown(reject, seen[reject["rule"]]):
                 yield _line(reject, start=starts[reject["piece"]])
+
+
+def too_bad(domain: str, *, found: str, rules: dict[str, str], max_bad: float, shown: Path) -> str:
+    """The message of a domain that fails; `found` says how many records are bad, `rules` how many by which rule."""
+    listed = "; ".join(f"{rule}: {text}" for rule, text in rules.items())
+    return (
+        f"domain {domain}: {found}, max_bad allows {max_bad:.2%}. {listed}. "
+        f"Mend the file, correct `format` or `text_field`, or raise `max_bad`; {shown} has examples"
+    )
+
+
+def write(path: Path, content: Iterable[bytes]) -> Path:
+    """Write the lines of a domain that fails, since nothing of it will be published."""
+    with files.replacing(path) as file:
+        file.writelines(content)
+    return path
 
 
 def _is_shown(reject: dict[str, Any], count: int) -> bool:

@@ -1,7 +1,7 @@
 """The second phase, one process: duplicates over all domains, the hold-out, and whether too much was bad.
 
-Writes `fates/DOMAIN/TASK.npy`, uint8 [documents of the task], indices into FATES, and beside it the number that each
-piece's rows begin at. A cluster of near-duplicates lies on one side of the hold-out.
+Writes `fates/KEY/DOMAIN/TASK.npy`, uint8 [documents of the task], indices into FATES, and beside it the number that
+each piece's rows begin at. A cluster of near-duplicates lies on one side of the hold-out.
 """
 
 from __future__ import annotations
@@ -22,39 +22,43 @@ from tasks.corpus.plan import Plan
 from tasks.corpus.records import CorpusError
 
 FATES = (*SPLITS, "duplicate", "near_duplicate")
-FILE = "resolved.json"
 MILLION = 10**6
 
 
-def fate_of(work: Path, domain: str, *, task: int) -> tuple[NDArray[np.uint8], list[int]]:
+def fate_of(plan: Plan, domain: str, *, task: int) -> tuple[NDArray[np.uint8], list[int]]:
     """Fates of a task's documents, uint8 [documents], and the row at which each of its pieces begins."""
-    path = _path(work, domain, task)
+    path = _path(plan, domain, task)
     return np.load(path, allow_pickle=False), json.loads(path.with_suffix(".json").read_text())
 
 
-def resolved(work: Path) -> dict[str, Any]:
+def result(plan: Plan) -> Path:
+    """What is written last."""
+    return plan.path.parent / "fates" / plan.keys.fates / "resolved.json"
+
+
+def resolved(plan: Plan) -> dict[str, Any]:
     """Per domain: records by rule, and the bad ones by rule with the first example."""
-    return json.loads((work / FILE).read_text())
+    return json.loads(result(plan).read_text())
 
 
-def resolve(work: Path, plan: Plan) -> None:
+def resolve(plan: Plan) -> None:
     """Decide what becomes of every document.
 
     Raises:
         CorpusError: a domain has too many bad records, or nothing for one of its splits.
     """
-    tasks = {domain: _accounts(work, plan, domain) for domain in plan.tasks}
+    tasks = {domain: _accounts(plan, domain) for domain in plan.tasks}
     starts = {domain: _row_starts(plan, domain, accounts) for domain, accounts in tasks.items()}
     found = {domain: _counts(plan, domain, tasks[domain], starts=starts[domain]) for domain in plan.tasks}
     for domain, counts in found.items():
         if counts["rules"]["bad"] > plan.corpus.max_bad * counts["rules"]["read"]:
-            shown = _write_rejects(work, domain, tasks[domain], starts=starts[domain])
-            raise CorpusError(_too_bad(domain, counts, max_bad=plan.corpus.max_bad, shown=shown))
-    chunks = [path for domain in plan.tasks for path in _chunks(work, domain, tasks[domain])]
-    area = work / "resolve"
+            raise CorpusError(_too_bad(plan, domain, counts, accounts=tasks[domain], starts=starts[domain]))
+    chunks = [path for domain in plan.tasks for path in _chunks(plan, domain, tasks[domain])]
+    signed = [path for domain in plan.tasks for path in _bands(plan, domain, tasks[domain])]
+    area = plan.path.with_name("resolve")
     shutil.rmtree(area, ignore_errors=True)
     area.mkdir()
-    decision = dedup.decide(chunks, near=plan.corpus.near_duplicates, scratch=area)
+    decision = dedup.decide(chunks, near=plan.corpus.near_duplicates, signed=signed or None, scratch=area)
     sizes = [sum(account["documents"] for account in tasks[domain]) for domain in plan.tasks]
     shares = np.array([plan.corpus.heldout_of(domain) for domain in plan.tasks])
     ends, start = np.cumsum(sizes), 0
@@ -65,12 +69,12 @@ def resolve(work: Path, plan: Plan) -> None:
             share = shares[np.searchsorted(ends, decision.first[place], side="right")]
             fate = _fates(decision.fate[place], decision.key[place], share)
             kept.update(dict(zip(FATES, np.bincount(fate, minlength=len(FATES)).tolist(), strict=True)))
-            path = _path(work, domain, task)
+            path = _path(plan, domain, task)
             scratch.write_json(path.with_suffix(".json"), starts[domain][task])
             with files.replacing(path) as file:
                 np.save(file, fate, allow_pickle=False)
         _add_kept(domain, found[domain]["rules"], kept, plan=plan)
-    scratch.write_json(work / FILE, found)
+    scratch.write_json(result(plan), found)
     shutil.rmtree(area)
 
 
@@ -84,23 +88,31 @@ def _fates(fate: NDArray[np.uint8], key: NDArray[np.uint8], share: NDArray[np.fl
     return np.where(fate == dedup.KEPT, split, fate + len(SPLITS) - dedup.DUPLICATE).astype(np.uint8)
 
 
-def _path(work: Path, domain: str, task: int) -> Path:
-    return work / "fates" / domain / f"{task:05d}.npy"
+def _path(plan: Plan, domain: str, task: int) -> Path:
+    return result(plan).parent / domain / f"{task:05d}.npy"
 
 
-def _accounts(work: Path, plan: Plan, domain: str) -> list[dict[str, Any]]:
-    found = [spool.account(scan.folder(work, domain), task) for task in range(len(plan.tasks[domain]))]
+def _accounts(plan: Plan, domain: str) -> list[dict[str, Any]]:
+    found = [spool.account(scan.folder(plan, domain), task) for task in range(len(plan.tasks[domain]))]
     if missing := [task for task, account in enumerate(found) if account is None]:
         raise CorpusError(f"domain {domain}: {len(missing)} tasks are not scanned, the first is {missing[0]}")
     return [account for account in found if account is not None]
 
 
-def _chunks(work: Path, domain: str, accounts: list[dict[str, Any]]) -> list[Path]:
-    folder = scan.folder(work, domain)
+def _chunks(plan: Plan, domain: str, accounts: list[dict[str, Any]]) -> list[Path]:
+    folder = scan.folder(plan, domain)
     return [
         path
         for task, account in enumerate(accounts)
         for path in spool.chunk_paths(folder, task, chunks=account["chunks"])
+    ]
+
+
+def _bands(plan: Plan, domain: str, accounts: list[dict[str, Any]]) -> list[Path]:
+    return [
+        path
+        for task, account in enumerate(accounts)
+        for path in scan.band_paths(plan, domain, task=task, chunks=account["chunks"])
     ]
 
 
@@ -132,22 +144,23 @@ def _counts(
     return {"rules": dict(rules), "bad": {rule: f"{n}, the first in {examples[rule]}" for rule, n in bad.items()}}
 
 
-def _write_rejects(work: Path, domain: str, accounts: list[dict[str, Any]], *, starts: list[list[int]]) -> Path:
-    """Write what is wrong with a domain that fails, since nothing of it will be published."""
-    folder, path = scan.folder(work, domain), work / f"rejects-{domain}.jsonl"
-    with files.replacing(path) as file:
-        for task, account in enumerate(accounts):
-            file.writelines(rejects.lines(folder, task, chunks=account["chunks"], starts=starts[task]))
-    return path
-
-
-def _too_bad(domain: str, counts: dict[str, dict[str, Any]], *, max_bad: float, shown: Path) -> str:
-    bad, read = counts["rules"]["bad"], counts["rules"]["read"]
-    rules = "; ".join(f"{rule}: {text}" for rule, text in counts["bad"].items())
-    return (
-        f"domain {domain}: {bad} of {read} records are bad ({bad / read:.2%}), max_bad allows {max_bad:.2%}. {rules}. "
-        f"Mend the file, correct `format` or `text_field`, or raise `max_bad`; {shown} has examples"
+def _too_bad(
+    plan: Plan,
+    domain: str,
+    counts: dict[str, dict[str, Any]],
+    *,
+    accounts: list[dict[str, Any]],
+    starts: list[list[int]],
+) -> str:
+    folder, bad, read = scan.folder(plan, domain), counts["rules"]["bad"], counts["rules"]["read"]
+    lines = (
+        line
+        for task, account in enumerate(accounts)
+        for line in rejects.lines(folder, task, chunks=account["chunks"], starts=starts[task])
     )
+    shown = rejects.write(plan.path.with_name(f"rejects-{domain}.jsonl"), lines)
+    found = f"{bad} of {read} records are bad ({bad / read:.2%})"
+    return rejects.too_bad(domain, found=found, rules=counts["bad"], max_bad=plan.corpus.max_bad, shown=shown)
 
 
 def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: Plan) -> None:

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from tasks.corpus import contamination, filters, minhash, readers, spool, unchanged
+from tasks.corpus import contamination, filters, minhash, readers, rejects, spool, unchanged
 from tasks.corpus import plan as plans
 from tasks.corpus.encoder import Encoder
 from tasks.corpus.plan import SOURCES, Plan
@@ -46,22 +47,48 @@ def decoded(document: Document, encode: Encoder) -> Document:
     return dataclasses.replace(document, text=encode.decode(ids.tolist()), ids=ids)
 
 
-def folder(work: Path, domain: str) -> Path:
+LEAST = 100  # bad records of a task after which its domain is judged while it is scanned
+MARGIN = 4  # the rest of the input is granted so many times the records per byte that were seen
+
+
+class _TooBad(Exception):
+    """More records are bad than `max_bad` can allow; the text says how many."""
+
+
+def folder(plan: Plan, domain: str) -> Path:
     """Where the chunks of a domain lie."""
-    return work / "scan" / domain
+    return plan.path.parent / "scan" / f"{domain}-{plan.keys.scans[domain]}"
 
 
-def scan(work: Path, plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Callable[[], Encoder]) -> None:
+def band_paths(plan: Plan, domain: str, *, task: int, chunks: int) -> list[Path]:
+    """Where the bands of a task's documents lie, a file for each chunk; none if near-duplicates aren't looked for."""
+    if domain not in plan.keys.bands:
+        return []
+    return spool.band_paths(folder(plan, domain), task, chunks=chunks, key=plan.keys.bands[domain])
+
+
+def is_done(plan: Plan, domain: str, *, task: int) -> bool:
+    """Whether a task is scanned, and signed by the bands that the plan asks for."""
+    account = spool.account(folder(plan, domain), task)
+    if account is None:
+        return False
+    return all(path.exists() for path in band_paths(plan, domain, task=task, chunks=account["chunks"]))
+
+
+def scan(plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Callable[[], Encoder]) -> None:
     """Scan one task; goes on after the last committed chunk. Raises CorpusError or SourceError naming the domain."""
+    job = _Scan(plan, domain=domain, task=task, load_encoder=load_encoder)
     try:
-        _Scan(work, plan, domain=domain, task=task, load_encoder=load_encoder).run(meter)
+        job.run(meter)
+    except _TooBad as error:
+        raise CorpusError(job.too_bad(str(error))) from None
     except CorpusError as error:
         raise CorpusError(f"domain {domain}: {error}") from error
 
 
-def _open(work: Path, domain: str) -> readers.Reader:
-    """The reader of a domain, whose digest the plan has checked; `work` names settings and sources."""
-    corpus = plans.load(work).corpus
+def _open(path: Path, domain: str) -> readers.Reader:
+    """The reader of a domain, whose digest the plan in `path` has checked."""
+    corpus = plans.load(path).corpus
     return readers.open_reader(corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False)
 
 
@@ -76,52 +103,71 @@ _readers = _Readers()
 
 
 class _Scan:
-    def __init__(self, work: Path, plan: Plan, *, domain: str, task: int, load_encoder: Callable[[], Encoder]) -> None:
+    def __init__(self, plan: Plan, *, domain: str, task: int, load_encoder: Callable[[], Encoder]) -> None:
         corpus = plan.corpus
-        self.corpus, self.task, self.load_encoder = corpus, task, load_encoder
-        self.folder = folder(work, domain)
+        self.plan, self.domain, self.corpus, self.task = plan, domain, corpus, task
+        self.load_encoder = load_encoder
+        self.folder = folder(plan, domain)
         self.pieces = plan.tasks[domain][task]
-        self.reader = _readers.open(work.resolve(), domain)
+        self.chunks: list[dict[str, Any]] = []
+        self.bad = self._look = 0
         self.judge = filters.build(corpus.filters_of(domain))
-        self.items = None
-        if corpus.decontaminate:
-            self.items = contamination.Items.load(corpus.decontaminate, SOURCES, versions=plan.sources)
-        self.guard = functools.partial(
-            unchanged.task,
-            self.folder,
-            task,
-            part=corpus.domains[domain],
-            name=f"domain {domain}",
-            fetched=self.reader.fetched(self.pieces),
-            versions=plan.sources,
-        )
         near = corpus.near_duplicates_of(domain)
         self.signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram, digits=near.digits) if near else None
+        self.items: contamination.Items | None = None
         self.rows: list[int] = []
         self._piece = 0
 
     def run(self, meter: Meter) -> None:
-        with self.guard():
-            chunks = self._chunks(meter)
-        spool.finish(self.folder, self.task, chunks=chunks, rows=self.rows)
+        if spool.account(self.folder, self.task) is not None:  # under other settings for near-duplicates
+            self._take_up(meter)
+            return
+        self.reader = _readers.open(self.plan.path.resolve(), self.domain)
+        if asked := self.corpus.decontaminate:
+            self.items = contamination.Items.load(asked, SOURCES, versions=self.plan.sources)
+        with unchanged.task(
+            self.folder,
+            self.task,
+            part=self.corpus.domains[self.domain],
+            name=f"domain {self.domain}",
+            fetched=self.reader.fetched(self.pieces),
+            versions=self.plan.sources,
+        ):
+            self._take_up(meter)
+            self._read(meter)
+        spool.finish(self.folder, self.task, chunks=self.chunks, rows=self.rows)
+        records = sum(account["records"] for account in self.chunks)
+        if self.bad >= LEAST and self.bad > self.corpus.max_bad * records:
+            self._piece = len(self.pieces)
+            self._require_hope(records=records)
 
-    def _chunks(self, meter: Meter) -> list[dict[str, Any]]:
-        chunks = spool.committed(self.folder, self.task)
-        skip = sum(chunk["records"] for chunk in chunks)
-        for done in chunks:
-            meter.rules.update({**done["rules"], **done["bad"]})
-            meter.add(documents=done["records"])
+    def _take_up(self, meter: Meter) -> None:
+        """Go on from the chunks that are there."""
+        self.chunks = spool.committed(self.folder, self.task)
+        self.bad = sum(sum(chunk["bad"].values()) for chunk in self.chunks)
+        self._look = max(LEAST if self.corpus.max_bad else 1, self.bad)
+        for index, path in enumerate(spool.chunk_paths(self.folder, self.task, chunks=len(self.chunks))):
+            self._sign(index, functools.partial(spool.documents, path))
+        for account in self.chunks:
+            meter.rules.update({**account["rules"], **account["bad"]})
+            meter.add(documents=account["records"])
+
+    def _read(self, meter: Meter) -> None:
+        skip = sum(account["records"] for account in self.chunks)
         chunk = spool.Chunk()
         for number, record in enumerate(self._records(meter)):
             if number < skip:
                 continue
-            self._take(record, number=number, chunk=chunk)
+            try:
+                self._take(record, number=number, chunk=chunk)
+            except _TooBad:
+                self._commit(chunk, meter=meter)
+                raise
             if chunk.is_full:
-                chunks.append(self._commit(chunk, index=len(chunks), meter=meter))
+                self._commit(chunk, meter=meter)
                 chunk = spool.Chunk()
         if chunk.records:
-            chunks.append(self._commit(chunk, index=len(chunks), meter=meter))
-        return chunks
+            self._commit(chunk, meter=meter)
 
     def _records(self, meter: Meter) -> Iterator[Record]:
         for index, piece in enumerate(self.pieces):
@@ -131,7 +177,7 @@ class _Scan:
 
     def _take(self, record: Record, *, number: int, chunk: spool.Chunk) -> None:
         if isinstance(record, Reject):
-            chunk.reject(record, record=number, piece=self._piece)
+            self._reject(record, number=number, chunk=chunk)
             return
         document = decoded(record, self.encode) if record.ids is not None else record
         reject, kept_text = self._judged(document)
@@ -143,7 +189,53 @@ class _Scan:
             else:
                 chunk.document(document, record=number, piece=self._piece, doc_id=identity)
                 return
-        chunk.reject(reject, record=number, piece=self._piece, text=kept_text)
+        self._reject(reject, number=number, chunk=chunk, text=kept_text)
+
+    def _reject(self, reject: Reject, *, number: int, chunk: spool.Chunk, text: str | None = None) -> None:
+        chunk.reject(reject, record=number, piece=self._piece, text=text)
+        self.bad += reject.bad
+        if reject.bad and self.bad >= self._look:
+            self._look = 2 * self.bad
+            self._require_hope(records=number + 1)
+
+    def _require_hope(self, *, records: int) -> None:
+        """Raise _TooBad if `max_bad` cannot be met any more, whatever the rest of the domain holds.
+
+        The rest is granted MARGIN times as many records per byte as were seen, and that none of them is bad. A domain
+        that is scanned whole is judged by resolve.
+        """
+        sizes, bad = self.plan.sizes[self.domain], self.bad
+        seen = sum(map(self.reader.size, self.pieces[: self._piece]))
+        seen += sum(min(self.reader.bytes_read(), self.reader.size(piece)) for piece in self.pieces[self._piece :][:1])
+        for task, size in enumerate(sizes):
+            if task != self.task and (account := spool.account(self.folder, task)):
+                records += account["records"]
+                bad += sum(account["bad"].values())
+                seen += size
+        total = sum(sizes)
+        if not 0 < seen < total:
+            return
+        if bad > self.corpus.max_bad * records * (1 + MARGIN * (total - seen) / seen):
+            raise _TooBad(
+                f"{bad} of the first {records} records are bad ({bad / records:.2%}), which the rest of the input "
+                f"({1 - seen / total:.0%}) cannot make good"
+            )
+
+    def too_bad(self, found: str) -> str:
+        """The message of a domain that is stopped in the scan, with an example of each rule; writes more examples."""
+        counts: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for account in self.chunks:
+            counts.update(account["bad"])
+            for rule, (piece, source, row, detail) in account["examples"].items():
+                start = self.pieces[piece].start
+                after = f" after the cut at {start}" if start else ""
+                examples.setdefault(rule, f"{source}, row {row}{after}: {detail}")
+        rules = {rule: f"{count} of task {self.task}, the first in {examples[rule]}" for rule, count in counts.items()}
+        path = self.plan.path.with_name(f"rejects-{self.domain}.jsonl")
+        starts = [0] * len(self.pieces)
+        shown = rejects.write(path, rejects.lines(self.folder, self.task, chunks=len(self.chunks), starts=starts))
+        return rejects.too_bad(self.domain, found=found, rules=rules, max_bad=self.corpus.max_bad, shown=shown)
 
     def _judged(self, document: Document) -> tuple[Reject | None, str | None]:
         """Why a document is dropped, and its text if that is to be kept."""
@@ -181,14 +273,26 @@ class _Scan:
                 }
             )
 
-    def _commit(self, chunk: spool.Chunk, *, index: int, meter: Meter) -> dict[str, object]:
+    def _commit(self, chunk: spool.Chunk, *, meter: Meter) -> None:
         self._decontaminate(chunk)
-        bands = None
-        if self.signer:
-            bands = self.signer.bands(chunk.documents["text"])
-        elif self.corpus.near_duplicates:
-            bands = minhash.alone(chunk.documents["doc_id"], self.corpus.near_duplicates.bands)
-        account = spool.commit(self.folder, self.task, index=index, chunk=chunk, bands=bands)
+        index = len(self.chunks)
+        account = spool.commit(self.folder, self.task, index=index, chunk=chunk)
+        self.chunks.append(account)
+        self._sign(index, lambda: chunk.documents)
         meter.rules.update({**account["rules"], **account["bad"]})
         meter.add(documents=chunk.records, bytes=chunk.chars)
-        return account
+
+    def _sign(self, index: int, load: Callable[[], Any]) -> None:
+        """Write the bands of a chunk, unless they are there; `load` gives the columns of its documents."""
+        paths = band_paths(self.plan, self.domain, task=self.task, chunks=index + 1)
+        if not paths or paths[index].exists():
+            return
+        near, columns = self.corpus.near_duplicates, load()
+        assert near is not None
+        texts, doc_ids = (_listed(columns[name]) for name in ("text", "doc_id"))
+        bands = self.signer.bands(texts) if self.signer else minhash.alone(doc_ids, near.bands)
+        spool.sign(paths[index], bands)
+
+
+def _listed(column: Any) -> list[Any]:
+    return column if isinstance(column, list) else column.to_pylist()

@@ -2,6 +2,7 @@
 
 A task's records lie in chunks. `00000-000.arrow` holds the documents of chunk 0 of task 0, `00000-000.rejects.arrow`
 the records that gave none, and `00000-000.json`, written last, commits both. `00000.json` says that the task is whole.
+`00000-000.bands-KEY` has the bands of the documents, by which near-duplicates are found.
 """
 
 from __future__ import annotations
@@ -84,16 +85,10 @@ class Chunk:
             columns[name].append(value)
 
 
-def commit(folder: Path, task: int, *, index: int, chunk: Chunk, bands: NDArray[np.uint64] | None) -> dict[str, Any]:
+def commit(folder: Path, task: int, *, index: int, chunk: Chunk) -> dict[str, Any]:
     """Write a chunk and its account, which is returned: records, documents and records by rule."""
     stem = f"{task:05d}-{index:03d}"
     table = pa.table(chunk.documents, schema=DOCUMENTS)
-    if bands is not None:
-        width = 8 * bands.shape[1]
-        packed = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(width), len(bands), [None, pa.py_buffer(np.ascontiguousarray(bands, dtype="<u8"))]
-        )
-        table = table.append_column("bands", packed)
     _write(folder / f"{stem}.arrow", table)
     _write(folder / f"{stem}.rejects.arrow", pa.table(chunk.rejects, schema=REJECTS))
     rejects = chunk.rejects
@@ -108,6 +103,13 @@ def commit(folder: Path, task: int, *, index: int, chunk: Chunk, bands: NDArray[
     }
     scratch.write_json(folder / f"{stem}.json", account)
     return account
+
+
+def sign(path: Path, bands: NDArray[np.uint64]) -> None:
+    """Write the bands of a chunk's documents, uint64 [documents, bands], to one of `band_paths`."""
+    content = [None, pa.py_buffer(np.ascontiguousarray(bands, dtype="<u8"))]
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * bands.shape[1]), len(bands), content)
+    _write(path, pa.table({"bands": column}))
 
 
 def committed(folder: Path, task: int) -> list[dict[str, Any]]:
@@ -152,6 +154,11 @@ def account(folder: Path, task: int) -> dict[str, Any] | None:
 def chunk_paths(folder: Path, task: int, *, chunks: int) -> list[Path]:
     """The document files of a task, in order."""
     return [folder / f"{task:05d}-{index:03d}.arrow" for index in range(chunks)]
+
+
+def band_paths(folder: Path, task: int, *, chunks: int, key: str) -> list[Path]:
+    """The files of a task's bands, in order; `key` names how they were made."""
+    return [path.with_suffix(f".bands-{key}") for path in chunk_paths(folder, task, chunks=chunks)]
 
 
 def documents(path: Path) -> pa.Table:

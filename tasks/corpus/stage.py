@@ -31,7 +31,6 @@ from tasks.corpus import (
     progress,
     resolve,
     scan,
-    spool,
     streams,
     tokenise,
     unchanged,
@@ -75,9 +74,10 @@ def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
     Raises:
         FAILURES: what was finished is kept for the next run.
     """
-    with _workspace(name) as (work, todo):
-        out = _phases(work, todo, run=run or processes())
-        metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(work), encode=_encoder(todo.corpus))
+    with _workspace(name) as todo:
+        out = _phases(todo, run=run or processes())
+        metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(todo), encode=_encoder(todo.corpus))
+        work = todo.path.parent
         # Not in place: half of it, after a kill, would be taken for work to go on with.
         shutil.rmtree(work.rename(work.with_name(f"done-{work.name}")))
     return metrics
@@ -85,8 +85,8 @@ def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
 
 def prepare(name: str, *, run: Runner) -> None:
     """Everything but the publishing. Raises FAILURES."""
-    with _workspace(name) as (work, todo):
-        _phases(work, todo, run=run)
+    with _workspace(name) as todo:
+        _phases(todo, run=run)
 
 
 def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
@@ -95,35 +95,35 @@ def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
     Raises:
         FAILURES: also if the phase before is not finished.
     """
-    with _workspace(name, shared=phase != "resolve") as (work, todo):
+    with _workspace(name, shared=phase != "resolve") as todo:
         before = plan.PHASES[: plan.PHASES.index(phase)]
         for earlier in before:
-            if missing := _pending(work, todo, earlier):
+            if missing := _pending(todo, earlier):
                 raise CorpusError(
                     f"phase {phase} of corpus {name} needs phase {earlier}, of which {len(missing)} units are not "
                     f"done; run --phase {earlier} first"
                 )
         mine = [unit for i, unit in enumerate(todo.units(phase)) if i % count == index]
         for unit in mine:
-            run_unit(str(work), unit)
+            run_unit(str(todo.path), unit)
     return len(mine)
 
 
-def run_unit(work: str, unit: Unit) -> None:
-    """Run one unit, unless it is done; a function of the plan in the work folder."""
-    todo, folder = plan.load(Path(work)), Path(work)
-    if _is_done(folder, unit):
+def run_unit(path: str, unit: Unit) -> None:
+    """Run one unit, unless it is done; a function of the plan in `path`."""
+    todo = plan.load(Path(path))
+    if _is_done(todo, unit):
         return
-    with progress.Meter(folder / "progress", phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
+    with progress.Meter(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
         if unit.phase == "scan":
             # Only documents that come as ids need a tokenizer here, to be decoded.
             load = functools.partial(_encoder, todo.corpus)
-            scan.scan(folder, todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
+            scan.scan(todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
         elif unit.phase == "resolve":
             unchanged.require(todo.corpus, plan.SOURCES, versions=todo.sources)
-            resolve.resolve(folder, todo)
+            resolve.resolve(todo)
         else:
-            _tokenise(folder, todo, unit=unit, meter=meter)
+            _tokenise(todo, unit=unit, meter=meter)
 
 
 def processes(workers: int | None = None) -> Runner:
@@ -187,24 +187,30 @@ def default_environment(changed: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workspace(name: str, *, shared: bool = False) -> Iterator[tuple[Path, Plan]]:
-    """The work folder of a corpus and its plan, held until the block ends."""
+def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
+    """The plan of a corpus in its work folder, which is held until the block ends."""
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
     encode = _encoder(corpus)
-    # As pairs: the order of the domains is their priority.
-    domains = [[domain, entry.model_dump()] for domain, entry in corpus.domains.items()]
-    rest = corpus.model_dump(exclude={"domains"})
-    inputs = {"corpus": rest, "domains": domains, "sources": found, "tokenizer": encode.fingerprint}
+    keys = plan.keys_of(corpus, found=found, tokenizer=encode.fingerprint)
     # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
     here = Path(__file__).parent
     code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
     code |= {name: _version(name) for name in JUDGES}
-    with scratch.workspace("corpus", name, inputs=[inputs, code], shared=shared, worth=scratch.recency) as work:
+    with scratch.workspace("corpus", name, inputs=code, shared=shared, worth=scratch.recency) as work:
         if not shared:
             scratch.say_aside(work)
             files.sweep(work)
-        yield work, plan.open_plan(work, name, corpus=corpus, inputs=inputs)
+        path = plan.file(work, corpus, keys=keys)
+        if path.exists():
+            yield plan.load(path)
+            return
+        plan.make(path, name, corpus=corpus, keys=keys, found=found)
+        todo = plan.load(path)
+        for phase in plan.PHASES:
+            for unit in _pending(todo, phase):  # counters of work begun with other settings
+                progress.forget(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task)
+        yield todo
 
 
 def _version(package: str) -> str:
@@ -214,52 +220,56 @@ def _version(package: str) -> str:
         return ""
 
 
-def _phases(work: Path, todo: Plan, *, run: Runner) -> Path:
+def _progress(todo: Plan) -> Path:
+    return todo.path.with_name("progress")
+
+
+def _phases(todo: Plan, *, run: Runner) -> Path:
     """Run what isn't done; returns the folder that holds the result."""
-    with progress.Display(work / "progress", domains=list(todo.tasks)) as display:
+    with progress.Display(_progress(todo), domains=list(todo.tasks)) as display:
         for phase in plan.PHASES:
-            while units := _pending(work, todo, phase):  # twice, if a fast tokenizer turned out to be wrong
+            while units := _pending(todo, phase):  # twice, if a fast tokenizer turned out to be wrong
                 total = len(todo.units(phase))
                 display.phase(phase, total, before=total - len(units))
-                run(functools.partial(run_unit, str(work)), units)
-    return _out(work)
+                run(functools.partial(run_unit, str(todo.path)), units)
+    return _out(todo)
 
 
-def _pending(work: Path, todo: Plan, phase: Phase) -> list[Unit]:
-    return [unit for unit in todo.units(phase) if not _is_done(work, unit)]
+def _pending(todo: Plan, phase: Phase) -> list[Unit]:
+    return [unit for unit in todo.units(phase) if not _is_done(todo, unit)]
 
 
-def _is_done(work: Path, unit: Unit) -> bool:
+def _is_done(todo: Plan, unit: Unit) -> bool:
     if unit.phase == "scan":
-        return spool.account(scan.folder(work, unit.domain), unit.task) is not None
+        return scan.is_done(todo, unit.domain, task=unit.task)
     if unit.phase == "resolve":
-        return (work / resolve.FILE).exists()
-    return tokenise.finished(_out(work), unit.domain, task=unit.task) is not None
+        return resolve.result(todo).exists()
+    return tokenise.finished(_out(todo), unit.domain, task=unit.task) is not None
 
 
-def _tokenise(work: Path, todo: Plan, *, unit: Unit, meter: progress.Meter) -> None:
+def _tokenise(todo: Plan, *, unit: Unit, meter: progress.Meter) -> None:
     def attempt(
         out: Path,
     ) -> None:  # folder and backend by one look, since another worker may find a mismatch meanwhile
-        encode = _encoder(todo.corpus, backend="auto" if out.name == FAST else "reference")
-        tokenise.tokenise(work, todo, out=out, domain=unit.domain, task=unit.task, encode=encode, meter=meter)
+        encode = _encoder(todo.corpus, backend="auto" if out.parent.name == FAST else "reference")
+        tokenise.tokenise(todo, out=out, domain=unit.domain, task=unit.task, encode=encode, meter=meter)
 
     try:
-        attempt(_out(work))
+        attempt(_out(todo))
     except encoder.BackendMismatch as error:
         warnings.warn(f"{error}; everything is tokenised by the reference instead", stacklevel=2)
-        scratch.write_json(_distrust(work), {"domain": unit.domain, "task": unit.task, "error": str(error)})
-        attempt(_out(work))
+        scratch.write_json(_distrust(todo), {"domain": unit.domain, "task": unit.task, "error": str(error)})
+        attempt(_out(todo))
 
 
-def _distrust(work: Path) -> Path:
+def _distrust(todo: Plan) -> Path:
     """Where it is written that the fast tokenizer was found to be wrong."""
-    return work / "distrust.json"
+    return todo.path.with_name("distrust.json")
 
 
-def _out(work: Path) -> Path:
+def _out(todo: Plan) -> Path:
     """Shards of a fast tokenizer that proved wrong are left where they are, and nothing is taken from there."""
-    return work / ("tokenised-by-reference" if _distrust(work).exists() else FAST)
+    return todo.path.with_name("tokenised-by-reference" if _distrust(todo).exists() else FAST) / todo.keys.shards
 
 
 class _Loaded(threading.local):

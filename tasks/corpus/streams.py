@@ -29,9 +29,15 @@ class ReadError(RuntimeError):
     """A store or archive failed while a file was read: nothing is known about the records, so none is counted bad."""
 
 
-def guard(file: IO[bytes], path: str) -> IO[bytes]:
+def guard(file: IO[bytes], path: str) -> io.BufferedReader:
     """A file whose own failures are ReadErrors, never taken for damage inside it."""
     return io.BufferedReader(_Guarded(file, path), BLOCK)
+
+
+def bytes_read(file: IO[bytes]) -> int:
+    """How many bytes a guarded file has given."""
+    raw = getattr(file, "raw", None)
+    return raw.count if isinstance(raw, _Guarded) else 0
 
 
 @contextmanager
@@ -86,6 +92,7 @@ def _read_error(path: str, error: Exception) -> ReadError:
 class _Guarded(io.RawIOBase):
     def __init__(self, file: IO[bytes], path: str) -> None:
         self._file, self._path = file, path
+        self.count = 0  # bytes read
 
     def readable(self) -> bool:
         return True
@@ -105,4 +112,5 @@ class _Guarded(io.RawIOBase):
         except Exception as error:  # every store has errors of its own
             raise _read_error(self._path, error) from error
         buffer[: len(content)] = content
+        self.count += len(content)
         return len(content)

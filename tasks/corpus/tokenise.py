@@ -71,10 +71,10 @@ def finished(out: Path, domain: str, *, task: int) -> dict[str, Any] | None:
     return record if all((corpus / path).exists() for path in record["files"]) else None
 
 
-def tokenise(work: Path, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter) -> None:
+def tokenise(plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter) -> None:
     """Tokenise one task into `out`; parts that are committed are passed over. Raises BackendMismatch."""
     began, sampled = time.perf_counter(), encode.checks["sampled"]
-    job = _Task(work, plan, out=out, domain=domain, task=task, encode=encode, meter=meter)
+    job = _Task(plan, out=out, domain=domain, task=task, encode=encode, meter=meter)
     job.run()
     record = {
         "splits": job.sidecars,
@@ -97,16 +97,14 @@ class _Filling:
 
 
 class _Task:
-    def __init__(
-        self, work: Path, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter
-    ) -> None:
+    def __init__(self, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter) -> None:
         self.plan, self.domain, self.task, self.encode, self.meter = plan, domain, task, encode, meter
         self.corpus = out / "corpus"
-        self.folder = scan.folder(work, domain)
+        self.folder = scan.folder(plan, domain)
         account = spool.account(self.folder, task)
         assert account is not None
         self.account = account
-        self.fate, self.starts = resolve.fate_of(work, domain, task=task)
+        self.fate, self.starts = resolve.fate_of(plan, domain, task=task)
         self.sidecars: dict[str, list[dict[str, Any]]] = {split: [] for split in resolve.SPLITS}
         self.filling: dict[str, _Filling] = {split: _Filling() for split in resolve.SPLITS}
         self.encoded = 0
@@ -217,7 +215,8 @@ class _Task:
         return part_path(self.corpus, self.domain, split=split, task=self.task, index=index)
 
     def _metadata(self, split: str, index: int) -> dict[str, str]:
-        return part_metadata(self.encode, self.plan.key, domain=self.domain, split=split, task=self.task, index=index)
+        key = self.plan.keys.shards
+        return part_metadata(self.encode, key, domain=self.domain, split=split, task=self.task, index=index)
 
     def write_records(self) -> dict[str, str]:
         """Write verdicts and rejects; returns their paths in the corpus and their sha256."""

@@ -16,6 +16,7 @@ def _source(text: str) -> str:
     return text
 
 
+HeldOut = Annotated[float, Field(gt=0, lt=1)]  # nothing could be judged on no text
 SourceText = Annotated[str, AfterValidator(_source)]
 
 
@@ -39,7 +40,7 @@ class Domain(Frozen):
     """dataset: the configuration of a dataset that has several."""
     split: str | None = None
     """dataset: `train` if absent."""
-    heldout: Share | None = None
+    heldout: HeldOut | None = None
     """Overrides the corpus-wide share of documents held out."""
     filters: list[Filter] | None = None
     """Overrides the corpus-wide filters; [] applies none."""
@@ -92,7 +93,7 @@ class Corpus(Frozen):
 
     model: Name
     seed: Seed = 0
-    heldout: Share = 0.01
+    heldout: HeldOut = 0.01
     """Share of documents that is not trained on: half for validation, half for test."""
     max_bad: Share = 0.001
     """Share of unreadable records above which a domain fails."""

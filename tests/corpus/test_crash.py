@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -121,13 +122,14 @@ def test_on_a_full_disk_it_fails_naming_the_file_keeps_what_was_published_and_th
     run()
     published = scratch.digest(crashes.CORPUS)
     project(texts, seed=1)
-    for limit, written in ((30_000, "scan/prose/00000-000.arrow"), (200_000, "prose/train/part-00000-000.arrow")):
+    places = ((30_000, r"scan/prose-\w+/00000-000.arrow"), (200_000, "prose/train/part-00000-000.arrow"))
+    for limit, written in places:
         process = start("-m", "tasks.corpus", "tiny", "--workers", "1", file_bytes=limit)
         _, errors = process.communicate()
         assert process.returncode == 1, errors
         (last,) = [line for line in errors.splitlines() if line.startswith("corpus tiny: ")]
         assert "File too large: '.scratch/corpus-tiny/" in last
-        assert last.endswith(f"/{written}'")
+        assert re.search(f"/{written}'$", last)
         assert "Traceback" not in errors
         assert scratch.digest(crashes.CORPUS) == published
     run()

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks import scratch, sources
+from tasks import scratch, settings, sources
 from tasks.corpus import encoder, manifest, resolve, scan, shards, spool, stage, tokenise
 from tasks.corpus.records import CorpusError
 
@@ -158,7 +158,7 @@ def test_without_fingerprints_the_stage_says_which_command_makes_them(project: P
         stage.make("tiny")
 
 
-@pytest.mark.parametrize(("heldout", "split"), [(0.0, "validation"), (0.999999, "train")])
+@pytest.mark.parametrize(("heldout", "split"), [(1e-9, "validation"), (0.999999, "train")])
 def test_a_domain_without_documents_in_a_split_is_an_error(
     project: Project, tmp_path: Path, heldout: float, split: str
 ) -> None:
@@ -166,6 +166,18 @@ def test_a_domain_without_documents_in_a_split_is_an_error(
     with pytest.raises(CorpusError, match=rf"domain prose: no document for the {split} split.*30 kept") as e:
         run()
     assert f"heldout = {heldout}" in str(e.value)
+
+
+def test_what_can_give_no_three_splits_is_refused_before_anything_is_read(project: Project, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    files = {"source": f"dir:{tmp_path}/*.txt", "format": "text"}
+    project({"notes": files})
+    with pytest.raises(CorpusError, match="domain notes: 2 files are 2 documents, and train, validation, test need"):
+        run()
+    project({"notes": {**files, "heldout": 0.0}})
+    with pytest.raises(settings.SettingsError, match=r"domains.notes.heldout = 0.0: Input should be greater than 0"):
+        stage.make("tiny")
 
 
 def test_bad_lines_above_the_share_stop_the_domain_and_below_it_are_reported(project: Project, tmp_path: Path) -> None:

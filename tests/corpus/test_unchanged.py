@@ -84,7 +84,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_by_name(
 ) -> None:
     at_document(monkeypatch, document, lambda: rewrite(two / "a.jsonl"))
     refused(rf"^domain prose: source 'dir:{two}': a.jsonl changed while it was read{REFRESH}")
-    assert not list(Path(".scratch").glob("corpus-tiny/*/scan/prose/00000*"))
+    assert not list(Path(".scratch").glob("corpus-tiny/*/scan/prose-*/00000*"))
     refused(r"sources changed since they were fingerprinted \(domain prose\)")
 
 
@@ -111,7 +111,7 @@ def test_a_file_that_changes_before_its_task_begins_is_refused(two: Path, monkey
 @pytest.mark.parametrize("change", ["rewrite", "delete", "add", "fifo", "replace"])
 def test_what_changes_between_scan_and_resolve_is_refused(two: Path, change: str) -> None:
     stage.run_share("tiny", phase="scan", index=0, count=1)
-    with stage._workspace("tiny") as (work, _):
+    with stage._workspace("tiny") as todo:
         unit = stage.Unit(phase="resolve", domain="", task=0)
         if change == "rewrite":
             rewrite(two / "b.jsonl")
@@ -132,8 +132,8 @@ def test_what_changes_between_scan_and_resolve_is_refused(two: Path, change: str
             "delete": "b.jsonl is gone",
         }
         with pytest.raises(sources.SourceError, match=rf"^domain prose: .*{message[change]}"):
-            stage.run_unit(str(work), unit)
-        assert not (work / resolve.FILE).exists()
+            stage.run_unit(str(todo.path), unit)
+        assert not resolve.result(todo).exists()
 
 
 def test_where_stamps_say_nothing_the_hashes_after_the_scan_do(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_chunks_of_a_file_that_was_touched_after_a_kill_are_read_again(
         at_document(patch, 70, end)
         with pytest.raises(KeyboardInterrupt):
             stage.make("tiny", run=stage.processes(1))
-    (folder,) = Path(".scratch").glob("corpus-tiny/*/scan/prose")
+    (folder,) = Path(".scratch").glob("corpus-tiny/*/scan/prose-*")
     assert len(spool.committed(folder, 0)) == 2
     rewrite(two / "a.jsonl")
     rewrite(two / "a.jsonl")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tasks.corpus import manifest, packing, windows
 from tasks.corpus.windows import Windows
+from tests.conftest import SETTINGS
 
 from .handmade import EOS, corpus, documents
 
@@ -116,6 +117,19 @@ def test_windows_of_a_held_out_split_are_spread_over_it_and_fewer_where_it_is_sh
         ValueError, match=f"the {split} part of code, prose is shorter than one window of 99999 tokens; raise"
     ):
         of(two, seq_len=99999, count=1)
+
+
+def test_a_test_split_without_a_window_is_found_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.mixture.__main__ import run
+
+    monkeypatch.chdir(tmp_path)
+    long, short = documents([100] * 3), documents([30])
+    corpus(tmp_path / "data/corpora/tiny", {"code": [long, short], "prose": [long]})
+    Path("pipelines.yaml").write_text(SETTINGS.format(model="none", data="none"))
+    with pytest.raises(ValueError, match="the test part of code is shorter than one window of 64 tokens; raise"):
+        run("tiny")
 
 
 def test_only_evaluate_asks_for_windows_of_the_test_split() -> None:

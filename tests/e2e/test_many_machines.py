@@ -43,7 +43,7 @@ def _hold(source: str, target: str) -> None:
 
 os.replace = _hold
 """
-SCAN, PART = "scan/code/00005-000.arrow", "code/*/part-00007-000.arrow"
+SCAN, PART = "scan/code-*/00005-000.arrow", "code/*/part-00007-000.arrow"
 
 
 def fit_with_hold(project: Path) -> None:

@@ -63,6 +63,10 @@ class Reader(ABC):
     def size(self, piece: Piece) -> int:
         """About how many bytes of input a piece has."""
 
+    def bytes_read(self) -> int:
+        """At least how many bytes of the piece that is being read its records so far came from; 0 if unknown."""
+        return 0
+
 
 class FileReader(Reader):
     """A reader of files, opened through fsspec, one after the other."""
@@ -79,6 +83,7 @@ class FileReader(Reader):
         self.sizes = {name: fetched.sizes[path] for name, path in self.files.items()}
         self.field = domain.text_field
         self.max_record_bytes = max_record_bytes
+        self._opened: IO[bytes] | None = None
 
     def tasks(self, *, task_bytes: int) -> list[tuple[Piece, ...]]:
         pieces = (piece for name in self.files for piece in self.pieces(name, task_bytes=task_bytes))
@@ -105,7 +110,13 @@ class FileReader(Reader):
             yield Reject(rule="corrupt stream", source=name, row=0, detail="a compressed file of 0 bytes")
             return 1
         with self.open(name, sequential=self.is_decompressed and piece == Piece(name)) as raw:
+            self._opened = raw
             return (yield from self.records(streams.decompress(raw, name) if self.is_decompressed else raw, piece))
+
+    def bytes_read(self) -> int:
+        if self._opened is None or not self.is_decompressed:  # a parquet file is read ahead, by row groups
+            return 0
+        return max(streams.bytes_read(self._opened) - 2 * streams.BLOCK, 0)  # two buffers may be full
 
     def open(self, name: str, *, sequential: bool = False) -> AbstractContextManager[IO[bytes]]:
         """A file as its store has it."""
