@@ -3,6 +3,10 @@
 At F = 12 a routed row holds 6*D*F FLOPs, about the price of moving its 2*D elements in and out; computing all experts
 skips the move and lets the GEMMs be as wide as the dense layer's. Unchosen experts get the weight zero.
 
+Zero times infinity or NaN is NaN. An expert that a token did not choose may overflow, or hold NaN, and must not reach
+that token or its gradients. NaN survives every sum, so one sum over each result tells: where it is not finite, the
+result is computed again by :mod:`moe_kernels.sorted_path`, which never reads what was not chosen.
+
 Activations are laid out (hidden units, tokens), so that gates, ups and routing weights are contiguous runs of tokens
 and the up projections are used as they are stored; only w2 is copied, to (E, F, D).
 
@@ -13,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import moe_kernels.sorted_path as sorted_path
+
+from .routing import build_routing, in_range
+
 
 def forward(
     x_TD: Tensor, w13_EGD: Tensor, w3: None, w2_EDF: Tensor, *, weights_TK: Tensor, index_TK: Tensor
@@ -21,13 +29,22 @@ def forward(
 
     The signature is that of ``sorted_path.forward``; separate up projections are not computed here. An index of E
     names an absent expert, which adds nothing. The layout of the pre-activations is for :func:`backward` alone.
+
+    Raises:
+        IndexError: as :func:`moe_kernels.routing.build_routing`.
     """
     experts, _, width = w2_EDF.shape
     tokens, dtype = x_TD.shape[0], x_TD.dtype
+    index_TK = in_range(index_TK, experts=experts)
     hidden_EGT = (w13_EGD.to(dtype).flatten(0, 1) @ x_TD.contiguous().t()).view(experts, 2 * width, tokens)
     gate_EFT, up_EFT = hidden_EGT.split(width, dim=1)
     act_EFT = F.silu(gate_EFT).mul_(up_EFT).mul_(_weights(index_TK, weights_TK, experts=experts, dtype=dtype))
     out_TD = act_EFT.flatten(0, 1).t() @ _unit_rows(w2_EDF, dtype)
+    if not _finite(out_TD):
+        routing = build_routing(index_TK, experts=experts)
+        out_TD, _ = sorted_path.forward(
+            x_TD, w13_EGD, None, w2_EDF, weights_TK=weights_TK, routing=routing, keep_hidden=False
+        )
     return out_TD, hidden_EGT.view(tokens, experts * 2 * width)
 
 
@@ -49,6 +66,7 @@ def backward(
     """Gradients of x, w13, w3 (None), w2 and the routing weights; None only for those not needed."""
     experts, model_dim, width = w2_EDF.shape
     tokens, dtype = x_TD.shape[0], x_TD.dtype
+    index_TK = in_range(index_TK, experts=experts)
     weight_E1T = _weights(index_TK, weights_TK, experts=experts, dtype=dtype)
     gate_EFT, up_EFT = hidden.view(experts, 2 * width, tokens).split(width, dim=1)
     silu_EFT = F.silu(gate_EFT)
@@ -78,7 +96,33 @@ def backward(
             grad_x_TD = grad_hidden.t() @ w13_EGD.to(dtype).flatten(0, 1)
         if need_w13:
             grad_w13_EGD = (grad_hidden @ x_TD.contiguous()).view(w13_EGD.shape).to(w13_EGD.dtype)
+    if _finite(grad_x_TD, grad_w13_EGD, grad_w2_EDF, grad_weights_TK):
+        return grad_x_TD, grad_w13_EGD, None, grad_w2_EDF, grad_weights_TK
+    routing = build_routing(index_TK, experts=experts)
+    _, hidden = sorted_path.forward(x_TD, w13_EGD, None, w2_EDF, weights_TK=weights_TK, routing=routing)
+    grad_x_TD, grad_w13_EGD, _, grad_w2_EDF, grad_weights_TK = sorted_path.backward(
+        grad_out_TD,
+        x_TD,
+        w13_EGD,
+        None,
+        w2_EDF,
+        hidden,
+        weights_TK=weights_TK,
+        routing=routing,
+        need_x=need_x,
+        need_w13=need_w13,
+        need_w2=need_w2,
+        need_weights=need_weights,
+    )
     return grad_x_TD, grad_w13_EGD, None, grad_w2_EDF, grad_weights_TK
+
+
+def _finite(*results: Tensor | None) -> bool:
+    """False if one of them holds NaN or infinity; also for a sum that overflows by itself, which costs time alone."""
+    return all(
+        result is None or bool(result.sum(dtype=torch.promote_types(result.dtype, torch.float32)).isfinite())
+        for result in results
+    )
 
 
 def _unit_rows(w2_EDF: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 from bench import cpu_layer
 from bench.shapes import make_problem as make_bench_problem
 from bench.shapes import parse_shape
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from moe_kernels import choose_regime, sorted_path
 from moe_kernels.experts import experts_layer
 from moe_kernels.routing import Routing, build_routing
-from problems import Problem, Spread, assert_layer_accurate, make_problem, poisoned_memory
+from problems import NAMES, Problem, Spread, assert_layer_accurate, make_problem, poisoned_memory
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NARROW, WIDE = 24, 72  # on either side of the width at which the layout changes
@@ -95,6 +97,59 @@ def test_padding_behind_sorted_rows_is_not_read_and_comes_out_as_zero(dtype: tor
     for tensor in poisoned[:2]:
         assert (tensor[19:] == 0).all()  # type: ignore[index]
     assert poisoned[5] is None
+
+
+POISONS = (float("nan"), float("inf"), -float("inf"), 6e4)
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    poison=st.sampled_from(POISONS),
+    where=st.sampled_from(("x_TD", "w13_EGD", "w2_EDF", "grad_out_TD")),
+    row=st.integers(0, 5),
+    spread=st.sampled_from(("uniform", "first half", "one expert")),
+    absent=st.booleans(),
+    seed=st.integers(0, 3),
+    wanted=st.sets(st.sampled_from(NAMES[1:])),
+)
+@example(torch.float32, float("nan"), "w13_EGD", 5, "first half", False, 0, set(NAMES[1:]))  # chosen by no token
+@example(torch.float16, 6e4, "w13_EGD", 0, "uniform", False, 0, set(NAMES[1:]))  # overflows for who did not choose it
+@settings(deadline=None, max_examples=60)
+def test_an_expert_reaches_no_token_that_did_not_choose_it_whatever_it_holds(
+    dtype: torch.dtype, poison: float, where: str, row: int, spread: Spread, absent: bool, seed: int, wanted: set[str]
+) -> None:
+    """Oracle: the sorted path, which computes the chosen experts alone."""
+    p = make_problem(20, 6, top_k=2, hidden=16, width=8, spread=spread, seed=seed)
+    poisoned = getattr(p, where).clone()
+    poisoned[row, ..., 3] = poison
+    p = p.replaced(**{where: poisoned})
+    if absent:
+        p = p.replaced(top_k_index_TK=p.top_k_index_TK.masked_fill(p.top_k_index_TK == 1, 6))
+    found, expected = (p.run(partial(experts_layer, path=path), dtype, wanted=wanted) for path in ("dense", "sorted"))
+    elsewhere_T = torch.ones(20, dtype=torch.bool)
+    if dtype is torch.float16 and poison == 6e4:  # near its largest number, rounding decides what overflows
+        if where in ("x_TD", "grad_out_TD"):
+            return
+        elsewhere_T = (p.top_k_index_TK != row).all(1)
+        expected = {name: tensor for name, tensor in expected.items() if name not in ("dw13", "dw2")}
+    for name, tensor in expected.items():
+        got, tensor = (x if name in ("dw13", "dw2") else x[elsewhere_T] for x in (found[name], tensor))
+        largest = max([1.0, *tensor[tensor.isfinite()].abs().tolist()])
+        tolerance = 256 * torch.finfo(dtype).eps * largest  # sums in another order
+        torch.testing.assert_close(got, tensor, rtol=0, atol=tolerance, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("path", ["sorted", "dense", None])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_an_index_out_of_range_is_the_same_error_on_every_path(
+    path: str | None, dtype: torch.dtype, wrong: int
+) -> None:
+    p = make_problem(20, 6, top_k=2, hidden=16, width=8)
+    p.top_k_index_TK[3, 1] = wrong
+    p = p.replaced(top_k_index_TK=p.top_k_index_TK.to(dtype))
+    with pytest.raises(IndexError, match=r"top_k_index must lie in \[0, 6\), or be 6 for an absent expert; got"):
+        p.run(partial(experts_layer, path=path), torch.float32)
 
 
 @pytest.mark.parametrize(
