@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tasks.corpus import files
 from tasks.corpus.records import CorpusError
 from tasks.settings.corpus import NearDuplicates
 
@@ -125,7 +126,9 @@ def _batches(path: Path, name: str, *, width: int) -> Iterator[NDArray[np.uint8]
             reader = pa.ipc.open_file(file, options=wanted)
             for i in range(reader.num_record_batches):
                 yield _bytes(reader.get_batch(i).column(name), width)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, MemoryError) as error:
+        if (cause := files.machine_error(error, path)) is not None:
+            raise cause from error
         raise CorpusError(f"{path}: not a readable chunk ({error}); delete it and run again") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,14 @@ from pathlib import Path
 from typing import IO
 
 TMP = ".tmp-"
+_MENDS = {
+    errno.ENOMEM: "free memory, or raise the limit (ulimit -v, sysctl vm.max_map_count)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (sysctl fs.file-max)",
+    errno.EACCES: "give yourself the right to read it",
+    errno.EPERM: "give yourself the right to read it",
+}
+"""Errors that say something of the machine and nothing of a file, and what mends each."""
 
 
 @contextmanager
@@ -37,6 +46,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def machine_error(error: BaseException, path: Path | str) -> OSError | None:
+    """The error to raise where reading failed by the machine's fault, not by the file's; None where it may be."""
+    code = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if code not in _MENDS:
+        return None
+    text = f"{os.strerror(code)}, while it was opened or read; nothing is known to be wrong with it: {_MENDS[code]}"
+    return OSError(code, text, str(path))
 
 
 def sweep(folder: Path) -> None:

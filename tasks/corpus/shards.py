@@ -201,11 +201,18 @@ def sidecar_of(path: Path) -> Path:
 
 
 def open_shard(path: Path) -> pa.RecordBatch:
-    """Map a shard. Raises ValueError if it isn't one whole record batch."""
+    """Map a shard.
+
+    Raises:
+        ValueError: it isn't one whole record batch.
+        OSError: this machine could not map it now, for want of memory, say; nothing is known to be wrong with it.
+    """
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             batches = list(stream)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, MemoryError) as error:
+        if (found := files.machine_error(error, path)) is not None:
+            raise found from error
         raise ValueError(f"{path}: not a readable shard ({error}); make the corpus again") from error
     if len(batches) != 1:
         raise ValueError(

@@ -194,9 +194,13 @@ def main() -> int:
     parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
     corpus = parser.parse_args().corpus
     is_whole = True
-    for problem in problems(corpus):
-        is_whole = False
-        print(problem, flush=True)
+    try:
+        for problem in problems(corpus):
+            is_whole = False
+            print(problem, flush=True)
+    except OSError as error:  # of the machine: nothing is known of the corpus
+        print(error, file=sys.stderr)
+        return 1
     if is_whole:
         print(f"{corpus}: whole")
     return int(not is_whole)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tracemalloc
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from tasks.corpus import shards
 
+OUT_OF_MEMORY = [OSError(errno.ENOMEM, "Memory mapping file failed"), pa.ArrowMemoryError("realloc"), MemoryError()]
 FACTS = {"format": shards.FORMAT, "domain": "d", "split": "train", "tokenizer": "t", "task_key": "k"}
 DOCUMENT = st.tuples(
     st.lists(st.integers(0, 65535), min_size=1, max_size=9),
@@ -201,3 +203,19 @@ def test_views_of_a_shard_are_views_of_its_map(tmp_path: Path) -> None:
     assert [identity.tobytes() for identity in doc_ids] == [d[1] for d in documents]
     part = batch.slice(5, 6)
     assert [identity.tobytes() for identity in shards.doc_ids(part)] == [d[1] for d in documents[5:11]]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_while_a_shard_is_mapped_does_not_call_it_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pa, "memory_map", full)
+    with pytest.raises(
+        OSError, match="nothing is known to be wrong with it: free memory, or raise the limit"
+    ) as caught:
+        shards.open_shard(tmp_path / "part-00000-000.arrow")
+    assert caught.value.errno == errno.ENOMEM
+    assert "make the corpus again" not in str(caught.value)

@@ -24,6 +24,18 @@ def test_skippable_zstd_frames_are_passed_over_and_other_bytes_after_a_frame_are
         streams.decompress(io.BytesIO(frame + b"something else"), "a.zst").read()
 
 
+def test_memory_that_runs_out_does_not_make_a_file_a_damaged_one() -> None:
+    class Full(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            raise MemoryError
+
+    error = streams._read_error("a.jsonl", MemoryError())
+    assert "Cannot allocate memory" in str(error)
+    assert "nothing is known to be wrong with it: free memory" in str(error)
+    with pytest.raises(streams.ReadError, match="free memory"):
+        io.BufferedReader(streams._Guarded(Full(), "a.jsonl")).read(4)  # type: ignore[arg-type]
+
+
 def test_the_codec_is_told_by_the_name_before_a_url_s_query() -> None:
     names = [
         "a.gz",
