@@ -9,7 +9,6 @@ data/models/NAME.json.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch, settings, sources
-from tasks.moe import counts, families, files, gguf
+from tasks.moe import counts, families, files, foreign, gguf
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("data/models")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _FLOPS_SEQ_LEN = 2048
-_INDEX = "model.safetensors.index.json"
 
 
 def build(entry: settings.Model, work: Path) -> dict[str, Any]:
@@ -52,7 +49,7 @@ def build(entry: settings.Model, work: Path) -> dict[str, Any]:
     if entry.sha256 not in (None, digest):
         raise sources.SourceError(f"source {entry.source!r} changed while it was read: sha256 is {digest}; run again")
     config.dtype = entry.dtype
-    config.save_pretrained(target)
+    files.write_config(config, target)
     shutil.rmtree(work / "source")
     return {
         "parameters": counts.parameters(config),
@@ -82,7 +79,10 @@ def _build(entry: settings.Model, work: Path, fetched: sources.Fetched) -> PreTr
                 shutil.copyfileobj(source, copy, 1 << 20)
     try:
         if weights[0].endswith(".gguf"):
-            config = gguf.convert(work / "source" / weights[0], target, dtype=getattr(torch, entry.dtype))
+            config = foreign.understood(
+                lambda: gguf.convert(work / "source" / weights[0], target, dtype=getattr(torch, entry.dtype)),
+                file=weights[0],
+            )
             _check_shape(config, entry)
         else:
             config = _convert(work / "source", weights, target=target, entry=entry)
@@ -158,23 +158,33 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
 
     if not (folder / "config.json").is_file():
         raise ValueError("holds safetensors but no config.json; name the folder of the whole checkpoint")
-    families.check(_json(folder / "config.json"))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    fields = files.read_json(folder / "config.json")
+    families.check(fields)
+    shards, listed = _shards(folder, weights)
+    place = foreign.headers(folder, shards, listed=listed)
+    foreign.check_config(fields, place)
+
+    def read_config() -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config, families.expected(config)
+
+    config, wanted = foreign.understood(read_config, file="config.json")
     _check_shape(config, entry)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError("holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
     dtype = getattr(torch, entry.dtype)
-    wanted = families.expected(config)
-    place, shapes = _headers(folder, _shards(folder, weights))
     tied = config.tie_word_embeddings and "lm_head.weight" in place
     families.account(
-        {name: shape for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}, wanted
+        {name: entry.shape for name, entry in place.items() if not (tied and name == "lm_head.weight")}, wanted
     )
 
     def read(name: str) -> torch.Tensor:
         # Opened anew each time: what a mapping has read stays in memory until the mapping ends.
-        with safe_open(folder / place[name], framework="pt") as file:
-            return file.get_tensor(name).to(dtype, copy=True)
+        with safe_open(folder / place[name].file, framework="pt") as file:
+            stored = file.get_tensor(name)
+            converted = stored.to(dtype, copy=True)
+            foreign.require_fits(stored, converted, name=name, file=place[name].file)
+            return converted
 
     if tied and not read("lm_head.weight").equal(read("model.embed_tokens.weight")):
         raise ValueError(
@@ -189,50 +199,20 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
     return config
 
 
-def _shards(folder: Path, weights: list[str]) -> list[str]:
-    """The files that make up the checkpoint: those that transformers would read, or all where it would read none."""
+def _shards(folder: Path, weights: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """The files that make up the checkpoint: those that transformers would read, or all where it would read none.
+
+    With them what the index says, where it is what names the files.
+    """
     if "model.safetensors" in weights:
-        return ["model.safetensors"]
-    if not (folder / _INDEX).is_file():
-        return weights
-    listed = sorted(set(_json(folder / _INDEX).get("weight_map", {}).values()))
-    if absent := [name for name in listed if name not in weights]:
-        raise ValueError(f"lacks {', '.join(absent)}, which {_INDEX} lists; fetch the whole checkpoint")
-    return listed
-
-
-def _headers(folder: Path, shards: list[str]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """The file and the shape of every tensor, by the headers alone; derived rotary frequencies are left out."""
-    from safetensors import SafetensorError, safe_open
-
-    place: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="pt") as file:
-                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                for name, part in found.items():
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name in place:
-                        raise ValueError(f"holds {name} twice, in {place[name]} and {shard}; remove one")
-                    if part.get_dtype() not in _FLOATS:
-                        raise ValueError(
-                            f"{shard}: {name} is stored as {part.get_dtype()}, which is no plain number; name the "
-                            "checkpoint that it was quantised from"
-                        )
-                    place[name], shapes[name] = shard, tuple(part.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard} is damaged or cut short ({error}); fetch it again") from None
-    return place, shapes
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        fields: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file.name} is not valid JSON: {error}") from None
-    return fields
+        return ["model.safetensors"], None
+    listed = foreign.indexed(folder)
+    if listed is None:
+        return weights, None
+    shards = sorted(set(listed.values()))
+    if absent := [name for name in shards if name not in weights]:
+        raise ValueError(f"lacks {', '.join(absent)}, which {foreign.INDEX} lists; fetch the whole checkpoint")
+    return shards, listed
 
 
 def _check_shape(config: Any, entry: settings.Model) -> None:

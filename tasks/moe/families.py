@@ -48,6 +48,10 @@ _REASONS = {
 def check(fields: Mapping[str, Any]) -> None:
     """Raise ValueError, with the reason where it is known, if a config.json is of no supported family."""
     kind, classes = fields.get("model_type"), fields.get("architectures") or []
+    if not isinstance(kind, str | None) or not isinstance(classes, list):
+        raise ValueError(
+            f"config.json: model_type = {kind!r}, architectures = {classes!r}; needed: a name, and a list of names"
+        )
     if kind not in FAMILIES or (classes and classes[0] != FAMILIES[kind]):
         reason = _REASONS.get(str(kind), "it is not known whether its FFN can be cut into experts without a loss")
         if kind in FAMILIES:
@@ -58,10 +62,18 @@ def check(fields: Mapping[str, Any]) -> None:
             f"supported: {supported}"
         )
     if quantised := fields.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(
-            f"config.json: quantization_config.quant_method = {quantised.get('quant_method')!r}: its weights are not "
-            "plain numbers; name the checkpoint that it was made from"
+            f"config.json: quantization_config.quant_method = {method!r}: its weights are not plain numbers; name the "
+            "checkpoint that it was made from"
         )
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(field) or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(
+                f"config.json: {field} = {rope!r}; needed: one table for all layers, since no sparse class here has "
+                "rotary embeddings by kind of layer"
+            )
 
 
 def expected(config: Any) -> dict[str, tuple[int, ...]]:

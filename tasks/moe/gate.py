@@ -4,7 +4,7 @@
 - Noise in training, after Shazeer et al. (arXiv 1701.06538, eq. 4): + N(0, 1) * (softplus(noise x) + 0.01).
 - A bias on the choice (arXiv 2408.15664): the top k of logits + bias, weighed by the logits.
 
-No stock class has any of these, so what a linear router cannot express stands beside the checkpoint, in
+None of the classes that are written has any of these, so what a linear router cannot express stands beside them, in
 `gates.safetensors`: `layers.<i>.gate.{0,2}.weight` or `layers.<i>.linear.weight`, `layers.<i>.noise.weight`,
 `layers.<i>.selection_bias`. Shapes: T tokens, D hidden, E routed experts.
 """

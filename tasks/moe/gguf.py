@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.moe import families
+from tasks.moe import families, files, foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,13 +81,17 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
                     f"{file.name}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package does "
                     "not dequantise; take another quantisation of the model"
                 ) from None
-            writer.write(name, torch.tensor(processor.process(weights, tensor.name).weights, dtype=dtype))
+            stored = torch.as_tensor(processor.process(weights, tensor.name).weights)
+            converted = stored.to(dtype, copy=True)
+            foreign.require_fits(stored, converted, name=tensor.name, file=file.name)
+            writer.write(name, converted)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if _field(reader, "tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:
         digits = pre_tokenizers.Digits(individual_digits=True)
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     tokenizer.save_pretrained(target)
+    files.share_tokenizer(target)
     return config
 
 

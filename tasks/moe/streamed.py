@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.logging import disable_progress_bar
 
-from tasks.moe import allocator
+from tasks.moe import allocator, foreign
+from tasks.moe.files import read_json
 from tasks.moe.writer import DTYPES
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
@@ -161,7 +162,6 @@ class Streamed:
         [1, 1, L, L], True where a token is seen.
         """
         hidden = torch.zeros(1, length, 1, device=self.device)
-        positions = torch.arange(length, device=self.device)[None]
         types = getattr(self.config, "layer_types", None)
         sliding = (
             types[i] == "sliding_attention" if types else getattr(self.config, "sliding_window", None) is not None
@@ -170,11 +170,20 @@ class Streamed:
             sliding = False  # whatever its config says
         mask = create_sliding_window_causal_mask if sliding else create_causal_mask
         return {
-            "position_embeddings": self._rotary(hidden, positions),
+            "position_embeddings": self.rotary(torch.arange(length)),
             "attention_mask": mask(
                 config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
             ),
         }
+
+    @torch.no_grad()
+    def rotary(self, positions_L: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary embedding at these positions, float32 [1, L, head_dim] each.
+
+        Some kinds depend on the largest position as well.
+        """
+        cos, sin = self._rotary(torch.zeros(1, device=self.device), positions_L.to(self.device)[None])
+        return cos, sin
 
     @torch.no_grad()
     def logits(self, hidden_BLD: Tensor) -> Tensor:
@@ -238,7 +247,10 @@ def _config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no checkpoint here (config.json is missing); run the stage that writes it")
-    raw = json.loads(path.read_text())
+    try:
+        raw = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     if raw.get("model_type") not in DENSE + SPARSE:
         raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(DENSE + SPARSE)}")
     if raw.get("quantization_config"):
@@ -250,8 +262,11 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 def _stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors."""
-    index = folder / "model.safetensors.index.json"
-    listed: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    index = folder / foreign.INDEX
+    try:
+        listed = foreign.indexed(folder) or {}
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     files = sorted(set(listed.values())) or ["model.safetensors"]
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(

@@ -7,7 +7,6 @@ Shapes: D hidden, N neurons (FFN width), S shared experts, E routed experts, F n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,8 +116,7 @@ def convert(
                     writer.write(name, tensor)
             else:
                 writer.write(target, parent.tensor(origin) if isinstance(origin, str) else origin)
-    text = json.dumps(exporter.content(config), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n")
+    files.write_config(config, folder)
     files.copy_tokenizer(parent.folder, folder)
     files.copy_documents(parent.folder, folder)
 

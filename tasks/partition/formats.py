@@ -7,6 +7,7 @@ beyond that is refused. Shapes: D hidden, E routed experts, S shared, F neurons 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,7 +34,7 @@ _V1_FIXED: dict[str, tuple[tuple[Any, ...], str]] = _COMMON | {
     "gate_noise_epsilon": ((NOISE_EPSILON,), "it is a constant of the gate here"),
     "calculator_type": (("UniversalCalculator",), "other calculators drop tokens, or weigh them otherwise"),
     "multiply_gate_scores": ((True,), "every stock class weighs its experts"),
-    "add_weight_norm": ((False,), "its learnt scale has no place in a stock class"),
+    "add_weight_norm": ((False,), "its learnt scale has no place in the classes written here"),
 }
 _V1_IDLE = {
     "num_experts", "num_selects", "size_experts", "score_scale_factor", "gates", "gate_use_balance",
@@ -41,8 +42,8 @@ _V1_IDLE = {
 }  # fmt: skip
 _V2_FIXED: dict[str, tuple[tuple[Any, ...], str]] = _COMMON | {
     "moe_type": (("modulelist",), "other types have other tensors"),
-    "use_attn_moe": ((False,), "no stock class has experts of attention heads"),
-    "add_rescale_bias": ((False,), "no stock class has biases in its experts"),
+    "use_attn_moe": ((False,), "none of the classes written here has experts of attention heads"),
+    "add_rescale_bias": ((False,), "none of the classes written here has biases in its experts"),
     "rope_scaling": ((None,), "the model's own code ignores it; set it to null if it was trained so"),
 }
 _V2_MARKS = {"scale_factor", "num_moe_contract_layers", "intermediate_size_residual", "moe_type", "use_attn_moe"}
@@ -97,14 +98,21 @@ def _v1(raw: Mapping[str, Any], shapes: Shapes) -> Format:
     dense = LlamaConfig(**_checked(raw, _V1_FIXED, idle=_V1_IDLE, parent=LlamaConfig))
     experts, top_k = _whole(raw, "num_experts"), _whole(raw, "num_selects")
     layers, width, hidden = dense.num_hidden_layers, dense.intermediate_size, dense.hidden_size
-    sizes = {size for row in raw.get("size_experts") or [[width // experts] * experts] for size in row}
+    _experts_fit(experts, shapes, field="num_experts")
+    rows = raw.get("size_experts") or [[width // experts] * experts]
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"config.json: size_experts = {rows!r}; needed: a list of sizes for each layer")
+    sizes = {size for row in rows for size in row}
     if sizes != {width // experts} or width % experts:
         raise ValueError(
             f"config.json: size_experts holds {sorted(sizes)}; experts of one size are imported, here "
             f"intermediate_size / num_experts = {width} / {experts}"
         )
     scales = raw.get("score_scale_factor", 1.0)
-    scales = scales if isinstance(scales, list) else [scales] * layers
+    scales = [
+        _scale(scale, field="score_scale_factor")
+        for scale in (scales if isinstance(scales, list) else [scales] * layers)
+    ]
     if len(scales) != layers:
         raise ValueError(f"config.json: score_scale_factor has {len(scales)} entries for {layers} layers")
     linear = raw.get("gate_network", "mlp") == "linear"
@@ -153,12 +161,20 @@ def _v1(raw: Mapping[str, Any], shapes: Shapes) -> Format:
 def _v2(raw: Mapping[str, Any], shapes: Shapes) -> Format:
     base = _V2_DEFAULTS | _checked(raw, _V2_FIXED, idle=_V2_IDLE, parent=MistralConfig)
     experts, top_k = _whole(raw, "num_local_experts"), _whole(raw, "num_experts_per_tok")
-    size, residual = _whole(raw, "intermediate_size"), raw.get("intermediate_size_residual") or 0
+    _experts_fit(experts, shapes, field="num_local_experts")
+    size = _whole(raw, "intermediate_size")
+    residual = _whole(raw, "intermediate_size_residual") if raw.get("intermediate_size_residual") else 0
     shared = -(-residual // size)
     width = (experts + shared) * size
     # A mistral, for the sliding window that a llama has not; what is narrower than the result's is filled with zeros.
     dense = MistralConfig(**base | {"intermediate_size": width})
-    layers, hidden, contract = dense.num_hidden_layers, dense.hidden_size, raw.get("num_moe_contract_layers", 0)
+    layers, hidden = dense.num_hidden_layers, dense.hidden_size
+    contract = _whole(raw, "num_moe_contract_layers") if raw.get("num_moe_contract_layers") else 0
+    if 2 * contract >= layers:
+        raise ValueError(
+            f"config.json: num_moe_contract_layers = {contract} at either end leaves none of num_hidden_layers = "
+            f"{layers} with experts"
+        )
     sparse_layers = list(range(contract, layers - contract))
     expected = families.expected(dense)
     tensors = {name: shape for name, shape in expected.items() if ".mlp." not in name}
@@ -180,7 +196,7 @@ def _v2(raw: Mapping[str, Any], shapes: Shapes) -> Format:
         for ffn, neurons in ffns.items():
             tensors |= {f"{ffn}.w{n}.weight": (neurons, hidden) for n in (1, 3)}
             tensors[f"{ffn}.w2.weight"] = (hidden, neurons)
-    scale = raw.get("scale_factor", 1.0)
+    scale = _scale(raw.get("scale_factor", 1.0), field="scale_factor")
 
     def sparse(i: int, load: Load) -> tuple[SparseLayer, Gate | None]:
         moe = f"model.layers.{i}.block_sparse_moe"
@@ -215,8 +231,26 @@ def filled(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return F.pad(tensor, (0, shape[1] - tensor.shape[1], 0, shape[0] - tensor.shape[0]))
 
 
+def _scale(value: Any, *, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {field} = {value!r}; needed: a finite number above 0")
+    return float(value)
+
+
+def _experts_fit(experts: int, shapes: Shapes, *, field: str) -> None:
+    """Raise ValueError for more experts than there are tensors, before a table of all of them is made."""
+    if experts > len(shapes):
+        raise ValueError(f"config.json: {field} = {experts}, and the files hold {len(shapes)} tensors")
+
+
 def _scaled(down_EDF: Tensor, scale: float) -> Tensor:
-    return (down_EDF.float() * scale).to(down_EDF.dtype)
+    scaled_EDF = (down_EDF.float() * scale).to(down_EDF.dtype)
+    if not down_EDF.is_meta and not scaled_EDF.isfinite().all():
+        raise ValueError(
+            f"the down-projections of the experts times their scale {scale} are too large for {down_EDF.dtype}; store "
+            "the checkpoint in bfloat16 or float32"
+        )
+    return scaled_EDF
 
 
 def _checked(
@@ -244,6 +278,6 @@ def _checked(
 
 
 def _whole(raw: Mapping[str, Any], field: str) -> int:
-    if not isinstance(raw.get(field), int) or raw[field] < 1:
+    if type(raw.get(field)) is not int or raw[field] < 1:
         raise ValueError(f"config.json: {field} = {raw.get(field)!r}; needed: a whole number of at least 1")
     return int(raw[field])

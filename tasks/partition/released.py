@@ -8,7 +8,6 @@ are linear ones fitted to it (tasks/moe/linear.py), and the report says how near
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -18,19 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from tasks import scratch
 from tasks.corpus import manifest
-from tasks.moe import families, files, gate, linear
+from tasks.moe import families, files, foreign, gate, linear
 from tasks.moe.writer import DTYPES, ShardWriter
 from tasks.partition import calibration, exporters, formats
 
 REPORT = "import.json"
-_INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16", "F64")
-_PICKLES = """{folder}: holds its weights only as pickles ({names}), which can run any code when they are opened. \
+_PICKLES = """holds its weights only as pickles ({names}), which can run any code when they are opened. \
 The released repositories hold safetensors under the revision refs/pr/2; or convert the files where you trust them:
     import glob, torch, safetensors.torch
     for name in glob.glob("*.bin"):
@@ -50,9 +47,11 @@ class Released:
     dtypes: dict[str, torch.dtype]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as stored."""
+        """One tensor as stored. Raises ValueError for one that holds NaN or infinity."""
         with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            found = file.get_tensor(name)
+        foreign.require_finite(found, name=name, file=str(self.files[name]))
+        return found
 
     def blank(self, name: str) -> Tensor:
         """Its shape and dtype, without content."""
@@ -71,31 +70,21 @@ def read(folder: Path) -> Released:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; give the folder of a whole checkpoint")
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    found: dict[str, Path] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  no mapping
-                    if name.endswith("rotary_emb.inv_freq"):  # a buffer that the config determines
-                        continue
-                    part = opened.get_slice(name)
-                    if part.get_dtype() not in _FLOATS:
-                        raise ValueError(f"{file}: {name} is {part.get_dtype()}; take the weights in plain numbers")
-                    found[name], dtypes[name] = file, DTYPES[part.get_dtype()]
-                    shapes[name] = tuple(part.get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged or cut short ({error}); bring the file anew") from None
-    try:
-        kind = formats.of(raw, shapes)
+        raw = files.read_json(path)
+        shards, listed = _weight_files(folder)
+        found = foreign.headers(folder, shards, listed=listed)
+        foreign.check_config(raw, found)
+        shapes = {name: entry.shape for name, entry in found.items()}
+        kind = foreign.understood(lambda: formats.of(raw, shapes), file="config.json")
         families.account(shapes, kind.tensors)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return Released(folder=folder, format=kind, files=found, dtypes=dtypes)
+        raise ValueError(f"{folder}: {error}") from error
+    return Released(
+        folder=folder,
+        format=kind,
+        files={name: folder / entry.file for name, entry in found.items()},
+        dtypes={name: DTYPES[entry.dtype] for name, entry in found.items()},
+    )
 
 
 def convert(source: Path, target: Path, *, ids_BL: np.ndarray | None = None) -> dict[str, Any]:
@@ -143,7 +132,7 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
     kind = released.format
     exporter = exporters.choose(kind.dense, kind.partition)
     config = exporter.config(kind.dense, kind.partition)
-    scratch.write_json(folder / "config.json", exporter.content(config))
+    files.write_config(config, folder)
     files.copy_tokenizer(released.folder, folder)
     files.copy_documents(released.folder, folder)
 
@@ -191,17 +180,19 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
     return report
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the files, and what the index says of them, where there is one."""
+    if (listed := foreign.indexed(folder)) is not None:
+        names = sorted(set(listed.values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{folder}: {', '.join(missing)} named by {_INDEX} is missing; bring it as well")
-        return [folder / name for name in names]
-    found = sorted(path for path in folder.glob("*.safetensors") if path.name != gate.FILE)
+            raise FileNotFoundError(
+                f"{folder}: {', '.join(missing)} named by {foreign.INDEX} is missing; bring it as well"
+            )
+        return names, listed
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name != gate.FILE and path.is_file())
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if not found and pickles:
-        raise ValueError(_PICKLES.format(folder=folder, names=", ".join(pickles)))
+        raise ValueError(_PICKLES.format(names=", ".join(pickles)))
     if not found:
         raise FileNotFoundError(f"{folder}: holds no *.safetensors")
-    return found
+    return found, None

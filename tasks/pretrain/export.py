@@ -107,7 +107,7 @@ def write(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from tasks.moe import families, gate, linear
+    from tasks.moe import families, files, gate, linear
 
     disable_progress_bar()
     dtype = getattr(torch, source_dtype(model))
@@ -126,7 +126,7 @@ def write(
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config, dtype=dtype)
     stock.save_pretrained(folder, state_dict=weights)
-    stock.config.save_pretrained(folder)
+    files.write_config(stock.config, folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
     if not gates:

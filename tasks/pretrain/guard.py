@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import scratch
+from tasks.moe import foreign
 from tasks.pretrain.job import TrainingError
 from tasks.settings.pretrain import Guard as Knobs
 
@@ -31,8 +32,10 @@ class Guard:
     ends, because after each reset the next failure is further on.
     """
 
-    def __init__(self, knobs: Knobs, *, seq_len: int) -> None:
+    def __init__(self, knobs: Knobs, *, seq_len: int, models: Sequence[Path] = ()) -> None:
+        """`models` are the checkpoints that the losses come from, to be looked at if the first step is not sound."""
         self.knobs, self.seq_len = knobs, seq_len
+        self._models = models
         self._mean = 0.0
         self._sound = 0
         self._interventions = 0
@@ -94,6 +97,8 @@ class Guard:
     ) -> str:
         """The error that ends a run: what, at which step, in which windows, what is kept and what to try."""
         where = f" (windows of {self.seq_len} tokens: {named(windows)})" if windows else ""
+        if step <= 1 and "not finite" in what:
+            return f"{what} at step {step}{where}. {self._at_once()}"
         tries = ["a lower pretrain.learning_rate", "more warmup_tokens", "a lower clip", "precision: float32"]
         before = ""
         if self.knobs.policy == "stop":
@@ -104,6 +109,16 @@ class Guard:
         return (
             f"{what} at step {step}{where}{before}. Kept: {kept}. Try {', '.join(tries)}; look at those windows if it "
             "comes back at the same step"
+        )
+
+    def _at_once(self) -> str:
+        """Why a run may break before its first optimizer step, which no knob of that step can mend."""
+        for model in self._models:
+            if text := foreign.not_finite(model):
+                return f"{model}: {text}"
+        return (
+            "No weight has been changed yet, and those of the models are finite: try precision: float32, hold the "
+            "split against its parent (moeforge verify), and look at those windows"
         )
 
     def state(self) -> dict[str, Any]:

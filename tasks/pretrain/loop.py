@@ -54,7 +54,8 @@ class Trainer:
         )
         sizes = counts.experts(engine.module.config)
         self.load_shape = (len(sizes["layers"]), sizes["experts"])
-        self.guard = Guard(self.params.guard, seq_len=self.params.seq_len)
+        models = [job.model, job.parent] if self.params.distill else [job.model]
+        self.guard = Guard(self.params.guard, seq_len=self.params.seq_len, models=models)
         self.watch = Watch(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
         self.checkpoints = Checkpoints(
             job.workspace / "checkpoints", params=self.params, rank=place.rank, world_size=place.world_size

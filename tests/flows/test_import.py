@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -97,7 +97,17 @@ def test_with_a_corpus_the_routers_are_fitted_on_its_windows_and_another_tokeniz
 
 def test_what_cannot_be_imported_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", add_weight_norm=True)
+    scale = checkpoint(tmp_path / "scale", score_scale_factor=float("nan"))
+    doubled = checkpoint(tmp_path / "doubled")
+    save_file({"model.norm.weight": torch.zeros(HIDDEN)}, doubled / "more.safetensors")
+    weights = checkpoint(tmp_path / "weights")
+    tensors = load_file(weights / "model.safetensors")
+    tensors["lm_head.weight"][2, 3] = float("nan")
+    save_file(tensors, weights / "model.safetensors")
     for arguments, message in (
+        ([str(scale), str(tmp_path / "new")], "config.json: score_scale_factor = nan; needed: a finite number"),
+        ([str(doubled), str(tmp_path / "new")], "model.norm.weight twice, in model.safetensors and more.safetensors"),
+        ([str(weights), str(tmp_path / "new")], "model.safetensors: lm_head.weight holds nan at [2, 3]"),
         ([str(source), str(tmp_path / "new")], "add_weight_norm = True is not imported, only False"),
         ([str(source), str(tmp_path)], "is there already"),
         ([str(tmp_path / "none"), str(tmp_path / "new")], "config.json: not found"),
@@ -106,7 +116,7 @@ def test_what_cannot_be_imported_is_one_message_and_leaves_nothing(tmp_path: Pat
         assert result.exit_code == 1
         assert result.stderr.startswith("moeforge: ")
         assert message in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "scale", "doubled", "weights"}
 
 
 @pytest.mark.e2e

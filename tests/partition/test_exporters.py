@@ -3,9 +3,11 @@
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import settings
@@ -260,3 +262,13 @@ def test_families_without_a_dense_ffn_and_partitions_without_a_layer_are_refused
         exporters.choose(dense_config("llama", num_hidden_layers=1), partition(layers="alternate"))
     with pytest.raises(ValueError, match="does not divide the FFN width 48"):
         exporters.choose(dense_config("llama"), partition(experts=7, top_k=2))
+
+
+def test_classes_of_transformers_have_a_selection_bias_and_none_of_those_that_are_written():
+    models = Path(transformers.__file__).parent / "models"
+    having = {
+        file.parent.name for file in models.glob("*/modeling_*.py") if "e_score_correction_bias" in file.read_text()
+    }
+    assert len(having) > 25
+    assert {"deepseek_v3", "dots1", "glm4_moe"} <= having
+    assert not having & set(exporters.EXPORTERS)

@@ -1,11 +1,13 @@
 """Released LLaMA-MoE checkpoints become stock ones with the same logits; what would change them is refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from released_models import HIDDEN, LAYERS, SIZE, V1, V2, logits, save, v1_tensors, v2_tensors
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tasks.moe import gate
@@ -138,6 +140,18 @@ def test_a_v2_sliding_window_that_the_text_outgrows_is_kept(tmp_path):
         (V1, "num_selects", 0, "whole number"),
         (V1, "size_experts", [[8, 16, 12, 12]] * LAYERS, "one size"),
         (V1, "score_scale_factor", [1.0, 2.0], "2 entries for 4 layers"),
+        *((V1, "score_scale_factor", value, "finite number") for value in (0, -1.0, math.nan, math.inf, "4", True)),
+        (V1, "score_scale_factor", [4.0, 4.0, math.nan, 4.0], "finite number"),
+        (V1, "num_experts", 10**9, "the files hold"),
+        (V1, "size_experts", 3, "a list of sizes"),
+        (V1, "num_attention_heads", 5, "no multiple of num_attention_heads"),
+        (V1, "num_hidden_layers", 10**8, "the files hold 4 layers"),
+        (V2, "scale_factor", math.nan, "finite number"),
+        (V2, "scale_factor", 0.0, "a number above 0|finite number above 0"),
+        (V2, "num_moe_contract_layers", 2, "leaves none"),
+        (V2, "num_moe_contract_layers", -1, "whole number"),
+        (V2, "intermediate_size_residual", 1.5, "whole number"),
+        (V2, "num_local_experts", True, "whole number"),
         (V1, "something_new", 3, "not known here"),
         (V1, "quantization_config", {"quant_method": "hqq"}, "not known here"),
         (V1, "model_type", "llama", "needs no import"),
@@ -175,8 +189,13 @@ def test_a_stock_mixtral_is_told_that_it_needs_no_import(tmp_path):
         ),
         (
             lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}),
-            "lm_head.weight is I8; take the weights in plain numbers",
+            "lm_head.weight is stored as I8, which is no plain number",
         ),
+        (
+            lambda t: t["model.layers.1.mlp.calculator.experts.weight_up.2"][3].fill_(math.nan),
+            r"weight_up.2 holds nan at \[3, 0\], and 32 of its 384 numbers are not finite; fetch it again",
+        ),
+        (lambda t: t["model.layers.0.mlp.gate.gate_network.0.weight"][0].fill_(math.inf), "0.weight holds inf"),
     ],
 )
 def test_missing_unknown_misshapen_and_quantised_tensors_are_named(tmp_path, spoil, message):
@@ -193,11 +212,31 @@ def test_a_shard_that_is_cut_short_or_absent_is_named(tmp_path):
     shard = source / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors: damaged or cut short"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is damaged or cut short"):
         released.convert(source, tmp_path / "new")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors named by .* is missing"):
         released.convert(source, tmp_path / "new")
+
+
+def test_a_tensor_that_stands_in_two_files_is_named_with_both(tmp_path):
+    tensors = v1_tensors()
+    source = save(tmp_path / "source", V1, tensors)
+    again = {"model.norm.weight": tensors["model.norm.weight"] + 1}
+    (source / "model.safetensors.index.json").unlink()
+    save_file(again, source / "zz.safetensors")
+    with pytest.raises(ValueError, match=r"norm\.weight twice, in model-0000\d-of-00002.safetensors and zz\.safe"):
+        released.convert(source, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 99_999, "\xff", "3"])
+def test_a_config_that_is_no_object_is_one_line(tmp_path, text):
+    source = save(tmp_path / "source", V1, v1_tensors())
+    (source / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds a JSON)") as refused:
+        released.convert(source, tmp_path / "new")
+    assert "\n" not in str(refused.value)
 
 
 def test_pickles_are_refused_with_a_script_that_makes_them_safetensors(tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from tasks.corpus.sampler import Sampler
 from tasks.pretrain.guard import DECAY, WARM, Guard, Rollback, Rollbacks
@@ -35,10 +37,26 @@ def test_a_stop_says_what_where_what_is_kept_and_what_to_try() -> None:
     assert message.startswith("the loss is not finite at step 7 (windows of 64 tokens: code window 3, prose window 5)")
     assert "Kept: the checkpoint of step 6. Try a lower pretrain.learning_rate" in message
     assert "guard.policy: skip or rollback" in message
-    with pytest.raises(TrainingError, match=r"the gradient norm is not finite at step 1\. Kept: nothing yet"):
-        guard().judge(step=1, loss=1.0, norm=math.inf)
+    with pytest.raises(TrainingError, match=r"the gradient norm is not finite at step 2\. Kept: nothing yet"):
+        guard().judge(step=2, loss=1.0, norm=math.inf)
     with pytest.raises(TrainingError, match=r"w 7 and 92 more\)"):
         guard().judge(step=1, loss=1.0, norm=math.inf, windows=[("w", i) for i in range(100)])
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_run_that_breaks_before_its_first_update_is_not_told_to_lower_its_rate(tmp_path: Path, broken: bool) -> None:
+    weights = {"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(3, 4)}
+    if broken:
+        weights["lm_head.weight"][1, 2] = math.nan
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(TrainingError) as caught:
+        Guard(Knobs(), seq_len=64, models=[tmp_path]).judge(step=1, loss=math.nan, norm=None)
+    message = str(caught.value)
+    assert "learning_rate" not in message
+    if broken:
+        assert f"{tmp_path}: model.safetensors: lm_head.weight holds nan at [1, 2]" in message
+    else:
+        assert "those of the models are finite: try precision: float32" in message
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

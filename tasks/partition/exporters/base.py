@@ -6,7 +6,6 @@ Shapes: D hidden, E routed experts, F neurons per expert, M = S * F neurons of t
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -137,10 +136,6 @@ class Exporter:
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         raise NotImplementedError
-
-    def content(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Content of config.json."""
-        return dict(json.loads(config.to_json_string()))
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
         """The tensors of the FFN of layer `i`, by their names in published checkpoints of this class."""

@@ -45,6 +45,7 @@ class Qwen2Moe(Exporter):
             qkv_bias=attention_biases(dense) == "qkv",
             use_sliding_window=sliding is not None,
             sliding_window=sliding,
+            max_window_layers=seen.index(sliding) if sliding else len(seen),  # read by transformers 4
             layer_types=["sliding_attention" if width else "full_attention" for width in seen],
         )
 

@@ -36,10 +36,5 @@ class Qwen3Moe(Exporter):
             sliding_window=sliding,
         )
 
-    def content(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """With num_experts, as published configs have it; transformers 5 writes its alias num_local_experts alone."""
-        fields = super().content(config)
-        return fields | {"num_experts": fields["num_local_experts"]}
-
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
         return routed(f"model.layers.{i}.mlp", sparse)
