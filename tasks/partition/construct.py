@@ -52,8 +52,9 @@ def construct(
         report: called for every layer with how it went.
 
     Returns:
-        identity_error, dropped (share of neurons that the method leaves out), layer_error per sparse layer where there
-        was text, gates (how well linear routers fit them) and seconds per part.
+        identity_error and identity_error_as_written (see identity.Errors), dropped (share of neurons that the method
+        leaves out), layer_error per sparse layer where there was text, gates (how well linear routers fit them) and
+        seconds per part.
 
     Raises:
         ValueError: no class can express the result, sizes do not fit, or a tensor is not accounted for.
@@ -95,10 +96,11 @@ def construct(
             fitted = linear.refit(folder / "moe", builder.gates, ids_BL)
     lap("construction")
     moe = Streamed(folder / "moe", device=parent.device)  # what was written is what is judged
-    error = identity.prove(moe, parent, made, identity.sample_ids(model_dir))
+    found = identity.prove(moe, parent, made, identity.sample_ids(parent))
     lap("identity")
     return {
-        "identity_error": error,
+        "identity_error": found.equal,
+        "identity_error_as_written": found.as_written,
         "dropped": made.dropped(parent.config.intermediate_size),
         "layer_error": builder.errors,
         "gates": fitted,
@@ -137,6 +139,7 @@ class Builder:
             size=partition.check_width(width),
             top_k=partition.top_k,
         )
+        self._all = partition.top_k == partition.experts  # nothing to choose: the weights are to be equal
         self.router = partition.router or ("random" if ids_BL is None else "regression")
         self._method = methods.get(partition.method)
         self._importance: dict[int, np.ndarray] = {}
@@ -190,6 +193,8 @@ class Builder:
         self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
         if partition.gate == "tanh":
             fresh = gates.start(*router_ED.shape, seed=partition.seed, layer=i)
+            if self._all:
+                fresh = dataclasses.replace(fresh, outer_EE=torch.zeros(len(router_ED), len(router_ED)))
             linear_gate = gates.from_linear(router_ED.to(stored[0].dtype))
             self.gates[i] = fresh if self.router == "random" else linear_gate
         self._report(text)
@@ -225,6 +230,8 @@ class Builder:
                 _add(states, block.mlp, states.attend(block, i))
 
     def _start_router(self, layer: Layer, experts_EF: np.ndarray) -> torch.Tensor:
+        if self._all:
+            return layer.gate_ND.new_zeros(self._sizes.experts, layer.gate_ND.shape[1]).float()
         routed_EF = experts_EF[self._sizes.shared :]
         router_ED = router.start(self.router, layer, routed_EF, seed=self._partition.seed).float()
         if self._partition.method == "copy":  # top-k then picks whole copies
@@ -239,6 +246,8 @@ class Builder:
         return router_ED * (self._partition.router_std / spread.clamp_min(1e-12))
 
     def _fit(self, ffn: Converted, states: calibration.States, drift_TD: torch.Tensor | None) -> None:
+        if self._all and ffn.is_dense():
+            return  # what a fit would change is rounding
         ffn.temper(std=self._partition.router_std)
         if self._partition.scale == "calibrated":
             ffn.calibrate()

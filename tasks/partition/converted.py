@@ -70,6 +70,12 @@ class Converted:
         weights_TG[:, -1] = 1  # the shared experts
         return weights_TG @ self._member_GN if self._group_N is None else weights_TG[:, self._group_N]
 
+    def is_dense(self) -> bool:
+        """True if it gives the dense FFN's output already: every neuron counts once, whatever the input."""
+        one_TD = torch.ones(1, self.gate_ND.shape[1], device=self.gate_ND.device)
+        is_even = not self.router_ED.any()
+        return is_even and bool(((self.coefficients(one_TD, self.router_ED) - 1).abs() < 1e-6).all())
+
     def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
         """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
         if self.gate_ND is not self._layer.gate_ND:

@@ -10,6 +10,15 @@ once, and the experts' sum is the dense FFN.
     perturbed                           proves: index, scales, class and all that is carried; verify.py holds the
                                         weights themselves against the parent, row by row
 
+Two runs in one pass: with equal weights, as above, and with the weights that the written router gives when all experts
+are chosen. Where top_k = E that is the model as it is used, and its error is held to the same tolerance: such a router
+is zero. Where top_k < E the second error is reported. It says how far from equal the router's weights are, which is
+what they are for.
+
+A text of a hundred tokens says nothing of a sliding window that is longer, nor of rotary embeddings that change behind
+some position. The text is made longer than either where that is cheap, and the positions themselves are compared
+(positions.py).
+
 The error is the largest absolute difference of logits over the largest absolute one of the reference. The layers run
 in float64: in float32 the order of the neurons alone moves the logits of a 30-layer model by 2e-6 to 9e-6. One layer
 of each model is in memory at a time.
@@ -18,7 +27,6 @@ of each model is in memory at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +34,7 @@ import torch
 from torch import nn
 
 from tasks.moe.streamed import Streamed
+from tasks.partition import positions
 from tasks.partition.convert import ffn_names
 from tasks.partition.index import Index
 from tasks.settings import Partition
@@ -109,8 +118,18 @@ def ffn(block: nn.Module, index: Index) -> Ffn:
     )
 
 
-def error(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, parent_weights: bool = True) -> float:
-    """Largest absolute difference of the logits over the largest absolute logit of the reference; inf for a NaN.
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Largest absolute differences of the logits over the largest absolute logit of the reference; inf for a NaN."""
+
+    equal: float
+    """All experts on, with equal weights."""
+    as_written: float
+    """All experts on, with the weights that the written router gives."""
+
+
+def errors(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, parent_weights: bool = True) -> Errors:
+    """How far a sparse checkpoint with all experts on is from its reference.
 
     Args:
         moe: the sparse checkpoint.
@@ -142,15 +161,18 @@ def error(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, p
     ids = torch.from_numpy(ids_BL)
     with torch.no_grad():
         expected_BLD = dense.forward(ids, batch=_BATCH, blocks=reference)
-        found_BLD = moe.forward(ids, batch=_BATCH, blocks=all_on)
-        difference = largest = 0.0
-        for hidden, other in zip(expected_BLD.split(_BATCH), found_BLD.split(_BATCH), strict=True):
-            expected, found = dense.logits(hidden), moe.logits(other)
-            worst = (found - expected).abs().max().item()
-            if worst != worst:
-                return float("inf")
-            difference, largest = max(difference, worst), max(largest, expected.abs().max().item())
-    return difference / largest if largest else float("inf")
+        # Of the doubled windows, the first half has equal weights and the second half the router's (_turn_on).
+        found_BLD = moe.forward(torch.cat([ids, ids]), batch=2 * len(ids), blocks=all_on)
+        differences, largest = [0.0, 0.0], 0.0
+        equal_BLD, written_BLD = found_BLD.chunk(2)
+        for hidden, *others in zip(expected_BLD, equal_BLD, written_BLD, strict=True):
+            expected = dense.logits(hidden)
+            largest = max(largest, expected.abs().max().item())
+            for run, other in enumerate(others):
+                worst = (moe.logits(other) - expected).abs().max().item()
+                differences[run] = max(differences[run], float("inf") if worst != worst else worst)
+    equal, as_written = (difference / largest if largest else float("inf") for difference in differences)
+    return Errors(equal=equal, as_written=as_written)
 
 
 def _widen(block: nn.Module) -> None:
@@ -168,35 +190,50 @@ def _widen(block: nn.Module) -> None:
 
 
 def _turn_on(parts: Ffn, index: Index, *, layer: int, width: int) -> None:
-    """Alter a sparse layer so that every expert takes part and every neuron that has a place counts once."""
+    """Alter a sparse layer so that every expert takes part and every neuron that has a place counts once.
+
+    For the first half of a batch all experts have the same weight: the router sees zeros there.
+    """
     experts = len(parts.gate_EFD)
     times_N = torch.from_numpy(index.times(layer, width=width)).to(parts.down_EDF)
     place_PF = torch.from_numpy(index.layers[layer]).to(parts.down_EDF.device)
-    parts.router.weight.data.zero_()
+    parts.router.register_forward_pre_hook(_zero_first_half)
     parts.router.top_k = experts
     routed_EF, shared_M = place_PF[index.shared_experts :], place_PF[: index.shared_experts].reshape(-1)
     parts.down_EDF.mul_((experts / index.scales[layer] / times_N[routed_EF])[:, None])
     parts.shared_down_DM.div_(times_N[shared_M])
 
 
-def prove(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray) -> float:
-    """The error of a checkpoint, against the reference and the tolerance that its settings and dtype call for.
+def _zero_first_half(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Router logits of zero for the first half of the windows of a batch; its first dimension is windows or tokens."""
+    hidden = inputs[0].clone()
+    hidden[: len(hidden) // 2] = 0
+    return (hidden, *inputs[1:])
+
+
+def prove(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray) -> Errors:
+    """The errors of a checkpoint, against the reference and the tolerance that its settings and dtype call for.
 
     Raises:
-        IdentityError: it is too large.
+        IdentityError: one is too large, or the models place their tokens differently.
     """
+    if wrong := positions.difference(moe, dense):
+        raise IdentityError(f"identity test: {wrong}")
     moved = moves_only(index.options)
-    found = error(moe, dense, index, ids_BL, parent_weights=moved)
-    require(found, stored_dtype(dense, index) if moved else torch.float32)  # altered weights are compared as written
+    found = errors(moe, dense, index, ids_BL, parent_weights=moved)
+    stored = stored_dtype(dense, index) if moved else torch.float32  # altered weights are compared as written
+    require(found.equal, stored)
+    if index.options.top_k == index.options.experts:
+        require(found.as_written, stored, router="the router as it was written")
     return found
 
 
-def require(found: float, stored: torch.dtype) -> None:
+def require(found: float, stored: torch.dtype, *, router: str = "equal weights") -> None:
     """Raise IdentityError if the error of FFNs stored in this dtype is too large."""
     if not found <= TOLERANCE[stored]:
         raise IdentityError(
-            f"identity test: with all experts on, the logits differ from the dense model's by {found:.2e} of the "
-            f"largest; allowed for {stored}: {TOLERANCE[stored]:.0e}"
+            f"identity test: with all experts on and {router}, the logits differ from the dense model's by "
+            f"{found:.2e} of the largest; allowed for {stored}: {TOLERANCE[stored]:.0e}"
         )
 
 
@@ -211,9 +248,10 @@ def stored_dtype(dense: Streamed, index: Index) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def sample_ids(model_dir: Path) -> np.ndarray:
-    """A fixed text of four kinds in the model's tokens, int64 [1, L]."""
+def sample_ids(dense: Streamed) -> np.ndarray:
+    """A fixed text of four kinds in the model's tokens, repeated as positions.text_length asks, int64 [1, L]."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    return np.array([tokenizer(_TEXT, add_special_tokens=False)["input_ids"]], dtype=np.int64)
+    tokenizer = AutoTokenizer.from_pretrained(dense.folder, local_files_only=True)
+    ids = np.array(tokenizer(_TEXT, add_special_tokens=False)["input_ids"], dtype=np.int64)
+    return np.resize(ids, (1, max(len(ids), positions.text_length(dense))))

@@ -9,12 +9,14 @@ is in memory at a time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tasks.moe import files
 from tasks.moe.streamed import Streamed
 from tasks.partition import convert, exporters, identity
 from tasks.partition import index as index_file
@@ -22,7 +24,7 @@ from tasks.partition.exporters import Exporter
 from tasks.partition.index import Index
 from tasks.partition.methods import copy
 
-_UNREAD = ("transformers_version", "_name_or_path")
+_UNREAD = ("transformers_version",)
 
 
 def verify_checkpoint(moe_dir: Path, index_path: Path, dense_dir: Path) -> list[str]:
@@ -46,7 +48,7 @@ def verify_checkpoint(moe_dir: Path, index_path: Path, dense_dir: Path) -> list[
     for layer in index.layers:
         problems += [f"{moe_dir}: layer {layer}: {text}" for text in _rows(moe, dense, index, layer=layer)]
     try:
-        identity.prove(moe, dense, index, identity.sample_ids(dense_dir))
+        identity.prove(moe, dense, index, identity.sample_ids(dense))
     except identity.IdentityError as failed:
         problems.append(f"{moe_dir}: {failed}")
     return problems
@@ -62,8 +64,9 @@ def _index(dense: Streamed, index: Index) -> list[str]:
 
 def _config(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter) -> Iterator[str]:
     """Fields of the config that are not what the partition writes."""
-    found = moe.config.to_dict()
-    wanted = exporter.config(dense.config, index.options.model_copy(update={"target": exporter.name})).to_dict()
+    found = json.loads((moe.folder / "config.json").read_text())
+    config = exporter.config(dense.config, index.options.model_copy(update={"target": exporter.name}))
+    wanted = json.loads(json.dumps(files.config_fields(config)))
     for name in sorted(set(found) | set(wanted)):
         if name not in _UNREAD and found.get(name) != wanted.get(name):
             yield f"{name} = {found.get(name)!r}; by the index and its parent it is {wanted.get(name)!r}"

@@ -56,6 +56,29 @@ def test_the_error_reported_of_a_layer_is_that_of_the_written_checkpoint(tmp_pat
     assert error == pytest.approx(found["layer_error"]["0"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "random"},
+        {"method": "random", "router": "centroid", "gate": "tanh"},
+        {"method": "random", "gate": "tanh"},
+        {"method": "clustering", "router_std": 3.0},
+        {"method": "copy", "experts": 3, "top_k": 3},
+        {"method": "random", "router": "regression", "down_proj": "refit", "fit_passes": 2, "calibration_windows": 6},
+        ACTIVATION | {"experts": 6, "top_k": 6, "down_proj": "refit", "fit_passes": 2, "gate": "tanh"},
+    ],
+)
+def test_with_all_experts_chosen_the_checkpoint_as_it_loads_is_the_dense_model(tmp_path, dense, options):
+    found, _, moe = make(tmp_path, dense, **{"experts": 8, "top_k": 8} | options)
+    ids = torch.from_numpy(sample())
+    loaded = [checkpoint.load(folder) for folder in (moe, dense)]  # grouped_mm refuses experts of 6 neurons
+    with torch.no_grad():
+        sparse, parent = (model(input_ids=ids).logits for model in loaded)
+    assert ((sparse - parent).abs().max() / parent.abs().max()).item() <= 1e-5
+    assert found["identity_error_as_written"] <= 1e-5
+    assert verify.verify_checkpoint(moe, moe.parent / "partition.safetensors", dense) == []
+
+
 def test_a_method_that_needs_no_text_needs_no_corpus(tmp_path, dense):
     found, made, moe = make(tmp_path, dense, method="random", experts=8, top_k=2, router="centroid")
     assert found["identity_error"] <= 1e-5

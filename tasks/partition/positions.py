@@ -1,0 +1,79 @@
+"""Whether a sparse model places its tokens as its parent does, where a text of a hundred tokens cannot see it.
+
+A sliding window acts on longer texts alone, and some rotary embeddings change behind a position that the config names.
+A text of that length costs what the whole model costs on it. So cos, sin and masks are compared by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tasks.moe.streamed import Streamed
+
+LONGEST = 1024
+"""Tokens of the identity text at most."""
+MASKED = 8192
+"""Length of a text at most whose attention mask is compared whole; of longer windows the numbers are compared."""
+
+
+def difference(moe: Streamed, dense: Streamed) -> str | None:
+    """Where two models turn queries and keys otherwise, or see other tokens, with what mends it; None if nowhere.
+
+    Compared are positions around 0 and every length in the config, and beyond the longest, and the masks of every
+    layer for a text that is longer than its window.
+    """
+    for end in sorted({64, *_lengths(dense)}):
+        positions = torch.arange(max(0, end - 64), end + 64)
+        for found, wanted in zip(moe.rotary(positions), dense.rotary(positions), strict=True):
+            if found.shape != wanted.shape or not (found - wanted).abs().max() <= 1e-6:
+                return (
+                    f"the rotary embeddings of positions {positions[0]} to {positions[-1]} are not the dense model's; "
+                    "compare rope_parameters, rope_scaling and rope_theta of the two config.json"
+                )
+    seen: set[tuple[Any, ...]] = set()
+    for i in range(dense.layers):
+        kinds = tuple(_window(model, i) for model in (moe, dense))
+        windows = [width for width in kinds if width is not None and width < dense.config.max_position_embeddings]
+        if kinds in seen or not windows:
+            continue
+        seen.add(kinds)
+        if max(windows) + 2 > MASKED:
+            same = kinds[0] == kinds[1]
+        else:
+            found, wanted = (_mask(model, i, max(windows) + 2) for model in (moe, dense))
+            same = torch.equal(found, wanted)
+        if not same:
+            return (
+                f"layer {i} sees {kinds[0] or 'all'} tokens, the dense model's {kinds[1] or 'all'}; compare "
+                "sliding_window, use_sliding_window and layer_types of the two config.json"
+            )
+    return None
+
+
+def _window(model: Streamed, i: int) -> int | None:
+    """Tokens that layer `i` sees, by its config; None for all."""
+    types = getattr(model.config, "layer_types", None)
+    if model.config.model_type.startswith(("granite", "llama")) or (types and types[i] != "sliding_attention"):
+        return None
+    return getattr(model.config, "sliding_window", None)
+
+
+def _mask(model: Streamed, i: int, length: int) -> torch.Tensor:
+    """bool [L, L], True where a token is seen."""
+    mask: torch.Tensor | None = model.attention(i, length)["attention_mask"]
+    return torch.ones(length, length).tril().bool() if mask is None else mask[0, 0].cpu()
+
+
+def _lengths(dense: Streamed) -> list[int]:
+    """The lengths that the config names, behind which something may change."""
+    config = dense.config
+    rope = config.rope_parameters.get("original_max_position_embeddings")
+    windows = {_window(dense, i) for i in range(dense.layers)}
+    return sorted({config.max_position_embeddings, *filter(None, [rope, *windows])})
+
+
+def text_length(dense: Streamed) -> int:
+    """Tokens that a text needs to reach behind the lengths in the config, as far as LONGEST allows."""
+    return max((length + 16 for length in _lengths(dense) if length + 16 <= LONGEST), default=0)
