@@ -185,7 +185,9 @@ def _repo() -> Iterator[Repo]:
     except LockError as error:
         raise GraphBusyError(f"DVC: {error}") from None
     except DvcException as error:
-        raise GraphError(f"DVC: {error}") from None
+        bare = not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
+        mend = "; run `git init` there: DVC works in a git repository, and a source archive is none" if bare else ""
+        raise GraphError(f"DVC: {error}{mend}") from None
 
 
 def main() -> int:

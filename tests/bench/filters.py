@@ -56,9 +56,10 @@ def share(of: list[bool]) -> str:
 
 
 def domains(cache: Path) -> dict[str, Texts]:
-    """The texts of `corpora.wide`, each cut after 20,000 characters."""
+    """The texts of recipes/corpora/wide.yaml, each cut after 20,000 characters."""
     found = {}
-    for name, domain in settings.load().corpora["wide"].domains.items():
+    corpus = settings.Corpus.model_validate(settings.read(Path("recipes/corpora/wide.yaml"))["corpora"]["wide"])
+    for name, domain in corpus.domains.items():
         reader = open_reader(domain, cache, max_record_bytes=1 << 26, check=False)
         pieces = [piece for task in reader.tasks(task_bytes=1 << 28) for piece in task]
         records = (record for piece in pieces for record in reader.read(piece))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.artifacts import Artifact
 
 from tests.flows.conftest import alive, ran, until
 
@@ -35,19 +36,23 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
 ) -> None:
     environment = {**os.environ, **server}
 
-    def prefect(*arguments: str) -> str:
+    def prefect(*arguments: str, code: int = 0) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
             capture_output=True, text=True, env=environment, timeout=100,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr * code
 
     with (done_toy / "pipelines.yaml").open("a") as file:
         file.write(DEPLOYMENTS)
     prefect("work-pool", "create", "local", "--type", "process")
     prefect("deploy", "--prefect-file", "pipelines.yaml", "--all")
     assert "0 3 * * 1" in prefect("deployment", "schedule", "ls", "retrain/toy")
+    for wrong in ("pipline=toy", "refresh=perhaps"):
+        said = prefect("deployment", "run", "upcycle/toy", "--param", wrong, code=1)
+        assert wrong.partition("=")[0] in said
+        assert "Traceback" not in said
     log = done_toy / ".scratch" / "worker.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as file:
@@ -64,6 +69,9 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
         prefect(*run, "retrain/toy")  # refused or failed, this would exit with 1
         assert ran(done_toy) == ["sources"]
         assert (done_toy / "runs/toy/accepted.json").exists()
+        page = Artifact.get("upcycle-toy").data
+        assert f"`{done_toy}/runs/toy/report/index.html`" in page
+        assert "file://" not in page
 
         (done_toy / "sleep" / "partition").touch()
         started = prefect("deployment", "run", "upcycle/toy", "--param", 'force=["partition"]')

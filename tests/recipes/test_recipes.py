@@ -48,6 +48,15 @@ def test_a_recipe_can_be_pasted_into_the_project_and_planned(path: Path) -> None
     assert CliRunner().invoke(cli.app, ["plan", str(path), "--tflops", "312"]).stdout == result.stdout
 
 
+@pytest.mark.parametrize("path", sorted((RECIPES / "corpora").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_corpus_can_be_pasted_into_the_project(path: Path) -> None:
+    ours, theirs = settings.read(RECIPES.parent / "pipelines.yaml"), settings.read(path)
+    assert list(theirs) == ["corpora"]
+    assert not set(ours["corpora"]) & set(theirs["corpora"])
+    ours["corpora"] |= theirs["corpora"]
+    assert path.stem in settings.validate(ours).corpora
+
+
 @pytest.mark.parametrize("sizes", PAPER)
 def test_sizes_are_the_published_ones(sizes: tuple[int, int]) -> None:
     """Total 6.74 billion; active within 0.1 %: the authors' gate has a second layer and a noise matrix."""

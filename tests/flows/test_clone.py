@@ -1,0 +1,53 @@
+"""What somebody else gets: a clone that pulls the results, a source archive without git."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import moeforge, ran
+
+
+def call(*command: str) -> str:
+    done = subprocess.run([*command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def test_a_clone_pulls_the_results_and_has_nothing_to_do(
+    done_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(*DVC, "remote", "add", "--default", "store", str(tmp_path / "store"))
+    call("git", "add", ".dvc/config", "dvc.lock", "data", "runs")
+    call("git", "commit", "--quiet", "--message", "A result")
+    call(*DVC, "push", "--quiet")
+    call("git", "clone", "--quiet", str(done_toy), str(tmp_path / "clone"))
+    monkeypatch.chdir(tmp_path / "clone")
+    call(*DVC, "pull")
+    assert "toy: everything is up to date" in moeforge("run", "toy").stdout
+    assert not ran(tmp_path / "clone")
+    assert call("git", "status", "--short") == ""
+
+    settings = Path("pipelines.yaml")
+    entry = settings.read_text().split("corpora:\n  toy:")[1].split("pipelines:")[0]
+    settings.write_text(settings.read_text().replace("corpora:\n", f"corpora:\n  never_run:{entry}"))
+    call(*DVC, "pull", "--allow-missing")
+
+
+def test_a_source_archive_says_what_it_lacks(toy: Path) -> None:
+    shutil.rmtree(toy / ".git")
+    for command in (["run", "toy"], ["status"]):
+        result = moeforge(*command)
+        assert result.returncode == 1
+        assert "run `git init` there" in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert "in no git repository" in moeforge("doctor").stdout
+    call("git", "init", "--quiet")
+    assert moeforge("status").returncode == 0
