@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from flows import environment
+from flows import environment, errors
 from tasks import settings
-from tasks.scratch import BusyError
-from tasks.settings import SettingsError
-from tasks.sources import SourceError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,6 +67,7 @@ def run(
             with progress.display():
                 for stage in stages:
                     progress.state(stage, "waiting")  # something to look at while Prefect starts
+                environment.connect()
                 from flows import upcycle
 
                 outcomes = upcycle.upcycle(pipeline=name, refresh=refresh, force=force)
@@ -139,15 +137,12 @@ def tokenise(
         settings.load().corpus(name)
         from flows import dag, domains, progress
         from flows import tokenise as flow
-        from tasks.corpus import stage
 
-        try:
-            flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
-            if any(dag.changes([each.name for each in dag.ancestors(f"corpus@{name}")]).values()):
-                with progress.display(terminal=False):  # the corpus has a live display of its own
-                    flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
-        except (flow.RunnerError, *stage.FAILURES) as error:
-            fail(str(error))
+        flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
+        if any(dag.changes([each.name for each in dag.ancestors(f"corpus@{name}")]).values()):
+            environment.connect()
+            with progress.display(terminal=False):  # the corpus has a live display of its own
+                flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
         show(domains.table(name))
         print(f"{name}: done in {time.monotonic() - started:.0f} s")
 
@@ -169,7 +164,6 @@ def plan(
     """Show what would run and why, and what it costs: parameters, FLOPs, memory, disk, time. Downloads nothing."""
     environment.prepare()
     from flows import plan_view, preflight
-    from tasks.pretrain.job import TrainingError
 
     if calibrate and tflops is not None:
         fail("--calibrate measures this machine, and --tflops is for another; leave one out")
@@ -184,11 +178,7 @@ def plan(
                 show(plan_view.stages(each))
             for line in preflight.refusals(config, each):
                 print(f"would be refused: {line}")
-            try:
-                tables = plan_view.figures(config, each, tflops=tflops, calibrated=calibrate)
-            except TrainingError as error:
-                fail(str(error))
-            for table in tables:
+            for table in plan_view.figures(config, each, tflops=tflops, calibrated=calibrate):
                 show(table)
 
 
@@ -345,18 +335,17 @@ def doctor() -> None:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn the errors that a user can mend into one message and exit code 1, without a traceback."""
-    from flows.artifacts import ArtifactError
-    from flows.dag import GraphError, StageError
-
+    """End with one message and exit code 1 instead of a traceback."""
     try:
         yield
-    except (SettingsError, SourceError, BusyError, GraphError, StageError, ArtifactError, FileNotFoundError) as error:
-        fail(str(error))
+    except typer.Exit:
+        raise
     except KeyboardInterrupt:
         fail(STOPPED, code=130)
     except Terminated:
         fail(STOPPED, code=143)
+    except Exception as error:
+        fail(errors.message(error))
 
 
 def show(what: RenderableType) -> None:

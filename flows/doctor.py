@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows import environment
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -164,9 +166,11 @@ def _tools() -> Iterator[Check]:
         mend="python -m ensurepip: sources in PyPI packages are downloaded by it",
     )  # fmt: skip
     dvc = Path(".dvc").is_dir()
+    repository = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
     yield Check(
-        name="DVC project", ok=dvc, found="yes" if dvc else "no .dvc here",
-        mend="run from the project's root; in a project of your own: git init && dvc init",
+        name="DVC project", ok=dvc and repository,
+        found="no .dvc here" if not dvc else "yes" if repository else "in no git repository",
+        mend="run from the project's root; in a source archive: git init; elsewhere: git init && dvc init",
     )  # fmt: skip
 
 
@@ -192,13 +196,16 @@ def _hub() -> Check:
 
 
 def _server() -> Check:
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
-        return Check(name="Prefect server", ok=True, found="none set: each run starts its own (about 7 s)")
-    reached = _answers(f"{url}/health")
+    from prefect.settings import Settings
+
+    url = Settings().api.url
+    problem = environment.fault(url) if url else "none set"
+    needed = bool(url) and environment.is_needed(url)
+    found = f"{url} {problem or 'answers'}" if url else "none set"
+    own = "none needed: each run starts its own (about 7 s); for schedules and a page: prefect server start"
     return Check(
-        name="Prefect server", ok=reached, found=f"{url} {'answers' if reached else 'does not answer'}",
-        mend="start it: prefect server start; or unset PREFECT_API_URL to let each run start its own",
+        name="Prefect server", ok=problem is None, found=found, needed=needed,
+        mend=environment.mend() if needed else own,
     )  # fmt: skip
 
 

@@ -1,21 +1,29 @@
-"""The environment that Prefect and DVC get from `moeforge`: state inside the project, quiet, no telemetry."""
+"""The environment that Prefect and DVC get from `moeforge`: quiet, no telemetry, and a Prefect server that answers.
+
+Where Prefect keeps its state and where its server is stand in prefect.toml, which the `prefect` commands read too.
+"""
 
 from __future__ import annotations
 
+import http.client
 import os
-from pathlib import Path
+import socket
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit
 
-PROFILES = Path("~/.prefect/profiles.toml")
+PATIENCE = 20.0
+"""Seconds in which a Prefect server must answer."""
+
+
+class ServerError(RuntimeError):
+    """No Prefect server to run with; the message names its address and what mends it."""
 
 
 def prepare() -> None:
-    """Set what the user has not set; call it before anything imports Prefect.
-
-    Prefect's state goes to .prefect/ in the project, unless the user chose a home, a server or a profile with one.
-    """
-    chosen = {"PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE"} & set(os.environ)
-    if not chosen and not _profile_names_server():
-        os.environ["PREFECT_HOME"] = str(Path(".prefect").resolve())
+    """Set what the user has not set; call it before anything imports Prefect."""
     for name, value in {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -30,6 +38,80 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
 
 
-def _profile_names_server() -> bool:
-    path = PROFILES.expanduser()
-    return path.exists() and "PREFECT_API_URL" in path.read_text()
+def connect() -> None:
+    """See to a Prefect server for the flows that this process runs and for its children.
+
+    A server that the settings name is used if it answers. One on this machine that does not run, and that only a file
+    names, is replaced by a temporary one, which ends with this process and keeps its state in the same place.
+
+    Raises:
+        ServerError: PREFECT_API_URL, or an address elsewhere, does not answer; or the temporary one does not start.
+    """
+    from prefect.context import refresh_global_settings_context
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    if url:
+        problem = fault(url)
+        if problem is None:
+            return
+        if is_needed(url):
+            raise ServerError(f"Prefect's server at {url} {problem}; {mend()}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    refresh_global_settings_context()
+    home = get_current_settings().home.resolve()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):  # a server that cannot write would be waited for until it is late
+            pass
+        SubprocessASGIServer(port).start()
+    except (RuntimeError, OSError) as error:
+        raise ServerError(
+            f"the temporary Prefect server did not start: {error}. It keeps its state in {home}: let this user write "
+            "there, or name a running server by PREFECT_API_URL"
+        ) from None
+
+
+def fault(url: str) -> str | None:
+    """What is wrong with the Prefect API at `url`, found within PATIENCE seconds; None if it is well."""
+    found: list[str | None] = []
+    # A thread, because neither the look-up of a name nor a server that sends byte by byte keeps a socket's timeout.
+    asking = threading.Thread(target=lambda: found.append(_ask(f"{url.rstrip('/')}/health")), daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    return found[0] if found else f"does not answer within {PATIENCE:.0f} s"
+
+
+def _ask(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=2 * PATIENCE) as answer:
+            well = answer.read(16).strip() == b"true"
+            return None if well else "answers, but is no Prefect API (does its address end in /api?)"
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # it wants the key that Prefect's own client has
+            return None
+        return f"answers {error.code} {error.reason}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        return f"cannot be reached ({getattr(reason, 'strerror', None) or reason})"
+
+
+def mend() -> str:
+    """What a user can do if the server is not well."""
+    if os.environ.get("PREFECT_API_URL"):
+        return "start it (prefect server start), correct PREFECT_API_URL, or unset it to run with a temporary server"
+    return "start it, or correct `url` in prefect.toml"
+
+
+def is_needed(url: str) -> bool:
+    """Whether no temporary server may stand in for this one."""
+    return bool(os.environ.get("PREFECT_API_URL")) or not is_here(url)
+
+
+def is_here(url: str) -> bool:
+    """Whether an address is this machine's own, which no other can reach."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")

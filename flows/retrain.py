@@ -18,7 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import dag, judgement, releases, stages
+from flows import dag, environment, judgement, releases, stages
 from flows.dag import Stage, StageError
 from flows.upcycle import slug
 from tasks import scratch, settings
@@ -138,4 +138,5 @@ def _call(*command: str) -> str:
 
 
 if __name__ == "__main__":
+    environment.connect()
     retrain(pipeline=sys.argv[1])

@@ -28,7 +28,7 @@ from prefect.futures import as_completed
 from prefect.settings import get_current_settings
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows import dag, stages
+from flows import dag, environment, stages
 from flows.stages import Outcome
 from tasks import settings
 from tasks.corpus import stage
@@ -199,11 +199,11 @@ def _slots(pool: TaskRunner[Any]) -> int:
 def _check_address(runner: RunnerName, address: str) -> None:
     if runner in ("process", "thread"):
         raise RunnerError(f"address = {address!r} is of a cluster: set runner to dask or ray, which is {runner!r}")
-    host = urlsplit(address).hostname
-    if host not in (None, "localhost", "127.0.0.1", "::1") and not get_current_settings().api.url:
+    url = get_current_settings().api.url
+    if urlsplit(address).hostname and not environment.is_here(address) and (not url or environment.is_here(url)):
         raise RunnerError(
-            f"workers at {address} cannot reach the Prefect server that this run would start for itself; start one "
-            "(prefect server start --host 0.0.0.0) and set PREFECT_API_URL to an address that they can reach"
+            f"workers at {address} cannot reach a Prefect server of this machine alone; start one for all (prefect "
+            "server start --host 0.0.0.0) and set PREFECT_API_URL to an address that they can reach"
         )
 
 
@@ -215,4 +215,5 @@ def _extra(module: str, runner: RunnerName) -> Any:
 
 
 if __name__ == "__main__":
+    environment.connect()
     tokenise(corpus=sys.argv[1])

@@ -67,10 +67,10 @@ def main() -> int:
     name = parser.parse_args().corpus
     try:
         found = fingerprints(settings.load().corpus(name), anew=True)
-    except (settings.SettingsError, sources.SourceError) as error:
+        scratch.write_json(sources_file(name), found)
+    except (settings.SettingsError, sources.SourceError, OSError) as error:
         print(f"corpus {name}: {error}", file=sys.stderr)
         return 1
-    scratch.write_json(sources_file(name), found)
     for part, text in found.items():
         print(f"{part}: {text}")
     return 0

@@ -146,6 +146,11 @@ class TestRunners:
             pytest.raises(RunnerError, match="set PREFECT_API_URL"),
         ):
             task_runner("dask", workers=None, address="tcp://node1:8786")
+        with (
+            temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}),
+            pytest.raises(RunnerError, match="set PREFECT_API_URL"),
+        ):
+            task_runner("dask", workers=None, address="tcp://node1:8786")
         with temporary_settings({PREFECT_API_URL: "http://head:4200/api"}):
             task_runner("dask", workers=None, address="tcp://node1:8786")
 

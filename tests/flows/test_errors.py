@@ -1,0 +1,141 @@
+"""What a user can mend is told in one message: a Prefect server that is not well, folders that cannot be written."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from flows import environment, errors
+from tasks.settings import SettingsError
+from tests.conftest import obey_file_modes
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
+    """The address of a server whose answer to each connection is up to `answer`."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                    connection.recv(4096)
+                    answer(connection)
+                    connection.close()
+                except OSError:
+                    return
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+
+
+def say(status: str, body: str) -> Callable[[socket.socket], object]:
+    return lambda connection: connection.sendall(
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+
+
+def drip(connection: socket.socket) -> None:
+    for letter in "HTTP/1.1 200 OK\r\nX-Slow: " + "x" * 1000:
+        connection.sendall(letter.encode())
+        time.sleep(0.05)
+
+
+def moeforge(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        capture_output=True, text=True, env={**os.environ, **extra}, preexec_fn=obey_file_modes, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (say("200 OK", "true"), None),
+        (say("401 Unauthorized", ""), None),
+        (say("500 Internal Server Error", "oops"), "answers 500 Internal Server Error"),
+        (say("503 Service Unavailable", "database is locked"), "answers 503 Service Unavailable"),
+        (say("200 OK", "<html>"), "answers, but is no Prefect API"),
+        (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH\r\n"), "cannot be reached"),
+        (lambda connection: time.sleep(3), "does not answer within"),
+        (drip, "does not answer within"),
+    ],
+)
+def test_a_server_that_is_not_well_is_found_out_in_bounded_time(
+    monkeypatch: pytest.MonkeyPatch, *, answer: Callable[[socket.socket], object], problem: str | None
+) -> None:
+    monkeypatch.setattr(environment, "PATIENCE", 1.0)
+    with answering(answer) as url:
+        started = time.monotonic()
+        found = environment.fault(url)
+    assert time.monotonic() - started < 2
+    assert found is None if problem is None else problem in str(found)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "http://no.such.host.invalid/api", "127.0.0.1:4200", ""])
+def test_an_address_that_leads_nowhere_cannot_be_reached(url: str) -> None:
+    assert str(environment.fault(url)).startswith("cannot be reached (")
+
+
+def test_a_run_with_a_dead_server_ends_in_one_line_that_names_it(toy: Path) -> None:
+    result = moeforge("run", "toy", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        "moeforge: Prefect's server at http://127.0.0.1:9/api cannot be reached (Connection refused); start it "
+        "(prefect server start), correct PREFECT_API_URL, or unset it to run with a temporary server"
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "command", "named"),
+    [
+        (".scratch", ["run", "toy"], ".scratch/run-toy: Permission denied; let this user"),
+        (".dvc/tmp", ["status"], "/.dvc/tmp/"),
+        (".prefect", ["run", "toy"], "the temporary Prefect server did not start: [Errno 13] Permission denied"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(
+    toy: Path, *, folder: str, command: list[str], named: str
+) -> None:
+    path = toy / folder
+    path.mkdir(exist_ok=True)
+    path.chmod(0o555)
+    result = moeforge(*command, PREFECT_HOME=str(toy / ".prefect"))
+    path.chmod(0o755)
+    assert result.returncode == 1
+    assert named in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SettingsError("pipelines.yaml: wrong"), "pipelines.yaml: wrong"),
+        (
+            PermissionError(13, "Permission denied", "runs/x"),
+            "runs/x: Permission denied; let this user read and write",
+        ),
+        (OSError(30, "Read-only file system", "data"), "data: Read-only file system; let this user"),
+        (OSError(28, "No space left on device", "data/x"), "data/x: No space left on device; make room"),
+        (FileNotFoundError("runs/x: not there; run it first"), "runs/x: not there; run it first"),
+        (KeyError("weight"), "KeyError: 'weight' (not foreseen; the traceback is in .scratch/traceback.txt)"),
+    ],
+)
+def test_each_error_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, error: Exception, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = errors.message(error)
+    assert said.startswith(message)
+    assert "\n" not in said
+    if isinstance(error, KeyError):
+        assert "KeyError: 'weight'" in errors.TRACE.read_text()
