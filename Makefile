@@ -8,6 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 demo: setup
 	@moeforge run demo
+	@echo 'moeforge, dvc and prefect are found in a shell after: source $(VENV)/bin/activate'
 
 test: setup check
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup

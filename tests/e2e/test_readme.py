@@ -1,46 +1,131 @@
-"""The commands of README.md, run as a person would run them, on the pipeline `tiny` instead of `demo`."""
+"""The blocks of commands of README.md, as they stand there, each in a new shell; model and texts are tiny."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, assert_kept_once, obey_file_modes
+from tests.flows.conftest import until
 from tests.flows.test_import import checkpoint
 
-LINES = [
-    line.partition("#")[0].strip()
-    for block in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    for line in block.splitlines()
-]
-COMMANDS = [line for line in LINES if line.startswith(("moeforge ", "dvc "))]
-# moeforge and dvc as the modules of the interpreter that runs the tests, whatever is on PATH
-PROGRAMS = {"moeforge": "flows.cli", "dvc": "dvc"}
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+VENV = Path(sys.prefix)
+PROGRAMS = ("make", "moeforge", "dvc", "prefect", "python")
+
+
+def demo(settings: str) -> str:
+    """The settings of the pipeline `tiny` as those of `demo`."""
+    return re.sub(
+        r"(?<=corpora:\n  )tiny|(?<=pipelines:\n  )tiny|(?<=corpus: )tiny|(?<=name: )tiny|tiny(?=})", "demo", settings
+    )
+
+
+def clone(project: Path) -> None:
+    """Give the tiny project what a clone has beside the code, and the environment that `make` would install."""
+    for name in ("Makefile", "README.md", "prefect.toml", "pyproject.toml", "requirements.lock", "recipes"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, project / name)
+    settings = project / "pipelines.yaml"
+    settings.write_text(demo(settings.read_text()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    toml = project / "prefect.toml"
+    assert toml.read_text().count("4200") == 2
+    toml.write_text(toml.read_text().replace("4200", str(port)))
+    (project / ".venv").mkdir()
+    for part in VENV.iterdir():
+        (project / ".venv" / part.name).symlink_to(part)
+    (project / ".venv/.installed").unlink(missing_ok=True)
+    (project / ".venv/.installed").touch()
+
+
+def shell(commands: str) -> str:
+    """Run a block in a new shell of a user who is not root, up to the first command that fails; what it printed."""
+    keep = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "LANG")
+    home = Path.cwd() / "home"
+    home.mkdir(exist_ok=True)
+    environment = {name: os.environ[name] for name in keep if name in os.environ}
+    environment |= {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    log = home / "shell.log"  # a file, because what runs on in the background would keep a pipe open
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-ex", "-c", commands],
+            stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            preexec_fn=obey_file_modes,
+        )  # fmt: skip
+    try:
+        assert process.wait(1800) == 0, log.read_text()
+        until(lambda: not running(process.pid), seconds=120, otherwise=log.read_text)
+    finally:
+        if running(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    return log.read_text()
+
+
+def running(group: int) -> bool:
+    """Whether a process of this group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.e2e
-def test_the_readmes_commands_run_in_their_order(tiny_repo: Path) -> None:
-    shutil.copytree(ROOT / "recipes", tiny_repo / "recipes")
+@pytest.mark.skipif(not (VENV / "bin/activate").exists(), reason="the interpreter has no environment to activate")
+def test_the_readmes_blocks_run_in_their_order_each_in_a_new_shell(tiny_repo: Path) -> None:
+    clone(tiny_repo)
     checkpoint(tiny_repo / "released/LLaMA-MoE-v1-3_5B-4_16")
-    assert {command.split()[1] for command in COMMANDS} >= {"run", "plan", "status", "inspect", "verify", "doctor"}
-    said = {}
-    for command in [*COMMANDS, "dvc metrics show", "dvc metrics diff", "dvc plots show"]:
-        program, *arguments = command.replace("demo", "tiny").split()
-        done = subprocess.run(
-            [sys.executable, "-m", PROGRAMS[program], *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        said[command] = done.stdout
-    assert "bits/byte: mean" in said["moeforge run demo"]
-    assert "everything is up to date" in said["moeforge run demo"]
-    assert "sound" in said["moeforge verify runs/demo/moe"]
-    assert "Data and pipelines are up to date" in said["dvc repro report@demo"]
-    assert "bits_per_byte" in said["dvc metrics show"]
-    assert (tiny_repo / "runs/tiny/model/README.md").is_file()
-    assert (tiny_repo / "dvc_plots/index.html").is_file()
+    first, use, ways = (block.replace("make test", "make --dry-run test") for block in BLOCKS)
+
+    said = shell(first)
+    assert "bits/byte: mean" in said
+    assert "source .venv/bin/activate" in said
+    assert_kept_once(tiny_repo)
+    lock = (tiny_repo / "dvc.lock").read_bytes()
+
+    said = shell(use)
+    assert "demo: everything is up to date" in said
+    assert said.count("sound") >= 2
     assert "MixtralForCausalLM" in (tiny_repo / "llama-moe/config.json").read_text()
+
+    said = shell(f"{ways}\nkill %2; wait %2 || true\nkill %1; wait %1 || true")
+    assert "Data and pipelines are up to date" in said
+    assert "Starting temporary server" not in said
+    assert "Completed" in said
+    assert "Accepted" in said
+    assert (tiny_repo / "dvc.lock").read_bytes() == lock
+
+    said = shell("\n".join(["source .venv/bin/activate", *re.findall(r"`(dvc (?:metrics|plots) \w+)`", README)]))
+    assert "bits_per_byte" in said
+    assert (tiny_repo / "dvc_plots/index.html").is_file()
+    assert_kept_once(tiny_repo)
+
+
+def test_every_command_of_the_readme_stands_in_a_block_that_is_run() -> None:
+    others = re.sub(r"```sh\n.*?```", "", README, flags=re.DOTALL)
+    fenced = "".join(re.findall(r"```.*?```", others, flags=re.DOTALL))
+    assert len(BLOCKS) == 3
+    assert not re.search(rf"^\s*(?:{'|'.join(PROGRAMS)}) ", fenced, flags=re.MULTILINE)
+
+
+def test_the_prefect_commands_of_a_clone_send_no_telemetry_and_keep_their_state_in_it() -> None:
+    code = (
+        "from prefect.settings import Settings; s = Settings(); print(s.server.analytics_enabled, s.home, s.api.url)"
+    )
+    clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    said = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT, env=clean
+    )
+    assert said.stdout.split() == ["False", ".prefect", "http://127.0.0.1:4200/api"]
