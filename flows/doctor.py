@@ -200,7 +200,7 @@ def _server() -> Check:
 
     url = Settings().api.url
     problem = environment.fault(url) if url else "none set"
-    needed = bool(url) and environment.is_needed(url)
+    needed = url is not None and environment.is_needed(url)
     found = f"{url} {problem or 'answers'}" if url else "none set"
     own = "none needed: each run starts its own (about 7 s); for schedules and a page: prefect server start"
     return Check(
