@@ -16,9 +16,9 @@ Name = Annotated[
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-NotNegative = Annotated[float, Field(ge=0, le=1e6)]
-"""A coefficient above a million is a slip of the exponent, and its products leave float32."""
-Above = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+"""What training computes with is float32, which ends at 3e38."""
+Above = Annotated[float, Field(gt=0, le=1e30)]
 SeqLen = Annotated[int, Field(ge=2, lt=1 << 31)]
 """Tokens of a window. Each but the first is predicted, so 1 predicts nothing; positions in a window are int32."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]

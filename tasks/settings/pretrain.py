@@ -90,7 +90,7 @@ class Guard(Frozen):
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
     """skip: leave the batch out; rollback: go back to the last checkpoint and leave out the batches since."""
-    spike: Annotated[float, Field(gt=1, le=1e6)] | None = None
+    spike: Annotated[float, Field(gt=1, le=1e30)] | None = None
     """A step's loss counts as a spike above this multiple of the running mean; absent: no limit."""
     limit: Positive = 3
     """Stop after so many interventions without a sound step as long as the last one lost."""
