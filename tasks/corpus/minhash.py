@@ -69,7 +69,7 @@ def alone(doc_ids: Sequence[bytes], bands: int) -> NDArray[np.uint64]:
     """Bands uint64 [n, bands] of documents that are near-duplicates of none: hashes of their own `doc_id`."""
     low, high = np.frombuffer(b"".join(doc_ids), dtype="<u8").reshape(-1, 2).T
     own = words.mix(words.mix(low.copy()) + high)
-    return words.mix(own[:, None] + np.arange(bands, dtype=np.uint64))
+    return words.mix(np.add(own[:, None], np.arange(bands, dtype=np.uint64), dtype=np.uint64))
 
 
 def minima(shingles: NDArray[np.uint64], offsets: NDArray[np.uint64], *, size: int) -> NDArray[np.uint32]:
