@@ -178,15 +178,15 @@ class Builder:
             experts_EF = self._method.split(layer, self._sizes, partition)
             router_ED = self._sized_without_text(i, self._start_router(layer, experts_EF))
         else:
-            layer, drift_TD = self._read(self._states, i)
+            layer = self._read(self._states, i)
             experts_EF = self._method.split(layer, self._sizes, partition)
             ffn = Converted(
                 layer, experts_EF, sizes=self._sizes, router_ED=self._start_router(layer, experts_EF), scale=scale
             )
-            self._fit(ffn, self._states, drift_TD)
+            self._fit(ffn, refit=layer.drift_TD is not None)
             self.errors[str(i)] = _advance(self._states, layer, ffn)
             router_ED, scale, text = ffn.router_ED, ffn.scale, f"{self.errors[str(i)]:.1%} of the FFN's output lost"
-            if drift_TD is not None:
+            if layer.drift_TD is not None:
                 down_DN = ffn.down_DN
             if partition.fit_passes:
                 stored = (ffn.gate_ND.to(stored[0]), ffn.up_ND.to(stored[1]), stored[2])
@@ -203,8 +203,8 @@ class Builder:
             i, stored, router_ED=router_ED, refit_DP=None if down_DN is None else down_DN.cpu()[:, place_P]
         )
 
-    def _read(self, states: calibration.States, i: int) -> tuple[Layer, torch.Tensor | None]:
-        """The FFN of layer `i` in float32 with what it reads, and how far the text has drifted from the parent."""
+    def _read(self, states: calibration.States, i: int) -> Layer:
+        """The FFN of layer `i` in float32 with what it reads, and for a refit how far that is from the parent's."""
         block: Any = self._parent.block(i)
         importance = torch.from_numpy(self._importance[i]) if i in self._importance else None
         layer = Layer(
@@ -215,12 +215,12 @@ class Builder:
             x_TD=states.attend(block, i),
             importance_CN=importance,
         )
-        if self._dense is None:
-            return layer, None
-        x_TD = self._dense.attend(block, i)
-        drift_TD = self._dense.residual_TD - states.residual_TD
-        _add(self._dense, block.mlp, x_TD)
-        return layer, drift_TD
+        layer.weight_T = layer.relative(states.residual_TD)
+        if self._dense is not None:
+            x_TD = self._dense.attend(block, i)
+            layer.drift_TD = self._dense.residual_TD - states.residual_TD
+            _add(self._dense, block.mlp, x_TD)
+        return layer
 
     def _pass_dense(self, i: int) -> None:
         """Move the hidden states through a layer that stays dense."""
@@ -245,19 +245,16 @@ class Builder:
         spread = (router_ED.cpu() * norm_D).square().sum(1).mean().sqrt()
         return router_ED * (self._partition.router_std / spread.clamp_min(1e-12))
 
-    def _fit(self, ffn: Converted, states: calibration.States, drift_TD: torch.Tensor | None) -> None:
+    def _fit(self, ffn: Converted, *, refit: bool) -> None:
         if self._all and ffn.is_dense():
             return  # what a fit would change is rounding
         ffn.temper(std=self._partition.router_std)
         if self._partition.scale == "calibrated":
             ffn.calibrate()
-        if drift_TD is not None:
-            # The next norm divides by the size of the hidden state, so an error counts in proportion to it.
-            weight_T = states.residual_TD.square().sum(1).clamp_min(1e-12).reciprocal()
-            weight_T /= weight_T.mean()
-            ffn.refit(weight_T=weight_T, drift_TD=drift_TD)
-            if passes := self._partition.fit_passes:
-                ffn.fit(passes, weight_T=weight_T, drift_TD=drift_TD, seed=self._partition.seed)
+        if refit:
+            ffn.refit()
+        if refit and self._partition.fit_passes:
+            ffn.fit(self._partition.fit_passes, seed=self._partition.seed)
 
     def _sparse(
         self,

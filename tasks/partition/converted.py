@@ -90,46 +90,45 @@ class Converted:
         does in lower layers, their logits lie so far apart that some weights are several times 1/K, and the output
         error is several times the output. To first order the weights' part of the error grows with the square of the
         logits. Neither step changes which experts are chosen.
+
+        Tokens weigh as in all else that is fitted here (`Layer.weight_T`). A router that was made small for the sake
+        of a few tokens with massive activations is one that a training step moves by much of its size.
         """
         weight_ED = self.router_ED - self.router_ED.mean(0)
         spread = [(x_TD @ weight_ED.T).square().mean() for x_TD, _ in self._layer.chunks()]
         weight_ED *= std / torch.stack(spread).mean().sqrt().clamp_min(1e-12)
         error = moved = torch.zeros(())
         first = torch.arange(min(_TEMPER_TOKENS, len(self._layer.inputs)))
-        for x_TD, h_TN in self._layer.chunks(first):
+        for (x_TD, h_TN), weight_T in zip(self._layer.chunks(first), self._layer.weights(first), strict=True):
             even_TN = self.coefficients(x_TD, weight_ED * _PROBE**2)
             step_TN = self.coefficients(x_TD, weight_ED * _PROBE) - even_TN
-            error = error + ((h_TN * (1 - even_TN)) @ self.down_DN.T).square().sum()
-            moved = moved + ((h_TN * step_TN) @ self.down_DN.T).square().sum()
+            error = error + weight_T @ ((h_TN * (1 - even_TN)) @ self.down_DN.T).square().sum(1)
+            moved = moved + weight_T @ ((h_TN * step_TN) @ self.down_DN.T).square().sum(1)
         allowed = (ADDED * error).sqrt() * _PROBE / moved.sqrt().clamp_min(1e-12)
         self.router_ED = weight_ED * min(1.0, allowed.item())
 
     def calibrate(self) -> None:
         """Least squares of the routed experts' scale on the dense FFN's output."""
         product = square = 0.0
-        for x_TD, h_TN in self._layer.chunks():
+        for (x_TD, h_TN), weight_T in zip(self._layer.chunks(), self._layer.weights(), strict=True):
             routed_TN = self.coefficients(x_TD, self.router_ED) - self._member_GN[-1]
             routed_TD = (h_TN * routed_TN) @ self.down_DN.T
             wanted_TD = (h_TN * (1 - self._member_GN[-1])) @ self.down_DN.T
-            product += (routed_TD * wanted_TD).sum().item()
-            square += routed_TD.square().sum().item()
+            product += (weight_T @ (routed_TD * wanted_TD).sum(1)).item()
+            square += (weight_T @ routed_TD.square().sum(1)).item()
         if product > 0:
             self.scale *= product / square
 
-    def refit(self, *, weight_T: torch.Tensor, drift_TD: torch.Tensor) -> None:
+    def refit(self) -> None:
         """Least squares of the down-projection on what the layer should add, given the router's choices.
 
-        That is the dense FFN's output, and what the layers below have lost already (`drift_TD`). The penalty is on the
-        change, so that what the calibration tokens say nothing of stays as it was.
-
-        Args:
-            weight_T: of each token's squared error; its mean is 1.
-            drift_TD: the dense model's hidden states less those of the converted one, before this FFN.
+        That is the dense FFN's output, and what the layers below have lost already (`Layer.drift_TD`). The penalty is
+        on the change, so that what the calibration tokens say nothing of stays as it was.
         """
         width, hidden = self._sizes.width, len(self.down_DN)
         moments_NN = self.down_DN.new_zeros(width, width)
         target_ND = self.down_DN.new_zeros(width, hidden)
-        parts = zip(self._layer.chunks(), weight_T.split(CHUNK), drift_TD.split(CHUNK), strict=True)
+        parts = zip(self._layer.chunks(), self._layer.weights(), self._drift().split(CHUNK), strict=True)
         for (x_TD, h_TN), weight, drift in parts:
             input_TN = h_TN * self.coefficients(x_TD, self.router_ED)
             weighted_TN = input_TN * weight[:, None]
@@ -140,16 +139,16 @@ class Converted:
         self.down_DN = self.down_DN + change_ND.T
 
     @torch.enable_grad()
-    def fit(self, passes: int, *, weight_T: torch.Tensor, drift_TD: torch.Tensor, seed: int) -> None:
+    def fit(self, passes: int, *, seed: int) -> None:
         """Train gate, up and down of all neurons on what `refit` is fitted to, so many times over the tokens.
 
         Adam, batches of FIT_BATCH tokens, cosine to 0. The rate of a matrix follows its size. The router's choices are
         given: no gradient reaches the router.
 
         Args:
-            weight_T, drift_TD: as for `refit`.
             seed: of the order of the tokens.
         """
+        drift_TD = self._drift()
         weights = [weight.detach().clone().requires_grad_() for weight in (self.gate_ND, self.up_ND, self.down_DN)]
         peaks = [FIT_RATE * weight.detach().square().mean().sqrt().item() for weight in weights]
         optimizer = torch.optim.Adam(
@@ -161,6 +160,7 @@ class Converted:
         steps = order.to(drift_TD.device).split(FIT_BATCH)
         with torch.no_grad():
             output_TD = torch.cat([h_TN @ self._layer.down_DN.T for _, h_TN in self._layer.chunks()])
+            weight_T = torch.cat(list(self._layer.weights()))
         for step, part in enumerate(steps):
             x_TD, weight = self._layer.inputs[part], weight_T[part]
             with torch.no_grad():
@@ -175,3 +175,7 @@ class Converted:
                 group["lr"] = peak * share
             optimizer.step()
         self.gate_ND, self.up_ND, self.down_DN = (weight.detach() for weight in weights)
+
+    def _drift(self) -> torch.Tensor:
+        drift_TD = self._layer.drift_TD
+        return torch.zeros_like(self._layer.inputs) if drift_TD is None else drift_TD

@@ -43,6 +43,15 @@ class Layer:
     down_DN: torch.Tensor
     x_TD: torch.Tensor | None = None
     """What the FFN reads on the calibration tokens; None for methods that need no text."""
+    weight_T: torch.Tensor | None = None
+    """What the squared error of each calibration token counts, 1 on average; None: 1 each.
+
+    1 / (|r|^2 + |y|^2), r the residual that y, the FFN's output, is added to: the next norm divides by the size of
+    their sum. Without it the few tokens of massive activations (arXiv 2402.17762), whose y is a thousand times as
+    large, would be all that the layer that makes them, and the one that takes them back, are fitted to.
+    """
+    drift_TD: torch.Tensor | None = None
+    """The dense model's hidden states less those here, before this FFN: a refit makes good what was lost below."""
     importance_CN: torch.Tensor | None = None
     """Sum over the tokens of each text cluster of |h dL/dh|, for methods that need gradients."""
     _cache: torch.Tensor | None = field(default=None, repr=False)
@@ -54,6 +63,13 @@ class Layer:
         if self.x_TD is None:
             raise ValueError(f"layer {self.number}: no calibration tokens, which this method needs")
         return self.x_TD
+
+    def weights(self, tokens: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """`weight_T` in the parts that `chunks` gives, [CHUNK]."""
+        weight_T = self.weight_T
+        if weight_T is None:
+            weight_T = torch.ones(len(self.inputs), device=self.inputs.device)
+        yield from (weight_T if tokens is None else weight_T[tokens]).split(CHUNK)
 
     def chunks(self, tokens: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(x, h) of the calibration tokens in order, or of those at the indices `tokens`, CHUNK at a time.
@@ -73,10 +89,16 @@ class Layer:
         """What each neuron contributes on average over the calibration tokens: (h * norm of its down column)^2."""
         if self._energy is None:
             norm_N, total_N = self.down_DN.norm(dim=0), torch.zeros_like(self.down_DN[0])
-            for _, h_TN in self.chunks():
-                total_N += (h_TN * norm_N).square_().sum(0)
+            for (_, h_TN), weight_T in zip(self.chunks(), self.weights(), strict=True):
+                total_N += weight_T @ (h_TN * norm_N).square_()
             self._energy = total_N / len(self.inputs)
         return self._energy
+
+    def relative(self, residual_TD: torch.Tensor) -> torch.Tensor:
+        """`weight_T` for the residual that the FFN's output is added to."""
+        output_T = torch.cat([(h_TN @ self.down_DN.T).square().sum(1) for _, h_TN in self.chunks()])
+        weight_T = (residual_TD.square().sum(1) + output_T).clamp_min(1e-12).reciprocal()
+        return weight_T / weight_T.mean()
 
     def _neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
         return neurons(x_TD, self.gate_ND, self.up_ND)

@@ -60,8 +60,8 @@ def representatives(layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:
     place_EF = torch.from_numpy(routed_EF).long().to(norm_N.device)
     product_EF = torch.zeros(routed_EF.shape, device=norm_N.device)
     square_N = torch.zeros_like(norm_N)
-    for _, h_TN in layer.chunks():
-        size_TN = (h_TN * norm_N).abs()
+    for (_, h_TN), weight_T in zip(layer.chunks(), layer.weights(), strict=True):
+        size_TN = (h_TN * norm_N).abs() * weight_T.sqrt()[:, None]
         expert_TE = size_TN[:, place_EF.reshape(-1)].unflatten(1, routed_EF.shape).sum(2)
         product_EF += (expert_TE.T @ size_TN).gather(1, place_EF)
         square_N += size_TN.square().sum(0)
@@ -73,9 +73,9 @@ def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | No
     """Ridge regression from the FFN's input to each expert's log energy, [E, D].
 
     The target is centred over experts, since only the order within a token matters; the stock router classes have no
-    bias, so neither has this (one changes nothing: some direction of the inputs is all but constant). Tokens weigh by
-    the root of their mean energy: where the FFN does much, a wrong choice costs much. What else was tried, with
-    figures: docs/partition.md.
+    bias, so neither has this (one changes nothing: some direction of the inputs is all but constant). Energies are
+    relative to the hidden state (`Layer.weight_T`), and tokens weigh by the root of their mean energy: where the FFN
+    does much, a wrong choice costs much. What else was tried, with figures: docs/partition.md.
 
     Args:
         tokens: indices of the calibration tokens to use; all if absent.
@@ -85,8 +85,8 @@ def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | No
     target_DE = layer.gate_ND.new_zeros(hidden, len(routed_EF))
     place_EF = torch.from_numpy(routed_EF).long().to(layer.gate_ND.device)
     floor = FLOOR * layer.energy_N[place_EF].sum(1).mean() + 1e-12
-    for x_TD, h_TN in layer.chunks(tokens):
-        energy_TE = energies(h_TN, layer.down_DN, routed_EF)
+    for (x_TD, h_TN), weight_T in zip(layer.chunks(tokens), layer.weights(tokens), strict=True):
+        energy_TE = energies(h_TN, layer.down_DN, routed_EF) * weight_T[:, None]
         log_TE = (energy_TE + floor).log()
         weighted_TD = x_TD * energy_TE.mean(1, keepdim=True).sqrt()
         moments_DD += weighted_TD.T @ x_TD

@@ -79,6 +79,33 @@ def test_with_all_experts_chosen_the_checkpoint_as_it_loads_is_the_dense_model(t
     assert verify.verify_checkpoint(moe, moe.parent / "partition.safetensors", dense) == []
 
 
+@pytest.mark.parametrize("fitted", [{}, {"down_proj": "refit", "fit_passes": 1}])
+def test_a_layer_that_makes_massive_activations_gets_a_router_of_the_size_that_it_has_without(tmp_path, fitted):
+    """The FFN answers to one token in 64 with thousands of times what it gives for the others."""
+    sizes, ids = {}, torch.from_numpy(sample())
+    for size in (0.0, 10.0):
+        model = dense_model(layers=1)
+        with torch.no_grad():
+            layer = model.model.layers[0]
+            model.model.embed_tokens.weight[:, 0] = 0
+            model.model.embed_tokens.weight[3, 0] = 5
+            layer.self_attn.o_proj.weight[0] = 0
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight[:, 0] = 0
+                part.weight[:40, 0] = size * torch.linspace(0.5, 1.5, 40)  # more neurons than shared experts can hold
+        folder = stored(tmp_path / f"dense-{size}", model).folder
+        _, _, moe = make(tmp_path, folder, **ACTIVATION, **fitted, router_std=0.02)
+        parent = Streamed(folder)
+        with torch.no_grad():
+            x_TD = calibration.States(parent, sample()).attend(block := parent.block(0), 0)
+            output_T = block.mlp(x_TD).norm(dim=1)
+            logits_TE = x_TD @ Streamed(moe).tensor("model.layers.0.block_sparse_moe.router.layer.weight").T
+        ordinary = ids.flatten() != 3
+        sizes[size] = logits_TE[ordinary].std(1).mean().item()
+        assert (output_T[~ordinary].min() > 100 * output_T[ordinary].median()) == bool(size)
+    assert sizes[10.0] > 0.8 * sizes[0.0]
+
+
 def test_a_method_that_needs_no_text_needs_no_corpus(tmp_path, dense):
     found, made, moe = make(tmp_path, dense, method="random", experts=8, top_k=2, router="centroid")
     assert found["identity_error"] <= 1e-5

@@ -84,12 +84,12 @@ def test_a_refit_solves_the_penalised_weighted_least_squares():
     made = _converted(layer)
     before = _error(layer, made)
     ((x, h),) = list(_all(layer))
-    weight = torch.linspace(0.5, 1.5, 5000)
-    drift = 0.1 * torch.randn(5000, 16)
+    weight = layer.weight_T = torch.linspace(0.5, 1.5, 5000)
+    drift = layer.drift_TD = 0.1 * torch.randn(5000, 16)
     inputs = (h * made.coefficients(x, made.router_ED)).double()
     weighted = inputs * weight[:, None]
     penalty = 0.3 * (weighted * inputs).sum(0).mean()
-    made.refit(weight_T=weight, drift_TD=drift)
+    made.refit()
     assert _error(layer, made) < 0.9 * before
     change = (made.down_DN - layer.down_DN).double()
     wanted = h.double() @ layer.down_DN.double().T + drift
@@ -98,12 +98,9 @@ def test_a_refit_solves_the_penalised_weighted_least_squares():
     torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
 
 
-def _fitted(layer, *, passes, seed=0, drift=None):
+def _fitted(layer, *, passes, seed=0):
     made = _converted(layer)
-    count = len(layer.x_TD)
-    made.fit(
-        passes, weight_T=torch.ones(count), drift_TD=torch.zeros(count, 16) if drift is None else drift, seed=seed
-    )
+    made.fit(passes, seed=seed)
     return made
 
 
@@ -121,21 +118,23 @@ def test_a_fit_loses_less_on_other_tokens_too_and_leaves_router_and_choices():
 
 def test_a_fit_follows_what_the_layers_below_have_lost_and_weighs_tokens():
     layer = ffn(tokens=600)
-    drift = torch.ones(600, 16)
-    moved = _fitted(layer, passes=40, drift=drift)
     still = _fitted(layer, passes=40)
+    layer.drift_TD = torch.ones(600, 16)
+    moved = _fitted(layer, passes=40)
     x, h = next(_all(layer))
     assert (moved.output(x, h) - still.output(x, h)).mean() > 0.3
+    layer.weight_T = torch.zeros(600)
     made = _converted(layer)
-    made.fit(1, weight_T=torch.zeros(600), drift_TD=drift, seed=0)
+    made.fit(1, seed=0)
     assert torch.equal(made.down_DN, layer.down_DN)
 
 
 def test_a_fits_step_is_adams_on_the_gradient_of_the_mean_weighted_squared_error():
     layer = ffn(tokens=200)
     made = _converted(layer)
-    weight, drift = torch.linspace(0.5, 1.5, 200), 0.1 * torch.randn(200, 16)
-    made.fit(1, weight_T=weight, drift_TD=drift, seed=0)
+    layer.weight_T = weight = torch.linspace(0.5, 1.5, 200)
+    drift = layer.drift_TD = 0.1 * torch.randn(200, 16)
+    made.fit(1, seed=0)
     gate, up, down = (w.double().requires_grad_() for w in (layer.gate_ND, layer.up_ND, layer.down_DN))
     x = layer.x_TD.double()
     h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
@@ -155,6 +154,46 @@ def test_the_same_seed_fits_the_same_bits_and_another_order_gives_others():
     assert torch.equal(one.down_DN, two.down_DN)
     assert torch.equal(one.gate_ND, two.gate_ND)
     assert not torch.equal(one.gate_ND, other.gate_ND)
+
+
+def _with_massive_tokens(share):
+    """A layer that one token in `1 / share` makes put out hundreds of times as much, and the residual that it adds to.
+
+    Such a token has a component of its own, which two neurons answer to.
+    """
+    layer = ffn(tokens=6000)
+    residual = 5 * torch.randn(6000, 16, generator=torch.Generator().manual_seed(5))
+    layer.gate_ND[:, 0] = layer.up_ND[:, 0] = 0
+    layer.gate_ND[:2, 0] = layer.up_ND[:2, 0] = 30.0
+    layer.x_TD[:, 0] = 0
+    massive = torch.arange(6000) % round(1 / share) == 0
+    layer.x_TD[massive, 0] = 4.0
+    return layer, residual, massive
+
+
+@pytest.mark.parametrize("share", [0.002, 0.01])
+def test_a_few_tokens_of_massive_activations_decide_neither_the_routers_choices_nor_its_size(share):
+    layer, residual, massive = _with_massive_tokens(share)
+    output = layer.dense(layer.x_TD).norm(dim=1)
+    assert output[massive].min() > 100 * output[~massive].median()
+    layer.weight_T = layer.relative(residual)
+    assert layer.weight_T.mean().item() == pytest.approx(1, rel=1e-5)
+    share_T = layer.weight_T * output.square()
+    assert share_T.max() < 50 * share_T[~massive].mean()  # else 10,000
+
+    ordinary, _, _ = _with_massive_tokens(share)
+    ordinary.x_TD = ordinary.x_TD[~massive]
+    ordinary.weight_T = ordinary.relative(residual[~massive])
+    routers = []
+    for some in (layer, ordinary):
+        made = _converted(some)
+        made.router_ED = router.regression(some, EXPERTS[2:])
+        made.temper(std=0.02)
+        routers.append(made.router_ED)
+    chosen = [router.chosen(r, ordinary.x_TD, top_k=2)[0].sort(1)[0] for r in routers]
+    sizes = [(ordinary.x_TD @ r.T).std(1).mean().item() for r in routers]
+    assert (chosen[0] == chosen[1]).float().mean() > 0.8
+    assert sizes[0] > 0.2 * sizes[1]
 
 
 def _all(layer):

@@ -74,7 +74,7 @@ def _first_groups(
 def _costs(
     layer: Layer, weight_ED: torch.Tensor, *, group_N: np.ndarray, top_k: int, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Growth of the squared output error if neuron n, and it alone, were to stand in group g, [N, G].
+    """Growth of the weighted squared output error if neuron n, and it alone, were to stand in group g, [N, G].
 
     With r(t) the output that token t loses now and d the tokens that drop n now, dropping n at t adds
     |h w|^2 + 2 h w . (r - d h w): its own energy, and how it adds to or cancels what is lost already.
@@ -82,7 +82,7 @@ def _costs(
     square_N = layer.down_DN.square().sum(0)
     place_N = torch.from_numpy(group_N).to(square_N.device)
     cost_NG = torch.zeros(len(group_N), len(weight_ED) + 1, device=square_N.device)
-    for x_TD, h_TN in layer.chunks(tokens):
+    for (x_TD, h_TN), weight_T in zip(layer.chunks(tokens), layer.weights(tokens), strict=True):
         index_TK, _ = router.chosen(weight_ED, x_TD, top_k=top_k)
         dropped_TG = torch.ones(len(x_TD), len(weight_ED) + 1, device=x_TD.device)
         dropped_TG[:, -1] = 0
@@ -91,5 +91,5 @@ def _costs(
         energy_TN = h_TN.square() * square_N
         lost_TD = (h_TN * dropped_TN) @ layer.down_DN.T
         growth_TN = energy_TN + 2 * _DAMPING * (h_TN * (lost_TD @ layer.down_DN) - dropped_TN * energy_TN)
-        cost_NG += growth_TN.T @ dropped_TG
+        cost_NG += (growth_TN * weight_T[:, None]).T @ dropped_TG
     return cost_NG
