@@ -11,6 +11,7 @@ windows, L their length.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,10 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.moe.streamed import Streamed
-from tasks.partition.layer import Layer
-
-RIDGE = 0.1
-"""Ridge penalty of the refit, as a share of the mean diagonal of the neurons' second moments."""
+from tasks.partition.converted import Converted
+from tasks.partition.layer import Layer, Sizes
 
 Ffn = Callable[[Tensor], Tensor]
 """What a layer computes in place of its dense FFN: [T, D] -> [T, D]."""
@@ -75,15 +74,20 @@ def measure(
     """
     ids_BL = torch.from_numpy(np.concatenate(list(validation.values()))).to(parent.device)
     held_BLD = parent.embed(ids_BL)
-    seen_BLD = parent.embed(torch.from_numpy(calibration)) if calibration is not None else None
+    seen_BLD = parent.embed(torch.from_numpy(calibration)).to(parent.device) if calibration is not None else None
+    dense_BLD = None if seen_BLD is None else seen_BLD.clone()  # of the parent as it is
     seconds = 0.0
     for i in range(parent.layers):
         start = time.perf_counter()
         block: Any = parent.block(i)
         mlp = block.mlp
         layer = Layer(number=i, gate_ND=mlp.gate_proj.weight, up_ND=mlp.up_proj.weight, down_DN=mlp.down_proj.weight)
-        if seen_BLD is not None:
+        if seen_BLD is not None and dense_BLD is not None:
             layer.x_TD = _attend(parent, block, seen_BLD, layer=i, batch=batch)
+            layer.weight_T = layer.relative(seen_BLD.flatten(0, 1))
+            dense_TD = _attend(parent, block, dense_BLD, layer=i, batch=batch)
+            layer.drift_TD = (dense_BLD - seen_BLD).flatten(0, 1)
+            _add(dense_BLD, layer.dense, dense_TD, batch=batch)
         ffn = build(layer)
         if layer.x_TD is not None and seen_BLD is not None:
             _add(seen_BLD, ffn, layer.x_TD, batch=batch)
@@ -154,38 +158,31 @@ def neuron_oracle(share: float, *, weighted: bool = False) -> Build:
     return build
 
 
-def static(share: float, *, refit: bool = False) -> Build:
-    """The `share` of neurons with the largest E[h^2] |w_down|^2 on the calibration windows, the same for every token.
+def static(share: float, *, refit: bool = False, fit_passes: int = 0, seed: int = 0) -> Build:
+    """The `share` of neurons that contribute most on the calibration windows, the same for every token.
 
-    With `refit`, down_proj is moved to where what is kept gives the dense FFN's output best on these windows: ridge
-    least squares, from the weights as they are.
+    What a split does besides choosing is done here by the same code (`Converted`), with the same tokens, token
+    weights, drift of the layers below and penalty: `refit` and `fit_passes` as in settings.Partition.
     """
 
     def build(layer: Layer) -> Ffn:
-        energy_N = sum((h.square().sum(0) for _, h in layer.chunks()), torch.zeros(())) * layer.down_DN.square().sum(0)
-        kept_M = energy_N.topk(round(share * len(energy_N))).indices.sort().values
-        down_DM = layer.down_DN[:, kept_M]
+        width = len(layer.energy_N)
+        order_N = layer.energy_N.argsort(descending=True, stable=True)
+        keep = round(share * width)
+        size = math.gcd(keep, width)
+        experts_EF = order_N.reshape(-1, size).cpu().numpy().astype(np.int32)
+        sizes = Sizes(width=width, experts=(width - keep) // size, shared=keep // size, size=size, top_k=0)
+        router_ED = layer.gate_ND.new_zeros(sizes.experts, layer.gate_ND.shape[1])
+        made = Converted(layer, experts_EF, sizes=sizes, router_ED=router_ED, scale=0.0)
         if refit:
-            down_DM = down_DM + _correction(layer, kept_M)
-        kept = Layer(
-            number=layer.number, gate_ND=layer.gate_ND[kept_M], up_ND=layer.up_ND[kept_M], down_DN=down_DM.contiguous()
-        )
-        return kept.dense
+            made.refit()
+        if fit_passes:
+            made.fit(fit_passes, seed=seed)
+        kept_M = order_N[:keep].sort().values
+        weights = made.gate_ND[kept_M], made.up_ND[kept_M], made.down_DN[:, kept_M].contiguous()
+        return Layer(number=layer.number, gate_ND=weights[0], up_ND=weights[1], down_DN=weights[2]).dense
 
     return build
-
-
-def _correction(layer: Layer, kept_M: Tensor) -> Tensor:
-    """What to add to the kept columns of down_proj, [D, M]: the regression of the lost output on the kept neurons."""
-    lost_DN = layer.down_DN.clone()
-    lost_DN[:, kept_M] = 0
-    moments_MM, target_MD = torch.zeros(()), torch.zeros(())
-    for _, h_TN in layer.chunks():
-        h_TM = h_TN[:, kept_M]
-        moments_MM = moments_MM + (h_TM.T @ h_TM).double()
-        target_MD = target_MD + (h_TM.T @ (h_TN @ lost_DN.T)).double()
-    moments_MM.diagonal().add_(RIDGE * moments_MM.diagonal().mean())
-    return torch.linalg.solve(moments_MM, target_MD).T.to(layer.down_DN.dtype)
 
 
 def expert_oracle(experts: Mapping[int, np.ndarray], *, shared: int, top_k: int) -> Build:

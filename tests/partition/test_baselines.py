@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.moe.loss import window_nll
 from tasks.moe.streamed import Streamed
-from tasks.partition import baselines
+from tasks.partition import baselines, converted
 from tasks.partition.layer import Layer
 
 WIDTH = 128
@@ -35,13 +35,19 @@ def nats(model, validation):
 
 
 def down_inputs(model, *, layer, ids):
-    """h of one layer on these windows, [T, N]."""
-    found = []
-    hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    """h of one layer on these windows, [T, N], and |residual|^2 + |output of the whole FFN|^2, [T]."""
+    found, block = [], model.model.layers[layer]
+    hooks = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0])),
+        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: found.append(args[0])),
+    ]
     with torch.no_grad():
         model(input_ids=torch.from_numpy(ids))
-    hook.remove()
-    return found[0].flatten(0, 1)
+    for hook in hooks:
+        hook.remove()
+    residual, h = (part.flatten(0, 1) for part in found)
+    output = h @ block.mlp.down_proj.weight.T
+    return h, residual.square().sum(1) + output.square().sum(1)
 
 
 def layer_of(width=24, hidden=8, tokens=200, seed=0):
@@ -81,7 +87,8 @@ def test_static_pruning_picks_each_layers_neurons_on_what_the_pruned_layers_belo
     found = baselines.measure(Streamed(tiny_model), validation, baselines.static(0.5), calibration=seen)
     hooks = []
     for i, block in enumerate(whole.model.layers):
-        energy = down_inputs(whole, layer=i, ids=seen).double().square().mean(0)
+        h, size = down_inputs(whole, layer=i, ids=seen)  # a token's error counts in proportion to its hidden state
+        energy = (h.double().square() / size[:, None].double()).mean(0)
         energy = energy * block.mlp.down_proj.weight.double().square().sum(0)
         kept = torch.zeros(WIDTH).index_fill(0, energy.argsort(descending=True)[: WIDTH // 2], 1.0)
         hooks.append(block.mlp.down_proj.register_forward_pre_hook(lambda _, args, kept=kept: (args[0] * kept,)))
@@ -91,19 +98,44 @@ def test_static_pruning_picks_each_layers_neurons_on_what_the_pruned_layers_belo
     assert found.nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_refit_is_the_ridge_regression_of_the_dense_output_around_the_weights_as_they_are():
-    layer = layer_of()
-    h = baselines.neurons(layer, layer.inputs).double().numpy()
-    down = layer.down_DN.double().numpy()
-    kept = np.sort(np.argsort(-((h**2).sum(0) * (down**2).sum(0)))[:12])
-    y, rows = h @ down.T, h[:, kept]
-    ridge = np.sqrt(baselines.RIDGE * np.mean((rows**2).sum(0))) * np.eye(12)
-    around = np.concatenate([y, ridge @ down[:, kept].T])
-    best, *_ = np.linalg.lstsq(np.concatenate([rows, ridge]), around, rcond=None)
-    found = baselines.static(0.5, refit=True)(layer)(layer.inputs)
-    np.testing.assert_allclose(found.numpy(), rows @ best, rtol=1e-4, atol=1e-4)
-    plain = baselines.static(0.5)(layer)(layer.inputs)
-    assert np.linalg.norm(found.numpy() - y) < np.linalg.norm(plain.numpy() - y)
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_the_refit_is_a_splits_around_the_weights_as_they_are_with_drift_and_token_weights(share):
+    layer, draw = layer_of(), torch.Generator().manual_seed(1)
+    layer.weight_T = torch.rand(200, generator=draw)
+    layer.drift_TD = 0.1 * torch.randn(200, 8, generator=draw)
+    h, drift = baselines.neurons(layer, layer.inputs).double().numpy(), layer.drift_TD.double().numpy()
+    down, weight = layer.down_DN.double().numpy(), layer.weight_T.double().numpy()
+    kept = np.sort(np.argsort(-((weight[:, None] * h**2).sum(0) * (down**2).sum(0)))[: round(24 * share)])
+    y, rows, root = h @ down.T, h[:, kept], np.sqrt(weight)[:, None]
+    mean = (weight[:, None] * rows**2).sum() / 24  # over all neurons, of which the dropped ones give nothing
+    ridge = np.sqrt(converted.RIDGE * mean) * np.eye(len(kept))
+    around = np.concatenate([root * (y + drift), ridge @ down[:, kept].T])
+    best, *_ = np.linalg.lstsq(np.concatenate([root * rows, ridge]), around, rcond=None)
+    found = baselines.static(share, refit=True)(layer)(layer.inputs)
+    np.testing.assert_allclose(found.numpy(), rows @ best, rtol=1e-4, atol=2e-4)
+    errors = [
+        float((layer.weight_T * (given - torch.from_numpy(y + drift).float()).square().sum(1)).sum())
+        for build in (
+            baselines.static(share),
+            baselines.static(share, refit=True),
+            baselines.static(share, refit=True, fit_passes=20),
+        )
+        for given in [build(layer)(layer.inputs)]
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_static_rows_are_given_the_drift_of_the_layers_below_and_the_weights_of_tokens(tiny_model, validation):
+    seen = []
+
+    def build(layer):
+        seen.append((layer.drift_TD.norm().item(), layer.weight_T.mean().item()))
+        return lambda x_TD: 0.5 * layer.dense(x_TD)
+
+    baselines.measure(Streamed(tiny_model), validation, build, calibration=windows(2), batch=2)
+    assert seen[0][0] == 0
+    assert all(drift > 0 for drift, _ in seen[1:])
+    assert [mean for _, mean in seen] == pytest.approx([1] * len(seen), rel=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 6])

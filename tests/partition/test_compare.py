@@ -80,7 +80,11 @@ def test_rows_that_depend_on_a_seed_are_listed_with_each_and_words_pick_rows(tmp
 
     assert listed("static pruning, refit") == [
         ("dense", 100, 0, None),
-        *(("static pruning, refit", share, 0, None) for share in (50, 75, 25)),
+        *(
+            (f"static pruning, {fitted}", share, 0, None)
+            for share in (50, 75, 25)
+            for fitted in ("refit", "refit and fit")
+        ),
     ]
     assert ("clustering", 50, 1, 1) in listed("clustering")
     assert ("peer: LLaMA-MoE clustering", 75, 1, None) in listed("clustering")
