@@ -1,11 +1,14 @@
 """zstd JSON lines to tokenised shards on one core: the corpus stage against `datasets` and `datatrove`.
 
     python tests/bench/tokenise.py FOLDER [--megabytes 96] [--tokenizers llama2 llama3 smollm2]
+    python tests/bench/tokenise.py FOLDER --languages de ja ru zh_Hans
 
 Needs the `fast` and `dev` extras and `pip install datatrove`; FOLDER keeps what pip downloads (120 MB). The text is
 licences (English), Django's translations (98 languages) and the interpreter's standard library, in equal parts. Each
 side runs in a process of its own, pinned to one core: first on 2 MB of other text, so that imports, loading and
 checking the tokenizer do not count, then, timed, on the text. Every side must give the same ids for every document.
+
+With --languages the encoders alone, against the reference, on what Django's translators wrote in each language.
 """
 
 from __future__ import annotations
@@ -94,6 +97,46 @@ def check(model: Path, oracle: Oracle, *, texts: list[str]) -> str:
     bare = [part[:-1].tolist() for part in np.split(ids, offsets[1:-1])]
     wrong = sum(ours != theirs for ours, theirs in zip(bare, oracle(texts), strict=True))
     return f"  {opened.backend_name} against the makers' encoder: {wrong} of {len(texts)} texts differ"
+
+
+def languages(names: list[str], *, tokenizers: list[str], folder: Path) -> None:
+    """Print MB per CPU-second of the fast encoder and of the reference on each language, and the ratio."""
+    from tasks.corpus import encoder
+
+    for name in tokenizers:
+        model, _ = tokenizer(name, folder)
+        opened = {backend: encoder.load_encoder(model, backend=backend) for backend in ("auto", "reference")}
+        for language in names:
+            found = [
+                sources.fetch(
+                    f"pypi:django==5.2.19/django/{place}/locale/{language}/LC_MESSAGES/*.po", folder / "packages"
+                )
+                for place in ("conf", "contrib/*")
+            ]
+            written = [each.fs.cat_file(path).decode() for each in found for path in each.paths]
+            texts = [" ".join(translated(text)) for text in written]
+            size = sum(len(text.encode()) for text in texts) / 1e6
+            best, ids = {}, {}
+            for backend, each in opened.items():  # once: encoders remember words that they have seen
+                start = time.process_time()
+                ids[backend] = each.encode(texts)
+                best[backend] = time.process_time() - start
+            same = all((a == b).all() for a, b in zip(*ids.values(), strict=True))
+            ours, theirs = (size / best[backend] for backend in opened)
+            print(
+                f"{name} {language}: {size:.2f} MB; {opened['auto'].backend_name} {ours:.1f} MB per CPU-s, reference "
+                f"{theirs:.1f}; ratio {ours / theirs:.1f}; ids {'identical' if same else 'DIFFER'}",
+                flush=True,
+            )
+
+
+def translated(catalogue: str) -> Iterator[str]:
+    """The translations of a gettext catalogue, without the English that they stand for."""
+    inside = False
+    for line in catalogue.splitlines():
+        inside = line.startswith("msgstr") or (inside and line.startswith('"'))
+        if inside and not any(mark in line for mark in (": ", "\\n")):  # nor its header
+            yield line.partition('"')[2].removesuffix('"')
 
 
 def write_text(files: list[Path], *, folder: Path, megabytes: float) -> float:
@@ -224,6 +267,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--megabytes", type=float, default=96)
     parser.add_argument("--tokenizers", nargs="+", choices=list(EOS), default=list(EOS))
+    parser.add_argument("--languages", nargs="+", metavar="LOCALE", help="the encoders alone, on these of Django's")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = args.folder.resolve()
@@ -232,6 +276,9 @@ def main() -> None:
         print(json.dumps(measure(args.side, folder / "models" / args.tokenizers[0], files=files)))
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if args.languages:
+        languages(args.languages, tokenizers=args.tokenizers, folder=folder)
+        return
     megabytes = write_text(files, folder=folder, megabytes=args.megabytes)
     for name in args.tokenizers:
         model, oracle = tokenizer(name, folder)
