@@ -140,7 +140,6 @@ def test_a_packed_run_counts_what_it_predicts_and_learns(trained: Path) -> None:
     losses, counts = whole_step(trained, seen(trained)[1])  # of the split model, which the first step starts from
     loss = steps[0]["loss"]
     assert loss == pytest.approx(losses.sum() / counts.sum(), rel=1e-3)
-    assert loss != pytest.approx(np.mean(losses / counts), rel=1e-3)
     for domain, found in steps[0]["domains"].items():
         mine = np.array(seen(trained)[1]["domains"]) == domain
         assert found["loss"] == pytest.approx(losses[mine].sum() / counts[mine].sum(), rel=2e-3)
