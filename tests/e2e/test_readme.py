@@ -57,29 +57,28 @@ def shell(commands: str) -> str:
     home.mkdir(exist_ok=True)
     environment = {name: os.environ[name] for name in keep if name in os.environ}
     environment |= {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    # With -m, as in a terminal, jobs can be interrupted.
     log = home / "shell.log"  # a file, because what runs on in the background would keep a pipe open
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["bash", "-ex", "-c", commands],
+            ["bash", "-emx", "-c", commands],
             stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             preexec_fn=obey_file_modes,
         )  # fmt: skip
     try:
         assert process.wait(1800) == 0, log.read_text()
-        until(lambda: not running(process.pid), seconds=120, otherwise=log.read_text)
+        until(lambda: not left(process.pid), seconds=120, otherwise=log.read_text)
     finally:
-        if running(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in left(process.pid):
+            os.kill(pid, signal.SIGKILL)
     return log.read_text()
 
 
-def running(group: int) -> bool:
-    """Whether a process of this group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def left(session: int) -> list[int]:
+    """The processes of a session that are still there; in a terminal each job is a group of its own."""
+    import psutil
+
+    return [pid for pid in psutil.pids() if psutil.pid_exists(pid) and os.getsid(pid) == session]
 
 
 @pytest.mark.e2e
