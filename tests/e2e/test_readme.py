@@ -61,7 +61,7 @@ def shell(commands: str) -> str:
     log = home / "shell.log"  # a file, because what runs on in the background would keep a pipe open
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["bash", "-emx", "-c", commands],
+            ["bash", "-ex", "-c", f"set -m\n{commands}"],
             stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             preexec_fn=obey_file_modes,
         )  # fmt: skip
