@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def shell(commands: str) -> str:
     home.mkdir(exist_ok=True)
     environment = {name: os.environ[name] for name in keep if name in os.environ}
     environment |= {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", "PREFECT_WORKER_QUERY_SECONDS": "1"}
-    # With -m, as in a terminal, jobs can be interrupted.
+    # With set -m, as in a terminal, jobs can be interrupted.
     log = home / "shell.log"  # a file, because what runs on in the background would keep a pipe open
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -78,7 +79,11 @@ def left(session: int) -> list[int]:
     """The processes of a session that are still there; in a terminal each job is a group of its own."""
     import psutil
 
-    return [pid for pid in psutil.pids() if psutil.pid_exists(pid) and os.getsid(pid) == session]
+    found = []
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError):  # it has ended since
+            found += [pid] * (os.getsid(pid) == session)
+    return found
 
 
 @pytest.mark.e2e
