@@ -46,13 +46,24 @@ def refusals(settings: Settings, pipeline: str) -> Iterator[str]:
                 except sources.SourceError as error:
                     yield f"corpora.{entry.corpus}, {name}: {error}"
         for task in entry.evaluate.tasks:
-            if task.source is None and (dataset := dataset_of(task.name)) and (script := hub.script_of(dataset)):
+            if task.source is None and (dataset := dataset_of(task.name)) and (fault := _fault(dataset)):
                 yield (
-                    f"pipelines.{pipeline}.evaluate.tasks: lm-eval reads {task.name} from hub:{dataset}, which has a "
-                    f"loading script ({script}) that `datasets` never runs; name another task, or give it a `source`"
+                    f"pipelines.{pipeline}.evaluate.tasks: lm-eval reads {task.name} from hub:{dataset}, which {fault}"
+                    "; name another task, or give it a `source`"
                 )
     except hub.Unreachable:
         return
+
+
+def _fault(dataset: str) -> str | None:
+    """Why a dataset of the hub cannot be read; None if it can. Raises hub.Unreachable."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        script = hub.script_of(dataset)
+    except HfHubHTTPError as error:
+        return f"the hub refuses ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"has a loading script ({script}) that `datasets` never runs" if script else None
 
 
 def dataset_of(task: str) -> str | None:

@@ -18,7 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import dag, environment, judgement, releases, stages
+from flows import dag, environment, judgement, preflight, releases, stages
 from flows.dag import Stage, StageError
 from flows.upcycle import slug
 from tasks import scratch, settings
@@ -41,13 +41,15 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
     Raises:
         SettingsError, BusyError, StageError: as the upcycle flow does; StageError also if publishing failed.
     """
-    config = settings.load().pipeline(pipeline)
+    config = settings.load()
+    corpus = config.pipeline(pipeline).corpus
     with scratch.workspace("run", pipeline):
         plan = dag.ancestors(dag.last_stage(pipeline))
         if wrong := releases.settle(pipeline):
             get_run_logger().warning(wrong)
         made_good = _catch_up(pipeline, plan) if publish else ""
-        sources = [stage for stage in plan if stage.name == f"sources@{config.corpus}"]
+        preflight.require(config, pipeline)
+        sources = [stage for stage in plan if stage.name == f"sources@{corpus}"]
         stages.run(sources, force={stage.name for stage in sources})
         stale = any(dag.changes([stage.name for stage in plan]).values())
         last = judgement.accepted(pipeline)

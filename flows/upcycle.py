@@ -13,7 +13,7 @@ import sys
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from flows import dag, environment, stages
+from flows import dag, environment, preflight, stages
 from flows.stages import Outcome
 from tasks import scratch, settings
 
@@ -28,14 +28,16 @@ def upcycle(pipeline: str = "demo", refresh: bool = False, force: list[str] | No
         force: stages to run although they are up to date, such as `pretrain`.
 
     Raises:
-        SettingsError: pipelines.yaml is not valid, or has no such pipeline.
+        SettingsError: pipelines.yaml is not valid, has no such pipeline, or names what nobody can have (preflight.py).
         BusyError: this pipeline is being run already; the message names the process.
         StageError: a stage failed.
     """
-    config = settings.load().pipeline(pipeline)
+    config = settings.load()
+    preflight.require(config, pipeline)
     with scratch.workspace("run", pipeline):
         plan = dag.ancestors(dag.last_stage(pipeline))
-        forced = dag.resolve([*(force or []), *[f"sources@{config.corpus}"][:refresh]], stages=plan)
+        refreshed = [f"sources@{config.pipeline(pipeline).corpus}"][:refresh]
+        forced = dag.resolve([*(force or []), *refreshed], stages=plan)
         outcomes = stages.run(plan, force=forced)
         report(pipeline, outcomes)
         return outcomes

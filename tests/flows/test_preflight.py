@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from flows import cli, dag, preflight
+from flows import cli, dag, preflight, retrain, upcycle
 from tasks import settings
 from tests.flows.conftest import ROOT
 
@@ -64,4 +64,8 @@ def test_run_stops_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(dag, "changes", lambda names: {target: ["never run"] for target in ["model@llama-2-7b"]})
     said = CliRunner().invoke(cli.app, ["run", "llama-2-7b-random-2of8"])
     assert said.exit_code == 1
-    assert "moeforge: corpora.slimpajama: the source of cc, c4, github" in said.stderr
+    refusal = "corpora.slimpajama: the source of cc, c4, github"
+    assert f"moeforge: {refusal}" in said.stderr
+    for flow in (upcycle.upcycle, retrain.retrain):  # as a deployment calls them
+        with pytest.raises(settings.SettingsError, match=refusal):
+            flow.fn(pipeline="llama-2-7b-random-2of8")
