@@ -54,7 +54,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         ({"near_duplicates": None}, {"encoded"}),
         ({"max_record_bytes": 2000}, {"read a", "read b", "encoded"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_a_changed_setting_leaves_the_work_that_it_does_not_touch(
     project: Project,
