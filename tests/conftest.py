@@ -25,6 +25,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 import pytest
 from filelock import FileLock
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 
@@ -203,7 +204,10 @@ def assert_kept_once(project: Path) -> None:
         cached[file.stat().st_ino] = file
     command = ["git", "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--", "data", "runs"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=project).stdout
-    outs = [file for name in listed.split("\0")[:-1] if (file := project / name).stat().st_size]
+    lock = YAML(typ="safe", pure=True).load((project / "dvc.lock").read_text())
+    kept = tuple(f"{out['path']}/" for stage in lock["stages"].values() for out in stage.get("outs", []))
+    names = [name for name in listed.split("\0")[:-1] if f"{name}/".startswith(kept)]
+    outs = [file for name in names if (file := project / name).stat().st_size]
     assert outs
     assert [file for file in outs if file.stat().st_ino not in cached] == []
 
