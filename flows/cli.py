@@ -338,7 +338,7 @@ def clear_errors() -> Iterator[None]:
     """End with one message and exit code 1 instead of a traceback."""
     try:
         yield
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # the latter of `moeforge … | head`: typer ends without a word
         raise
     except KeyboardInterrupt:
         fail(STOPPED, code=130)

@@ -81,8 +81,8 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
                     f"{file.name}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package does "
                     "not dequantise; take another quantisation of the model"
                 ) from None
-            stored = torch.as_tensor(processor.process(weights, tensor.name).weights)
-            converted = stored.to(dtype, copy=True)
+            stored = torch.tensor(processor.process(weights, tensor.name).weights)  # a copy: the file is mapped
+            converted = stored.to(dtype)
             foreign.require_fits(stored, converted, name=tensor.name, file=file.name)
             writer.write(name, converted)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
