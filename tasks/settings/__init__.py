@@ -11,96 +11,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from tasks.settings import misfits
-from tasks.settings.corpus import Corpus, SourceText
+import tasks.settings.misfits as misfits
+from tasks.settings.corpus import Corpus
 from tasks.settings.corpus import Domain as Domain  # callers say settings.Domain
 from tasks.settings.corpus import Items as Items
 from tasks.settings.deployments import Deployment
-from tasks.settings.fields import LARGEST, Frozen, Name, NotNegative, Positive, SeqLen, Sha256
+from tasks.settings.fields import Frozen, Name
 from tasks.settings.model import Model
 from tasks.settings.model import Shape as Shape
-from tasks.settings.partition import Partition
-from tasks.settings.pretrain import Pretrain
+from tasks.settings.partition import Partition as Partition
+from tasks.settings.pipeline import Evaluate as Evaluate
+from tasks.settings.pipeline import Mixture as Mixture
+from tasks.settings.pipeline import Pipeline
+from tasks.settings.pipeline import Task as Task
+from tasks.settings.pretrain import Pretrain as Pretrain
 from tasks.settings.text import FILE, SettingsError, read
-
-SMALLEST = 1e-6
-"""Weights that sum to less are a slip of the exponent, and lose digits when they are normalised."""
-
-
-class Mixture(Frozen):
-    """Domain weights (tasks/mixture)."""
-
-    method: Literal["uniform", "proportional", "explicit", "reference_loss"]
-    weights: dict[Name, NotNegative] | None = None
-    """Of every domain; normalised. Needed by `explicit`; the start of `reference_loss` (uniform if absent)."""
-    windows: Positive = 8
-    """Validation windows per domain on which `reference_loss` measures the dense model."""
-
-    @model_validator(mode="after")
-    def _weights(self) -> Self:
-        if self.method == "explicit" and not self.weights:
-            raise ValueError("method `explicit` needs `weights`: {domain: weight}")
-        if self.method in {"uniform", "proportional"} and self.weights:
-            raise ValueError(f"method `{self.method}` takes no `weights`")
-        if self.weights is not None and sum(self.weights.values()) < SMALLEST:
-            raise ValueError(f"`weights` must have a positive sum, of {SMALLEST} at least")
-        return self
-
-
-class Task(Frozen):
-    """An lm-eval task: over a local file, described by tasks/evaluate/harness/<name>.yaml, or a hub task by name."""
-
-    name: Name
-    source: SourceText | None = None
-    sha256: Sha256 | None = None
-    license: str | None = None
-    num_fewshot: Annotated[int, Field(ge=0, le=LARGEST)] = 0
-    limit: Positive | None = None
-
-    @model_validator(mode="after")
-    def _source(self) -> Self:
-        if self.sha256 is not None and self.source is None:
-            raise ValueError("sha256 is that of the `source`, and there is none; leave it out")
-        return self
-
-
-class Evaluate(Frozen):
-    """Evaluation and report (tasks/evaluate)."""
-
-    seq_len: SeqLen
-    windows: Positive = 8
-    """Test windows of seq_len tokens per domain."""
-    batch: Positive = 4
-    tasks: list[Task] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _tasks(self) -> Self:
-        names = [task.name for task in self.tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tasks: {', '.join(twice)} stands there twice, and one result would hide the other")
-        return self
-
-
-class Pipeline(Frozen):
-    model: Name
-    corpus: Name
-    mixture: Mixture
-    partition: Partition
-    pretrain: Pretrain
-    evaluate: Evaluate
-
-    @model_validator(mode="after")
-    def _reference(self) -> Self:
-        dynamic = self.pretrain.dynamic
-        if dynamic and dynamic.references == "parent" and self.mixture.method != "reference_loss":
-            raise ValueError(
-                "pretrain.dynamic.references: parent needs the parent's losses: set mixture.method: reference_loss"
-            )
-        return self
 
 
 class Settings(Frozen):
@@ -153,7 +82,7 @@ def validate(raw: Any, *, path: Path | str = FILE) -> Settings:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
-    if faults := list(misfits.find(settings)):
+    if faults := list(misfits.find(settings.pipelines, corpora=settings.corpora, models=settings.models)):
         raise SettingsError("\n".join(f"{path}: {fault}" for fault in faults))
     return settings
 

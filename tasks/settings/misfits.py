@@ -7,23 +7,21 @@ lm-eval's tasks, lies on this disk.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
-from tasks.settings import harness, model
+import tasks.settings.harness as harness
+import tasks.settings.model as model
+from tasks.settings.corpus import Corpus
+from tasks.settings.model import Model
+from tasks.settings.pipeline import Pipeline
 from tasks.settings.pretrain import Fit
 
-if TYPE_CHECKING:
-    from tasks.settings import Pipeline, Settings
 
-
-def find(settings: Settings) -> Iterator[str]:
+def find(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models: dict[str, Model]) -> Iterator[str]:
     """Every fault, as `path = value: what is wrong and what mends it`."""
-    for name, pipeline in settings.pipelines.items():
+    for name, pipeline in pipelines.items():
         where = f"pipelines.{name}"
-        yield from (
-            f"{where}.{fault}" for fault in _domains(pipeline, list(settings.corpora[pipeline.corpus].domains))
-        )
-        yield from (f"{where}.{fault}" for fault in _sizes(pipeline, settings))
+        yield from (f"{where}.{fault}" for fault in _domains(pipeline, list(corpora[pipeline.corpus].domains)))
+        yield from (f"{where}.{fault}" for fault in _sizes(pipeline, models[pipeline.model]))
         for i, task in enumerate(pipeline.evaluate.tasks):
             if fault := harness.not_described(task.name) if task.source else harness.why_not(task.name):
                 yield f"{where}.evaluate.tasks.{i}.name = {task.name!r}: {fault}"
@@ -49,9 +47,9 @@ def _domains(pipeline: Pipeline, domains: list[str]) -> Iterator[str]:
             )
 
 
-def _sizes(pipeline: Pipeline, settings: Settings) -> Iterator[str]:
+def _sizes(pipeline: Pipeline, entry: Model) -> Iterator[str]:
     """What the model is too small for, as far as its config is known."""
-    known = model.config(pipeline.model, settings.models[pipeline.model])
+    known = model.config(pipeline.model, entry)
     if known is None:
         return
     config, source = known

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import tasks.sources.local as local
 from tasks import scratch
-from tasks.sources import local
 from tasks.sources.syntax import SourceError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tasks.sources import local
+import tasks.sources.local as local
 from tasks.sources.hashes import Listing
 from tasks.sources.syntax import Source, SourceError
 
