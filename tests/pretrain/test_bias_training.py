@@ -33,6 +33,7 @@ def test_a_biased_run_killed_and_resumed_ends_with_the_same_biases_and_a_stock_c
         ended.append(
             (scratch.digest(project / "runs/tiny/trained"), timeless(project / "runs/tiny/training/log.jsonl"))
         )
+        assert stage("tasks.pretrain", "tiny", "--discard", cwd=project).returncode == 0
     assert ended[0] == ended[1]  # the second began anew
 
     trained = project / "runs/tiny/trained"

@@ -101,7 +101,7 @@ def test_a_terminal_shows_the_bar_the_domains_and_the_experts_and_above_them_wha
     seen = screen(written)
     assert seen[0] == "validation at step 0: mean 2.2500  books 3.5000  code[/b] 1.0000"
     assert seen[1] == "step 2: layer 3: expert 7 had no token [in] steps"
-    assert seen[2].split() == ["domain", "weight", "loss", "held", "out", "epochs"]
+    assert seen[2].split() == ["domain", "weight", "loss", "validation", "epochs"]
     assert seen[3].split() == ["books", "0.750", "3.2500", "3.5000", "0.125"]
     assert seen[4].split() == ["code[/b]", "0.250", "–", "1.0000", "–"]
     assert seen[5] == "experts: entropy 0.875 of 1, busiest 25.0%, 3 without tokens"

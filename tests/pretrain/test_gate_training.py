@@ -56,6 +56,7 @@ def test_a_gated_run_killed_and_resumed_ends_with_the_same_gates_and_a_stock_che
         ended.append(
             (scratch.digest(project / "runs/tiny/trained"), timeless(project / "runs/tiny/training/log.jsonl"))
         )
+        assert stage("tasks.pretrain", "tiny", "--discard", cwd=project).returncode == 0
         if len(ended) == 1:
             assert "going on from the checkpoint" in done.stdout
     assert ended[0] == ended[1]  # the second began anew

@@ -52,6 +52,7 @@ def scaled(model: Path, data: Path) -> dict[str, Any]:
     pipeline["partition"]["calibration_windows"] = 8
     assert set(SCALED) <= set(pipeline["pretrain"])
     pipeline["pretrain"].update(SCALED)
+    pipeline["evaluate"]["seq_len"] = SCALED["seq_len"]
     return content
 
 
