@@ -171,7 +171,7 @@ CORPUS: dict[str, Any] = {
             "tokens_per_second": 900,
         },
         "code": {
-            "documents": {"train": 9, "validation": 1, "test": 1},
+            "documents": {"train": 8, "validation": 1, "test": 1},
             "tokens": {"train": 900, "validation": 50, "test": 50},
             "rules": {"read": 10, "bad": 0, "empty": 0, "duplicate": 0, "kept": 10},
             "bytes_per_token": 2.5,
