@@ -228,7 +228,7 @@ class Checkpoints:
             written |= json.loads(_marker(staging, rank).read_text())
             _marker(staging, rank).unlink()
         scratch.write_sealed(staging / files.STATE, {**state, "files": written})
-        files.sync_folder(staging)
+        scratch.fsync(staging)
         final = self.folder / tag(state["step"])
         if final.exists():
             files.delete(final)

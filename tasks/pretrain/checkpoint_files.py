@@ -10,7 +10,6 @@ checkpoints/
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import zipfile
@@ -164,7 +163,7 @@ def _record(file: Path) -> str:
 
 def point(folder: Path, step: int) -> None:
     """Bring a new checkpoint's name to the disk, and name it in latest.json."""
-    sync_folder(folder)
+    scratch.fsync(folder)
     scratch.write_json(folder / "latest.json", {"tag": tag(step)})
 
 
@@ -174,11 +173,3 @@ def delete(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
