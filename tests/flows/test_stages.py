@@ -188,6 +188,8 @@ def final_states(state: Any) -> dict[str, Any]:
         )
         with urllib.request.urlopen(request) as answer:
             runs = json.load(answer)
+        if not all(run["state"] for run in runs):  # a run is there before its first state is
+            return False
         found.update({run["name"]: SimpleNamespace(**run["state"]) for run in runs})
         return bool(found) and all(s.type in ("COMPLETED", "FAILED") for s in found.values())
 
