@@ -1,6 +1,6 @@
 """What a checkpoint costs training: DeepSpeed's own save and an fsync against the one in the background.
 
-    python tests/bench/checkpoint.py FOLDER      # takes three checkpoints of 0.5 GB; made and removed
+    python -m bench.checkpoint FOLDER      # takes three checkpoints of 0.5 GB; made and removed
 
 The same steps three times, interleaved: without saves, with one every `--every` steps on either side. Blocked is the
 time in which no forward, backward or optimizer step runs; extra is what the steps with saves took more than those
@@ -23,7 +23,7 @@ def build(params: Any, *, layers: int, hidden: int) -> Any:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tasks.pretrain import engine
+    from tasks.pretrain.engine import engine
 
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -39,7 +39,7 @@ def build(params: Any, *, layers: int, hidden: int) -> Any:
 def step(built: Any, params: Any) -> None:
     import torch
 
-    from tasks.pretrain import engine
+    from tasks.pretrain.engine import engine
 
     for _ in range(params.batch // params.micro_batch):
         ids = torch.randint(4096, (params.micro_batch, params.seq_len))
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     arguments = parser.parse_args()
 
-    from tasks.pretrain import engine
-    from tasks.pretrain.checkpoint import Checkpoints
+    from tasks.pretrain.checkpoints.checkpoint import Checkpoints
+    from tasks.pretrain.engine import engine
     from tasks.settings import Pretrain
 
     arguments.folder.mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Converting a checkpoint with Llama-2-7B's shapes against copying its files: seconds, and the most memory it took.
 
-    python tests/bench/convert.py FOLDER --layers 32      # FOLDER takes 3 x 13.5 GB; made and removed
+    python -m bench.convert FOLDER --layers 32      # FOLDER takes 3 x 13.5 GB; made and removed
 
 Either side runs in a process of its own, after the source's pages were dropped from the page cache and its last result
 was deleted, and ends when its files are on the disk (fsync). The weights are random bfloat16; method random, 4 of 16.
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[1]
 HIDDEN, WIDTH, VOCABULARY = 4096, 11008, 32000
 SHARD = 2_000_000_000
 SIDES = ("copy", "convert")

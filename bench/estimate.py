@@ -1,6 +1,6 @@
 """What `moeforge plan` estimates of a training run against the run: peak memory of a process, seconds of a step.
 
-    python tests/bench/estimate.py [--model tiny demo] [--setting NAME …] [--threads 1]
+    python -m bench.estimate [--model tiny demo] [--setting NAME …] [--threads 1]
 
 The stage trains a model with random weights (`tiny`, or the demo's split of SmolLM2-135M, with the shapes of
 pipelines.yaml) for six steps with a checkpoint every second one, on a corpus that is made here. Memory is estimated
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 STEPS = 6
 BASE = {"precision": "bfloat16", "seq_len": 512, "batch": 2, "micro_batch": 2, "learning_rate": 2e-4}
@@ -58,8 +58,8 @@ def main() -> None:
 
 
 def row(project: Path, model: str, setting: str) -> None:
-    from tasks.pretrain import calibrate, estimate
     from tasks.settings import Pretrain
+    from tasks.tools import calibrate, estimate
 
     fields = BASE | SETTINGS[setting]
     fields |= {"tokens": STEPS * fields["batch"] * fields["seq_len"], "save_every": 2, "eval_windows": 1}
@@ -128,7 +128,7 @@ def put_model(project: Path, name: str) -> None:
 
     from flows import plan
     from tasks import settings
-    from tasks.pretrain import calibrate
+    from tasks.tools import calibrate
 
     config = settings.load(ROOT / "pipelines.yaml")
     demo = config.pipeline("demo")

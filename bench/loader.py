@@ -1,6 +1,6 @@
 """Batches per CPU-second beside the same tokens through `datasets` and np.memmap, and packing beside its plain form.
 
-    PYTHONPATH=. python tests/bench/loader.py [data/corpora/demo] [--batch 256] [--seq-len 4096] [--world-size 8]
+    python -m bench.loader [data/corpora/demo] [--batch 256] [--seq-len 4096] [--world-size 8]
 
 Without a corpus one is made: five domains, 90,400 documents of log-normal length, 65 M made-up ids.
 
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from tasks.corpus import manifest, shards
-from tasks.corpus.loader import Loader, train_windows
-from tasks.corpus.packing import pack
-from tasks.corpus.sampler import Sampler
+from tasks.corpus.sampling.loader import Loader, train_windows
+from tasks.corpus.sampling.packing import pack
+from tasks.corpus.sampling.sampler import Sampler
 
 
 def main() -> None:

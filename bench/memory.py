@@ -1,6 +1,6 @@
 """Peak memory of the corpus stage on little and on much input: zstd JSON lines, near-duplicates looked for.
 
-    python tests/bench/memory.py data/models/smollm2-135m-q4 [--megabytes 100 5000] [--workers 1]
+    python -m bench.memory data/models/smollm2-135m-q4 [--megabytes 100 5000] [--workers 1]
 
 Text is drawn from 50,000 made-up words by Zipf's law, one file of records of 2 to 6 kB. Prints the peak resident
 memory of the largest process, CPU and wall seconds, and the ratio of the peaks.
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "ost", "um")]
 
 

@@ -1,7 +1,7 @@
 """MinHash signatures against datasketch, decontamination, and the near-duplicates of a real domain.
 
-    python tests/bench/minhash.py                                   # the licence texts of `corpora.demo.domains.legal`
-    python tests/bench/minhash.py --corpus wide --domain code
+    python -m bench.minhash                                   # the licence texts of `corpora.demo.domains.legal`
+    python -m bench.minhash --corpus wide --domain code
 
 Rates are MB of UTF-8 per CPU-second of this process, the best of three rounds that alternate between both sides;
 14 bands of 8 rows over 5-grams of words. datasketch hashes with xxHash, which is faster than its default of SHA-1.
@@ -21,7 +21,7 @@ import xxhash
 from datasketch import MinHash
 
 from tasks import settings, sources
-from tasks.corpus import contamination, dedup, minhash, words
+from tasks.corpus.clean import contamination, dedup, minhash, words
 from tasks.settings.corpus import NearDuplicates
 
 CACHE = Path(".scratch/sources")

@@ -1,6 +1,6 @@
 """What the router's temperature does to its gradient in training, and to the split itself.
 
-    python tests/bench/router_gradient.py runs/demo [--stds 0.02 0.1 0.5 2]
+    python -m bench.router_gradient runs/demo [--stds 0.02 0.1 0.5 2]
 
 Scales every router of a split checkpoint so that its logits have the given standard deviation over experts, and
 prints, for each: loss on validation windows, the router's gradient norm beside that of all other weights, and how many
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tasks import settings
-from tasks.corpus import windows
+from tasks.corpus.sampling import windows
 from tasks.moe import checkpoint, routing
 
 

@@ -1,6 +1,6 @@
 """One training step of the sparse model against its dense parent, in the same loop.
 
-    python tests/bench/step.py PIPELINE [--steps 12] [--rounds 2] [--set distill=null]
+    python -m bench.step PIPELINE [--steps 12] [--rounds 2] [--set distill=null]
 
 In a project whose stages up to `partition` have run. Each side is a worker of its own over the same batches, without
 evaluations and checkpoints between; sides take turns. Printed: tokens/s by the median step without the first two, the
@@ -22,8 +22,8 @@ from ruamel.yaml import YAML
 
 from tasks import settings
 from tasks.moe import counts
-from tasks.pretrain import log
 from tasks.pretrain.job import Job
+from tasks.pretrain.log import log
 
 GOAL = 0.85
 
@@ -44,7 +44,9 @@ def run(pipeline: str, model: Path, *, side: str, changes: dict[str, Any]) -> tu
         mixture=Path("runs") / pipeline / "mixture.json",
         workspace=workspace,
     )
-    subprocess.run([sys.executable, "-m", "tasks.pretrain.worker", str(job.write())], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, "-m", "tasks.pretrain.launch.worker", str(job.write())], check=True, stdout=sys.stderr
+    )
     saving = json.loads((workspace / "pretrain.json").read_text())["seconds_saving"]
     return log.read(workspace / "training/log.jsonl", "step"), saving
 

@@ -1,7 +1,7 @@
 """zstd JSON lines to tokenised shards on one core: the corpus stage against `datasets` and `datatrove`.
 
-    python tests/bench/tokenise.py FOLDER [--megabytes 96] [--tokenizers llama2 llama3 smollm2]
-    python tests/bench/tokenise.py FOLDER --languages de ja ru zh_Hans
+    python -m bench.tokenise FOLDER [--megabytes 96] [--tokenizers llama2 llama3 smollm2]
+    python -m bench.tokenise FOLDER --languages de ja ru zh_Hans
 
 Needs the `fast` and `dev` extras and `pip install datatrove`; FOLDER keeps what pip downloads (120 MB). The text is
 licences (English), Django's translations (98 languages) and the interpreter's standard library, in equal parts. Each
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/corpus")]
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -89,7 +89,7 @@ def tokenizer(name: str, folder: Path) -> tuple[Path, Oracle | None]:
 
 def check(model: Path, oracle: Oracle, *, texts: list[str]) -> str:
     """Hold the fast backend to the makers' encoder, on the probes and on some of the text."""
-    from tasks.corpus import encoder, probe
+    from tasks.corpus.tokenizer import encoder, probe
 
     opened = encoder.load_encoder(model, backend="auto")
     texts = probe.texts(json.loads((model / "tokenizer.json").read_text()))[:-1] + texts
@@ -101,7 +101,7 @@ def check(model: Path, oracle: Oracle, *, texts: list[str]) -> str:
 
 def languages(names: list[str], *, tokenizers: list[str], folder: Path) -> None:
     """Print MB per CPU-second of the fast encoder and of the reference on each language, and the ratio."""
-    from tasks.corpus import encoder
+    from tasks.corpus.tokenizer import encoder
 
     for name in tokenizers:
         model, _ = tokenizer(name, folder)
@@ -161,7 +161,8 @@ def write_text(files: list[Path], *, folder: Path, megabytes: float) -> float:
 def ours(model: Path, *, work: Path, files: list[Path]) -> Run:
     import pyarrow as pa
 
-    from tasks.corpus import fingerprint, stage
+    from tasks.corpus import fingerprint
+    from tasks.corpus.build import stage
 
     corpora = {
         file.stem.split(".")[0]: {

@@ -48,7 +48,7 @@ def kind(path: Path) -> str:
 
 def inspect(path: Path) -> dict[str, Any]:
     """Describe what lies at a path as JSON-able values. Raises ArtifactError: nothing known, or damaged."""
-    from tasks.corpus import inspect as corpus
+    from tasks.tools import inspect_corpus as corpus
 
     describe: dict[str, Callable[[Path], dict[str, Any]]] = {
         "shard": corpus.describe_shard,
@@ -66,7 +66,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def verify(path: Path) -> list[str]:
     """What is wrong at a path; empty if it is sound. Raises ArtifactError if it cannot be told."""
-    from tasks.corpus import verify as corpus
+    from tasks.tools import verify_corpus as corpus
 
     match kind(path):
         case "shard":
@@ -85,7 +85,7 @@ def verify(path: Path) -> list[str]:
 
 def repair(path: Path) -> list[str]:
     """Mend a corpus, saying what was done; returns what is wrong still. Raises ArtifactError for anything else."""
-    from tasks.corpus.repair import repair as mend
+    from tasks.tools.repair_corpus import repair as mend
 
     if (what := kind(path)) != "corpus":
         raise ArtifactError(f"{path}: a {what} cannot be repaired, only a corpus; run the stage that made it again")
@@ -180,7 +180,7 @@ def _tensor_problems(path: Path) -> Iterator[str]:
 
 def _identity(moe: Path) -> list[str]:
     """The identity test of runs/PIPELINE/moe against its index and the dense parent that pipelines.yaml names."""
-    from tasks.partition.verify import verify_checkpoint
+    from tasks.tools.verify_partition import verify_checkpoint
 
     pipeline = moe.resolve().parent.name
     dense = Path("data/models") / settings.load().pipeline(pipeline).model

@@ -214,8 +214,8 @@ def inspect(
 
 
 def _step(run: Path, number: int, *, full: bool) -> dict[str, Any]:
-    from tasks.pretrain import inspect as pretrain
     from tasks.pretrain.job import TrainingError
+    from tasks.tools import inspect_run as pretrain
 
     try:
         return pretrain.step(run, number, full=full)
@@ -298,7 +298,7 @@ def import_(
 
     Of a two-layer gate, the exact weights are kept beside it, and the routers are linear ones fitted to it.
     """
-    from tasks.partition import released
+    from tasks.tools import released
 
     with clear_errors():
         try:

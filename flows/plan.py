@@ -14,10 +14,12 @@ from typing import Any
 
 from tasks import scratch
 from tasks.moe import counts, families
-from tasks.pretrain import branch, estimate, meters
-from tasks.pretrain.estimate import Memory
+from tasks.pretrain.checkpoints import branch
+from tasks.pretrain.log import meters
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 from tasks.settings import model as models
+from tasks.tools import estimate
+from tasks.tools.estimate import Memory
 
 UTILISATION = 0.4
 """Share of the matrix-product speed that training reaches: 0.4 is usual on A100s."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from flows import dag, plan
 from tasks import scratch
-from tasks.pretrain import branch
+from tasks.pretrain.checkpoints import branch
 from tasks.settings import Pipeline, Pretrain, Settings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tasks.pretrain.estimate import Speed
+    from tasks.tools.estimate import Speed
 
 SHOWN_REASONS = 3
 
@@ -55,8 +55,8 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     """
     import torch
 
-    from tasks.pretrain import calibrate
-    from tasks.pretrain.engine import cpu_has_bfloat16
+    from tasks.pretrain.engine.engine import cpu_has_bfloat16
+    from tasks.tools import calibrate
 
     pipeline = settings.pipeline(name)
     train = pipeline.pretrain

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.shapes import Problem
+from bench.kernels.shapes import Problem
 
 NAMES = ("out", "x gradient", "w13 gradient", "w2 gradient", "routing weight gradient")
 

@@ -1,8 +1,8 @@
 """One experts layer on CPU against its peers and its floors: time, peak memory, bytes kept for backward.
 
-    python kernels/bench/cpu_layer.py --json cpu_layer.json
-    python kernels/bench/cpu_layer.py --threads 1 --dtypes float32 --shapes 1024,16,4,512,344
-    python kernels/bench/cpu_layer.py --threads 1 --crossover
+    python -m bench.kernels.cpu_layer --json cpu_layer.json
+    python -m bench.kernels.cpu_layer --threads 1 --dtypes float32 --shapes 1024,16,4,512,344
+    python -m bench.kernels.cpu_layer --threads 1 --crossover
 
 Sides take turns in one run and the best of several turns is kept. One thread is timed in CPU time, which a busy
 neighbour changes least; more threads in wall time, which wants an idle machine. ``x floor`` is time / time of the bare
@@ -21,7 +21,6 @@ Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,14 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from moe_kernels import choose_regime, experts_layer
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moe_kernels import choose_regime, experts_layer
-
-from bench.check import disagreement, reference
-from bench.peers import OURS, Peer, Side, Unfit, batched_mm, by_autograd, dense, eager, grouped_mm, ours
-from bench.shapes import Problem, Shape, make_problem, parse_shape
+from bench.kernels.check import disagreement, reference
+from bench.kernels.peers import OURS, Peer, Side, Unfit, batched_mm, by_autograd, dense, eager, grouped_mm, ours
+from bench.kernels.shapes import Problem, Shape, make_problem, parse_shape
 
 FLOOR = "bare GEMMs"
 FP32_LIMIT = 2e-6  # sums of hundreds of terms round in fp32 itself; half precision sums in fp32

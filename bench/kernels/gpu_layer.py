@@ -1,9 +1,9 @@
 """The experts layer on one GPU against its peers and the roofline; a side that disagrees gets no figure.
 
-    python kernels/bench/gpu_layer.py
-    python kernels/bench/gpu_layer.py --shapes qwen3-30b-a3b@8192 32768,16,4,4096,688 --routing zipf --plot roof.svg
-    python kernels/bench/gpu_layer.py --resume --minutes 30
-    python kernels/bench/gpu_layer.py --cpu
+    python -m bench.kernels.gpu_layer
+    python -m bench.kernels.gpu_layer --shapes qwen3-30b-a3b@8192 32768,16,4,4096,688 --routing zipf --plot roof.svg
+    python -m bench.kernels.gpu_layer --resume --minutes 30
+    python -m bench.kernels.gpu_layer --cpu
 
 Columns: median ms of forward, backward, both, and forward without gradients, L2 overwritten before each run, the first
 call (compiling, tuning) apart; TF/s = 18 T K D F / full; ``roof``, the fraction of the roofline with each pass as one
@@ -24,23 +24,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from bench import plot
-from bench.check import reference
-from bench.device import Cpu, Cuda, Device
-from bench.measure import attempt
-from bench.peers import OURS, Peer, all_peers
-from bench.report import HEADER, Report, add_ratios, commit, line, verdict
-from bench.roofline import Card, find_card, full_flops, pass_floor, saved_bytes
-from bench.shapes import ALL, DEFAULT, ROUTINGS, SMALL, RoutingName, Shape, make_problem, parse_shape
+from bench.kernels import plot
+from bench.kernels.check import reference
+from bench.kernels.device import Cpu, Cuda, Device
+from bench.kernels.measure import attempt
+from bench.kernels.peers import OURS, Peer, all_peers
+from bench.kernels.report import HEADER, Report, add_ratios, commit, line, verdict
+from bench.kernels.roofline import Card, find_card, full_flops, pass_floor, saved_bytes
+from bench.kernels.shapes import ALL, DEFAULT, ROUTINGS, SMALL, RoutingName, Shape, make_problem, parse_shape
 
 NO_GPU = (
     "gpu_layer.py measures one CUDA device, and torch sees none here. On a machine with one, install a CUDA build of "
     "torch and run the same command.\nWithout: --cpu runs the same program on small shapes with CPU times, to see "
-    "that it works; kernels/bench/cpu_layer.py measures the CPU path."
+    "that it works; bench/kernels/cpu_layer.py measures the CPU path."
 )
 
 
@@ -213,7 +211,10 @@ def main(argv: Sequence[str] | None = None, *, peers: Sequence[Peer] | None = No
             raise SystemExit(f"{error} took the device down; --resume goes on without it") from None
         print(f"{error} took the device down; going on without it in a new process", flush=True)
         given = sys.argv[1:] if argv is None else argv
-        os.execv(sys.executable, [sys.executable, __file__, *given, "--resume", f"--minutes={minutes:.2f}"])
+        os.execv(
+            sys.executable,
+            [sys.executable, "-m", "bench.kernels.gpu_layer", *given, "--resume", f"--minutes={minutes:.2f}"],
+        )
     report.save()
     if args.plot and not plot.missing():
         plot.draw(report.cells, args.plot, title=f"{device.name}, torch {torch.__version__}, {report.about['commit']}")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.check import disagreement
-from bench.device import Device, Prepare, Step, median_ms
-from bench.peers import Peer, Side, Unfit
-from bench.shapes import Problem
+from bench.kernels.check import disagreement
+from bench.kernels.device import Device, Prepare, Step, median_ms
+from bench.kernels.peers import Peer, Side, Unfit
+from bench.kernels.shapes import Problem
 
 Result = dict[str, Any]  # as it stands in the JSON file; ``status`` is ok, refused, unfit or failed
 
@@ -59,7 +59,7 @@ def measure(peer: Peer, problem: Problem, *, expected: Sequence[Tensor], device:
     Args:
         peer: the implementation.
         problem: what it computes.
-        expected: the output and the four gradients, of :func:`bench.check.reference`.
+        expected: the output and the four gradients, of :func:`bench.kernels.check.reference`.
         device: where.
         seconds: of measuring for each of the four times.
     """

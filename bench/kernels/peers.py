@@ -1,6 +1,6 @@
 """Who is measured: adapters from one problem to each implementation's own calling convention.
 
-An adapter is called on a :class:`~bench.shapes.Problem` and gives a :class:`Side`. It raises :class:`Unfit` where the
+An adapter is called on a :class:`~.shapes.Problem` and gives a :class:`Side`. It raises :class:`Unfit` where the
 implementation cannot run this problem; whatever else it raises is reported by name and stops nothing.
 
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.shapes import Problem
+from bench.kernels.shapes import Problem
 
 BATCHED_BYTES = 4 * 2**30  # of gathered weights, at which transformers' batched_mm is no longer tried
 OURS = "moe_kernels"

@@ -17,7 +17,7 @@ def draw(cells: dict[str, dict[str, Any]], path: Path, *, title: str) -> None:
     """Writes one figure, in the format of the suffix of ``path``.
 
     Args:
-        cells: of a :class:`bench.report.Report`.
+        cells: of a :class:`bench.kernels.report.Report`.
         path: ``.svg``, ``.png`` or what else matplotlib knows.
         title: what stands above; the card and the versions.
     """

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Result
-from bench.peers import OURS
-from bench.roofline import Card, full_flops, kernel_floor, pass_floor, saved_bytes
-from bench.shapes import Shape
+from bench.kernels.measure import Result
+from bench.kernels.peers import OURS
+from bench.kernels.roofline import Card, full_flops, kernel_floor, pass_floor, saved_bytes
+from bench.kernels.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 # Least fraction of the roofline, forward + backward, uniform routing. The best published Triton kernels reach 0.39 of

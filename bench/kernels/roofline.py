@@ -13,7 +13,7 @@ Shapes: T tokens, D hidden, F width of one expert, E experts, M = T*K routed row
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.shapes import Shape
+from bench.kernels.shapes import Shape
 
 Pass = Literal["forward", "backward"]
 

@@ -1,7 +1,7 @@
 """Every split beside what bounds it and what others make of the same model, right after the split.
 
-    python -m tasks.partition.compare                       # the whole table
-    python -m tasks.partition.compare --only oracle peer    # rows whose name has one of these words in it
+    python -m bench.partition.compare                       # the whole table
+    python -m bench.partition.compare --only oracle peer    # rows whose name has one of these words in it
 
 Prints method x share of the FFN active: perplexity on validation windows of every domain and its ratio to the dense
 parent's, identity error, seconds of construction, peak memory, and the speed of a converted layer. A row runs in a
@@ -28,8 +28,8 @@ from tasks import scratch
 from tasks.settings import Partition
 
 if TYPE_CHECKING:
+    from bench.partition.baselines import Build, Ffn
     from tasks.moe.streamed import Streamed
-    from tasks.partition.baselines import Build, Ffn
 
 SHARES = (50, 75, 25)  # in the order in which they are computed
 SEQ_LEN = 512
@@ -61,7 +61,7 @@ class Plain:
 
 def plain(share: int, seed: int) -> dict[str, Plain]:
     """Bounds, pruning and peers with `share` per cent of the FFN active; for 100, the dense model as well."""
-    from tasks.partition import baselines, peers
+    from bench.partition import baselines, peers
 
     if share == 100:
         return {"dense": Plain(build=baselines.dense)}
@@ -166,7 +166,7 @@ def run(job: Job) -> dict[str, Any]:
     """The figures of one row, computed in this process, whose peak memory is one of them."""
     import torch
 
-    from tasks.corpus import windows
+    from tasks.corpus.sampling import windows
     from tasks.moe.streamed import Streamed
 
     validation = windows.validation(Path(job.corpus_dir), seq_len=SEQ_LEN, count=job.windows)
@@ -177,7 +177,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _plain(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dict[str, Any]:
-    from tasks.partition import baselines, calibration
+    from bench.partition import baselines
+    from tasks.partition import calibration
 
     row, text = plain(job.share, job.seed)[job.row], None
     if row.calibrated:
@@ -194,8 +195,9 @@ def _plain(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dic
 def _method(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dict[str, Any]:
     import torch
 
+    from bench.partition import baselines
     from tasks.moe.streamed import Streamed
-    from tasks.partition import baselines, index
+    from tasks.partition import index
     from tasks.partition.construct import construct
 
     partition = Partition.model_validate(job.partition)
@@ -334,7 +336,7 @@ def _mean(values: list[float]) -> str:
 def main() -> int:
     """Compute what is missing, and print the table."""
     parser = argparse.ArgumentParser(
-        prog="python -m tasks.partition.compare",
+        prog="python -m bench.partition.compare",
         description="Perplexity right after the split, method by method, beside bounds, pruning and peers.",
         epilog="With the defaults 115 rows, estimated at four hours of one core for the default model (two and a half "
         "with --seeds 1): a row without calibration text takes half a minute, one with it 1 to 5 minutes.",

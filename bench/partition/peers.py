@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.partition.baselines import Build, Ffn
 from tasks.partition import assignment
-from tasks.partition.baselines import Build, Ffn
 from tasks.partition.layer import Layer
 
 GATE_STD = 0.02

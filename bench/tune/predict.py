@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from .config import Kernel, Tile
+from moe_kernels.config import Kernel, Tile
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from moe_kernels import config, sorted_path
+from moe_kernels.backward import experts_backward_triton
+from moe_kernels.config import KERNELS, Kernel, Tile
+from moe_kernels.forward import experts_forward_triton
+from moe_kernels.routing import Routing, build_routing
 from torch import Tensor
 
-from . import config, sorted_path
-from .backward import experts_backward_triton
-from .compile_only import Launch, recorded_launches
-from .config import KERNELS, Kernel, Tile
-from .forward import experts_forward_triton
-from .predict import Shape, seconds
-from .routing import Routing, build_routing
+from bench.tune.compile_only import Launch, recorded_launches
+from bench.tune.predict import Shape, seconds
 
 
 class Trial(NamedTuple):

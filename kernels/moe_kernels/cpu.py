@@ -11,7 +11,7 @@ CpuPath = Literal["sorted", "dense"]
 
 # In units of one hidden unit of width, a routed row costs the sorted path F for its FLOPs and a toll for moving D
 # elements in and out and for GEMMs too narrow to run at full speed; it costs the dense path (E/K) * F and no toll.
-# The faster the GEMMs of a dtype, the more units the same toll is worth. Read off `kernels/bench/cpu_layer.py
+# The faster the GEMMs of a dtype, the more units the same toll is worth. Read off `bench/kernels/cpu_layer.py
 # --crossover`.
 TOLL_FULL_PRECISION = 16
 TOLL_HALF_PRECISION = 40

@@ -18,7 +18,8 @@ import argparse
 import sys
 import time
 
-from tasks.corpus import fingerprint, plan, stage
+from tasks.corpus import fingerprint
+from tasks.corpus.build import plan, stage
 
 
 def main() -> int:

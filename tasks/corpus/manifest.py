@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tasks.corpus import encoder
+from tasks.corpus.tokenizer import encoder
 
 FORMAT = 3
 FILE = "manifest.json"

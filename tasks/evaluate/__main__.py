@@ -32,7 +32,9 @@ LEAST_COST = 1e-3
 
 def evaluate(name: str) -> None:
     """Evaluate pipeline `name` and write its four files. Raises ValueError if model and corpus do not fit."""
-    from tasks.corpus import encoder, manifest, windows
+    from tasks.corpus import manifest
+    from tasks.corpus.sampling import windows
+    from tasks.corpus.tokenizer import encoder
 
     config = settings.load()
     pipeline = config.pipeline(name)

@@ -66,7 +66,7 @@ def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dic
 
     Args:
         windows: {domain: int64 [B, L]}.
-        token_bytes: int64 [vocabulary], bytes of each id (tasks.corpus.encoder.token_bytes).
+        token_bytes: int64 [vocabulary], bytes of each id (tasks.corpus.tokenizer.encoder.token_bytes).
     """
     return {
         domain: {

@@ -23,7 +23,8 @@ def run(pipeline: str) -> Path:
 
     How long it took stands in mixture.time.json: what depends on the weights does not depend on the clock.
     """
-    from tasks.corpus import manifest, windows
+    from tasks.corpus import manifest
+    from tasks.corpus.sampling import windows
 
     loaded = settings.load()
     entry = loaded.pipeline(pipeline)

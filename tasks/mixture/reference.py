@@ -15,7 +15,7 @@ def measure(model_dir: Path, corpus_dir: Path, *, seq_len: int, windows: int) ->
     Returns:
         reference_losses {domain: mean}, window_losses {domain: [one per window]}, seq_len, windows (asked for).
     """
-    from tasks.corpus.windows import validation
+    from tasks.corpus.sampling.windows import validation
     from tasks.moe import checkpoint
     from tasks.moe.loss import window_nll
 

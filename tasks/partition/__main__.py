@@ -52,7 +52,7 @@ def run(pipeline: str) -> dict[str, Any]:
 
 
 def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Path) -> dict[str, Any]:
-    from tasks.corpus import windows
+    from tasks.corpus.sampling import windows
     from tasks.moe import counts
     from tasks.moe.streamed import Streamed
     from tasks.partition.construct import construct

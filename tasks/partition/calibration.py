@@ -23,8 +23,8 @@ def draw(corpus_dir: Path, *, seq_len: int, count: int, seed: int) -> tuple[np.n
         ValueError: a domain has no whole training window.
     """
     from tasks.corpus import manifest
-    from tasks.corpus.sampler import Sampler
-    from tasks.corpus.windows import Windows
+    from tasks.corpus.sampling.sampler import Sampler
+    from tasks.corpus.sampling.windows import Windows
 
     corpus = manifest.load(corpus_dir)
     windows = {name: Windows(corpus_dir, name, "train", seq_len=seq_len) for name in corpus.domains}

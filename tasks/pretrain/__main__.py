@@ -16,9 +16,12 @@ import sys
 from pathlib import Path
 
 from tasks import scratch, settings
-from tasks.pretrain import branch as branches
-from tasks.pretrain import launch, outputs, resume, trackers
+from tasks.pretrain import outputs
+from tasks.pretrain.checkpoints import branch as branches
+from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.launch import launch
+from tasks.pretrain.log import trackers
 
 
 def run(pipeline: str) -> Path:

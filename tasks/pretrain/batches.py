@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.corpus.loader import Batch, Loader, train_windows
-from tasks.corpus.sampler import Sampler
+from tasks.corpus.sampling.loader import Batch, Loader, train_windows
+from tasks.corpus.sampling.sampler import Sampler
 from tasks.pretrain.job import Job
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tasks.corpus import weights as domain_weights
+from tasks.corpus.sampling import weights as domain_weights
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.validation import Validation
 from tasks.settings.pretrain import Fit
@@ -55,7 +55,7 @@ class Reweighter:
         return cls({domain: references[domain] for domain in validation.windows}, rule=dynamic.rule)
 
     def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
-        """The weights after an evaluation (`tasks.corpus.weights.update`), noted in the history.
+        """The weights after an evaluation (`tasks.corpus.sampling.weights.update`), noted in the history.
 
         Args:
             weights: those in use.

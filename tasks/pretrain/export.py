@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files, finished, resume
+from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints import finished, resume
 from tasks.pretrain.job import JOB, Job, TrainingError
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.corpus.loader import Loader
+    from tasks.corpus.sampling.loader import Loader
 
 FIT_TOKENS = 8192
 """Training tokens on which linear routers are fitted to two-layer gates."""
@@ -156,7 +157,7 @@ def masters(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Ten
         params: the settings that it was written with.
         model: the split model's folder.
     """
-    from tasks.pretrain import background
+    from tasks.pretrain.checkpoints import background
 
     if params.expert_parallel > 1:
         found = _of_experts(path, model=model)
@@ -186,7 +187,7 @@ def _of_zero_1_and_2(path: Path) -> dict[str, torch.Tensor]:
     """The masters, flat: each rank has a piece of every group, and says which parameters' parts stand where in it."""
     import torch
 
-    from tasks.pretrain import background
+    from tasks.pretrain.checkpoints import background
 
     pieces: dict[str, list[torch.Tensor]] = {}
     ranks = {int(re.findall(r"pp_rank_(\d+)", file.name)[0]): file for file in path.glob("*_optim_states.pt")}
@@ -225,7 +226,7 @@ def _of_experts(path: Path, *, model: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoConfig
 
     from tasks.moe import families
-    from tasks.pretrain import expert_parallel, reshape
+    from tasks.pretrain.engine import expert_parallel, reshape
 
     universal = path.with_name("universal")
     reshape.convert(path, universal)

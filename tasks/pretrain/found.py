@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.pretrain import objective
+from tasks.pretrain.loss import objective
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.corpus.loader import Batch
+    from tasks.corpus.sampling.loader import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import batches, found, resume, schedule, trainable
-from tasks.pretrain import engine as engines
-from tasks.pretrain.checkpoint import Checkpoints
+from tasks.pretrain import batches, found, schedule, trainable
+from tasks.pretrain.checkpoints import resume
+from tasks.pretrain.checkpoints.checkpoint import Checkpoints
+from tasks.pretrain.checkpoints.state import State
 from tasks.pretrain.dynamic import Reweighter
-from tasks.pretrain.guard import Guard, Rollback, Rollbacks, named
+from tasks.pretrain.engine import engine as engines
+from tasks.pretrain.health.guard import Guard, Rollback, Rollbacks, named
+from tasks.pretrain.health.watch import Watch
 from tasks.pretrain.job import Job, TrainingError, code_version
-from tasks.pretrain.journal import Journal
-from tasks.pretrain.state import State
+from tasks.pretrain.log.journal import Journal
 from tasks.pretrain.validation import Validation
-from tasks.pretrain.watch import Watch
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from tasks.corpus.loader import Batch
+    from tasks.corpus.sampling.loader import Batch
     from tasks.pretrain.found import Found, Place
-    from tasks.pretrain.objective import Objective
+    from tasks.pretrain.loss.objective import Objective
 
 
 class Trainer:

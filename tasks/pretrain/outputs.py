@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
-from tasks.pretrain import engine as engines
-from tasks.pretrain import export, finished, log
+from tasks.pretrain import export
+from tasks.pretrain.checkpoints import finished
+from tasks.pretrain.engine import engine as engines
 from tasks.pretrain.job import JOB, Job
+from tasks.pretrain.log import log
 
 if TYPE_CHECKING:
     from tasks.pretrain.loop import Trainer

@@ -37,7 +37,7 @@ class Validation:
             TrainingError: dynamic batch loading needs the parent's losses, and the mixture has none, or on fewer
                 windows than are asked for.
         """
-        from tasks.corpus import windows
+        from tasks.corpus.sampling import windows
 
         params = job.params
         losses: dict[str, list[float]] = evidence.get("window_losses") or {}

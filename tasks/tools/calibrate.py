@@ -1,6 +1,6 @@
 """A short run of the training step, to measure what a step costs on this machine.
 
-    python -m tasks.pretrain.calibrate FOLDER        # one process of it; `measure` starts all
+    python -m tasks.tools.calibrate FOLDER        # one process of it; `measure` starts all
 
 The model of the settings with random weights, in the engine and with the losses that a run has: WARM_UP steps that are
 not timed, then TIMED ones of up to two micro-batches. FOLDER has ask.json and gets speed.json.
@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
-from tasks.pretrain import launch
-from tasks.pretrain.estimate import Speed
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.launch import launch
 from tasks.settings import Pretrain
+from tasks.tools.estimate import Speed
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from tasks.corpus.loader import Batch
-    from tasks.pretrain.distil import Distiller
+    from tasks.corpus.sampling.loader import Batch
+    from tasks.pretrain.loss.distil import Distiller
 
 WARM_UP, TIMED = 2, 3
 
@@ -61,7 +61,7 @@ def measure(config: dict[str, Any], params: Pretrain, *, parent: dict[str, Any] 
         (Path(folder) / "ask.json").write_text(json.dumps(ask))
         shape = params.model_copy(update={"processes": processes, "launcher": "local"})
         done = subprocess.run(
-            launch.torchrun(["tasks.pretrain.calibrate", folder], processes=processes),
+            launch.torchrun(["tasks.tools.calibrate", folder], processes=processes),
             env=launch.environment(shape, os.environ),
             capture_output=True,
             text=True,
@@ -79,9 +79,10 @@ def run(folder: Path) -> None:
 
     from tasks.moe import allocator
     from tasks.moe.checkpoint import is_moe
-    from tasks.pretrain import balance, meters
-    from tasks.pretrain import engine as engines
-    from tasks.pretrain.objective import Objective
+    from tasks.pretrain.engine import engine as engines
+    from tasks.pretrain.log import meters
+    from tasks.pretrain.loss import balance
+    from tasks.pretrain.loss.objective import Objective
 
     ask = json.loads((folder / "ask.json").read_text())
     params = Pretrain(**ask["params"])
@@ -155,7 +156,7 @@ def random_batch(params: Pretrain, *, rows: int, vocabulary: int) -> Batch:
     """Full windows of one document each, of random ids."""
     import numpy as np
 
-    from tasks.corpus.loader import Batch
+    from tasks.corpus.sampling.loader import Batch
 
     ids = np.random.default_rng(0).integers(0, vocabulary, (rows, params.seq_len))
     return Batch(
@@ -174,8 +175,8 @@ def _distiller(
     parent: dict[str, Any] | None, params: Pretrain, *, dtype: torch.dtype, device: torch.device
 ) -> Distiller | None:
     """The parent in memory; none where its logits would be read from shards, which takes next to no time."""
-    from tasks.pretrain.distil import Distiller
-    from tasks.pretrain.teacher import Teacher
+    from tasks.pretrain.loss.distil import Distiller
+    from tasks.pretrain.loss.teacher import Teacher
 
     if parent is None or params.distill is None or params.distill.top_n is not None:
         return None
@@ -184,7 +185,7 @@ def _distiller(
 
 def _steps(engine: Any, objective: Any, batch: Batch, params: Pretrain, *, device: torch.device) -> dict[str, Any]:
     """Seconds of each timed micro-batch (forward and backward) and of each timed optimizer step."""
-    from tasks.pretrain import engine as engines
+    from tasks.pretrain.engine import engine as engines
 
     seconds: dict[str, list[float]] = {"micro_batch": [], "optimizer": []}
     rows = range(0, len(batch.input_ids), params.micro_batch)

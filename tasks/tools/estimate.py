@@ -1,6 +1,6 @@
 """What a training run will need, from its settings: memory per process and ZeRO stage, disk, and with a speed, time.
 
-The terms are those of what the engine does, stage by stage; `tests/bench/estimate.py` holds them against real runs.
+The terms are those of what the engine does, stage by stage; `bench/estimate.py` holds them against real runs.
 
 Shapes: T tokens of a forward pass, D hidden, V vocabulary, K experts per token, E experts, F width of one.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.moe import counts
 from tasks.pretrain import schedule
-from tasks.pretrain.engine import BUCKET
+from tasks.pretrain.engine.engine import BUCKET
 from tasks.settings import Pretrain
 
 PROCESS = 0.65e9
@@ -105,7 +105,7 @@ def memory(
     AdamW keeps two float32 moments beside a float32 master of each trained weight; only ZeRO 0 in float32 needs no
     master of its own. ZeRO 1, 2 and 3 divide masters and moments, then gradients, then weights over the processes;
     the experts' over those that hold the same experts. What a checkpoint holds of a process is copied before it is
-    written (tasks/pretrain/background.py).
+    written (tasks/pretrain/checkpoints/background.py).
 
     Args:
         config: the split model's config.json; parent: the dense parent's, if `distill` keeps it in memory.
@@ -238,7 +238,7 @@ def checkpoint_bytes(config: dict[str, Any], params: Pretrain, *, bfloat16: bool
 def disk(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> dict[str, float]:
     """Bytes in .scratch at their peak: the checkpoints kept and the one being written; the parent's cached logits.
 
-    What is kept of the run when it is finished (tasks/pretrain/finished.py) is a part of the first.
+    What is kept of the run when it is finished (tasks/pretrain/checkpoints/finished.py) is a part of the first.
     """
     stable = schedule.stable(params) is not None
     kept = min(params.keep, -(-params.steps // params.save_every))

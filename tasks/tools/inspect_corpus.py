@@ -1,7 +1,7 @@
 """Look into shards and corpora.
 
-python -m tasks.corpus.inspect data/corpora/NAME                         # counts, provenance, first tokens
-python -m tasks.corpus.inspect data/corpora/NAME/DOMAIN/train/part-00000-000.arrow
+python -m tasks.tools.inspect_corpus data/corpora/NAME                         # counts, provenance, first tokens
+python -m tasks.tools.inspect_corpus data/corpora/NAME/DOMAIN/train/part-00000-000.arrow
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.corpus import encoder, manifest, shards
+from tasks.corpus import manifest, shards
+from tasks.corpus.tokenizer import encoder
 
 MODELS = Path("data/models")
 SHOWN = 64  # tokens decoded
@@ -102,7 +103,7 @@ def _decode(ids: list[int], model_dir: Path | None, tokenizer: str) -> str | Non
 
 def main() -> int:
     """Print a description as JSON; 1 if there is nothing to describe."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.corpus.inspect", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tasks.tools.inspect_corpus", description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path, help="a corpus directory or an .arrow shard")
     path = parser.parse_args().path
     try:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch
-from tasks.corpus import encoder, replay
+from tasks.corpus.tokenizer import encoder
 from tasks.pretrain.job import JOB, Job, TrainingError
+from tasks.tools import replay
 
 SHOWN = 200  # characters of each document
 

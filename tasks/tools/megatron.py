@@ -1,6 +1,6 @@
 """Export a corpus as Megatron's indexed datasets: `OUT/DOMAIN_SPLIT.bin` and `.idx`, one pair per domain and split.
 
-    python -m tasks.corpus.megatron data/corpora/NAME OUT [--split train]
+    python -m tasks.tools.megatron data/corpora/NAME OUT [--split train]
 
 Documents are in the order of the shards, separators included (what Megatron's `--append-eod` gives, for `eos`). A
 document is one sequence. Train on it with `--data-path OUT/DOMAIN_train`.
@@ -57,7 +57,7 @@ def _write_ids(path: Path, corpus_dir: Path, part: manifest.SplitManifest) -> No
             if len(ids) != shard.tokens or int(ids.max()) > np.iinfo(np.int32).max:
                 raise CorpusError(
                     f"{corpus_dir / shard.path}: {len(ids)} ids up to {ids.max()}, the manifest says {shard.tokens} "
-                    f"up to {shard.max_id}; `python -m tasks.corpus.repair {corpus_dir}`"
+                    f"up to {shard.max_id}; `python -m tasks.tools.repair_corpus {corpus_dir}`"
                 )
             for start in range(0, len(ids), BLOCK):
                 file.write(ids[start : start + BLOCK].astype(STORED[ids.dtype][1], copy=False).data)
@@ -93,7 +93,7 @@ def _lengths(corpus_dir: Path, part: manifest.SplitManifest) -> Iterator[NDArray
 
 def main() -> int:
     """Export the corpus named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.corpus.megatron", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tasks.tools.megatron", description=__doc__.split("\n")[0])
     parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
     parser.add_argument("out", type=Path, help="the folder to write to")
     parser.add_argument("--split", choices=manifest.SPLITS, help="only this one; all otherwise")

@@ -24,7 +24,8 @@ from tasks import scratch
 from tasks.corpus import manifest
 from tasks.moe import families, files, foreign, gate, linear
 from tasks.moe.writer import DTYPES, ShardWriter
-from tasks.partition import calibration, exporters, formats
+from tasks.partition import calibration, exporters
+from tasks.tools import formats
 
 REPORT = "import.json"
 _PICKLES = """holds its weights only as pickles ({names}), which can run any code when they are opened. \

@@ -1,6 +1,6 @@
 """Mend a corpus: make broken shards and sidecars again, byte for byte, without making the rest of it.
 
-    python -m tasks.corpus.repair data/corpora/NAME
+    python -m tasks.tools.repair_corpus data/corpora/NAME
 
 A shard is read again from its source, by its task's verdicts; it takes its place only if its sha256 is the manifest's.
 Files are replaced, never written in place: they may be links into DVC's cache, which has the same flaw then.
@@ -21,9 +21,12 @@ import numpy as np
 import pyarrow as pa
 
 from tasks import scratch, settings
-from tasks.corpus import encoder, files, manifest, plan, readers, scan, shards, stage, tokenise, verify
-from tasks.corpus.encoder import Encoder
+from tasks.corpus import files, manifest, readers, shards
+from tasks.corpus.build import plan, scan, stage, tokenise
 from tasks.corpus.records import CorpusError, Document, Record
+from tasks.corpus.tokenizer import encoder
+from tasks.corpus.tokenizer.encoder import Encoder
+from tasks.tools import verify_corpus as verify
 
 LINKED = "; it was a link into a cache, whose file has the same flaw: `dvc commit` stores the mended one"
 
@@ -206,7 +209,7 @@ def _replace(corpus_dir: Path, made: manifest.Manifest, lost: _Lost, *, encode: 
 
 def main() -> int:
     """Mend the corpus named on the command line; 1 if something is wrong still."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.corpus.repair", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tasks.tools.repair_corpus", description=__doc__.split("\n")[0])
     parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
     corpus = parser.parse_args().corpus
     try:

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.corpus import manifest, permutation, shards
-from tasks.corpus.packing import Packing
-from tasks.corpus.sampler import Sampler
-from tasks.corpus.windows import Origin, Windows
+from tasks.corpus import manifest, shards
+from tasks.corpus.sampling import permutation
+from tasks.corpus.sampling.packing import Packing
+from tasks.corpus.sampling.sampler import Sampler
+from tasks.corpus.sampling.windows import Origin, Windows
 
 
 @dataclass(frozen=True, kw_only=True)

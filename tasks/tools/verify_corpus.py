@@ -1,6 +1,6 @@
 """Check that a corpus is whole: every byte of it, against its manifest and against itself.
 
-    python -m tasks.corpus.verify data/corpora/NAME      # a line for each thing that is wrong; exit 1 if there is one
+    python -m tasks.tools.verify_corpus data/corpora/NAME      # a line for each fault; exit 1 if there is one
 
 The manifest holds the sha256 of all other files. It has none itself: it is held against the metrics beside the corpus
 (data/corpora/NAME.json, which git keeps), the sidecars, the verdicts and what the shards hold.
@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks import scratch
-from tasks.corpus import manifest, shards, soundness
+from tasks.corpus import manifest, shards
+from tasks.tools import soundness
 
 PART = re.compile(r"part-(\d{5,})-(\d{3,})\.arrow")
 
@@ -190,7 +191,7 @@ def _verdict_counts(path: Path) -> Counter[str]:
 
 def main() -> int:
     """Print what is wrong; 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.corpus.verify", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tasks.tools.verify_corpus", description=__doc__.split("\n")[0])
     parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
     corpus = parser.parse_args().corpus
     is_whole = True

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch
-from tasks.corpus import shards, stage
+from tasks.corpus import shards
+from tasks.corpus.build import stage
 
 CALLS = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
 os.fsync = lambda file: None  # a killed process loses nothing that it wrote, and waiting for the disk takes long

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tasks.corpus import backends, encoder, probe
+from tasks.corpus.tokenizer import backends, encoder, probe
 
 from . import vocabularies
 from .texts import sentences

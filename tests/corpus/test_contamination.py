@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks import sources
-from tasks.corpus import contamination
-from tasks.corpus.contamination import Hit, Items
+from tasks.corpus.clean import contamination
+from tasks.corpus.clean.contamination import Hit, Items
 from tasks.corpus.records import CorpusError
 from tasks.settings.corpus import Decontaminate
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.corpus.counters import Counters, Snapshot
-from tasks.corpus.progress import Meter
+from tasks.corpus.build.counters import Counters, Snapshot
+from tasks.corpus.build.progress import Meter
 
 
 def meter(folder: Path, *, phase: str = "scan", task: int = 0) -> Meter:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tasks import scratch
-from tasks.corpus import verify
+from tasks.tools import verify_corpus as verify
 
 from . import crashes
 from .texts import jsonl, run, sentences

@@ -16,8 +16,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import dedup
-from tasks.corpus.dedup import DUPLICATE, KEPT, NEAR_DUPLICATE
+from tasks.corpus.clean import dedup
+from tasks.corpus.clean.dedup import DUPLICATE, KEPT, NEAR_DUPLICATE
 from tasks.corpus.records import CorpusError
 from tasks.settings.corpus import NearDuplicates
 

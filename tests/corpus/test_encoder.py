@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, processors
 
-from tasks.corpus import encoder
+from tasks.corpus.tokenizer import encoder
 
 from .texts import sentences
 

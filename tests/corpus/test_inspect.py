@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.corpus import encoder, inspect, manifest
+from tasks.corpus import manifest
+from tasks.corpus.tokenizer import encoder
+from tasks.tools import inspect_corpus as inspect
 
 from .texts import sentences
 
@@ -64,7 +66,7 @@ def test_a_model_with_another_tokenizer_is_refused(corpus: Path, tmp_path: Path,
 
 def test_the_command_line_prints_a_description_or_one_line_and_fails(corpus: Path, tmp_path: Path) -> None:
     def call(path: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tasks.corpus.inspect", str(path)]
+        command = [sys.executable, "-m", "tasks.tools.inspect_corpus", str(path)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert json.loads(call(corpus).stdout)["corpus"] == "tiny"

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus import manifest
-from tasks.corpus.loader import IGNORED, Batch, Loader, train_windows
-from tasks.corpus.packing import Packing
-from tasks.corpus.sampler import Sampler
-from tasks.corpus.windows import Windows
+from tasks.corpus.sampling.loader import IGNORED, Batch, Loader, train_windows
+from tasks.corpus.sampling.packing import Packing
+from tasks.corpus.sampling.sampler import Sampler
+from tasks.corpus.sampling.windows import Windows
 
 from .handmade import EOS, corpus, documents
 

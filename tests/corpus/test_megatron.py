@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.corpus import manifest, megatron, shards
+from tasks.corpus import manifest, shards
 from tasks.corpus.records import CorpusError
+from tasks.tools import megatron
 
 from .handmade import corpus as handmade
 from .texts import jsonl, run, sentences
@@ -116,7 +117,7 @@ def test_the_command_line_names_what_it_wrote_or_one_error(corpus: Path, tmp_pat
         command = [
             sys.executable,
             "-m",
-            "tasks.corpus.megatron",
+            "tasks.tools.megatron",
             str(path),
             str(tmp_path / "out"),
             "--split",

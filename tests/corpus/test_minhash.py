@@ -15,7 +15,7 @@ import pytest
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
-from tasks.corpus import dedup, minhash, words
+from tasks.corpus.clean import dedup, minhash, words
 from tasks.settings.corpus import NearDuplicates
 
 BANDS, ROWS, NGRAM = 14, 8, 5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.packing import Bins, cached, pack
+from tasks.corpus.sampling.packing import Bins, cached, pack
 
 Piece = tuple[int, int]  # first token, tokens
 KEY = {"corpus": "c0ffee", "domain": "prose", "split": "train", "seq_len": "16"}

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import permutation
+from tasks.corpus.sampling import permutation
 
 
 @settings(deadline=None)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.corpus.prefetch import Ahead
+from tasks.corpus.sampling.prefetch import Ahead
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.corpus import files, progress
-from tasks.corpus.counters import Counters, Snapshot
-from tasks.corpus.progress import Display, Meter
+from tasks.corpus import files
+from tasks.corpus.build import progress
+from tasks.corpus.build.counters import Counters, Snapshot
+from tasks.corpus.build.progress import Display, Meter
 
 ROOT = Path(__file__).parents[2]
 WORK = """

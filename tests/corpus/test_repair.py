@@ -12,7 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tasks import scratch
-from tasks.corpus import encoder, manifest, megatron, repair, shards, verify
+from tasks.corpus import manifest, shards
+from tasks.corpus.tokenizer import encoder
+from tasks.tools import megatron
+from tasks.tools import repair_corpus as repair
+from tasks.tools import verify_corpus as verify
 
 from .texts import jsonl, run, sentences
 
@@ -237,7 +241,7 @@ def test_the_command_lines_say_what_was_done_and_exit_with_the_verdict(cut: Path
     from flows.cli import app
 
     def call() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tasks.corpus.repair", str(cut)]
+        command = [sys.executable, "-m", "tasks.tools.repair_corpus", str(cut)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import manifest, replay, shards
-from tasks.corpus.loader import Batch, Loader, train_windows
-from tasks.corpus.packing import Packing
-from tasks.corpus.sampler import Sampler
+from tasks.corpus import manifest, shards
+from tasks.corpus.sampling.loader import Batch, Loader, train_windows
+from tasks.corpus.sampling.packing import Packing
+from tasks.corpus.sampling.sampler import Sampler
+from tasks.tools import replay
 
 from .handmade import EOS, corpus, documents
 

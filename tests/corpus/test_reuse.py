@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from tasks import scratch
-from tasks.corpus import encoder, manifest, outputs, scan, spool
+from tasks.corpus import manifest
+from tasks.corpus.build import outputs, scan, spool
 from tasks.corpus.records import CorpusError
+from tasks.corpus.tokenizer import encoder
 
 from .texts import jsonl, run, sentences
 

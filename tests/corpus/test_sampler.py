@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import permutation
-from tasks.corpus.sampler import BLOCK, Sampler
-from tasks.corpus.weights import quantise
+from tasks.corpus.sampling import permutation
+from tasks.corpus.sampling.sampler import BLOCK, Sampler
+from tasks.corpus.sampling.weights import quantise
 
 WINDOWS = {"code": 17, "books": 5, "legal": 40, "web": 1000}
 WEIGHTS = {"code": 0.3, "books": 0.1, "legal": 0.05, "web": 0.55}

@@ -17,8 +17,10 @@ import pyarrow as pa
 import pytest
 
 from tasks import scratch, settings, sources
-from tasks.corpus import encoder, manifest, resolve, scan, shards, spool, stage, tokenise
+from tasks.corpus import manifest, shards
+from tasks.corpus.build import resolve, scan, spool, stage, tokenise
 from tasks.corpus.records import CorpusError
+from tasks.corpus.tokenizer import encoder
 
 from .texts import WORDS, jsonl, run, sentences
 

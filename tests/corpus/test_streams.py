@@ -5,7 +5,7 @@ import io
 import pytest
 import zstandard
 
-from tasks.corpus import streams
+from tasks.corpus.readers import streams
 
 
 @pytest.mark.parametrize("ending", ["zst", "zstd"])

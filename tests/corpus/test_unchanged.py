@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from tasks import scratch, sources
-from tasks.corpus import fingerprint, manifest, resolve, scan, spool, stage
+from tasks.corpus import fingerprint, manifest
+from tasks.corpus.build import resolve, scan, spool, stage
 from tasks.sources import hashes
 
 from .texts import jsonl, run, sentences

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.corpus import manifest, shards, soundness, verify
+from tasks.corpus import manifest, shards
+from tasks.tools import soundness
+from tasks.tools import verify_corpus as verify
 
 from .texts import jsonl, run, sentences
 
@@ -260,7 +262,7 @@ def test_separators_are_looked_for_where_the_corpus_has_them(
 
 def test_the_command_line_verifies_and_exits_with_the_verdict(corpus: Path) -> None:
     def call() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tasks.corpus.verify", str(corpus)]
+        command = [sys.executable, "-m", "tasks.tools.verify_corpus", str(corpus)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     good = call()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import weights
+from tasks.corpus.sampling import weights
 
 # The worked example of LLaMA-MoE's dynamic selection; the last column is the paper's rule in double precision.
 EXAMPLE = {

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import manifest, packing, windows
-from tasks.corpus.windows import Windows
+from tasks.corpus import manifest
+from tasks.corpus.sampling import packing, windows
+from tasks.corpus.sampling.windows import Windows
 from tests.conftest import SETTINGS
 
 from .handmade import EOS, corpus, documents
@@ -134,7 +135,7 @@ def test_a_test_split_without_a_window_is_found_before_anything_is_trained(
 
 def test_only_evaluate_asks_for_windows_of_the_test_split() -> None:
     asks = re.compile(r"""windows\.test\(|windows import .*\btest\b|Windows\([^)]*["']test["']""")
-    folders = [ROOT / name for name in ("tasks", "flows", "kernels", "tests/bench")]
+    folders = [ROOT / name for name in ("tasks", "flows", "kernels", "bench")]
     found = [
         path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py") if asks.search(path.read_text())
     ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import words
+from tasks.corpus.clean import words
 
 TEXTS = st.text(
     st.one_of(

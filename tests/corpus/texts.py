@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tasks.corpus import fingerprint, stage
+from tasks.corpus import fingerprint
+from tasks.corpus.build import stage
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "wizards", "brew", "Köln", "東京", "🙂", "7"]
 

@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from tasks import scratch
-from tasks.corpus import encoder, stage
-from tasks.corpus.plan import Unit
+from tasks.corpus.build import stage
+from tasks.corpus.build.plan import Unit
+from tasks.corpus.tokenizer import encoder
 from tests.flows.conftest import alive, server, until
 
 __all__ = ["server"]

@@ -81,7 +81,7 @@ def sparse(dense: Path, folder: Path, *, seed: int) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> Iterator[Path]:
     """A project where everything before `evaluate` has run; the module's tests run inside it."""
     from tasks.corpus import fingerprint
-    from tasks.corpus import stage as corpus_stage
+    from tasks.corpus.build import stage as corpus_stage
 
     root = tmp_path_factory.mktemp("project")
     data = root / "texts"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import settings
-from tasks.corpus import encoder
+from tasks.corpus.tokenizer import encoder
 from tasks.evaluate import likelihood, load
 from tasks.moe import checkpoint
 

@@ -13,7 +13,7 @@ import torch
 
 from flows import plan, plan_view
 from tasks import settings
-from tasks.pretrain.estimate import Memory, Speed
+from tasks.tools.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
 
 
@@ -158,7 +158,7 @@ def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(
 ) -> None:
     from rich.console import Console
 
-    from tasks.pretrain import calibrate
+    from tasks.tools import calibrate
 
     asked = []
 

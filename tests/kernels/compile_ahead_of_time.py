@@ -18,12 +18,13 @@ import torch
 import triton
 from moe_kernels import config
 from moe_kernels.backward import experts_backward_triton
-from moe_kernels.compile_only import Launch, no_device, recorded_launches
 from moe_kernels.config import Kernel, Tile
 from moe_kernels.forward import experts_forward_triton
-from moe_kernels.predict import Shape
 from moe_kernels.routing import Routing, build_routing
-from moe_kernels.trial import table_name
+
+from bench.tune.compile_only import Launch, no_device, recorded_launches
+from bench.tune.predict import Shape
+from bench.tune.trial import table_name
 
 LLAMA_MOE = Shape(32768, 16, 4, 4096, 688)
 SMOLLM2 = Shape(8192, 48, 16, 576, 24)

@@ -10,15 +10,16 @@ import moe_kernels
 import pytest
 import torch
 import transformers
-from bench import gpu_layer, plot
-from bench.check import NAMES, disagreement, reference
-from bench.device import Cpu, median_ms
-from bench.measure import attempt, memory
-from bench.peers import Peer, Side, Unfit, by_autograd, eager, ours
-from bench.report import Report, add_ratios, line, verdict
-from bench.roofline import find_card, saved_bytes
-from bench.shapes import ALL, DEFAULT, Problem, draw_experts, make_problem, parse_shape
 from torch import Tensor
+
+from bench.kernels import gpu_layer, plot
+from bench.kernels.check import NAMES, disagreement, reference
+from bench.kernels.device import Cpu, median_ms
+from bench.kernels.measure import attempt, memory
+from bench.kernels.peers import Peer, Side, Unfit, by_autograd, eager, ours
+from bench.kernels.report import Report, add_ratios, line, verdict
+from bench.kernels.roofline import find_card, saved_bytes
+from bench.kernels.shapes import ALL, DEFAULT, Problem, draw_experts, make_problem, parse_shape
 
 SHAPE = "24,4,2,16,16"
 
@@ -254,7 +255,7 @@ def test_memory_is_counted_from_the_inputs_with_x_and_without_the_output() -> No
 
 def test_a_median_is_of_the_step_alone_over_as_many_runs_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("bench.device.time.perf_counter", lambda: now)
+    monkeypatch.setattr("bench.kernels.device.time.perf_counter", lambda: now)
 
     def pass_time(seconds: float) -> None:
         nonlocal now

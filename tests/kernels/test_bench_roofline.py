@@ -1,8 +1,9 @@
 """The floors against the published table that they were checked with (H100, bf16)."""
 
 import pytest
-from bench.roofline import find_card, full_flops, kernel_floor, pass_floor, saved_bytes, work
-from bench.shapes import Shape
+
+from bench.kernels.roofline import find_card, full_flops, kernel_floor, pass_floor, saved_bytes, work
+from bench.kernels.shapes import Shape
 
 H100 = find_card("NVIDIA H100 80GB HBM3")
 

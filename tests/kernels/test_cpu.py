@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import cpu_layer
-from bench.shapes import make_problem as make_bench_problem
-from bench.shapes import parse_shape
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from moe_kernels import choose_regime, sorted_path
 from moe_kernels.experts import experts_layer
 from moe_kernels.routing import Routing, build_routing
 from problems import NAMES, Problem, Spread, assert_layer_accurate, make_problem, poisoned_memory
+
+from bench.kernels import cpu_layer
+from bench.kernels.shapes import make_problem as make_bench_problem
+from bench.kernels.shapes import parse_shape
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NARROW, WIDE = 24, 72  # on either side of the width at which the layout changes

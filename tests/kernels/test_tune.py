@@ -11,10 +11,12 @@ from children import run_python
 
 triton = pytest.importorskip("triton")
 
-from moe_kernels import config, tune  # noqa: E402
+from moe_kernels import config  # noqa: E402
 from moe_kernels.config import Kernel, Row, Tile  # noqa: E402
-from moe_kernels.predict import Shape, seconds  # noqa: E402
-from moe_kernels.trial import Layer, Trial, measured  # noqa: E402
+
+from bench.tune import tune  # noqa: E402
+from bench.tune.predict import Shape, seconds  # noqa: E402
+from bench.tune.trial import Layer, Trial, measured  # noqa: E402
 
 SMALL, LARGE = Shape(64, 4, 2, 64, 32), Shape(8192, 16, 4, 4096, 688)
 TILE = Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, group_m=8)
@@ -202,7 +204,7 @@ def test_a_shape_that_cannot_be_read_is_refused_with_an_example(capsys: pytest.C
 
 def test_a_dry_run_compiles_lists_what_candidates_take_and_writes_only_if_asked(tmp_path: Path) -> None:
     table = tmp_path / "tiles.json"
-    dry_run = ["-m", "moe_kernels.tune", "--dry-run", "--arch", "90", "--kernel", "down", "--candidates", "2"]
+    dry_run = ["-m", "bench.tune.tune", "--dry-run", "--arch", "90", "--kernel", "down", "--candidates", "2"]
     dry_run += ["--shape", "512,16,4,4096,688", "--table", str(table)]
     environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     printed = run_python(*dry_run, **environment)

@@ -28,7 +28,8 @@ def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_st
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tasks.corpus import manifest, windows
+    from tasks.corpus import manifest
+    from tasks.corpus.sampling import windows
 
     done = run("tasks.mixture", "tiny")
     assert done.returncode == 0, done.stderr

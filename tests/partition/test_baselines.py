@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from bench.partition import baselines
 from tasks.moe.loss import window_nll
 from tasks.moe.streamed import Streamed
-from tasks.partition import baselines, converted
+from tasks.partition import converted
 from tasks.partition.layer import Layer
 
 WIDTH = 128

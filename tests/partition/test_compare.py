@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.partition import compare
 from tasks import scratch, settings
-from tasks.partition import compare
 
 WHERE = {"model_dir": "data/models/tiny", "corpus_dir": "data/corpora/tiny", "windows": 1}
 
@@ -17,7 +17,8 @@ WHERE = {"model_dir": "data/models/tiny", "corpus_dir": "data/corpora/tiny", "wi
 @pytest.fixture
 def project(tiny_project, tiny_model):
     """The tiny project with its model and its corpus."""
-    from tasks.corpus import fingerprint, stage
+    from tasks.corpus import fingerprint
+    from tasks.corpus.build import stage
 
     Path("data/models").mkdir(parents=True)
     Path("data/models/tiny").symlink_to(tiny_model)

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tasks import settings
 from tasks.moe import checkpoint, gate
 from tasks.moe.streamed import Streamed
-from tasks.partition import calibration, construct, identity, index, verify
+from tasks.partition import calibration, construct, identity, index
+from tasks.tools import verify_partition as verify
 
 ACTIVATION = {"method": "activation", "experts": 6, "shared_experts": 2, "top_k": 2, "calibration_windows": 6}
 

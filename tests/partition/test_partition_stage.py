@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.partition import index, verify
+from tasks.partition import index
+from tasks.tools import verify_partition as verify
 
 RUN = Path("runs/tiny")
 

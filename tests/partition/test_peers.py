@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tasks.partition import baselines, peers
+from bench.partition import baselines, peers
 from tasks.partition.layer import Layer
 
 

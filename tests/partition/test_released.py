@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tasks.moe import gate
-from tasks.partition import released
+from tasks.tools import released
 
 IDS = np.random.default_rng(0).integers(0, 64, (3, 24))
 SCALES = [4.0, 2.5, 1.0, 7.0]

@@ -11,7 +11,7 @@ from test_identity import METHODS, converted, edit
 from tasks import settings
 from tasks.moe.streamed import Streamed
 from tasks.partition import index
-from tasks.partition.verify import verify_checkpoint
+from tasks.tools.verify_partition import verify_checkpoint
 
 CHOICES = {
     "random": METHODS["random"] | {"experts": 8},

@@ -10,7 +10,7 @@ from torch import distributed, nn
 
 from tasks.moe import gate
 from tasks.moe.routing import Routed
-from tasks.pretrain.balance import Balancer
+from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 
 EXPERTS, TOP_K, LAYERS = 6, 2, 2

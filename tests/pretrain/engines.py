@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tasks.pretrain import engine, trainable
+from tasks.pretrain import trainable
+from tasks.pretrain.engine import engine
 from tasks.settings import Pretrain
 
 BATCH, SEQ_LEN = 4, 16

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
-from tasks.pretrain import checkpoint, engine, trainable
-from tasks.pretrain.balance import Balancer
+from tasks.pretrain import trainable
+from tasks.pretrain.checkpoints import checkpoint
+from tasks.pretrain.engine import engine
+from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Balance, Phase
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tasks.corpus.loader import IGNORED
-from tasks.pretrain import fused_loss
+from tasks.corpus.sampling.loader import IGNORED
+from tasks.pretrain.loss import fused_loss
 
 from .test_objective import FAMILIES, LENGTH, WINDOWS, build, packed, run
 

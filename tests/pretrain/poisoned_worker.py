@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks.moe import gate
-from tasks.pretrain import worker
 from tasks.pretrain.job import Job
-from tasks.pretrain.journal import Journal
-from tasks.pretrain.objective import Losses, Objective
+from tasks.pretrain.launch import worker
+from tasks.pretrain.log.journal import Journal
+from tasks.pretrain.loss.objective import Losses, Objective
 
 
 def spoil(factor: float, domain: str, window: int) -> None:

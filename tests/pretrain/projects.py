@@ -41,7 +41,7 @@ def workers(project: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         try:
             mine = entry.name.isdigit() and (entry / "cwd").readlink() == project
-            if mine and b"tasks.pretrain.worker" in (entry / "cmdline").read_bytes():
+            if mine and b"tasks.pretrain.launch.worker" in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:  # it ended meanwhile
             continue

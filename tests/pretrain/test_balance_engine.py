@@ -9,8 +9,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
-from tasks.pretrain import engine
-from tasks.pretrain.balance import Balancer
+from tasks.pretrain.engine import engine
+from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 
 

@@ -16,8 +16,10 @@ import torch
 import xxhash
 
 from tasks import scratch
-from tasks.pretrain import background, checkpoint_files, engine, random_state
-from tasks.pretrain.checkpoint import Checkpoints
+from tasks.pretrain.checkpoints import background, random_state
+from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints.checkpoint import Checkpoints
+from tasks.pretrain.engine import engine
 from tasks.pretrain.job import TrainingError
 
 from .engines import build, settings, train

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tasks.pretrain import display
+from tasks.pretrain.log import display
 
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys, time
-from tasks.pretrain.display import Display
+from tasks.pretrain.log.display import Display
 
 def step(number):
     domains = {"books": {"loss": 3.25, "windows": 2, "epochs": 0.125}}

@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tasks.corpus.loader import IGNORED, Batch
+from tasks.corpus.sampling.loader import IGNORED, Batch
 from tasks.pretrain import batches
-from tasks.pretrain.distil import Distiller
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.teacher import Teacher
+from tasks.pretrain.loss.distil import Distiller
+from tasks.pretrain.loss.teacher import Teacher
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Distill
 

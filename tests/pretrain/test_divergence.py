@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.loader import IGNORED
-from tasks.pretrain import divergence
+from tasks.corpus.sampling.loader import IGNORED
+from tasks.pretrain.loss import divergence
 
 B, L, V, D = 3, 7, 50, 8
 

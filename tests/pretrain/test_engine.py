@@ -12,7 +12,8 @@ import torch
 import torch.utils.cpp_extension  # here, before any test: setuptools, which it imports, refuses to after distutils
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tasks.pretrain import engine, trainable
+from tasks.pretrain import trainable
+from tasks.pretrain.engine import engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 

@@ -10,8 +10,9 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate
-from tasks.pretrain import engine, trainable
-from tasks.pretrain.checkpoint import Checkpoints
+from tasks.pretrain import trainable
+from tasks.pretrain.checkpoints.checkpoint import Checkpoints
+from tasks.pretrain.engine import engine
 from tasks.settings import Pretrain
 
 

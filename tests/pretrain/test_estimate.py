@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tasks.moe import counts
-from tasks.pretrain import calibrate, estimate
 from tasks.settings import Pretrain
+from tasks.tools import calibrate, estimate
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 128, "head_dim": 16}  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from tasks.corpus import windows
+from tasks.corpus.sampling import windows
 
 from .projects import configure, stage, timeless
 

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import families, gate
-from tasks.pretrain import checkpoint, engine, expert_parallel, export, trainable
-from tasks.pretrain.balance import Balancer
+from tasks.pretrain import export, trainable
+from tasks.pretrain.checkpoints import checkpoint
+from tasks.pretrain.engine import engine, expert_parallel
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.loss.balance import Balancer
 
 from . import expert_parallel_ranks as ranks
 

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from tasks import scratch
 from tasks.moe import gate
-from tasks.pretrain import checkpoint_files, engine, export
-from tasks.pretrain.checkpoint import Checkpoints
+from tasks.pretrain import export
+from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints.checkpoint import Checkpoints
+from tasks.pretrain.engine import engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 

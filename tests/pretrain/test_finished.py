@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import scratch
-from tasks.pretrain import branch, checkpoint_files, finished, job, resume, schedule
+from tasks.pretrain import job, schedule
+from tasks.pretrain.checkpoints import branch, finished, resume
+from tasks.pretrain.checkpoints import files as checkpoint_files
 from tasks.pretrain.job import Job, TrainingError
 from tasks.settings import Pretrain
 

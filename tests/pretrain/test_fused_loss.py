@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tasks.pretrain import fused_loss
+from tasks.pretrain.loss import fused_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tasks.corpus.sampler import Sampler
-from tasks.pretrain.guard import DECAY, WARM, Guard, Rollback, Rollbacks
+from tasks.corpus.sampling.sampler import Sampler
+from tasks.pretrain.health.guard import DECAY, WARM, Guard, Rollback, Rollbacks
 from tasks.pretrain.job import TrainingError
 from tasks.settings.pretrain import Guard as Knobs
 

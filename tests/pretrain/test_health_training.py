@@ -51,7 +51,7 @@ def log(made: Job) -> list[dict[str, Any]]:
 
 def drawn(run: Path, step: int) -> tuple[str, int]:
     """Domain and window of a slot of a step's batch, which no batch before it has."""
-    from tasks.pretrain import inspect
+    from tasks.tools import inspect_run as inspect
 
     slots = {n: [(s["domain"], s["window"]) for s in inspect.step(run, n)["slots"]] for n in range(1, step + 1)}
     before = {slot for n in range(1, step) for slot in slots[n]}

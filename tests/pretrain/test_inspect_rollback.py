@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.corpus import manifest
-from tasks.corpus.sampler import Sampler, Slot
-from tasks.corpus.windows import Windows
-from tasks.pretrain import inspect
+from tasks.corpus.sampling.sampler import Sampler, Slot
+from tasks.corpus.sampling.windows import Windows
 from tasks.pretrain.job import Job
 from tasks.settings import Pretrain
+from tasks.tools import inspect_run as inspect
 from tests.corpus.handmade import corpus, documents
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tasks.pretrain import launch
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.launch import launch
 from tasks.settings import Pretrain
 
 from . import fake_srun
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(ROOT / "tasks" / name, project / "tasks" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("__init__.py", "scratch.py"):
         shutil.copy(ROOT / "tasks" / name, project / "tasks")
-    worker = project / "tasks/pretrain/worker.py"
+    worker = project / "tasks/pretrain/launch/worker.py"
     worker.write_text(worker.read_text().replace("\nif __name__", WORKER))
     (project / "work").mkdir()
     monkeypatch.setenv("PATH", f"{put_srun(tmp_path)}{os.pathsep}{os.environ['PATH']}")
@@ -180,7 +180,7 @@ def started_in(folder: Path) -> list[int]:
 
 def test_one_process_needs_no_launcher() -> None:
     line = launch.command("job.json", params(processes=1), environ={})
-    assert line == [sys.executable, "-m", "tasks.pretrain.worker", "job.json", "--lifeline"]
+    assert line == [sys.executable, "-m", "tasks.pretrain.launch.worker", "job.json", "--lifeline"]
 
 
 def test_a_hostfile_must_have_as_many_slots_as_processes(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.pretrain import log, trackers
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.log import log, trackers
 
 
 class Told:

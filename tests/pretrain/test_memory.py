@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.pretrain import memory
+from tasks.pretrain.launch import memory
 from tasks.settings import Pretrain
 
 

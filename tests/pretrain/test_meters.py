@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import counts
-from tasks.pretrain import meters, trainable
+from tasks.pretrain import trainable
+from tasks.pretrain.log import meters
 from tasks.settings.pretrain import What
 
 CPU = torch.device("cpu")

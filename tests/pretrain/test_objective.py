@@ -21,9 +21,9 @@ from transformers import (
     modeling_flash_attention_utils,
 )
 
-from tasks.corpus.loader import IGNORED, Batch
-from tasks.pretrain import objective
-from tasks.pretrain.balance import Balancer
+from tasks.corpus.sampling.loader import IGNORED, Batch
+from tasks.pretrain.loss import objective
+from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 
 SIZES = {

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from flows import cli
 from tasks import scratch
 from tasks.corpus import shards
-from tasks.pretrain import inspect
 from tasks.pretrain.job import TrainingError
+from tasks.tools import inspect_run as inspect
 
 from .conftest import STEPS
 from .projects import configure, stage, start, timeless, wait_for, workers
@@ -47,7 +47,7 @@ def recording(prepared: Path, folder: Path) -> Path:
     shutil.copytree(prepared, folder)
     tokens = {"tokens": STEPS * BATCH * SEQ_LEN, "eval_tokens": 2 * BATCH * SEQ_LEN}
     configure(folder, packing="best_fit", mask_documents=True, seq_len=SEQ_LEN, **tokens)
-    with (folder / "tasks/corpus/loader.py").open("a") as file:
+    with (folder / "tasks/corpus/sampling/loader.py").open("a") as file:
         file.write(RECORDER)
     return folder
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.pretrain import place
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.launch import place
 
 STEP = {
     "SLURM_JOB_ID": "4711",

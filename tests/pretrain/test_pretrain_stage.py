@@ -38,7 +38,7 @@ def test_training_needs_no_compiler_and_lowers_the_validation_loss(finished: Fin
 
 
 def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(finished: Finished) -> None:
-    from tasks.corpus import windows
+    from tasks.corpus.sampling import windows
 
     root = finished[0]
     evidence = json.loads((root / "runs/tiny/mixture.json").read_text())["evidence"]

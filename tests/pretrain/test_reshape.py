@@ -15,8 +15,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tasks.pretrain import background, checkpoint, engine, reshape
-from tasks.pretrain.checkpoint import Checkpoints
+from tasks.pretrain.checkpoints import background, checkpoint
+from tasks.pretrain.checkpoints.checkpoint import Checkpoints
+from tasks.pretrain.engine import engine, reshape
 from tasks.pretrain.job import TrainingError
 from tasks.scratch import write_json
 from tasks.settings import Pretrain

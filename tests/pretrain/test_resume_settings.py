@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import scratch
-from tasks.pretrain import resume, schedule
+from tasks.pretrain import schedule
+from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.job import JOB, Job, TrainingError
 from tasks.settings import Pretrain
 

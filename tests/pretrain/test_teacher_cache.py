@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.corpus import manifest, shards
-from tasks.corpus.loader import IGNORED
-from tasks.pretrain import batches, teacher_cache
-from tasks.pretrain.distil import Distiller
+from tasks.corpus.sampling.loader import IGNORED
+from tasks.pretrain import batches
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.teacher import Teacher
-from tasks.pretrain.teacher_cache import Cache
+from tasks.pretrain.loss import teacher_cache
+from tasks.pretrain.loss.distil import Distiller
+from tasks.pretrain.loss.teacher import Teacher
+from tasks.pretrain.loss.teacher_cache import Cache
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Distill
 from tests.corpus.handmade import corpus

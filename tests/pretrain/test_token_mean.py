@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tasks.corpus.loader import IGNORED, Batch
-from tasks.pretrain import engine, found, objective
-from tasks.pretrain.distil import Distiller
-from tasks.pretrain.teacher import Teacher
+from tasks.corpus.sampling.loader import IGNORED, Batch
+from tasks.pretrain import found
+from tasks.pretrain.engine import engine
+from tasks.pretrain.loss import objective
+from tasks.pretrain.loss.distil import Distiller
+from tasks.pretrain.loss.teacher import Teacher
 from tasks.settings import Pretrain
 
 WINDOWS, LENGTH, DOMAINS = 12, 24, ["a", "b", "c"]

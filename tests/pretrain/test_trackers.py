@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from tasks.pretrain import trackers
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.log import trackers
 
 ROOT = Path(__file__).parents[2]
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from tasks.pretrain.log import Log
-from tasks.pretrain.trackers import Run
+from tasks.pretrain.log.log import Log
+from tasks.pretrain.log.trackers import Run
 
 name, offset, first, last = sys.argv[1], *map(int, sys.argv[2:5])
 config = {"batch": 4, "balance": {"loss": "switch"}, "train": [{"what": "router", "tokens": None}]}

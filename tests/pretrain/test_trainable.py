@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tasks.moe import gate
-from tasks.pretrain import engine, schedule, trainable
+from tasks.pretrain import schedule, trainable
+from tasks.pretrain.engine import engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import What

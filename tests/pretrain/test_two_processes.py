@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.pretrain import engine, trainable
+from tasks.pretrain import trainable
+from tasks.pretrain.engine import engine
 from tasks.settings import Pretrain
 
 from .engines import build

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from tasks.corpus import windows
+from tasks.corpus.sampling import windows
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.validation import Validation
 from tasks.settings import Pretrain

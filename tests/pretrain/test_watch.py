@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.pretrain import watch
-from tasks.pretrain.watch import STEPS, TOKENS, Event, Watch
+from tasks.pretrain.health import watch
+from tasks.pretrain.health.watch import STEPS, TOKENS, Event, Watch
 
 
 def even(tokens: int, *, experts: int, top_k: int, rng: np.random.Generator) -> np.ndarray:

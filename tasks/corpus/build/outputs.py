@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from tasks import scratch
-from tasks.corpus import contamination, files, fingerprint, manifest, shards, tokenise
-from tasks.corpus.encoder import Encoder
-from tasks.corpus.plan import SOURCES, Plan
+from tasks.corpus import files, fingerprint, manifest, shards
+from tasks.corpus.build import tokenise
+from tasks.corpus.build.plan import SOURCES, Plan
+from tasks.corpus.clean import contamination
+from tasks.corpus.tokenizer.encoder import Encoder
 
 
 def lengths_file(name: str) -> Path:

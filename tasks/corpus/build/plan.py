@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from tasks import scratch, settings, sources
-from tasks.corpus import filters, readers, unchanged
+from tasks.corpus import filters, readers
+from tasks.corpus.build import unchanged
 from tasks.corpus.manifest import SPLITS
 from tasks.corpus.readers import Piece
 from tasks.corpus.records import CorpusError

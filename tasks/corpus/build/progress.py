@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from tasks.corpus.counters import Counters, Snapshot
+from tasks.corpus.build.counters import Counters, Snapshot
 from tasks.corpus.files import TMP
 
 WRITE = 1.0  # seconds between two writes of a meter

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus import dedup, files, rejects, scan, spool
+from tasks.corpus import files
+from tasks.corpus.build import scan, spool
+from tasks.corpus.build.plan import Plan
+from tasks.corpus.clean import dedup, rejects
 from tasks.corpus.manifest import SPLITS
-from tasks.corpus.plan import Plan
 from tasks.corpus.records import CorpusError
 
 FATES = (*SPLITS, "duplicate", "near_duplicate")

@@ -13,12 +13,14 @@ from typing import Any
 
 import xxhash
 
-from tasks.corpus import contamination, filters, minhash, readers, rejects, spool, unchanged
-from tasks.corpus import plan as plans
-from tasks.corpus.encoder import Encoder
-from tasks.corpus.plan import SOURCES, Plan
-from tasks.corpus.progress import Meter
+from tasks.corpus import filters, readers
+from tasks.corpus.build import plan as plans
+from tasks.corpus.build import spool, unchanged
+from tasks.corpus.build.plan import SOURCES, Plan
+from tasks.corpus.build.progress import Meter
+from tasks.corpus.clean import contamination, minhash, rejects
 from tasks.corpus.records import CorpusError, Document, Record, Reject
+from tasks.corpus.tokenizer.encoder import Encoder
 
 
 def doc_id(text: str) -> bytes:

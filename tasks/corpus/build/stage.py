@@ -22,21 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch, settings, sources
-from tasks.corpus import (
-    encoder,
-    files,
-    fingerprint,
-    outputs,
-    plan,
-    progress,
-    resolve,
-    scan,
-    streams,
-    tokenise,
-    unchanged,
-)
-from tasks.corpus.plan import Phase, Plan, Unit
+from tasks.corpus import files, fingerprint
+from tasks.corpus.build import outputs, plan, progress, resolve, scan, tokenise, unchanged
+from tasks.corpus.build.plan import Phase, Plan, Unit
+from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
+from tasks.corpus.tokenizer import encoder
 
 MODELS = Path("data/models")
 FAILURES = (
@@ -194,7 +185,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
     encode = _encoder(corpus)
     keys = plan.keys_of(corpus, found=found, tokenizer=encode.fingerprint)
     # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
     code |= {name: _version(name) for name in JUDGES}
     with scratch.workspace("corpus", name, inputs=code, shared=shared, worth=scratch.recency) as work:

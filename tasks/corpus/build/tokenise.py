@@ -21,10 +21,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus import files, permutation, rejects, resolve, scan, shards, spool
-from tasks.corpus.encoder import Encoder
-from tasks.corpus.plan import Plan
-from tasks.corpus.progress import Meter
+from tasks.corpus import files, shards
+from tasks.corpus.build import resolve, scan, spool
+from tasks.corpus.build.plan import Plan
+from tasks.corpus.build.progress import Meter
+from tasks.corpus.clean import rejects
+from tasks.corpus.sampling import permutation
+from tasks.corpus.tokenizer.encoder import Encoder
 
 BATCH_BYTES = 1 << 21  # text given to the tokenizer at once: enough for every core, little enough for memory
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks import scratch, settings, sources
-from tasks.corpus import spool
+from tasks.corpus.build import spool
 from tasks.settings import Domain, Items
 
 Versions = dict[str, dict[str, str]]

@@ -1,7 +1,7 @@
 """Documents that hold evaluation items: a shared word n-gram, 13 words in GPT-3 (arXiv 2005.14165, appendix C).
 
-Every string of every record is an item. Words are those of tasks/corpus/words.py: case, punctuation and white space
-don't count, digits do. An item shorter than `ngram` words is looked for whole if it has 8, GPT-3's least; shorter ones
+Every string of every record is an item. Words are those of words.py: case, punctuation and white space don't
+count, digits do. An item shorter than `ngram` words is looked for whole if it has 8, GPT-3's least; shorter ones
 would be found in any text, cannot be looked for, and are counted in `Items.short`.
 """
 
@@ -17,7 +17,9 @@ import orjson
 from numpy.typing import NDArray
 
 from tasks import sources
-from tasks.corpus import streams, unchanged, words
+from tasks.corpus.build import unchanged
+from tasks.corpus.clean import words
+from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
 from tasks.settings import corpus as settings
 

@@ -1,6 +1,6 @@
 """MinHash-LSH signatures (Broder 1997; bands as in FineWeb, arXiv 2406.17557, section 3.4).
 
-Shingles are word n-grams (tasks/corpus/words.py), with their digits or with 0 for each. Minima are rensa's R-MinHash.
+Shingles are word n-grams (words.py), with their digits or with 0 for each. Minima are rensa's R-MinHash.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from tasks.corpus import words
+from tasks.corpus.clean import words
 
 _SEED = 1
 _ONE_THREAD = 32  # rensa takes more documents to threads of its own: not to be forked, and too many beside others

@@ -13,7 +13,8 @@ from typing import Any
 
 import orjson
 
-from tasks.corpus import files, spool
+from tasks.corpus import files
+from tasks.corpus.build import spool
 
 EXAMPLES = 100  # bad records of a rule shown per task
 

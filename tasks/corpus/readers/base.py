@@ -17,7 +17,7 @@ import numpy as np
 from fsspec.archive import AbstractArchiveFileSystem
 
 from tasks import sources
-from tasks.corpus import streams
+from tasks.corpus.readers import streams
 from tasks.corpus.records import Record, Reject
 
 if TYPE_CHECKING:

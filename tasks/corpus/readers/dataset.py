@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from tasks import sources
 from tasks.corpus.readers.base import Piece, Reader, Records, grouped
 from tasks.corpus.readers.column import column_records
+from tasks.corpus.readers.streams import ReadError
 from tasks.corpus.records import CorpusError
-from tasks.corpus.streams import ReadError
 
 if TYPE_CHECKING:
     import pyarrow as pa

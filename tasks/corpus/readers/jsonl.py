@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import IO, Any
 
-from tasks.corpus import streams
+from tasks.corpus.readers import streams
 from tasks.corpus.readers.base import FileReader, Piece, Records
 from tasks.corpus.records import NUL_RULE, Document, Reject, stray_nul_fault
 

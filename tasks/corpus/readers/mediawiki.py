@@ -10,7 +10,7 @@ import re
 from typing import IO, Any
 from xml.parsers import expat
 
-from tasks.corpus import streams
+from tasks.corpus.readers import streams
 from tasks.corpus.readers.base import FileReader, Piece, Records
 from tasks.corpus.records import Document, Reject
 

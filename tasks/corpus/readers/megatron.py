@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.corpus import streams
+from tasks.corpus.readers import streams
 from tasks.corpus.readers.base import FileReader, Piece, Records, cuts
 from tasks.corpus.records import CorpusError, Document
 

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from tasks.corpus import streams
+from tasks.corpus.readers import streams
 from tasks.corpus.readers.base import FileReader, Piece, Records, cuts
 from tasks.corpus.readers.column import column_records
 from tasks.corpus.records import CorpusError

@@ -15,10 +15,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.packing import Packing
-from tasks.corpus.prefetch import Ahead
-from tasks.corpus.sampler import Position, Sampler, Slot
-from tasks.corpus.windows import Windows
+from tasks.corpus.sampling.packing import Packing
+from tasks.corpus.sampling.prefetch import Ahead
+from tasks.corpus.sampling.sampler import Position, Sampler, Slot
+from tasks.corpus.sampling.windows import Windows
 
 IGNORED = -100  # torch's cross_entropy and transformers leave such labels out
 

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from tasks.corpus import permutation
-from tasks.corpus.packing import Packing
-from tasks.corpus.weights import ONE, quantise
+from tasks.corpus.sampling import permutation
+from tasks.corpus.sampling.packing import Packing
+from tasks.corpus.sampling.weights import ONE, quantise
 
 VERSION = 1
 BLOCK = 1024  # windows of a domain that are looked up together, at little more than the cost of a batch's few

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus import manifest, packing, shards
+from tasks.corpus import manifest, shards
 from tasks.corpus.manifest import Split
-from tasks.corpus.packing import Packing
+from tasks.corpus.sampling import packing
+from tasks.corpus.sampling.packing import Packing
 
 
 @dataclass(frozen=True, kw_only=True)

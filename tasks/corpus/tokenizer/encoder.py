@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus import backends, probe
+from tasks.corpus.tokenizer import backends, probe
 
 BATCH_CHARACTERS = 1 << 22
 """A call to the backend gets about this much text, or one longer document: its results are large objects."""

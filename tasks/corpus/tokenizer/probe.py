@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.corpus import backends
+from tasks.corpus.tokenizer import backends
 
 ONE_LINER = 1 << 20
 """Characters of the longest probe."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files, finished, job, resume
+from tasks.pretrain import job
+from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints import finished, resume
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 

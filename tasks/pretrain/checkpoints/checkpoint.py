@@ -1,8 +1,8 @@
 """Checkpoints that are whole or invisible, written while training goes on, and exact resume.
 
-Each rank writes its files in a thread (tasks/pretrain/background.py), and rank 0's then waits for a marker file of
-every rank and makes the whole visible (tasks/pretrain/checkpoint_files.py); no collective runs beside training. At
-another world size a checkpoint is converted first (tasks/pretrain/reshape.py).
+Each rank writes its files in a thread (background.py), and rank 0's then waits for a marker file of
+every rank and makes the whole visible (files.py); no collective runs beside training. At
+another world size a checkpoint is converted first (tasks/pretrain/engine/reshape.py).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files as files
-from tasks.pretrain import random_state, schedule, trainable
-from tasks.pretrain.checkpoint_files import find, steps, tag
+from tasks.pretrain import schedule, trainable
+from tasks.pretrain.checkpoints import files as files
+from tasks.pretrain.checkpoints import random_state
+from tasks.pretrain.checkpoints.files import find, steps, tag
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.log import LOG
+from tasks.pretrain.log.log import LOG
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from tasks.pretrain.background import Write
+    from tasks.pretrain.checkpoints.background import Write
 
 _POLL = 0.02  # seconds between looks for other ranks' markers
 
@@ -47,7 +48,7 @@ class Checkpoints:
     @property
     def blocked(self) -> float:
         """Seconds that training stood still for checkpoints, so far."""
-        from tasks.pretrain.background import BackgroundEngine
+        from tasks.pretrain.checkpoints.background import BackgroundEngine
 
         return self._blocked + (BackgroundEngine.of(self._engine).waited if self._engine else 0.0)
 
@@ -87,7 +88,7 @@ class Checkpoints:
         Raises:
             TrainingError: that one, or the beginning of this one, could not be written; the last whole one is kept.
         """
-        from tasks.pretrain.background import BackgroundEngine
+        from tasks.pretrain.checkpoints.background import BackgroundEngine
 
         self._settle()
         begun = time.perf_counter()
@@ -133,8 +134,8 @@ class Checkpoints:
         Raises:
             TrainingError: it cannot be loaded here, and why.
         """
-        from tasks.pretrain import reshape
-        from tasks.pretrain.background import BackgroundEngine
+        from tasks.pretrain.checkpoints.background import BackgroundEngine
+        from tasks.pretrain.engine import reshape
 
         self._settle()
         BackgroundEngine.of(engine)  # which reads without unpickling code

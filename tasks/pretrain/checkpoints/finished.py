@@ -14,9 +14,11 @@ import shutil
 from pathlib import Path
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files, guard, schedule
+from tasks.pretrain import schedule
+from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.health import guard
 from tasks.pretrain.job import JOB, Job
-from tasks.pretrain.log import LOG
+from tasks.pretrain.log.log import LOG
 
 
 def folder(pipeline: str) -> Path | None:

@@ -3,7 +3,7 @@
 Unfinished work belongs to its inputs: the split model, the mixture, the corpus. Other inputs are a new start. Other
 settings are taken over only if the run that goes on is the one that the new settings would have given from the start,
 up to rounding and to which random numbers are drawn; else they are refused by name. The same rule says whether a
-finished run is made longer or published again (tasks/pretrain/finished.py), or whether a run begins where another
+finished run is made longer or published again (finished.py), or whether a run begins where another
 pipeline's was.
 """
 
@@ -19,7 +19,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks import scratch
-from tasks.pretrain import checkpoint_files, finished, job, schedule
+from tasks.pretrain import job, schedule
+from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints import finished
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 

@@ -92,7 +92,7 @@ def configuration(params: Pretrain, *, world_size: int, dtype: torch.dtype, mode
     """
     import torch
 
-    from tasks.pretrain import expert_parallel
+    from tasks.pretrain.engine import expert_parallel
 
     bfloat16, cuda = dtype == torch.bfloat16, torch.cuda.is_available()
     accumulation = params.batch // (params.micro_batch * world_size)
@@ -144,7 +144,8 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
     import deepspeed
 
     from tasks.moe import gate
-    from tasks.pretrain import expert_parallel, trainable
+    from tasks.pretrain import trainable
+    from tasks.pretrain.engine import expert_parallel
 
     trainable.freeze(model, params)
     if params.zero_stage == 3 and params.train != "all":
@@ -253,7 +254,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """
     import torch
 
-    from tasks.pretrain import expert_parallel, masters
+    from tasks.pretrain.engine import expert_parallel, masters
 
     if expert_parallel.active(engine):
         return expert_parallel.full_weights(engine)

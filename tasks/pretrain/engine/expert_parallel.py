@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tasks.moe import counts, families, routing
-from tasks.pretrain import masters
+from tasks.pretrain.engine import masters
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 

@@ -42,7 +42,7 @@ def _count_steps(optimizer: Any, path: Path) -> None:
     DeepSpeed 0.19.8 loads the first group's hyperparameters into all, and the first state's step counter, one and the
     same tensor, which then counts every group's steps: the bias correction of the moments goes wrong from there on.
     """
-    from tasks.pretrain import background
+    from tasks.pretrain.checkpoints import background
 
     saved = background.load(path)["optimizer_state_dict"]
     steps = [saved["state"][group["params"][0]]["step"] for group in saved["param_groups"]]

@@ -1,7 +1,7 @@
 """Start the workers, stream what they print, leave none behind, and turn failed ones into one error.
 
 `pretrain.launcher` says who starts the processes: torchrun on this machine, DeepSpeed's launcher on the machines of a
-hostfile, or srun in the Slurm job around the stage. All of them run the same module, `tasks.pretrain.worker`.
+hostfile, or srun in the Slurm job around the stage. All of them run the same module, `tasks.pretrain.launch.worker`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from tasks.pretrain import memory, place, supervise
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.launch import memory, place, supervise
 from tasks.settings import Pretrain
 
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
@@ -79,7 +79,7 @@ def command(job: str, params: Pretrain, *, environ: Mapping[str, str]) -> list[s
     Raises:
         TrainingError: the hostfile or the Slurm job does not fit the settings, or a program is missing.
     """
-    worker = ["tasks.pretrain.worker", job, "--lifeline"]
+    worker = ["tasks.pretrain.launch.worker", job, "--lifeline"]
     if params.launcher == "hostfile":
         assert params.hostfile is not None
         return [*_deepspeed(Path(params.hostfile), params.processes), *worker]

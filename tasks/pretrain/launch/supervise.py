@@ -22,8 +22,8 @@ from types import FrameType
 from typing import Any
 
 from tasks import scratch
-from tasks.pretrain import place
 from tasks.pretrain.job import TrainingError
+from tasks.pretrain.launch import place
 
 FAILURES = "failure-*.json"
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -1,6 +1,6 @@
 """One process of a training run.
 
-    python -m tasks.pretrain.worker .scratch/pretrain-<pipeline>/<fingerprint>/job.json
+    python -m tasks.pretrain.launch.worker .scratch/pretrain-<pipeline>/<fingerprint>/job.json
 
 The stage starts it (`launch`). With `--lifeline` it dies as soon as its standard input closes: the
 stage holds the other end, so no worker outlives it, not even after kill -9.
@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.pretrain import memory, place, random_state, supervise
+from tasks.pretrain.checkpoints import random_state
 from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.launch import memory, place, supervise
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def run(job: Job) -> None:
     Raises:
         TrainingError, ValueError, OSError: for the user to read; memory that ran out among them.
     """
-    from tasks.pretrain import engine as engines
+    from tasks.pretrain.engine import engine as engines
 
     rank, world_size, device = engines.initialise(job.workspace)
     try:
@@ -45,12 +46,13 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     import torch
 
     from tasks.moe import checkpoint, gate
-    from tasks.pretrain import balance, outputs
-    from tasks.pretrain import engine as engines
-    from tasks.pretrain.distil import Distiller
+    from tasks.pretrain import outputs
+    from tasks.pretrain.engine import engine as engines
     from tasks.pretrain.found import Place
     from tasks.pretrain.loop import Trainer
-    from tasks.pretrain.objective import Objective
+    from tasks.pretrain.loss import balance
+    from tasks.pretrain.loss.distil import Distiller
+    from tasks.pretrain.loss.objective import Objective
 
     params = job.params
     hosts: list[str] = [""] * world_size
@@ -81,7 +83,9 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tasks.pretrain.worker", description="One training process.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.pretrain.launch.worker", description="One training process."
+    )
     parser.add_argument("job", type=Path, help="job.json in the stage's workspace")
     parser.add_argument("--lifeline", action="store_true", help="exit when standard input closes")
     arguments = parser.parse_args()

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from tasks.moe import counts
-from tasks.pretrain import meters, trackers, watch
-from tasks.pretrain.display import Display
+from tasks.pretrain.checkpoints.state import State
 from tasks.pretrain.found import Found, Place
+from tasks.pretrain.health import watch
 from tasks.pretrain.job import Job
-from tasks.pretrain.log import Log
-from tasks.pretrain.state import State
+from tasks.pretrain.log import meters, trackers
+from tasks.pretrain.log.display import Display
+from tasks.pretrain.log.log import Log
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -26,7 +26,7 @@ import xxhash
 
 from tasks import scratch
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.trackers import Run, Tracker, start
+from tasks.pretrain.log.trackers import Run, Tracker, start
 
 Record = dict[str, Any]
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from tasks.corpus.loader import IGNORED, Batch
-from tasks.pretrain import teacher
+from tasks.corpus.sampling.loader import IGNORED, Batch
 from tasks.pretrain.job import Job
+from tasks.pretrain.loss import teacher
 from tasks.settings.pretrain import Distill
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.pretrain.teacher_cache import Cache
+    from tasks.pretrain.loss.teacher_cache import Cache
 
 
 class Distiller:
@@ -37,7 +37,7 @@ class Distiller:
             TrainingError: the parent's vocabulary, hidden size or number of layers isn't the student's; the disk is
                 full.
         """
-        from tasks.pretrain.teacher_cache import Cache
+        from tasks.pretrain.loss.teacher_cache import Cache
 
         settings = job.params.distill
         if settings is None:
@@ -73,7 +73,7 @@ class Distiller:
             head, or of that and those after every decoder layer but the last. Relative, because a few tokens have
             huge activations.
         """
-        from tasks.pretrain import divergence
+        from tasks.pretrain.loss import divergence
 
         settings, source = self._settings, self._parent
         found = {}

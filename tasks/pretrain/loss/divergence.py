@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tasks.corpus.loader import IGNORED
+from tasks.corpus.sampling.loader import IGNORED
 
 _CACHE = 1 << 18  # elements that are worked on at once on a CPU: 1 MiB in fp32, so that a few such stay near a core
 _LAUNCH = 1 << 24  # and on a device, where a launch has to pay

@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.loader import IGNORED, Batch
-from tasks.pretrain import batches, fused_loss
+from tasks.corpus.sampling.loader import IGNORED, Batch
+from tasks.pretrain import batches
+from tasks.pretrain.loss import fused_loss
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from tasks.pretrain.balance import Balancer
-    from tasks.pretrain.distil import Distiller
+    from tasks.pretrain.loss.balance import Balancer
+    from tasks.pretrain.loss.distil import Distiller
 
 
 @dataclass(frozen=True, kw_only=True)

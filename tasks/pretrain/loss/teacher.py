@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Self
 
-from tasks.corpus.loader import Batch
+from tasks.corpus.sampling.loader import Batch
 from tasks.pretrain.job import Job, TrainingError
 
 if TYPE_CHECKING:

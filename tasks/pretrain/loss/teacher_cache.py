@@ -34,18 +34,18 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import files, manifest, shards
-from tasks.corpus.loader import Batch, Gather
-from tasks.corpus.sampler import Slot
-from tasks.corpus.windows import Windows
+from tasks.corpus.sampling.loader import Batch, Gather
+from tasks.corpus.sampling.sampler import Slot
+from tasks.corpus.sampling.windows import Windows
 from tasks.moe import allocator
 from tasks.pretrain import batches
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.teacher import Teacher
+from tasks.pretrain.loss.teacher import Teacher
 
 if TYPE_CHECKING:
     import torch
 
-    from tasks.pretrain.divergence import Kept
+    from tasks.pretrain.loss.divergence import Kept
 
 FORMAT = "moeforge-teacher-1"
 _SHARD = 1 << 16  # tokens: what a kill costs, and 17 MB at 64 logits
@@ -95,7 +95,7 @@ class Cache:
         """
         import torch
 
-        from tasks.pretrain.divergence import Kept
+        from tasks.pretrain.loss.divergence import Kept
 
         found = [self._row(slot) for slot in zip(batch.domains[rows], batch.windows[rows], strict=True)]
         ids, logs, rest = (np.concatenate(column) for column in zip(*found, strict=True))

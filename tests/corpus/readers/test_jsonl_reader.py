@@ -11,7 +11,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import readers, streams
+from tasks.corpus import readers
+from tasks.corpus.readers import streams
 from tasks.corpus.records import Document, Reject
 from tasks.settings.corpus import Domain
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tasks.corpus.readers.streams import ReadError
 from tasks.corpus.records import Document
-from tasks.corpus.streams import ReadError
 
 from ..texts import sentences
 from .reading import lines, reader_of, records_of

@@ -1,0 +1,1 @@
+"""Measurements: benchmarks, comparisons with peers, and the tuner of the kernels' tiles. Nothing imports it."""

@@ -1,0 +1,1 @@
+"""Splits of one model against baselines and peers."""

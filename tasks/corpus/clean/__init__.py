@@ -1,0 +1,1 @@
+"""Duplicates, evaluation items in the text, and the documents that are dropped."""

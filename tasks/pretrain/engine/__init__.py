@@ -1,0 +1,1 @@
+"""The DeepSpeed engine, and all that touches DeepSpeed's internals."""

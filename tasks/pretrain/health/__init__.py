@@ -1,0 +1,1 @@
+"""What is done about losses that are not finite, spikes, and dead or collapsed experts."""

@@ -1,0 +1,1 @@
+"""What a step minimises: cross-entropy, balance losses, distillation from the parent."""

@@ -1,0 +1,1 @@
+"""What people run beside the stages: inspect, verify, repair, import, estimate. No stage imports it."""
