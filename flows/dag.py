@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 META = {"gpu", "retries", "timeout"}
 PATIENCE = 20.0
-"""Seconds to wait for a stage that is still ending, because its run was killed a moment ago (flows/guard.py)."""
+"""Seconds to wait for DVC's lock: a stage whose run was just killed is still ending (flows/child_process.py)."""
 
 
 class GraphError(ValueError):

@@ -154,7 +154,7 @@ def _memory(cost: plan.Plan, train: Pretrain, *, here: bool, measured: Speed | N
 
 def status(settings: Settings) -> Table:
     """Every pipeline of pipelines.yaml."""
-    from flows.judgement import accepted
+    from flows.quality_gate import accepted
     from tasks.evaluate import summary
 
     table = _table("pipelines", "pipeline", "state", "out of date", "bits per byte", "accepted")

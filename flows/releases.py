@@ -3,7 +3,7 @@
     runs/NAME/release -> releases/ID     what a consumer reads: resolve the link once, then open the files
     runs/NAME/releases/ID/               the model, and release.json, its record
     runs/NAME/refused/ID/                model/, report/, evaluation.json, and refusal.json with the verdict
-    runs/NAME/accepted.json              the record of the shipped model, in git (judgement.py)
+    runs/NAME/accepted.json              the record of the shipped model, in git (quality_gate.py)
 
 ID is the beginning of DVC's digest of runs/NAME/model/. Weights are hard links where the file system has them: a
 release takes no place of its own until DVC's cache drops its copy, and lives on then. accepted.json says what is
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows import dag, judgement
-from flows.judgement import Record
+from flows import dag, quality_gate
+from flows.quality_gate import Record
 from tasks import scratch
 
 KEPT = 3
@@ -51,12 +51,12 @@ def shipped(pipeline: str) -> str | None:
 
 def accept(pipeline: str, record: Record) -> Path:
     """Ship the present model, and return its folder. Killed in here, the link leads to a whole one, old or new."""
-    new, last = present(pipeline), judgement.accepted(pipeline) or {}
+    new, last = present(pipeline), quality_gate.accepted(pipeline) or {}
     before = last.get("release")
     record = {**record, "release": new, "previous": last.get("previous") if before == new else before}
     folder = _store(pipeline, record)
     _unpublished(pipeline).write_text(new)
-    judgement.write(judgement.record(pipeline), record)
+    quality_gate.write(quality_gate.record(pipeline), record)
     _point(pipeline, new)
     scratch.discard(_refused(pipeline, new))
     _prune(folder.parent, RECORD, keep={new, record["previous"]})
@@ -73,8 +73,8 @@ def by_hand(pipeline: str) -> Path:
     stale = [f"{stage}: {reason}" for stage, why in dag.changes(stages).items() for reason in why]
     if stale:
         raise ReleaseError(f"{pipeline} is out of date ({'; '.join(stale)}); `moeforge run {pipeline}` first")
-    record = judgement.present(pipeline)
-    verdict = judgement.judge(record, None, tolerance=0.0)
+    record = quality_gate.present(pipeline)
+    verdict = quality_gate.judge(record, None, tolerance=0.0)
     if not verdict.accepted:
         raise ReleaseError(f"{pipeline}: {verdict.why}")
     return accept(pipeline, record)
@@ -88,7 +88,7 @@ def refuse(pipeline: str, record: Record, why: str) -> Path:
             if (run / part).is_dir():
                 _link_all(run / part, folder / part)
         shutil.copyfile(run / "evaluation.json", folder / "evaluation.json")
-        judgement.write(folder / REFUSAL, {"why": why, **record})
+        quality_gate.write(folder / REFUSAL, {"why": why, **record})
     _prune(run / "refused", REFUSAL, keep={name})
     return run / "refused" / name
 
@@ -96,18 +96,18 @@ def refuse(pipeline: str, record: Record, why: str) -> Path:
 def is_judged(pipeline: str) -> bool:
     """True if the present model is the shipped one, or was refused or rolled back."""
     name = present(pipeline)
-    return name == (judgement.accepted(pipeline) or {}).get("release") or _refused(pipeline, name).is_dir()
+    return name == (quality_gate.accepted(pipeline) or {}).get("release") or _refused(pipeline, name).is_dir()
 
 
 def settle(pipeline: str) -> str | None:
     """Let the link follow accepted.json, which a kill or git may have changed alone. Returns what cannot be done."""
-    last = judgement.accepted(pipeline)
+    last = quality_gate.accepted(pipeline)
     if last is None or "release" not in last or shipped(pipeline) == last["release"]:
         return None
     if not _release(pipeline, last["release"]).is_dir():
         if dag.locked(Path("runs", pipeline, "model")) is None or present(pipeline) != last["release"]:
             return (
-                f"{judgement.record(pipeline)}: release {last['release']} is not on this machine; `dvc pull "
+                f"{quality_gate.record(pipeline)}: release {last['release']} is not on this machine; `dvc pull "
                 f"{dag.last_stage(pipeline)}` at its commit and `moeforge release {pipeline}` bring it here"
             )
         _store(pipeline, last)
@@ -124,7 +124,7 @@ def rollback(pipeline: str, to: str | None = None) -> tuple[str, str]:
     Raises:
         ReleaseError: it is not kept.
     """
-    last = judgement.accepted(pipeline)
+    last = quality_gate.accepted(pipeline)
     if last is None or "release" not in last:
         raise ReleaseError(f"{pipeline}: nothing was released yet; `moeforge release {pipeline}` ships what is there")
     old, new = last["release"], to or last["previous"]
@@ -133,8 +133,8 @@ def rollback(pipeline: str, to: str | None = None) -> tuple[str, str]:
         wanted = f"release {to!r}" if to else f"release before {old}"
         raise ReleaseError(f"{pipeline}: no {wanted} is kept here; kept besides {old}: {', '.join(kept) or 'none'}")
     mark = _refused(pipeline, old) / REFUSAL  # else the next retraining would accept it again
-    judgement.write(mark, {"why": f"rolled back to {new}", **last})
-    judgement.write(judgement.record(pipeline), json.loads((_release(pipeline, new) / RECORD).read_text()))
+    quality_gate.write(mark, {"why": f"rolled back to {new}", **last})
+    quality_gate.write(quality_gate.record(pipeline), json.loads((_release(pipeline, new) / RECORD).read_text()))
     _point(pipeline, new)
     scratch.discard(_refused(pipeline, new))
     return old, new
@@ -142,7 +142,7 @@ def rollback(pipeline: str, to: str | None = None) -> tuple[str, str]:
 
 def is_unpublished(pipeline: str) -> bool:
     """True if the shipped model was accepted here, and git and the DVC remote do not have it yet."""
-    marker, last = _unpublished(pipeline), judgement.accepted(pipeline)
+    marker, last = _unpublished(pipeline), quality_gate.accepted(pipeline)
     return marker.is_file() and last is not None and marker.read_text() == last.get("release")
 
 
@@ -154,11 +154,11 @@ def published(pipeline: str) -> None:
 def _store(pipeline: str, record: Record) -> Path:
     target = _release(pipeline, record["release"])
     if target.is_dir():  # whole, since it came by a rename
-        judgement.write(target / RECORD, record)
+        quality_gate.write(target / RECORD, record)
         return target
     with _whole(target) as folder:
         _link_all(Path("runs", pipeline, "model"), folder)
-        judgement.write(folder / RECORD, record)
+        quality_gate.write(folder / RECORD, record)
     return target
 
 

@@ -3,7 +3,7 @@
     python -m flows.retrain demo
     prefect deployment run retrain/demo --param publish=true
 
-judgement.py has the rule, releases.py the folders: runs/PIPELINE/release changes on acceptance alone.
+quality_gate.py has the rule, releases.py the folders: runs/PIPELINE/release changes on acceptance alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows import dag, environment, judgement, preflight, releases, stages
+from flows import dag, environment, preflight, quality_gate, releases, stages
 from flows.dag import Stage, StageError
 from flows.upcycle import slug
 from tasks import scratch, settings
@@ -33,7 +33,7 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
         publish: commit dvc.lock, the metrics and accepted.json, and `dvc push` if there is a remote. What an earlier
             run accepted and could not publish is published first.
         force: run the stage pretrain and judge although nothing changed; a finished run is published again.
-        tolerance: how much worse, in bits per byte averaged over domains, a new model may be (judgement.py).
+        tolerance: how much worse, in bits per byte averaged over domains, a new model may be (quality_gate.py).
 
     Returns:
         "Nothing to do" or "Accepted" (both completed), or "Refused" (failed; its files stay for inspection).
@@ -52,13 +52,13 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
         sources = [stage for stage in plan if stage.name == f"sources@{corpus}"]
         stages.run(sources, force={stage.name for stage in sources})
         stale = any(dag.changes([stage.name for stage in plan]).values())
-        last = judgement.accepted(pipeline)
+        last = quality_gate.accepted(pipeline)
         if last and not stale and not force and releases.is_judged(pipeline):
             return _nothing_to_do(pipeline, last, made_good)
         outcomes = stages.run(plan, force=dag.resolve(["pretrain"], stages=plan) if force else None)
         ran = ", ".join(outcome.name for outcome in outcomes if outcome.ran) or "nothing"
-        new = judgement.present(pipeline)
-        verdict = judgement.judge(new, last, tolerance=tolerance)
+        new = quality_gate.present(pipeline)
+        verdict = quality_gate.judge(new, last, tolerance=tolerance)
         say(pipeline, verdict.why, rows={"this model": new, "last accepted": last}, ran=ran)
         if not verdict.accepted:
             aside = releases.refuse(pipeline, new, verdict.why)
@@ -79,7 +79,7 @@ def say(pipeline: str, verdict: str, *, rows: dict[str, dict[str, Any] | None], 
 
 
 def _nothing_to_do(pipeline: str, last: dict[str, Any], made_good: str) -> State[Any]:
-    now = judgement.present(pipeline)
+    now = quality_gate.present(pipeline)
     say(pipeline, "nothing to do", rows={"this model": now, "last accepted": last}, ran="nothing")
     note = (
         "" if releases.present(pipeline) == last.get("release") else f"; runs/{pipeline}/model is not the accepted one"
@@ -94,7 +94,7 @@ def _catch_up(pipeline: str, plan: list[Stage]) -> str:
     """Publish what was accepted and is not published, before anything of it is replaced. Returns what was done."""
     if not releases.is_unpublished(pipeline):
         return ""
-    last = judgement.accepted(pipeline) or {}
+    last = quality_gate.accepted(pipeline) or {}
     if releases.present(pipeline) != last["release"]:
         get_run_logger().warning(
             f"{pipeline}: release {last['release']} was never published, and runs/{pipeline}/ holds a later result; "
@@ -110,7 +110,7 @@ def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
 
     Raises StageError with `state` if a command fails; the next run that publishes tries again, and trains nothing.
     """
-    kept = [path for stage in plan for path in stage.in_git] + [judgement.record(pipeline), Path("dvc.lock")]
+    kept = [path for stage in plan for path in stage.in_git] + [quality_gate.record(pipeline), Path("dvc.lock")]
     paths = [str(path) for path in kept if path.exists()]
     try:
         _call("git", "add", "--", *paths)

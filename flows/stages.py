@@ -134,11 +134,11 @@ def execute(stage: Stage, *, force: bool, log: Callable[[str], None]) -> bool:
     Returns False if DVC took the result from its run cache. Raises StageError on failure or after `meta.timeout`.
     """
     dvc = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", *["--force"][:force], stage.name]
-    guard = Path(__file__).with_name("guard.py")
+    runner = Path(__file__).with_name("child_process.py")
     tail: deque[str] = deque(maxlen=12)
     restored, late = False, threading.Event()
     with subprocess.Popen(
-        [sys.executable, str(guard), *dvc],
+        [sys.executable, str(runner), *dvc],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -189,7 +189,7 @@ def metrics(stage: Stage) -> list[dict[str, Any]]:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a stage's processes: closing the guard's input asks it to, and it answers for the whole tree."""
+    """End a stage's processes: child_process.py ends the whole tree when its standard input closes."""
     if process.stdin:
         process.stdin.close()
     process.wait()

@@ -1,8 +1,8 @@
-"""Interrupted work, kept: a folder per fingerprint, one writer at a time, finished results moved into place whole.
+"""Workspaces of unfinished work, one writer at a time, and atomic publication of finished results.
 
-DVC deletes a stage's outs before it runs the stage, so unfinished work lives in
-`.scratch/<stage>-<name>/<fingerprint>/` and a result appears under its final name by a rename. Expensive work that was
-begun with other inputs is kept beside it, one at most, until the work with the new ones is finished.
+DVC deletes a stage's outs before it runs the stage. So unfinished work stays in
+`.scratch/<stage>-<name>/<fingerprint>/`, and a finished result is renamed to its final path. At most one workspace of
+work that was begun with other inputs is kept beside the present one, until the present work is finished.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ def workspace(
     *,
     inputs: Any = None,
     shared: bool = False,
-    worth: Callable[[Path], float] | None = None,
+    priority: Callable[[Path], float] | None = None,
 ) -> Iterator[Path]:
     """Yield the scratch folder of one unit of work, held until the block ends.
 
     Args:
         stage: the stage's name, such as `pretrain`.
         name: what it works on: a model, corpus or pipeline.
-        inputs: JSON-able parameters and digests; work begun with other inputs is not found again, and is deleted.
-        shared: let others that say so hold it at the same time; nothing is deleted then.
-        worth: of a folder with work begun with other inputs, 0 for none. The one worth most is not deleted: it is
-            found again if its inputs come back. Work whose folder is gone at the end of the block is finished, and
-            then the other is deleted. Absent: no other is kept.
+        inputs: JSON-able parameters and digests; work begun with other inputs is not continued, and is deleted.
+        shared: let others that also pass `shared` hold it at the same time; nothing is deleted then.
+        priority: rates a folder of work that was begun with other inputs; 0 means worthless. The folder with the
+            highest priority is kept, so that its work continues if its inputs come back. It is deleted when the
+            present work is finished, that is, when the yielded folder no longer exists at the end of the block.
+            None: no other folder is kept.
 
     Raises:
         BusyError: another process holds it. The lock dies with its process, so kill -9 leaves none behind.
@@ -70,12 +71,12 @@ def workspace(
         lock.flush()
         folder = base / fingerprint(inputs)
         if not shared:
-            _drop(others(folder), worth=worth)
+            _drop(others(folder), priority=priority)
         folder.mkdir(exist_ok=True)
-        os.utime(folder)  # for `recency`
+        os.utime(folder)  # for `last_used`
         yield folder
         if not shared and not folder.exists():
-            _drop(others(folder), worth=None)
+            _drop(others(folder), priority=None)
 
 
 def others(folder: Path) -> list[Path]:
@@ -83,27 +84,27 @@ def others(folder: Path) -> list[Path]:
     return [path for path in folder.parent.iterdir() if path.is_dir() and path != folder]
 
 
-def say_aside(folder: Path) -> None:
+def report_kept(folder: Path) -> None:
     """Print where work begun with other inputs is kept beside a workspace."""
     for other in others(folder):
         print(
-            f"the inputs have changed: what was done with those before is kept in {other} until this is finished, and "
-            "goes on if they come back; delete it if you need its room",
+            f"the inputs have changed; the work with the previous inputs is kept in {other} until this run finishes, "
+            "and continues if those inputs come back. Delete it to free the space",
             flush=True,
         )
 
 
-def recency(folder: Path) -> float:
-    """The worth of a workspace by when it was last taken up."""
+def last_used(folder: Path) -> float:
+    """The time at which a workspace was last used, as its priority."""
     return folder.stat().st_mtime
 
 
-def _drop(folders: list[Path], *, worth: Callable[[Path], float] | None) -> None:
-    """Delete folders; not the one that is worth most, if there is a worth."""
-    worths = {folder: worth(folder) for folder in folders if worth and _FINGERPRINT.fullmatch(folder.name)}
-    best = max(worths, key=lambda folder: worths[folder], default=None)
+def _drop(folders: list[Path], *, priority: Callable[[Path], float] | None) -> None:
+    """Delete folders, but the one with the highest priority above 0."""
+    ratings = {folder: priority(folder) for folder in folders if priority and _FINGERPRINT.fullmatch(folder.name)}
+    best = max(ratings, key=lambda folder: ratings[folder], default=None)
     for folder in folders:
-        if folder != best or not worths[folder]:
+        if folder != best or not ratings[folder]:
             shutil.rmtree(folder)
 
 

@@ -38,7 +38,7 @@ def test_work_is_found_again_for_the_same_inputs_and_deleted_for_others() -> Non
 
 def test_expensive_work_is_kept_for_its_inputs_one_folder_at_most_until_other_work_is_finished() -> None:
     def work(inputs: str) -> Any:
-        return scratch.workspace("corpus", "demo", inputs=inputs, worth=scratch.recency)
+        return scratch.workspace("corpus", "demo", inputs=inputs, priority=scratch.last_used)
 
     folders = {}
     for moment, inputs in enumerate("abc"):

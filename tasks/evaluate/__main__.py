@@ -54,8 +54,8 @@ def evaluate(name: str) -> None:
         "models": {key: scratch.digest(folder) for key, folder in folders.items()},
         "code": [scratch.digest(path) for path in sorted(CODE.rglob("*")) if path.suffix in {".py", ".yaml"}],
     }
-    with scratch.workspace("evaluate", name, inputs=inputs, worth=scratch.recency) as folder:
-        scratch.say_aside(folder)
+    with scratch.workspace("evaluate", name, inputs=inputs, priority=scratch.last_used) as folder:
+        scratch.report_kept(folder)
         prepared = accuracy.prepare(knobs.tasks, folder / "tasks", versions=items)
         done = {}
         for key, path in folders.items():

@@ -15,7 +15,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-import tasks.settings.misfits as misfits
+import tasks.settings.consistency as consistency
 from tasks.settings.corpus import Corpus
 from tasks.settings.corpus import Domain as Domain  # callers say settings.Domain
 from tasks.settings.corpus import Items as Items
@@ -82,7 +82,7 @@ def validate(raw: Any, *, path: Path | str = FILE) -> Settings:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {_fault(fault)}" for fault in error.errors())) from None
-    if faults := list(misfits.find(settings.pipelines, corpora=settings.corpora, models=settings.models)):
+    if faults := list(consistency.faults(settings.pipelines, corpora=settings.corpora, models=settings.models)):
         raise SettingsError("\n".join(f"{path}: {fault}" for fault in faults))
     return settings
 

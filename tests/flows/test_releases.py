@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from flows import judgement, releases
+from flows import quality_gate, releases
 
 BIG = "w" * (releases._LINKED + 1)
 
@@ -100,7 +100,7 @@ def test_killed_at_any_step_a_whole_release_is_shipped_and_the_next_run_goes_on(
         ended = child(act[action], die_at=step, monkeypatch=monkeypatch)
         assert read() in ((before, before), (after, after))
         releases.settle("toy")
-        last = judgement.accepted("toy")
+        last = quality_gate.accepted("toy")
         assert last is not None
         assert last["release"] == releases.shipped("toy")  # the record and the link agree
         if read() == (before, before):

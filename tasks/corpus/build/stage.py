@@ -188,9 +188,9 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
     here = Path(__file__).parents[1]
     code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
     code |= {name: _version(name) for name in JUDGES}
-    with scratch.workspace("corpus", name, inputs=code, shared=shared, worth=scratch.recency) as work:
+    with scratch.workspace("corpus", name, inputs=code, shared=shared, priority=scratch.last_used) as work:
         if not shared:
-            scratch.say_aside(work)
+            scratch.report_kept(work)
             files.sweep(work)
         path = plan.file(work, corpus, keys=keys)
         if path.exists():

@@ -36,7 +36,7 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
     if not some:
         kept = ", ".join(str(at) for at, _ in reversed(found))
         raise TrainingError(f"{other} has no checkpoint of step {step}; kept: {kept}")
-    with scratch.workspace(resume.STAGE, pipeline, inputs=inputs, worth=resume.last_step) as folder:
+    with scratch.workspace(resume.STAGE, pipeline, inputs=inputs, priority=resume.last_step) as folder:
         mine = checkpoint_files.steps(folder / "checkpoints")
         if mine and pipeline != other:
             raise TrainingError(

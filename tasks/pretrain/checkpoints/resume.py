@@ -87,7 +87,7 @@ def workspace(pipeline: str, *, params: Pretrain, inputs: dict[str, str]) -> Ite
         scratch.BusyError: another process holds it.
     """
     before = unfinished(pipeline)
-    with scratch.workspace(STAGE, pipeline, inputs=inputs, worth=last_step) as folder:
+    with scratch.workspace(STAGE, pipeline, inputs=inputs, priority=last_step) as folder:
         notes = [_aside(other, step, inputs) for other, step in before.items() if other != folder]
         state = checkpoint_files.find(folder / "checkpoints")
         code = job.code_digest()

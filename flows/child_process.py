@@ -1,10 +1,10 @@
 """Run a command that cannot outlive whoever started it.
 
-    python flows/guard.py COMMAND [ARGUMENT ...]      # ends with COMMAND, with the terminal's input, or on SIGTERM
+    python flows/child_process.py COMMAND [ARGUMENT ...]
 
-The command gets a session of its own. When standard input closes (the owner asked for it, or died, even by kill -9) or
-SIGTERM arrives, its whole tree of processes is asked to stop, then made to. torchrun's workers are sessions of their
-own, so the tree is what counts and not the process group.
+The command gets a session of its own. When standard input closes or SIGTERM arrives, its whole tree of processes gets
+SIGTERM and, GRACE seconds later, SIGKILL. Standard input also closes when the owner dies, even by kill -9. torchrun
+puts its workers into sessions of their own, so a signal to the process group would miss them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tasks import settings
 from tasks.settings.corpus import Decontaminate, NearDuplicates
 from tasks.settings.pretrain import Balance, Distill, Dynamic, Fit, Guard
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "pipelines.yaml").read_text()
 GOOD = YAML(typ="safe", pure=True).load(TEXT)
 

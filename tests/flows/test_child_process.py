@@ -1,4 +1,4 @@
-"""A guarded command ends with whoever started it."""
+"""A command run by child_process.py ends with its owner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import guard
+from flows import child_process
 from tests.flows.conftest import alive, until
 
 # A parent and a child in a session of its own, as torchrun starts its workers; both ignore the polite request.
@@ -24,7 +24,7 @@ time.sleep(600)
 
 def start(*command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, guard.__file__, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, child_process.__file__, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -46,12 +46,12 @@ def test_it_ends_the_whole_tree_of_processes_when(how: str) -> None:
 
 
 def test_it_kills_what_ignores_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "GRACE", 0.3)
+    monkeypatch.setattr(child_process, "GRACE", 0.3)
     child = subprocess.Popen(
         [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     pids = [int(pid) for pid in child.stdout.readline().split()]
-    guard.end(child.pid)
+    child_process.end(child.pid)
     until(lambda: child.poll() is not None and not any(map(alive, pids)), seconds=10)
 
 

@@ -20,7 +20,7 @@ import pytest
 from tasks import sources
 from tasks.sources import SourceError, hashes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def sha(content: bytes) -> str:

@@ -16,7 +16,7 @@ from tasks.settings.pipeline import Pipeline
 from tasks.settings.pretrain import Fit
 
 
-def find(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models: dict[str, Model]) -> Iterator[str]:
+def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models: dict[str, Model]) -> Iterator[str]:
     """Every fault, as `path = value: what is wrong and what mends it`."""
     for name, pipeline in pipelines.items():
         where = f"pipelines.{name}"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tasks import settings
 from tasks.settings.deployments import FLOWS, Deployment, Schedule, cron_fault
-from tests.test_settings import GOOD, changed, fault
+from tests.settings.test_settings import GOOD, changed, fault
 
 FULL = changed("pipelines.demo.pretrain.distill", {"logits": 1.0, "temperature": 2.0})
 FULL["corpora"]["demo"]["filters"] = [{"rule": rule} for rule in ("length", "gopher_quality", "gopher_repetition",
