@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch, settings, sources
-from tasks.moe import counts, families, files, foreign, gguf
+from tasks.moe import counts, families, files, gguf, untrusted
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def _build(entry: settings.Model, work: Path, fetched: sources.Fetched) -> PreTr
                 shutil.copyfileobj(source, copy, 1 << 20)
     try:
         if weights[0].endswith(".gguf"):
-            config = foreign.understood(
+            config = untrusted.understood(
                 lambda: gguf.convert(work / "source" / weights[0], target, dtype=getattr(torch, entry.dtype)),
                 file=weights[0],
             )
@@ -161,14 +161,14 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
     fields = files.read_json(folder / "config.json")
     families.check(fields)
     shards, listed = _shards(folder, weights)
-    place = foreign.headers(folder, shards, listed=listed)
-    foreign.check_config(fields, place)
+    place = untrusted.headers(folder, shards, listed=listed)
+    untrusted.check_config(fields, place)
 
     def read_config() -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return config, families.expected(config)
 
-    config, wanted = foreign.understood(read_config, file="config.json")
+    config, wanted = untrusted.understood(read_config, file="config.json")
     _check_shape(config, entry)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError("holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
@@ -183,7 +183,7 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
         with safe_open(folder / place[name].file, framework="pt") as file:
             stored = file.get_tensor(name)
             converted = stored.to(dtype, copy=True)
-            foreign.require_fits(stored, converted, name=name, file=place[name].file)
+            untrusted.require_fits(stored, converted, name=name, file=place[name].file)
             return converted
 
     if tied and not read("lm_head.weight").equal(read("model.embed_tokens.weight")):
@@ -206,12 +206,12 @@ def _shards(folder: Path, weights: list[str]) -> tuple[list[str], dict[str, str]
     """
     if "model.safetensors" in weights:
         return ["model.safetensors"], None
-    listed = foreign.indexed(folder)
+    listed = untrusted.indexed(folder)
     if listed is None:
         return weights, None
     shards = sorted(set(listed.values()))
     if absent := [name for name in shards if name not in weights]:
-        raise ValueError(f"lacks {', '.join(absent)}, which {foreign.INDEX} lists; fetch the whole checkpoint")
+        raise ValueError(f"lacks {', '.join(absent)}, which {untrusted.INDEX} lists; fetch the whole checkpoint")
     return shards, listed
 
 

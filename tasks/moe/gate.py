@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tasks.moe import routing
-from tasks.moe.router import TrainingRouter, extend
+from tasks.moe.internals.training_router import TrainingRouter, extend
 
 FILE = "gates.safetensors"
 INIT_STD = 0.02

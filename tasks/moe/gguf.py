@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.moe import families, files, foreign
+from tasks.moe import families, files, untrusted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
                 ) from None
             stored = torch.tensor(processor.process(weights, tensor.name).weights)  # a copy: the file is mapped
             converted = stored.to(dtype)
-            foreign.require_fits(stored, converted, name=tensor.name, file=file.name)
+            untrusted.require_fits(stored, converted, name=tensor.name, file=file.name)
             writer.write(name, converted)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if _field(reader, "tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:

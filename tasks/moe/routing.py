@@ -114,8 +114,8 @@ def _watch(router: nn.Module, give: Callable[[Routed], None]) -> list[Any]:
 
 
 def _read(router: nn.Module, give: Callable[[Routed], None]) -> list[Any]:
-    """The reader of the stock classes and of what tasks/moe/router.py makes of them."""
-    from tasks.moe.router import TrainingRouter
+    """The reader of the stock classes and of what tasks/moe/internals/training_router.py makes of them."""
+    from tasks.moe.internals.training_router import TrainingRouter
 
     parts: list[tuple[Any, ...]] = []
 

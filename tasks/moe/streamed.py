@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.logging import disable_progress_bar
 
-from tasks.moe import allocator, foreign
+from tasks.moe import allocator, untrusted
 from tasks.moe.files import read_json
 from tasks.moe.writer import DTYPES
 
@@ -262,9 +262,9 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 def _stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors."""
-    index = folder / foreign.INDEX
+    index = folder / untrusted.INDEX
     try:
-        listed = foreign.indexed(folder) or {}
+        listed = untrusted.indexed(folder) or {}
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     files = sorted(set(listed.values())) or ["model.safetensors"]

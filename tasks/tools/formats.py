@@ -19,7 +19,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 from tasks.moe import families
 from tasks.moe.gate import Gate
-from tasks.moe.router import NOISE_EPSILON
+from tasks.moe.internals.training_router import NOISE_EPSILON
 from tasks.partition.exporters import SparseLayer
 from tasks.settings import Partition
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tasks import scratch
 from tasks.corpus import manifest
-from tasks.moe import families, files, foreign, gate, linear
+from tasks.moe import families, files, gate, linear, untrusted
 from tasks.moe.writer import DTYPES, ShardWriter
 from tasks.partition import calibration, exporters
 from tasks.tools import formats
@@ -51,7 +51,7 @@ class Released:
         """One tensor as stored. Raises ValueError for one that holds NaN or infinity."""
         with safe_open(self.files[name], framework="pt") as file:
             found = file.get_tensor(name)
-        foreign.require_finite(found, name=name, file=str(self.files[name]))
+        untrusted.require_finite(found, name=name, file=str(self.files[name]))
         return found
 
     def blank(self, name: str) -> Tensor:
@@ -73,10 +73,10 @@ def read(folder: Path) -> Released:
     try:
         raw = files.read_json(path)
         shards, listed = _weight_files(folder)
-        found = foreign.headers(folder, shards, listed=listed)
-        foreign.check_config(raw, found)
+        found = untrusted.headers(folder, shards, listed=listed)
+        untrusted.check_config(raw, found)
         shapes = {name: entry.shape for name, entry in found.items()}
-        kind = foreign.understood(lambda: formats.of(raw, shapes), file="config.json")
+        kind = untrusted.understood(lambda: formats.of(raw, shapes), file="config.json")
         families.account(shapes, kind.tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -183,11 +183,11 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the files, and what the index says of them, where there is one."""
-    if (listed := foreign.indexed(folder)) is not None:
+    if (listed := untrusted.indexed(folder)) is not None:
         names = sorted(set(listed.values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise FileNotFoundError(
-                f"{folder}: {', '.join(missing)} named by {foreign.INDEX} is missing; bring it as well"
+                f"{folder}: {', '.join(missing)} named by {untrusted.INDEX} is missing; bring it as well"
             )
         return names, listed
     found = sorted(path.name for path in folder.glob("*.safetensors") if path.name != gate.FILE and path.is_file())

@@ -108,7 +108,7 @@ def prepare(engine: DeepSpeedEngine, *, biases: list[list[float]]) -> int:
 
 
 def _add_bias(router: nn.Module, bias: list[float]) -> None:
-    """Let a router of AutoEP choose as a TrainingRouter with this selection bias does (tasks/moe/router.py).
+    """Let a router of AutoEP choose as a TrainingRouter with this selection bias does (moe/internals).
 
     AutoEP's own `expert_bias` is added to the probabilities, and not to the logits as ours.
     """

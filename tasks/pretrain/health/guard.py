@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import scratch
-from tasks.moe import foreign
+from tasks.moe import untrusted
 from tasks.pretrain.job import TrainingError
 from tasks.settings.pretrain import Guard as Knobs
 
@@ -114,7 +114,7 @@ class Guard:
     def _at_once(self) -> str:
         """Why a run may break before its first optimizer step, which no knob of that step can mend."""
         for model in self._models:
-            if text := foreign.not_finite(model):
+            if text := untrusted.not_finite(model):
                 return f"{model}: {text}"
         return (
             "No weight has been changed yet, and those of the models are finite: try precision: float32, hold the "

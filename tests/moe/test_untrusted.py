@@ -12,7 +12,7 @@ from test_dense import _build, _edit, _shard, copy_of  # noqa: F401
 
 from tasks import settings as knobs
 from tasks import sources
-from tasks.moe import dense, foreign
+from tasks.moe import dense, untrusted
 
 SINGLE = "model.safetensors"
 
@@ -52,7 +52,7 @@ def test_a_weight_too_large_for_the_dtype_of_the_settings_is_named_with_the_mend
 )
 def test_an_index_that_makes_no_sense_is_one_line(copy_of, tmp_path, index, message):  # noqa: F811
     _shard(copy_of)
-    (copy_of / foreign.INDEX).write_text(index)
+    (copy_of / untrusted.INDEX).write_text(index)
     with pytest.raises(sources.SourceError, match=message) as refused:
         _build(copy_of, tmp_path)
     assert "\n" not in str(refused.value)
@@ -60,7 +60,7 @@ def test_an_index_that_makes_no_sense_is_one_line(copy_of, tmp_path, index, mess
 
 def test_a_tensor_that_stands_in_another_file_than_the_index_says_is_named(copy_of, tmp_path):  # noqa: F811
     _shard(copy_of)
-    path = copy_of / foreign.INDEX
+    path = copy_of / untrusted.INDEX
     index = json.loads(path.read_text())
     names = sorted(set(index["weight_map"].values()))
     index["weight_map"]["model.norm.weight"] = next(n for n in names if n != index["weight_map"]["model.norm.weight"])
