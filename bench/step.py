@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 from tasks import settings
 from tasks.moe import counts
 from tasks.pretrain.job import Job
-from tasks.pretrain.log import log
+from tasks.pretrain.log import log_file
 
 GOAL = 0.85
 
@@ -48,7 +48,7 @@ def run(pipeline: str, model: Path, *, side: str, changes: dict[str, Any]) -> tu
         [sys.executable, "-m", "tasks.pretrain.launch.worker", str(job.write())], check=True, stdout=sys.stderr
     )
     saving = json.loads((workspace / "pretrain.json").read_text())["seconds_saving"]
-    return log.read(workspace / "training/log.jsonl", "step"), saving
+    return log_file.read(workspace / "training/log.jsonl", "step"), saving
 
 
 def median(records: list[dict[str, Any]], name: str) -> float:

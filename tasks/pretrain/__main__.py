@@ -20,7 +20,7 @@ from tasks.pretrain import outputs
 from tasks.pretrain.checkpoints import branch as branches
 from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.launch import launch
+from tasks.pretrain.launch import launcher
 from tasks.pretrain.log import trackers
 
 
@@ -47,7 +47,7 @@ def run(pipeline: str) -> Path:
             mixture=root / "mixture.json",
             workspace=workspace,
         )
-        launch.run(job)
+        launcher.run(job)
         outputs.publish(job)
     return root / "trained"
 

@@ -15,20 +15,8 @@ import numpy as np
 from tasks.pretrain.loss import objective
 
 if TYPE_CHECKING:
-    import torch
-
     from tasks.corpus.sampling.loader import Batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where this process stands."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    hosts: list[str]
-    """Of every rank."""
+    from tasks.pretrain.launch.process import Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +77,7 @@ def collect(
     load_LE: np.ndarray,
     seconds: float,
     slots: int,
-    place: Place,
+    process: Process,
 ) -> Found:
     """Exchange what this rank found with the others; every rank must call it.
 
@@ -105,7 +93,7 @@ def collect(
     import torch
 
     own = torch.zeros(4 + len(names), slots, dtype=torch.float64)
-    mine = slice(place.rank, None, place.world_size)
+    mine = slice(process.rank, None, process.world_size)
     own[0, mine] = torch.tensor([domains.index(domain) for domain in batch.domains], dtype=torch.float64)
     own[1, mine] = torch.tensor(batch.windows, dtype=torch.float64)
     own[2, mine] = torch.from_numpy(objective.predicted(batch.labels)).double()
@@ -113,10 +101,10 @@ def collect(
     for row, name in enumerate(names, start=4):
         parts = [each.parts[name].detach().expand_as(each.nats_B) for each in losses]
         own[row, mine] = torch.cat(parts).double().cpu()
-    seconds_R = torch.zeros(place.world_size, dtype=torch.float64)
-    seconds_R[place.rank] = seconds
+    seconds_R = torch.zeros(process.world_size, dtype=torch.float64)
+    seconds_R[process.rank] = seconds
     load = torch.from_numpy(load_LE).double().flatten()
-    every = torch.cat([own.flatten(), seconds_R, load]).to(place.device)
+    every = torch.cat([own.flatten(), seconds_R, load]).to(process.device)
     torch.distributed.all_reduce(every)
     table, seconds_R, load = every.cpu().split([own.numel(), len(seconds_R), len(load)])
     domain, window, predicted, *found = table.view_as(own).numpy()

@@ -14,10 +14,10 @@ from tasks.pretrain.checkpoints.checkpoint import Checkpoints
 from tasks.pretrain.checkpoints.state import State
 from tasks.pretrain.dynamic import Reweighter
 from tasks.pretrain.engine import engine as engines
-from tasks.pretrain.health.guard import Guard, Rollback, Rollbacks, named
-from tasks.pretrain.health.watch import Watch
+from tasks.pretrain.health.loss_guard import LossGuard, Rollback, Rollbacks, named
+from tasks.pretrain.health.router_monitor import RouterMonitor
 from tasks.pretrain.job import Job, TrainingError, code_version
-from tasks.pretrain.log.journal import Journal
+from tasks.pretrain.log.run_log import RunLog
 from tasks.pretrain.validation import Validation
 from tasks.settings import Pretrain
 
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from tasks.corpus.sampling.loader import Batch
-    from tasks.pretrain.found import Found, Place
+    from tasks.pretrain.found import Found
+    from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loss.objective import Objective
 
 
 class Trainer:
     """One run from its first or its next step to its last. Every rank has one and makes the same calls in order."""
 
-    def __init__(self, job: Job, *, engine: DeepSpeedEngine, objective: Objective, place: Place) -> None:
+    def __init__(self, job: Job, *, engine: DeepSpeedEngine, objective: Objective, process: Process) -> None:
         from tasks.corpus import manifest
         from tasks.moe import counts
 
         self.job, self.params = job, job.params
-        self.engine, self.objective, self.place = engine, objective, place
+        self.engine, self.objective, self.process = engine, objective, process
         mixture = json.loads(job.mixture.read_text())
         corpus = manifest.load(job.corpus)
         if mixture["weights"].keys() != corpus.domains.keys():
@@ -51,20 +52,20 @@ class Trainer:
         self.reweighter = Reweighter.load(job, validation=self.validation)
         self.state = State(weights=mixture["weights"], windows_seen=dict.fromkeys(self.domains, 0))
         self.sampler, self.loader = batches.draw(
-            job, self.state.weights, corpus_sha256=corpus.sha256, rank=place.rank, world_size=place.world_size
+            job, self.state.weights, corpus_sha256=corpus.sha256, rank=process.rank, world_size=process.world_size
         )
         sizes = counts.experts(engine.module.config)
         self.load_shape = (len(sizes["layers"]), sizes["experts"])
         models = [job.model, job.parent] if self.params.distill else [job.model]
-        self.guard = Guard(self.params.guard, seq_len=self.params.seq_len, models=models)
-        self.watch = Watch(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
+        self.guard = LossGuard(self.params.guard, seq_len=self.params.seq_len, models=models)
+        self.monitor = RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
         self.checkpoints = Checkpoints(
-            job.workspace / "checkpoints", params=self.params, rank=place.rank, world_size=place.world_size
+            job.workspace / "checkpoints", params=self.params, rank=process.rank, world_size=process.world_size
         )
         self.rollbacks = Rollbacks(job.workspace)
         epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.domains.items()}
-        self.journal = Journal(job, engine=engine, place=place, epoch_tokens=epoch_tokens)
-        self._code = code_version() if place.rank == 0 else ""
+        self.run_log = RunLog(job, engine=engine, process=process, epoch_tokens=epoch_tokens)
+        self._code = code_version() if process.rank == 0 else ""
 
     def run(self) -> None:
         """Train to the last step, from the last checkpoint if there is one.
@@ -75,13 +76,13 @@ class Trainer:
         """
         begun, params = time.perf_counter(), self.params
         saved = self.checkpoints.latest()
-        with self.journal:
+        with self.run_log:
             for note in self.checkpoints.notes:
-                self.journal.say(note)
+                self.run_log.say(note)
             if saved:
                 self._take_up(saved, first=True)
             else:
-                self.journal.open(offset=0, step=0)
+                self.run_log.open(offset=0, step=0)
                 self.state.load_before = self._evaluate()
                 if params.guard.policy == "rollback":
                     self._save()  # something to go back to
@@ -118,7 +119,7 @@ class Trainer:
         for start in range(0, len(batch.input_ids), params.micro_batch):
             mark = time.perf_counter()
             rows = slice(start, start + params.micro_batch)
-            passed = objective(batch, rows=rows, device=self.place.device)
+            passed = objective(batch, rows=rows, device=self.process.device)
             losses.append(passed)
             forward = time.perf_counter()
             engine.backward(passed.total)
@@ -140,9 +141,9 @@ class Trainer:
         timing = {"seconds": time.perf_counter() - begun, **spent}
         self.state.seconds["steps"] += timing["seconds"]
         if verdict == "sound" and norm is not None:
-            self.journal.step(self.state, seen, rates=rates, norm=norm, timing=timing, what=what)
-            for event in self.watch.see(seen.load_LE, step=step) if seen.load_LE.size else ():
-                self.journal.event(
+            self.run_log.step(self.state, seen, rates=rates, norm=norm, timing=timing, what=what)
+            for event in self.monitor.see(seen.load_LE, step=step) if seen.load_LE.size else ():
+                self.run_log.event(
                     step, what=event.what, message=event.message, layer=event.layer, experts=list(event.experts)
                 )
         return True
@@ -157,7 +158,7 @@ class Trainer:
             load_LE=balancer.load_LE if balancer else np.zeros(self.load_shape, dtype=np.int64),
             seconds=seconds,
             slots=self.params.batch,
-            place=self.place,
+            process=self.process,
         )
 
     def _finish(self, seen: Found) -> tuple[str, float | None]:
@@ -181,7 +182,7 @@ class Trainer:
             return verdict, norm
         message = f"{self.guard.fault(loss=loss, norm=norm)} at step {step} (windows: {named(told['windows'])})"
         if verdict == "skip":
-            self.journal.event(step, what="skip", message=f"{message}: the batch is left out")
+            self.run_log.event(step, what="skip", message=f"{message}: the batch is left out")
         else:
             self._roll_back(message)
         return verdict, norm
@@ -202,7 +203,7 @@ class Trainer:
             sampler=self.sampler.state(),
             guard=self.guard.state(),
         )
-        if self.place.rank == 0:
+        if self.process.rank == 0:
             self.rollbacks.add(saved, rollback)
         torch.distributed.barrier()
         self._take_up(saved, first=False)
@@ -217,12 +218,12 @@ class Trainer:
 
         from tasks.moe.routing import expert_load
 
-        begun, place = time.perf_counter(), self.place
+        begun, process = time.perf_counter(), self.process
         with expert_load(self.engine.module) as load_LE:
             losses = self.validation.evaluate(
-                self.engine.module, batch=self.params.micro_batch, rank=place.rank, world_size=place.world_size
+                self.engine.module, batch=self.params.micro_batch, rank=process.rank, world_size=process.world_size
             )
-        load = torch.from_numpy(load_LE).to(place.device)
+        load = torch.from_numpy(load_LE).to(process.device)
         torch.distributed.all_reduce(load)
         if not np.isfinite(list(losses.values())).all():
             raise TrainingError(
@@ -231,7 +232,7 @@ class Trainer:
                 )
             )
         self._reweight(losses)
-        self.journal.validation(
+        self.run_log.validation(
             self.state,
             losses,
             references=self.reweighter.references if self.reweighter else self.validation.references,
@@ -260,10 +261,10 @@ class Trainer:
         state = {
             **self.state.to_json(),
             "code": self._code,
-            "log": self.journal.sync(),
+            "log": self.run_log.sync(),
             "sampler": self.sampler.state(),
             "guard": self.guard.state(),
-            "watch": self.watch.state(),
+            "watch": self.monitor.state(),
             "reweighter": self.reweighter.state() if self.reweighter else None,
         }
         self.checkpoints.save(self.engine, state=state)
@@ -278,13 +279,13 @@ class Trainer:
             gate.set_biases(self.engine.module, self.state.biases)
         self.sampler.restore(saved["sampler"])
         self.guard.restore(saved["guard"])
-        self.watch.restore(saved["watch"])
+        self.monitor.restore(saved["watch"])
         if self.reweighter:
             self.reweighter.restore(saved["reweighter"])
-        self.journal.open(offset=saved["log"]["bytes"], step=self.state.step)
+        self.run_log.open(offset=saved["log"]["bytes"], step=self.state.step)
         rollbacks = self.rollbacks.after(saved)
         for rollback in rollbacks:  # the log was cut back to the checkpoint
-            self.journal.event(rollback.to_step, what="rollback", message=rollback.message, sampler=rollback.sampler)
+            self.run_log.event(rollback.to_step, what="rollback", message=rollback.message, sampler=rollback.sampler)
         if rollbacks:
             self.sampler.restore(rollbacks[-1].sampler)
             self.guard.restore(rollbacks[-1].guard)
@@ -292,11 +293,11 @@ class Trainer:
             return
         for change in resume.changes(Pretrain(**saved["params"]), self.params):
             if change.shows:
-                self.journal.event(self.state.step, what="settings", message=f"from here on {change}")
+                self.run_log.event(self.state.step, what="settings", message=f"from here on {change}")
         self.state.resumed_from = {"step": self.state.step, "code": saved["code"]}
-        self.journal.say(f"going on from the checkpoint of step {self.state.step}")
+        self.run_log.say(f"going on from the checkpoint of step {self.state.step}")
         if saved["code"] != self._code:
-            self.journal.say(
+            self.run_log.say(
                 f"that checkpoint was written by the code of {saved['code']}, and this is {self._code}: "
                 "the run is not the one that either alone would give"
             )

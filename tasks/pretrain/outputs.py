@@ -12,7 +12,7 @@ from tasks.pretrain import export
 from tasks.pretrain.checkpoints import finished
 from tasks.pretrain.engine import engine as engines
 from tasks.pretrain.job import JOB, Job
-from tasks.pretrain.log import log
+from tasks.pretrain.log import log_file
 
 if TYPE_CHECKING:
     from tasks.pretrain.loop import Trainer
@@ -41,9 +41,9 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
         training / "expert_load.json", {"before": trainer.state.load_before, "after": trainer.state.load_after}
     )
     shutil.copyfile(job.workspace / JOB, training / JOB)
-    records = log.read(training / "log.jsonl", "validation")
-    (job.workspace / "loss.csv").write_text(log.loss_csv(log.read(training / "log.jsonl", "step")))
-    (job.workspace / "validation.csv").write_text(log.validation_csv(records))
+    records = log_file.read(training / "log.jsonl", "validation")
+    (job.workspace / "loss.csv").write_text(log_file.loss_csv(log_file.read(training / "log.jsonl", "step")))
+    (job.workspace / "validation.csv").write_text(log_file.validation_csv(records))
     scratch.write_json(job.workspace / "pretrain.json", _metrics(trainer, records) | fit)
 
 
@@ -83,12 +83,12 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, An
         "domain_epochs": {domain: seen[domain] / corpus.domains[domain].train.tokens for domain in seen},
         "tokens_per_second": speed,
         "flops_per_second": flops,
-        "mfu": flops / trainer.journal.peak,
+        "mfu": flops / trainer.run_log.peak,
         "active_parameters": counts.parameters(config)["active"],
         "seconds": trainer.state.seconds["total"],
         "seconds_saving": trainer.state.seconds["saving"],
         "precision": str(dtype).removeprefix("torch."),
-        "processes": trainer.place.world_size,
+        "processes": trainer.process.world_size,
         "validation_before": validation[0]["losses"],
         "validation_after": validation[-1]["losses"],
         "validation_mean_before": validation[0]["mean"],

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.launch import launch
+from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
 from tasks.tools.estimate import Speed
 
@@ -61,8 +61,8 @@ def measure(config: dict[str, Any], params: Pretrain, *, parent: dict[str, Any] 
         (Path(folder) / "ask.json").write_text(json.dumps(ask))
         shape = params.model_copy(update={"processes": processes, "launcher": "local"})
         done = subprocess.run(
-            launch.torchrun(["tasks.tools.calibrate", folder], processes=processes),
-            env=launch.environment(shape, os.environ),
+            launcher.torchrun(["tasks.tools.calibrate", folder], processes=processes),
+            env=launcher.launcher_environment(shape, os.environ),
             capture_output=True,
             text=True,
             check=False,
@@ -92,7 +92,7 @@ def run(folder: Path) -> None:
         dtype = engines.precision(params.precision, device)
         model = random_model(ask["config"], dtype=dtype, device=device).train()
         sparse = is_moe(ask["config"])
-        balance.equip(model, params)
+        balance.attach_routers(model, params)
         if params.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         settings = engines.configuration(

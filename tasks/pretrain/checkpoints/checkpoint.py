@@ -20,7 +20,7 @@ from tasks.pretrain.checkpoints import files as files
 from tasks.pretrain.checkpoints import random_state
 from tasks.pretrain.checkpoints.files import find, steps, tag
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.log.log import LOG
+from tasks.pretrain.log.log_file import LOG
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:

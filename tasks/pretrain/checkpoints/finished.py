@@ -16,9 +16,9 @@ from pathlib import Path
 from tasks import scratch
 from tasks.pretrain import schedule
 from tasks.pretrain.checkpoints import files as checkpoint_files
-from tasks.pretrain.health import guard
+from tasks.pretrain.health import loss_guard
 from tasks.pretrain.job import JOB, Job
-from tasks.pretrain.log.log import LOG
+from tasks.pretrain.log.log_file import LOG
 
 
 def folder(pipeline: str) -> Path | None:
@@ -38,7 +38,7 @@ def keep(job: Job) -> None:
         if step not in (steps[-1], schedule.stable(job.params)):
             checkpoint_files.delete(checkpoints / checkpoint_files.tag(step))
     for parent, kept in (
-        (workspace, ("checkpoints", "training", "inputs.json", JOB, guard.FILE)),
+        (workspace, ("checkpoints", "training", "inputs.json", JOB, loss_guard.FILE)),
         (workspace / "training", (LOG,)),
     ):
         for path in parent.iterdir():
@@ -86,15 +86,15 @@ def take(source: Path, workspace: Path, *, step: int) -> str | None:
             shutil.rmtree(path, ignore_errors=True)
             if at == step:
                 return problem
-    training, rollbacks = workspace / "training", workspace / guard.FILE
+    training, rollbacks = workspace / "training", workspace / loss_guard.FILE
     shutil.rmtree(training, ignore_errors=True)
     training.mkdir()
     with log.open("rb") as file:
         state = checkpoint_files.state(staging / checkpoint_files.tag(step))
         (training / LOG).write_bytes(file.read(state["log"]["bytes"]))
     rollbacks.unlink(missing_ok=True)
-    if (source / guard.FILE).exists():
-        shutil.copyfile(source / guard.FILE, rollbacks)
+    if (source / loss_guard.FILE).exists():
+        shutil.copyfile(source / loss_guard.FILE, rollbacks)
     for path in sorted(staging.iterdir()):
         path.rename(checkpoints / path.name)
     staging.rmdir()

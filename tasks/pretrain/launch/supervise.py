@@ -23,7 +23,7 @@ from typing import Any
 
 from tasks import scratch
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.launch import place
+from tasks.pretrain.launch import environment
 
 FAILURES = "failure-*.json"
 _ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -65,7 +65,7 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
 
 def report(workspace: Path, *, kind: str, message: str, **more: Any) -> None:
     """Write workspace/failure-<rank>.json; a full disk loses it, and the launcher's words remain."""
-    rank = place.rank(os.environ)
+    rank = environment.rank(os.environ)
     record = {"kind": kind, "message": message, "rank": rank, "host": socket.gethostname(), "time": time.time()}
     try:
         scratch.write_json(workspace / FAILURES.replace("*", str(rank)), record | more)

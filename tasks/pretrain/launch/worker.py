@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tasks.pretrain.checkpoints import random_state
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.launch import memory, place, supervise
+from tasks.pretrain.launch import environment, out_of_memory, supervise
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def run(job: Job) -> None:
     try:
         _train(job, rank=rank, world_size=world_size, device=device)
     except (RuntimeError, MemoryError) as error:
-        if message := memory.explain(error, job.params):
+        if message := out_of_memory.explain(error, job.params):
             raise TrainingError(message) from error
         raise
     finally:
@@ -48,7 +48,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     from tasks.moe import checkpoint, gate
     from tasks.pretrain import outputs
     from tasks.pretrain.engine import engine as engines
-    from tasks.pretrain.found import Place
+    from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loop import Trainer
     from tasks.pretrain.loss import balance
     from tasks.pretrain.loss.distil import Distiller
@@ -61,7 +61,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)
     gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
-    balance.equip(model, params)
+    balance.attach_routers(model, params)
     model.train()
     if params.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,8 +74,8 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
         distiller=distiller,
     )
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
-    here = Place(rank=rank, world_size=world_size, device=device, hosts=hosts)
-    trainer = Trainer(job, engine=engine, objective=objective, place=here)
+    process = Process(rank=rank, world_size=world_size, device=device, hosts=hosts)
+    trainer = Trainer(job, engine=engine, objective=objective, process=process)
     with trainer.loader:
         trainer.run()
         outputs.write(trainer, config=config)
@@ -92,7 +92,7 @@ def main() -> int:
     job = Job.read(arguments.job)
 
     def train() -> None:
-        place.adopt(os.environ, launcher=job.params.launcher, processes=job.params.processes)
+        environment.adopt(os.environ, launcher=job.params.launcher, processes=job.params.processes)
         run(job)
 
     return supervise.run(train, workspace=job.workspace, lifeline=arguments.lifeline)

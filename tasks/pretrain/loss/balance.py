@@ -119,7 +119,7 @@ class Balancer:
             bias_E -= bias_E.mean()
 
 
-def equip(model: nn.Module, params: Pretrain) -> None:
+def attach_routers(model: nn.Module, params: Pretrain) -> None:
     """Give the routers of a sparse model the noise or the bias that the settings ask for; leave a dense one alone."""
     if not counts.experts(model.config)["experts"]:
         return

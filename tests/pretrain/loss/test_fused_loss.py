@@ -9,7 +9,7 @@ from torch import nn
 
 from tasks.pretrain.loss import fused_loss
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_liger_is_not_asked_without_cuda() -> None:
@@ -31,7 +31,15 @@ def test_liger_gives_the_stock_losses_and_gradients() -> None:
     """In a process of its own: TRITON_INTERPRET changes what Triton means for all of one."""
     pytest.importorskip("liger_kernel")
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pretrain/interpreted_loss_cases.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/pretrain/loss/interpreted_loss_cases.py",
+        ],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks import scratch
 from tasks.moe import gate
-
-from .projects import configure, stage, start, timeless, wait_for, workers
+from tests.pretrain.projects import configure, stage, start, timeless, wait_for, workers
 
 
 @pytest.mark.e2e

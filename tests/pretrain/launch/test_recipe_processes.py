@@ -15,9 +15,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.conftest import documents
-
-from .conftest import ROOT
-from .projects import stage, start, timeless, wait_for, workers
+from tests.pretrain.conftest import ROOT
+from tests.pretrain.projects import stage, start, timeless, wait_for, workers
 
 pytestmark = pytest.mark.e2e
 

@@ -16,7 +16,7 @@ _REFRESHES = 2  # a second
 _BAR = 24
 
 
-class Display:
+class TrainingDisplay:
     """Shows the records that the log gets.
 
     On a terminal: a bar with step, loss, learning rate, tokens/s, MFU and the time left, the domains in a table, and

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.launch import launch
+from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
-
-from . import fake_srun
-from .conftest import ROOT, STEPS
-from .projects import configure, stage, start, wait_for, workers
+from tests.pretrain.conftest import ROOT, STEPS
+from tests.pretrain.launch import fake_srun
+from tests.pretrain.projects import configure, stage, start, wait_for, workers
 
 HOST = socket.gethostname()
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
@@ -91,15 +90,15 @@ def job(order: str, **fields: Any) -> Job:
 STARTED = {"local": {}, "hostfile": {"launcher": "hostfile", "hostfile": "hosts"}, "slurm": {"launcher": "slurm"}}
 
 
-@pytest.mark.parametrize("launcher", STARTED)
+@pytest.mark.parametrize("kind", STARTED)
 def test_the_ranks_meet_whoever_starts_them_and_one_that_is_killed_is_told_with_its_host(
-    folder: Path, launcher: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if launcher == "slurm":
+    if kind == "slurm":
         for name, value in SLURM.items():
             monkeypatch.setenv(name, value)
     with pytest.raises(TrainingError, match=rf"rank 1 on {HOST}: .*killed by signal 9.*pretrain\.micro_batch"):
-        launch.run(job("die", **STARTED[launcher]))
+        launcher.run(job("die", **STARTED[kind]))
     assert [Path(f"work/met-{rank}").read_text().split()[0] for rank in (0, 1)] == ["3.0", "3.0"]
     assert workers(folder) == []
 
@@ -108,7 +107,7 @@ def test_an_error_of_a_rank_that_is_not_the_first_reaches_the_user_and_no_old_on
     old = {"kind": "told", "message": "old", "rank": 0, "host": HOST, "time": 0.0}
     Path("work/failure-0.json").write_text(json.dumps(old))
     with pytest.raises(TrainingError, match=rf"^domain `web` has no windows left \(rank 1 on {HOST}\)$"):
-        launch.run(job("tell"))
+        launcher.run(job("tell"))
 
 
 def test_a_launcher_that_ends_well_before_training_did_is_an_error(
@@ -116,29 +115,29 @@ def test_a_launcher_that_ends_well_before_training_did_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("work").mkdir()
-    monkeypatch.setattr(launch, "command", lambda *_, **__: ["true"])
+    monkeypatch.setattr(launcher, "command", lambda *_, **__: ["true"])
     with pytest.raises(TrainingError, match="ended before training did"):
-        launch.run(job("nothing"))
+        launcher.run(job("nothing"))
     Path("work/pretrain.json").touch()
-    launch.run(job("nothing"))
+    launcher.run(job("nothing"))
 
 
 STAGE = """
 import sys
 from pathlib import Path
-from tasks.pretrain import launch
+from tasks.pretrain.launch import launcher
 from tasks.pretrain.job import Job
-launch.run(Job.read(Path("work/job.json")))
+launcher.run(Job.read(Path("work/job.json")))
 """
 
 
 @pytest.mark.parametrize(
-    ("launcher", "number"), [("hostfile", signal.SIGKILL), ("slurm", signal.SIGKILL), ("slurm", signal.SIGTERM)]
+    ("kind", "number"), [("hostfile", signal.SIGKILL), ("slurm", signal.SIGKILL), ("slurm", signal.SIGTERM)]
 )
 def test_no_process_outlives_a_stage_that_is_stopped_or_killed(
-    folder: Path, launcher: str, number: signal.Signals
+    folder: Path, kind: str, number: signal.Signals
 ) -> None:
-    job("sleep", **STARTED[launcher]).write()
+    job("sleep", **STARTED[kind]).write()
     with subprocess.Popen([sys.executable, "-c", STAGE], env=os.environ | SLURM) as stage:
         wait_for(lambda: Path("work/met-0").exists() and Path("work/met-1").exists())
         assert workers(folder)
@@ -179,7 +178,7 @@ def started_in(folder: Path) -> list[int]:
 
 
 def test_one_process_needs_no_launcher() -> None:
-    line = launch.command("job.json", params(processes=1), environ={})
+    line = launcher.command("job.json", params(processes=1), environ={})
     assert line == [sys.executable, "-m", "tasks.pretrain.launch.worker", "job.json", "--lifeline"]
 
 
@@ -188,7 +187,7 @@ def test_a_hostfile_must_have_as_many_slots_as_processes(tmp_path: Path) -> None
     hosts.write_text("one slots=2\n\n#three slots=4\ntwo slots=1\n")
     fields = {"launcher": "hostfile", "hostfile": str(hosts), "processes": 4, "micro_batch": 1}
     with pytest.raises(TrainingError, match=r"processes = 4, and .*hosts has 3 slots \(one: 2, two: 1\)"):
-        launch.command("job.json", params(**fields), environ={})
+        launcher.command("job.json", params(**fields), environ={})
 
 
 @pytest.mark.parametrize(
@@ -199,7 +198,7 @@ def test_a_hostfile_that_cannot_be_read_says_where(tmp_path: Path, text: str | N
     if text is not None:
         (tmp_path / "hosts").write_text(text)
     with pytest.raises(TrainingError, match=message):
-        launch.slots(tmp_path / "hosts")
+        launcher.slots(tmp_path / "hosts")
 
 
 def test_other_machines_are_reached_by_pdsh_even_if_there_is_only_one(
@@ -209,9 +208,9 @@ def test_other_machines_are_reached_by_pdsh_even_if_there_is_only_one(
     fields = {"launcher": "hostfile", "hostfile": str(tmp_path / "hosts")}
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TrainingError, match=r"far-away by pdsh.*not installed"):
-        launch.command("job.json", params(**fields), environ={})
+        launcher.command("job.json", params(**fields), environ={})
     (tmp_path / "pdsh").touch(mode=0o755)
-    line = launch.command("job.json", params(**fields), environ={})
+    line = launcher.command("job.json", params(**fields), environ={})
     assert "--force_multi" in line
     assert "--no_ssh_check" not in line
 
@@ -226,12 +225,12 @@ def test_other_machines_are_reached_by_pdsh_even_if_there_is_only_one(
 )
 def test_slurm_without_a_fitting_job_is_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        launch.command("job.json", params(launcher="slurm"), environ=environ)
+        launcher.command("job.json", params(launcher="slurm"), environ=environ)
 
 
 def test_srun_gets_the_cores_that_the_job_has_for_a_task(folder: Path) -> None:
     path = {"PATH": os.environ["PATH"]}
-    line = launch.command("j", params(launcher="slurm"), environ=SLURM | path | {"SLURM_CPUS_PER_TASK": "6"})
+    line = launcher.command("j", params(launcher="slurm"), environ=SLURM | path | {"SLURM_CPUS_PER_TASK": "6"})
     assert line[0] == "srun"
     assert {"--ntasks=2", "--cpus-per-task=6", "--input=all"} <= set(line)
 
@@ -247,22 +246,22 @@ def test_the_reason_is_the_first_failure_of_the_kind_that_says_most() -> None:
     lost = failure(0, kind="unexpected", message="RuntimeError: Connection closed by peer")
     killed = failure(3, kind="killed", message="killed by signal 11 (SIGSEGV)", signal=11)
     told = failure(5, message="the disk is full")
-    assert launch.reason(1, [lost, killed, told], params=EIGHT) == "the disk is full (rank 5 on host5)"
-    assert "rank 3 on host3: it was killed by signal 11 (SIGSEGV). Run again" in launch.reason(
+    assert launcher.reason(1, [lost, killed, told], params=EIGHT) == "the disk is full (rank 5 on host5)"
+    assert "rank 3 on host3: it was killed by signal 11 (SIGSEGV). Run again" in launcher.reason(
         1, [lost, killed], params=EIGHT
     )
-    assert "rank 0 on host0 failed: RuntimeError: Connection" in launch.reason(1, [lost], params=EIGHT)
+    assert "rank 0 on host0 failed: RuntimeError: Connection" in launcher.reason(1, [lost], params=EIGHT)
     earlier = failure(7, message="first", time=0.5)
-    assert launch.reason(1, [told, earlier], params=EIGHT) == "first (rank 7 on host7)"
+    assert launcher.reason(1, [told, earlier], params=EIGHT) == "first (rank 7 on host7)"
 
 
 def test_what_every_rank_says_is_nobodys_in_particular() -> None:
     every = [failure(rank, message="the loss is not finite") for rank in range(4)]
-    assert launch.reason(1, every, params=params(processes=4, micro_batch=1)) == "the loss is not finite"
-    assert launch.reason(1, every[:1], params=params(processes=1)) == "the loss is not finite"
+    assert launcher.reason(1, every, params=params(processes=4, micro_batch=1)) == "the loss is not finite"
+    assert launcher.reason(1, every[:1], params=params(processes=1)) == "the loss is not finite"
 
 
 def test_a_launcher_that_dies_without_a_word_leaves_its_status() -> None:
-    assert "killed by signal 9" in launch.reason(-9, [], params=params(processes=1))
-    assert "ended with status 3" in launch.reason(3, [], params=params())
-    assert "was killed by signal 6" in launch.reason(-6, [], params=params())
+    assert "killed by signal 9" in launcher.reason(-9, [], params=params(processes=1))
+    assert "ended with status 3" in launcher.reason(3, [], params=params())
+    assert "was killed by signal 6" in launcher.reason(-6, [], params=params())

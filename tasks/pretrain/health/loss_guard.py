@@ -20,7 +20,7 @@ WARM = 10  # sound steps before a spike can be told from a noisy start
 _NAMED = 8  # windows that a message names
 
 
-class Guard:
+class LossGuard:
     """Judges every step; the same on every rank if the losses and norms that it is given are.
 
     The running mean is m / (1 - DECAY^n) after n sound steps, m <- DECAY m + (1 - DECAY) loss from 0, which starts at
@@ -155,7 +155,7 @@ class Rollback:
     """The sampler's state from which training goes on: past every batch that was drawn before. The domain weights in
     it may have moved since the checkpoint, whose own hold again: set them after it is restored."""
     guard: dict[str, Any]
-    """Guard.state() after the verdict: the checkpoint's own doesn't know of the interventions since."""
+    """LossGuard.state() after the verdict: the checkpoint's own doesn't know of the interventions since."""
 
 
 class Rollbacks:

@@ -27,7 +27,7 @@ class Event:
     message: str
 
 
-class Watch:
+class RouterMonitor:
     """Looks at the load of every sparse layer in every step.
 
     Dead: no token in STEPS steps or more, in which an even router would have sent TOKENS or more. Under a router that

@@ -14,8 +14,7 @@ import pytest
 
 from tasks import scratch, settings
 from tasks.pretrain.job import Job
-
-from .projects import timeless
+from tests.pretrain.projects import timeless
 
 pytestmark = pytest.mark.e2e
 POISONED = Path(__file__).with_name("poisoned_worker.py")

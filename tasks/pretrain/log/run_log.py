@@ -1,4 +1,4 @@
-"""What rank 0 writes down and shows of a run; the other ranks have a journal that does nothing."""
+"""What rank 0 writes down and shows of a run; the other ranks have a run log that does nothing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 
 from tasks.moe import counts
 from tasks.pretrain.checkpoints.state import State
-from tasks.pretrain.found import Found, Place
-from tasks.pretrain.health import watch
+from tasks.pretrain.found import Found
+from tasks.pretrain.health import router_monitor
 from tasks.pretrain.job import Job
+from tasks.pretrain.launch.process import Process
 from tasks.pretrain.log import meters, trackers
-from tasks.pretrain.log.display import Display
-from tasks.pretrain.log.log import Log
+from tasks.pretrain.log.log_file import LogFile
+from tasks.pretrain.log.training_display import TrainingDisplay
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,19 +27,21 @@ if TYPE_CHECKING:
 _STRAGGLERS_EVERY = 20  # steps over which the ranks' times are summed before they are compared
 
 
-class Journal:
+class RunLog:
     """Makes the records of a run, for the log, the trackers and the display."""
 
-    def __init__(self, job: Job, *, engine: DeepSpeedEngine, place: Place, epoch_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self, job: Job, *, engine: DeepSpeedEngine, process: Process, epoch_tokens: Mapping[str, int]
+    ) -> None:
         """`epoch_tokens`: training tokens of each domain of the corpus."""
-        self.job, self.params, self.place = job, job.params, place
+        self.job, self.params, self.process = job, job.params, process
         self._epoch_tokens = epoch_tokens
-        self._log: Log | None = None
-        self._display = Display(self.params.steps) if place.rank == 0 else None
+        self._log: LogFile | None = None
+        self._display = TrainingDisplay(self.params.steps) if process.rank == 0 else None
         self._config: Any = engine.module.config
         parameter = next(engine.module.parameters())
-        self.peak = meters.peak(place.device, parameter.dtype) * place.world_size
-        self._seconds_R = np.zeros(place.world_size)
+        self.peak = meters.peak(process.device, parameter.dtype) * process.world_size
+        self._seconds_R = np.zeros(process.world_size)
         self._teacher_flops = 0
         if self.params.distill and self.params.distill.top_n is None:
             parent = json.loads((job.parent / "config.json").read_text())
@@ -59,7 +62,7 @@ class Journal:
 
     def open(self, *, offset: int, step: int) -> None:
         """Go on after `offset` bytes of the log and after `step`; what lies behind is dropped."""
-        if self.place.rank:
+        if self.process.rank:
             return
         if self._log:  # back to a checkpoint
             self._log.rewind(offset=offset, step=step)
@@ -70,7 +73,7 @@ class Journal:
             key=f"{self.job.pipeline}-{self.job.workspace.name}",
             config=self.params.model_dump(),
         )
-        self._log = Log(run, names=self.params.trackers, offset=offset, step=step, say=self.say)
+        self._log = LogFile(run, names=self.params.trackers, offset=offset, step=step, say=self.say)
 
     def step(
         self,
@@ -112,9 +115,9 @@ class Journal:
             flops_per_token=meters.flops(self._config, seq_len=params.seq_len, what=what),
             peak=self.peak,
             extra_flops_per_token=self._teacher_flops,
-            device=self.place.device,
+            device=self.process.device,
         )
-        if self.place.world_size > 1:
+        if self.process.world_size > 1:
             record["timing"]["ranks"] = found.seconds_R
         self._write(record)
         self._compare_ranks(state.step, found)
@@ -177,6 +180,6 @@ class Journal:
     def _compare_ranks(self, step: int, found: Found) -> None:
         self._seconds_R += found.seconds_R
         if step % _STRAGGLERS_EVERY == 0:
-            for line in watch.stragglers(self._seconds_R.tolist(), self.place.hosts):
+            for line in router_monitor.stragglers(self._seconds_R.tolist(), self.process.hosts):
                 self.say(line)
             self._seconds_R[:] = 0

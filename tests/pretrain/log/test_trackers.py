@@ -17,17 +17,17 @@ import pytest
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.log import trackers
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from tasks.pretrain.log.log import Log
+from tasks.pretrain.log.log_file import LogFile
 from tasks.pretrain.log.trackers import Run
 
 name, offset, first, last = sys.argv[1], *map(int, sys.argv[2:5])
 config = {"batch": 4, "balance": {"loss": "switch"}, "train": [{"what": "router", "tokens": None}]}
 run = Run(folder=Path("training"), name="demo", key="demo-0123abcd", config=config)
-log = Log(run, names=[name], offset=offset, step=first)
+log = LogFile(run, names=[name], offset=offset, step=first)
 if not first:
     log.write({"kind": "validation", "step": 0, "tokens": 0, "mean": 3.0, "losses": {"books": 3.5}})
 for step in range(first + 1, last + 1):

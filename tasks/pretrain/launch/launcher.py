@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from tasks.pretrain.job import Job, TrainingError
-from tasks.pretrain.launch import memory, place, supervise
+from tasks.pretrain.launch import environment, out_of_memory, supervise
 from tasks.settings import Pretrain
 
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
@@ -50,7 +50,7 @@ def run(job: Job) -> None:
     with _interruptible():
         process = subprocess.Popen(
             line,
-            env=environment(job.params, os.environ),
+            env=launcher_environment(job.params, os.environ),
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C reaches the stage alone, which then stops the workers
@@ -163,14 +163,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def environment(params: Pretrain, environ: Mapping[str, str]) -> dict[str, str]:
+def launcher_environment(params: Pretrain, environ: Mapping[str, str]) -> dict[str, str]:
     """The launcher's environment, without what an outer run may have left in it.
 
-    Every worker shares out the cores of its own machine (`place.adopt`); torchrun would set one thread for each.
+    Every worker shares out the cores of its own machine (`environment.adopt`); torchrun would set one thread for each.
     """
-    kept = {name: value for name, value in environ.items() if name not in place.TORCH}
+    kept = {name: value for name, value in environ.items() if name not in environment.TORCH}
     if params.launcher == "local":
-        kept.setdefault("OMP_NUM_THREADS", str(place.threads({"LOCAL_SIZE": str(params.processes)})))
+        kept.setdefault("OMP_NUM_THREADS", str(environment.threads({"LOCAL_SIZE": str(params.processes)})))
     return kept
 
 
@@ -199,7 +199,7 @@ def reason(code: int, failures: list[dict[str, Any]], *, params: Pretrain) -> st
     again = "Run again: training goes on from its checkpoint"
     if not failures:
         if code == -signal.SIGKILL:
-            return f"{memory.killed(params)}. {again}"
+            return f"{out_of_memory.killed(params)}. {again}"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         return f"a training process {how}; its own report stands above. {again}"
     first = min(failures, key=lambda failure: (_KINDS.index(failure["kind"]), failure["time"]))
@@ -208,7 +208,7 @@ def reason(code: int, failures: list[dict[str, Any]], *, params: Pretrain) -> st
         alike = [failure for failure in failures if failure["message"] == first["message"]]
         return str(first["message"]) if len(alike) == params.processes else f"{first['message']} ({which})"
     if first["kind"] == "killed":
-        killed = memory.killed(params) if first["signal"] == signal.SIGKILL else f"it was {first['message']}"
+        killed = out_of_memory.killed(params) if first["signal"] == signal.SIGKILL else f"it was {first['message']}"
         return f"{which}: {killed}. {again}"
     return f"{which} failed: {first['message']}; its own report stands above. {again}"
 

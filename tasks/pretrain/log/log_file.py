@@ -37,7 +37,7 @@ ROWS = 2000  # of a CSV file, which git keeps: log.jsonl has every record
 _NOT_CURVES = {"kind", "step", "tokens", "sampler"}
 
 
-class Log:
+class LogFile:
     """Appends records to log.jsonl, and their numbers to the trackers, as `step/loss` or `validation/losses/books`."""
 
     def __init__(

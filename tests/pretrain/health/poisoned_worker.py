@@ -17,7 +17,7 @@ from typing import Any
 from tasks.moe import gate
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch import worker
-from tasks.pretrain.log.journal import Journal
+from tasks.pretrain.log.run_log import RunLog
 from tasks.pretrain.loss.objective import Losses, Objective
 
 
@@ -51,15 +51,15 @@ def starve(layer: int, expert: int) -> None:
 
 
 def die(after: int) -> None:
-    write, logged = Journal.step, []
+    write, logged = RunLog.step, []
 
-    def counted(self: Journal, *given: Any, **named: Any) -> None:
+    def counted(self: RunLog, *given: Any, **named: Any) -> None:
         write(self, *given, **named)
         logged.append(None)
         if len(logged) == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.step = counted  # type: ignore[method-assign]
+    RunLog.step = counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.pretrain.health import watch
-from tasks.pretrain.health.watch import STEPS, TOKENS, Event, Watch
+from tasks.pretrain.health import router_monitor
+from tasks.pretrain.health.router_monitor import STEPS, TOKENS, Event, RouterMonitor, stragglers
 
 
 def even(tokens: int, *, experts: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
@@ -19,7 +19,7 @@ def even(tokens: int, *, experts: int, top_k: int, rng: np.random.Generator) -> 
     return np.bincount(chosen.reshape(-1), minlength=experts)
 
 
-def seen(looked: Watch, loads: Sequence[np.ndarray]) -> list[tuple[int, Event]]:
+def seen(looked: RouterMonitor, loads: Sequence[np.ndarray]) -> list[tuple[int, Event]]:
     return [(step, event) for step, load in enumerate(loads, 1) for event in looked.see(load, step=step)]
 
 
@@ -27,7 +27,7 @@ def seen(looked: Watch, loads: Sequence[np.ndarray]) -> list[tuple[int, Event]]:
 def test_an_even_router_raises_no_alarm(experts: int, top_k: int, tokens: int) -> None:
     rng = np.random.default_rng(0)
     loads = [np.stack([even(tokens, experts=experts, top_k=top_k, rng=rng) for _ in range(2)]) for _ in range(60)]
-    assert seen(Watch(layers=[0, 1], experts=experts, top_k=top_k), loads) == []
+    assert seen(RouterMonitor(layers=[0, 1], experts=experts, top_k=top_k), loads) == []
 
 
 def test_an_expert_forced_dead_is_named_once_with_its_layer_and_again_when_it_has_died_again() -> None:
@@ -35,7 +35,7 @@ def test_an_expert_forced_dead_is_named_once_with_its_layer_and_again_when_it_ha
     forced = load.copy()
     forced[1, 5] = 0
     loads = [load] * 3 + [forced] * 30 + [load] + [forced] * 30
-    found = seen(Watch(layers=[2, 7], experts=8, top_k=2), loads)
+    found = seen(RouterMonitor(layers=[2, 7], experts=8, top_k=2), loads)
     assert [(step, e.what, e.layer, e.experts) for step, e in found] == [
         (3 + STEPS, "dead_experts", 7, (5,)),
         (34 + STEPS, "dead_experts", 7, (5,)),
@@ -48,14 +48,14 @@ def test_an_expert_forced_dead_is_named_once_with_its_layer_and_again_when_it_ha
 
 def test_with_few_tokens_a_step_an_expert_is_dead_only_after_those_that_an_even_router_would_have_sent() -> None:
     load = np.array([[8, 8, 8, 0]])  # 12 tokens, 2 of 4 experts each: 6 to each if evenly
-    found = seen(Watch(layers=[0], experts=4, top_k=2), [load] * 100)
+    found = seen(RouterMonitor(layers=[0], experts=4, top_k=2), [load] * 100)
     assert [step for step, _ in found] == [math.ceil(TOKENS / 6)]
 
 
 def test_all_the_experts_of_a_layer_that_die_together_are_one_event() -> None:
     load = np.zeros((1, 40), dtype=np.int64)
     load[0, :27] = 1000
-    [(step, event)] = seen(Watch(layers=[3], experts=40, top_k=10), [load] * 50)
+    [(step, event)] = seen(RouterMonitor(layers=[3], experts=40, top_k=10), [load] * 50)
     assert (step, event.experts) == (STEPS, tuple(range(27, 40)))
     assert "experts 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38 and 1 more" in event.message
 
@@ -66,7 +66,7 @@ def test_a_collapsed_router_is_named_with_the_experts_that_hold_the_load(experts
     load = np.ones((2, experts), dtype=np.int64)  # nobody is dead
     load[0] = 100
     load[1, held] = 2000
-    found = seen(Watch(layers=[0, 4], experts=experts, top_k=top_k), [load] * 40)
+    found = seen(RouterMonitor(layers=[0, 4], experts=experts, top_k=top_k), [load] * 40)
     assert [(step, e.what, e.layer, e.experts) for step, e in found] == [
         (STEPS, "router_collapse", 4, tuple(held.tolist()))
     ]
@@ -75,7 +75,7 @@ def test_a_collapsed_router_is_named_with_the_experts_that_hold_the_load(experts
 
 def test_a_collapse_is_reported_after_steps_in_a_row_once_and_again_when_it_has_come_back() -> None:
     fine, bad = np.full((1, 4), 100), np.array([[370, 10, 10, 10]])
-    one = Watch(layers=[0], experts=4, top_k=1)
+    one = RouterMonitor(layers=[0], experts=4, top_k=1)
     loads = [bad] * (STEPS - 1) + [fine] + [bad] * 30 + [fine] + [bad] * STEPS
     assert [step for step, _ in seen(one, loads)] == [2 * STEPS, 2 * STEPS + 21 + STEPS]
 
@@ -85,17 +85,17 @@ def test_one_expert_with_more_than_the_middle_between_its_even_share_and_all_is_
         np.array([[626, 125, 125, 124]]),
         np.array([[624, 126, 125, 125]]),
     )  # the middle of 1/4 and 1 is 0.625
-    assert watch.evenness(over[0], top_k=1) > watch.EVENNESS
-    assert len(seen(Watch(layers=[0], experts=4, top_k=1), [over] * STEPS)) == 1
-    assert seen(Watch(layers=[0], experts=4, top_k=1), [under] * STEPS) == []
+    assert router_monitor.evenness(over[0], top_k=1) > router_monitor.EVENNESS
+    assert len(seen(RouterMonitor(layers=[0], experts=4, top_k=1), [over] * STEPS)) == 1
+    assert seen(RouterMonitor(layers=[0], experts=4, top_k=1), [under] * STEPS) == []
 
 
 def test_evenness_is_0_where_all_tokens_go_the_same_way_1_where_evenly_and_the_relative_entropy_for_one_expert() -> (
     None
 ):
-    assert watch.evenness(np.array([7, 7, 7, 7]), top_k=2) == pytest.approx(1)
-    assert watch.evenness(np.array([0, 9, 9, 0]), top_k=2) == pytest.approx(0)
-    assert watch.evenness(np.array([3, 1, 0, 0]), top_k=1) == pytest.approx(
+    assert router_monitor.evenness(np.array([7, 7, 7, 7]), top_k=2) == pytest.approx(1)
+    assert router_monitor.evenness(np.array([0, 9, 9, 0]), top_k=2) == pytest.approx(0)
+    assert router_monitor.evenness(np.array([3, 1, 0, 0]), top_k=1) == pytest.approx(
         -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
     )
 
@@ -104,7 +104,7 @@ def test_evenness_is_0_where_all_tokens_go_the_same_way_1_where_evenly_and_the_r
 def test_dense_models_and_layers_that_use_every_expert_have_nothing_to_collapse(
     layers: list[int], experts: int, top_k: int
 ) -> None:
-    looked = Watch(layers=layers, experts=experts, top_k=top_k)
+    looked = RouterMonitor(layers=layers, experts=experts, top_k=top_k)
     load = np.full((len(layers), experts), 100)
     assert seen(looked, [load] * 20) == []
     looked.restore(json.loads(json.dumps(looked.state())))
@@ -113,7 +113,7 @@ def test_dense_models_and_layers_that_use_every_expert_have_nothing_to_collapse(
 
 def test_a_load_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4\); needed: \(1, 8\)"):
-        Watch(layers=[0], experts=8, top_k=2).see(np.ones((1, 4), dtype=np.int64), step=1)
+        RouterMonitor(layers=[0], experts=8, top_k=2).see(np.ones((1, 4), dtype=np.int64), step=1)
 
 
 @settings(deadline=None, max_examples=50)
@@ -125,12 +125,12 @@ def test_a_watch_restored_from_json_sees_what_the_one_that_was_never_interrupted
     rows: list[list[int]], cut: int
 ) -> None:
     loads = [np.array(row).reshape(2, 4) for row in rows for _ in range(3)]
-    through = seen(Watch(layers=[0, 1], experts=4, top_k=1), loads)
-    looked, found = Watch(layers=[0, 1], experts=4, top_k=1), []
+    through = seen(RouterMonitor(layers=[0, 1], experts=4, top_k=1), loads)
+    looked, found = RouterMonitor(layers=[0, 1], experts=4, top_k=1), []
     for step, load in enumerate(loads, 1):
         if step == cut:
             state = json.loads(json.dumps(looked.state()))
-            looked = Watch(layers=[0, 1], experts=4, top_k=1)
+            looked = RouterMonitor(layers=[0, 1], experts=4, top_k=1)
             looked.restore(state)
         found += [(step, event) for event in looked.see(load, step=step)]
     assert found == through
@@ -138,8 +138,8 @@ def test_a_watch_restored_from_json_sees_what_the_one_that_was_never_interrupted
 
 def test_ranks_far_slower_than_the_median_are_named_with_their_machine() -> None:
     hosts = ["a", "a", "b", "b"]
-    assert watch.stragglers([1.0, 1.1, 1.0, 1.7], hosts) == ["rank 3 on b took 1.70 s, 1.7 times the median of 1.00 s"]
-    assert watch.stragglers([1.0, 1.5, 1.2, 1.0], hosts) == []
-    assert watch.stragglers([3.0, 1.0], ["a", "b"]) == ["rank 0 on a took 3.00 s, 3.0 times the median of 1.00 s"]
-    assert watch.stragglers([2.0], ["a"]) == []
-    assert watch.stragglers([0.0, 0.0], ["a", "b"]) == []
+    assert stragglers([1.0, 1.1, 1.0, 1.7], hosts) == ["rank 3 on b took 1.70 s, 1.7 times the median of 1.00 s"]
+    assert stragglers([1.0, 1.5, 1.2, 1.0], hosts) == []
+    assert stragglers([3.0, 1.0], ["a", "b"]) == ["rank 0 on a took 3.00 s, 3.0 times the median of 1.00 s"]
+    assert stragglers([2.0], ["a"]) == []
+    assert stragglers([0.0, 0.0], ["a", "b"]) == []

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.pretrain.job import TrainingError
-from tasks.pretrain.log import log, trackers
+from tasks.pretrain.log import log_file, trackers
 
 
 class Told:
@@ -50,20 +50,20 @@ def a_run(folder: Path) -> trackers.Run:
     return trackers.Run(folder=folder, name="demo", key="demo-1", config={})
 
 
-def opened(folder: Path, *, offset: int = 0, step: int = 0) -> log.Log:
-    return log.Log(a_run(folder), names=[], offset=offset, step=step)
+def opened(folder: Path, *, offset: int = 0, step: int = 0) -> log_file.Log:
+    return log_file.LogFile(a_run(folder), names=[], offset=offset, step=step)
 
 
-def step(number: int, loss: float = 1.5) -> log.Record:
+def step(number: int, loss: float = 1.5) -> log_file.Record:
     values = {"loss": loss, "parts": {"balance": 0.25}, "total": loss + 0.25, "grad_norm": 0.5, "lr": 1e-3}
     return {"kind": "step", "step": number, "tokens": number * 8, **values, "timing": {"seconds": 2.0}}
 
 
-def validation(number: int) -> log.Record:
+def validation(number: int) -> log_file.Record:
     return {"kind": "validation", "step": number, "tokens": number * 8, "mean": 2.0, "losses": {"b": 1.0, "a": 3.0}}
 
 
-def event(number: int) -> log.Record:
+def event(number: int) -> log_file.Record:
     return {"kind": "event", "step": number, "what": "spike", "message": "the loss jumped", "limit": 3}
 
 
@@ -78,7 +78,7 @@ def test_reopening_drops_what_was_written_after_the_checkpoint(tmp_path: Path) -
     again = opened(tmp_path, offset=offset, step=1)
     again.write(step(2))
     again.close()
-    assert [record["step"] for record in log.read(tmp_path / "log.jsonl", "step")] == [1, 2]
+    assert [record["step"] for record in log_file.read(tmp_path / "log.jsonl", "step")] == [1, 2]
 
 
 def test_a_log_shorter_than_the_checkpoint_remembers_is_refused(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_records_are_read_by_kind(tmp_path: Path) -> None:
         written.write(record)
     written.close()
     path = tmp_path / "log.jsonl"
-    assert log.read(path, "event") == [event(1)]
-    assert log.read(path, "step") == [step(1), step(2)]
-    assert log.read(path, "validation") == [validation(0)]
+    assert log_file.read(path, "event") == [event(1)]
+    assert log_file.read(path, "step") == [step(1), step(2)]
+    assert log_file.read(path, "validation") == [validation(0)]
 
 
 def test_every_line_is_json_that_strict_readers_take(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_every_line_is_json_that_strict_readers_take(tmp_path: Path) -> None:
 def test_the_curves_of_a_record_are_its_finite_numbers_and_no_tables() -> None:
     experts = {"entropy": 0.5, "layers": {"peak": [0.25, 0.5]}, "tokens": [[1, 2], [3, 4]]}
     record = {**step(3), "experts": experts, "rates": {"router": 0.5}, "sampler": {"cursor": [1]}, "grad_norm": None}
-    assert dict(log.numbers({**record, "lr": float("nan")})) == {
+    assert dict(log_file.numbers({**record, "lr": float("nan")})) == {
         "step/loss": 1.5,
         "step/parts/balance": 0.25,
         "step/total": 1.75,
@@ -126,7 +126,7 @@ def test_the_curves_of_a_record_are_its_finite_numbers_and_no_tables() -> None:
 
 def test_the_csv_of_a_long_run_stays_small_enough_for_git() -> None:
     for steps in (1, 1999, 2000, 2001, 13_623):
-        lines = log.loss_csv([step(i) for i in range(1, steps + 1)]).splitlines()[1:]
+        lines = log_file.loss_csv([step(i) for i in range(1, steps + 1)]).splitlines()[1:]
         assert min(steps, 1000) <= len(lines) <= 2000
         assert lines[-1].startswith(f"{steps},")
         numbers = [int(line.split(",")[0]) for line in lines]
@@ -135,14 +135,14 @@ def test_the_csv_of_a_long_run_stays_small_enough_for_git() -> None:
 
 def test_csv_columns_are_step_tokens_loss_and_then_what_there_is() -> None:
     plain = {"step": 3, "tokens": 24, "loss": 1.5, "grad_norm": 0.5, "lr": 0.001}
-    assert log.loss_csv([plain]) == "step,tokens,loss,grad_norm,lr\n3,24,1.5,0.5,0.001\n"
+    assert log_file.loss_csv([plain]) == "step,tokens,loss,grad_norm,lr\n3,24,1.5,0.5,0.001\n"
     more = {**step(4), "parts": {"balance": 0.25, "kl": 0.5}, "rates": {"router": 0.002}, "grad_norm": None}
-    assert log.loss_csv([step(3), more]) == (
+    assert log_file.loss_csv([step(3), more]) == (
         "step,tokens,loss,balance,kl,total,grad_norm,lr,lr_router\n"
         "3,24,1.5,0.25,,1.75,0.5,0.001,\n"
         "4,32,1.5,0.25,0.5,1.75,,0.001,0.002\n"
     )
-    assert log.validation_csv([validation(0)]) == "step,tokens,mean,b,a\n0,0,2.0,1.0,3.0\n"
+    assert log_file.validation_csv([validation(0)]) == "step,tokens,mean,b,a\n0,0,2.0,1.0,3.0\n"
 
 
 COURSE = [validation(0), step(1), step(2), validation(2), event(2), step(3), step(4), validation(4), step(5), step(6)]
@@ -162,7 +162,7 @@ def test_however_often_a_run_is_killed_a_tracker_has_every_point_once(
     points: list[tuple[int, dict[str, float]]] = []
     at, offset = 0, 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "start", lambda names, run, *, step: [kind(points, step)])
+        patch.setattr(log_file, "start", lambda names, run, *, step: [kind(points, step)])
         for stop in [*kills, len(COURSE)]:
             current = opened(folder, offset=offset, step=at)
             for count in range(AFTER[at], stop):
@@ -173,7 +173,9 @@ def test_however_often_a_run_is_killed_a_tracker_has_every_point_once(
                 with (folder / "log.jsonl").open("a") as file:
                     file.write('{"kind": "step", "step": 7')
         current.close()
-    assert points == [(record["step"], dict(log.numbers(record))) for record in COURSE if record["kind"] != "event"]
+    assert points == [
+        (record["step"], dict(log_file.numbers(record))) for record in COURSE if record["kind"] != "event"
+    ]
 
 
 @pytest.mark.parametrize("kind", [Told, Forgetful])
@@ -181,7 +183,7 @@ def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_leas
     kind: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points: list[tuple[int, dict[str, float]]] = []
-    monkeypatch.setattr(log, "start", lambda names, run, *, step: [kind(points, step)])
+    monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [kind(points, step)])
     current = opened(tmp_path)
     for record in (validation(0), step(1), step(2)):
         current.write(record)
@@ -192,7 +194,7 @@ def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_leas
     written = (tmp_path / "log.jsonl").read_bytes()
     assert current.sync() == {"bytes": len(written), "xxh3_128": xxhash.xxh3_128_hexdigest(written)}
     current.close()
-    assert [record["loss"] for record in log.read(tmp_path / "log.jsonl", "step")] == [1.5, 1.5, 1.0]
+    assert [record["loss"] for record in log_file.read(tmp_path / "log.jsonl", "step")] == [1.5, 1.5, 1.0]
     course = [curves["step/loss"] for at, curves in points if at == 3]
     assert course == ([1.0] if kind.forgets else [99.0, 1.0])
     again = opened(tmp_path, offset=offset, step=2)  # killed after the rollback, which is not forgotten
@@ -211,13 +213,13 @@ def test_a_tracker_that_fails_is_left_out_with_a_word_and_training_goes_on(
 
     points: list[tuple[int, dict[str, float]]] = []
     said: list[Any] = []
-    monkeypatch.setattr(log, "start", lambda names, run, *, step: [Gone([], 0), Told(points, 0)])
-    current = log.Log(a_run(tmp_path), names=[], offset=0, step=0, say=said.append)
+    monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [Gone([], 0), Told(points, 0)])
+    current = log_file.LogFile(a_run(tmp_path), names=[], offset=0, step=0, say=said.append)
     current.write(step(1))
     current.write(step(2))
     current.close()
     assert [at for at, _ in points] == [1, 2]
-    assert len(log.read(tmp_path / "log.jsonl", "step")) == 2
+    assert len(log_file.read(tmp_path / "log.jsonl", "step")) == 2
     assert len(said) == 1
     assert "Gone failed (ConnectionError: the server has gone); training goes on without it" in said[0]
 
@@ -227,18 +229,18 @@ def test_a_tracker_that_is_new_to_a_run_is_told_it_from_its_start(
     kind: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points: dict[str, list[tuple[int, dict[str, float]]]] = {"a": [], "b": []}
-    monkeypatch.setattr(log, "start", lambda names, run, *, step: [kind(points[name], step) for name in names])
-    first = log.Log(a_run(tmp_path), names=["a"], offset=0, step=0)
+    monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [kind(points[name], step) for name in names])
+    first = log_file.LogFile(a_run(tmp_path), names=["a"], offset=0, step=0)
     for number in (1, 2):
         first.write(step(number))
     offset = first.sync()["bytes"]
     first.write(step(3))
     first.close()
     for names in (["a", "b"], ["b", "a"]):  # killed, and started again
-        again = log.Log(a_run(tmp_path), names=names, offset=offset, step=2)
+        again = log_file.LogFile(a_run(tmp_path), names=names, offset=offset, step=2)
         again.write(step(3))
         again.close()
     assert [[at for at, _ in told] for told in points.values()] == [[1, 2, 3], [1, 2, 3]]
     (tmp_path / "told.json").write_text("{")  # then all are new: told twice is better than not at all
-    log.Log(a_run(tmp_path), names=["a"], offset=offset, step=2).close()
+    log_file.LogFile(a_run(tmp_path), names=["a"], offset=offset, step=2).close()
     assert {at for at, _ in points["a"]} >= {1, 2}

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from tasks.pretrain.log import display
+from tasks.pretrain.log import training_display
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = """
 import sys, time
-from tasks.pretrain.log.display import Display
+from tasks.pretrain.log.training_display import TrainingDisplay
 
 def step(number):
     domains = {"books": {"loss": 3.25, "windows": 2, "epochs": 0.125}}
@@ -90,7 +90,7 @@ def screen(written: str, *, rows: int = 40, columns: int = 100) -> list[str]:
 
 def test_a_terminal_shows_the_bar_the_domains_and_the_experts_and_above_them_what_happened() -> None:
     written, code = on_terminal("""
-        with Display(4) as shown:
+        with TrainingDisplay(4) as shown:
             shown.show(validation(0))
             shown.show(step(1))
             time.sleep(1.2)
@@ -112,7 +112,7 @@ def test_a_terminal_shows_the_bar_the_domains_and_the_experts_and_above_them_wha
 
 def test_an_exception_and_a_kill_leave_a_terminal_with_its_cursor() -> None:
     written, code = on_terminal("""
-        with Display(4) as shown:
+        with TrainingDisplay(4) as shown:
             shown.show(step(1))
             raise OSError("no space left")
     """)
@@ -121,7 +121,7 @@ def test_an_exception_and_a_kill_leave_a_terminal_with_its_cursor() -> None:
     assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l")
     killed, code = on_terminal("""
         import os, signal
-        shown = Display(4)
+        shown = TrainingDisplay(4)
         shown.show(step(1))
         time.sleep(0.8)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -133,7 +133,7 @@ def test_an_exception_and_a_kill_leave_a_terminal_with_its_cursor() -> None:
 
 def test_what_others_print_while_it_is_live_stands_above_it() -> None:
     written, _ = on_terminal("""
-        with Display(4) as shown:
+        with TrainingDisplay(4) as shown:
             shown.show(step(1))
             time.sleep(0.8)
             print("a library's line")
@@ -148,7 +148,7 @@ def test_what_others_print_while_it_is_live_stands_above_it() -> None:
 def test_a_narrow_terminal_gets_a_shorter_line_and_not_two() -> None:
     written, code = on_terminal(
         """
-        with Display(4) as shown:
+        with TrainingDisplay(4) as shown:
             shown.show(step(1))
         """,
         columns=40,
@@ -168,8 +168,8 @@ def test_a_file_gets_the_first_step_the_last_and_one_every_so_many_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(display.time, "perf_counter", lambda: now[0])
-    with display.Display(8, every=10) as shown:
+    monkeypatch.setattr(training_display.time, "perf_counter", lambda: now[0])
+    with training_display.TrainingDisplay(8, every=10) as shown:
         for number in range(1, 9):
             now[0] += 4
             shown.show(record(number))
@@ -183,4 +183,4 @@ def test_a_file_gets_the_first_step_the_last_and_one_every_so_many_seconds(
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.2, "1:00"), (3599.5, "1:00:00"), (90061, "25:01:01")])
 def test_a_clock_counts_up_to_whole_seconds(seconds: float, text: str) -> None:
-    assert display.clock(seconds) == text
+    assert training_display.clock(seconds) == text

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from tasks.corpus.sampling.loader import IGNORED, Batch
 from tasks.pretrain import found
 from tasks.pretrain.engine import engine
+from tasks.pretrain.launch.process import Process
 from tasks.pretrain.loss import objective
 from tasks.pretrain.loss.distil import Distiller
 from tasks.pretrain.loss.teacher import Teacher
@@ -83,10 +84,10 @@ def step(zero: int, accumulation: int, distill: str, *, rank: int, world_size: i
         built.backward(losses[-1].total)
         if start + params.micro_batch < len(mine.input_ids):
             built.step()
-    place = found.Place(rank=rank, world_size=world_size, device=cpu, hosts=[])
+    process = Process(rank=rank, world_size=world_size, device=cpu, hosts=[])
     seen = found.collect(
         mine, losses, names=compute.parts, domains=DOMAINS, load_LE=np.zeros((0, 0)), seconds=0.0, slots=WINDOWS,
-        place=place,
+        process=process,
     )  # fmt: skip
     from deepspeed.utils import safe_get_full_grad
 

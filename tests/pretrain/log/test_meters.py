@@ -116,11 +116,11 @@ def test_a_dense_model_has_no_load() -> None:
 
 def test_memory_is_what_this_process_has_and_its_peak_outlives_it() -> None:
     code = (
-        "import numpy, torch; from tasks.pretrain import meters; cpu = torch.device('cpu'); "
+        "import numpy, torch; from tasks.pretrain.log import meters; cpu = torch.device('cpu'); "
         "before = meters.memory(cpu); block = numpy.ones(1 << 25); during = meters.memory(cpu); del block; "
         "after = meters.memory(cpu); print(*(f[k] for f in (before, during, after) for k in ('rss', 'rss_peak')))"
     )
-    paths = {"PYTHONPATH": str(Path(meters.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": str(Path(meters.__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, check=True)
     before, _, during, during_peak, after, after_peak = map(int, done.stdout.split())
     block = 8 << 25

@@ -5,8 +5,7 @@ import torch
 
 from tasks.corpus.sampling.loader import IGNORED
 from tasks.pretrain.loss import fused_loss
-
-from .test_objective import FAMILIES, LENGTH, WINDOWS, build, packed, run
+from tests.pretrain.loss.test_objective import FAMILIES, LENGTH, WINDOWS, build, packed, run
 
 
 def losses_and_gradients(family: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.pretrain.launch import memory
+from tasks.pretrain.launch import out_of_memory
 from tasks.settings import Pretrain
 
 
@@ -23,7 +23,7 @@ def test_a_real_allocation_that_fails_under_a_limit_is_explained_whichever_libra
         import resource
         import numpy as np
         import torch
-        from tasks.pretrain import memory
+        from tasks.pretrain.launch import out_of_memory
         from tasks.settings import Pretrain
         params = Pretrain(tokens=65536, seq_len=64, batch=8, micro_batch=4, learning_rate=1e-3)
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (512 << 20)
@@ -35,7 +35,7 @@ def test_a_real_allocation_that_fails_under_a_limit_is_explained_whichever_libra
             try:
                 ask()
             except Exception as error:
-                print(type(error).__name__, memory.explain(error, params))
+                print(type(error).__name__, out_of_memory.explain(error, params))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
@@ -74,19 +74,19 @@ def test_a_real_allocation_that_fails_under_a_limit_is_explained_whichever_libra
     ],
 )
 def test_every_kind_of_memory_error_is_known(error: BaseException, whose: str) -> None:
-    found = memory.explain(error, params())
+    found = out_of_memory.explain(error, params())
     assert found is not None
     assert found.startswith(whose)
     around = RuntimeError("a hook failed")
     around.__cause__ = error
-    assert memory.explain(around, params()) == found
+    assert out_of_memory.explain(around, params()) == found
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(errno.ENOSPC, "No space left")]
 )
 def test_other_errors_are_not_explained(error: Exception) -> None:
-    assert memory.explain(error, params()) is None
+    assert out_of_memory.explain(error, params()) is None
 
 
 LAST = {"micro_batch": 1, "gradient_checkpointing": True}
@@ -118,7 +118,7 @@ def test_only_settings_that_still_help_are_named_in_order_and_they_are_valid(
     fields: dict[str, Any], device: bool, expected: list[str]
 ) -> None:
     now = params(**fields)
-    found = memory.settings(now, device=device)
+    found = out_of_memory.settings(now, device=device)
     assert found == expected
     for line in found:  # the settings accept each
         field, value = line.removeprefix("pretrain.").split(" (now")[0].split(": ")
@@ -128,11 +128,13 @@ def test_only_settings_that_still_help_are_named_in_order_and_they_are_valid(
 
 def test_a_run_without_a_setting_left_is_told_to_shorten_its_windows() -> None:
     last = params(micro_batch=1, gradient_checkpointing=True)
-    assert "No setting is left that needs less: shorten pretrain.seq_len" in str(memory.explain(MemoryError(), last))
+    assert "No setting is left that needs less: shorten pretrain.seq_len" in str(
+        out_of_memory.explain(MemoryError(), last)
+    )
 
 
 def test_a_process_killed_by_signal_9_is_told_what_needs_less_of_the_machines_memory() -> None:
-    message = memory.killed(params())
+    message = out_of_memory.killed(params())
     assert message.startswith(
         "a training process was killed by signal 9: by hand, or because the machine's memory ran out"
     )

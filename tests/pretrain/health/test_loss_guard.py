@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tasks.corpus.sampling.sampler import Sampler
-from tasks.pretrain.health.guard import DECAY, WARM, Guard, Rollback, Rollbacks
+from tasks.pretrain.health.loss_guard import DECAY, WARM, LossGuard, Rollback, Rollbacks
 from tasks.pretrain.job import TrainingError
 from tasks.settings.pretrain import Guard as Knobs
 
 
-def guard(**knobs: Any) -> Guard:
-    return Guard(Knobs(**knobs), seq_len=64)
+def guard(**knobs: Any) -> LossGuard:
+    return LossGuard(Knobs(**knobs), seq_len=64)
 
 
 def test_a_stop_says_what_where_what_is_kept_and_what_to_try() -> None:
@@ -50,7 +50,7 @@ def test_a_run_that_breaks_before_its_first_update_is_not_told_to_lower_its_rate
         weights["lm_head.weight"][1, 2] = math.nan
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(TrainingError) as caught:
-        Guard(Knobs(), seq_len=64, models=[tmp_path]).judge(step=1, loss=math.nan, norm=None)
+        LossGuard(Knobs(), seq_len=64, models=[tmp_path]).judge(step=1, loss=math.nan, norm=None)
     message = str(caught.value)
     assert "learning_rate" not in message
     if broken:
@@ -133,7 +133,7 @@ def test_a_spike_is_told_only_after_the_first_sound_steps_and_only_if_asked_for(
 def test_a_guard_restored_from_json_judges_as_the_one_that_was_never_interrupted(
     losses: list[float], cut: int, in_norm: bool
 ) -> None:
-    def judged(judge: Guard, step: int) -> str:
+    def judged(judge: LossGuard, step: int) -> str:
         loss = losses[step]
         given = (1.0, loss) if in_norm else (loss, 1.0)
         return judge.judge(step=step + 1, loss=given[0], norm=given[1])
@@ -155,7 +155,7 @@ def test_a_guard_restored_from_json_judges_as_the_one_that_was_never_interrupted
 
 
 # A run without an engine: the weights are a number that depends on every batch in order, checkpoints are files, and it
-# can be killed at any of its moments. What the loop does around Guard and Rollbacks is written out here.
+# can be killed at any of its moments. What the loop does around LossGuard and Rollbacks is written out here.
 
 
 class Killed(BaseException):

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT
-from .projects import wait_for
+from tests.pretrain.conftest import ROOT
+from tests.pretrain.projects import wait_for
 
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from tasks.pretrain import supervise
+from tasks.pretrain.launch import supervise
 from tasks.pretrain.job import TrainingError
 def train():
     Path("child").write_text(str(os.getpid()))

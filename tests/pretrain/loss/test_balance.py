@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from tasks.moe import gate, routing
 from tasks.moe.routing import Routed
 from tasks.pretrain.loss.balance import Balancer, load
-
-from .balance_problems import (
+from tests.pretrain.loss.balance_problems import (
     EXPERTS,
     LAYERS,
     TOP_K,
