@@ -7,8 +7,8 @@
 Importing this package imports torch and nothing else; triton, transformers and deepspeed wait until they are used.
 """
 
+from .autoep import use_in_deepspeed
 from .cpu import choose_regime
-from .expert_parallel import use_in_deepspeed
 from .experts import experts_layer, experts_sorted
 from .reference import experts_reference, router_gradient_reference, router_reference
 from .register import experts_forward, register

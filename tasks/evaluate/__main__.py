@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch, settings
-from tasks.evaluate import accuracy, generation, likelihood, load
+from tasks.evaluate import accuracy, generation, likelihood, routing_balance
 
 CODE = Path(__file__).parent
 MODELS = {"dense": "dense parent", "split": "MoE before training", "trained": "MoE after training"}
@@ -153,7 +153,7 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
         tokens per second}; test: {domains: {windows, tokens, bytes}, seq_len, batch}; difference: {trained_dense,
         trained_split, split_dense: {loss, stderr}}, first minus second; recovery: the share of the loss that the split
         cost which training won back, absent if the split cost nothing that can be told from noise; routing: {experts,
-        top_k, split, trained: load.balance}; method; machine.
+        top_k, split, trained: routing_balance.balance}; method; machine.
     """
     summary: dict[str, Any] = {"method": method}
     for key, result in done.items():
@@ -170,7 +170,9 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
     summary["routing"] = {field: done["trained"]["experts"][field] for field in ("experts", "top_k")}
     for key in ("split", "trained"):
         experts = done[key]["experts"]
-        summary["routing"][key] = load.balance(done[key]["load"], layers=experts["layers"], top_k=experts["top_k"])
+        summary["routing"][key] = routing_balance.balance(
+            done[key]["load"], layers=experts["layers"], top_k=experts["top_k"]
+        )
     summary["machine"] = done["trained"]["machine"]
     return summary
 

@@ -94,10 +94,10 @@ def reference_loss(problem: Problem) -> Estimate:
 
     The source model's own loss as target: Sheared-LLaMA (arXiv 2310.06694, section 2.2), without its scaling-law fit.
     """
-    from tasks.mixture import reference
+    from tasks.mixture.reference_loss import measure
 
     start = problem.weights or uniform(problem).weights
-    evidence = reference.measure(problem.model, problem.corpus, seq_len=problem.seq_len, windows=problem.windows)
+    evidence = measure(problem.model, problem.corpus, seq_len=problem.seq_len, windows=problem.windows)
     return Estimate(weights=dict(start), evidence=evidence)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tasks import settings
-from tasks.evaluate import results as results_module
 from tasks.evaluate.__main__ import samples, summarise
+from tasks.evaluate.report import results as results_module
 
 ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS = 30, 96

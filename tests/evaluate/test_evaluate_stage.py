@@ -18,8 +18,7 @@ import pytest
 
 from tasks import corpus
 from tasks.evaluate import __main__ as stage
-from tasks.evaluate import card, results
-from tasks.evaluate import corpus as report_corpus
+from tasks.evaluate.report import card, corpus_section, results
 
 ROOT = Path(corpus.__file__).parents[2]
 PIPELINES = """\
@@ -132,8 +131,8 @@ def test_the_reports_corpus_section_reads_what_the_corpus_stage_writes(project: 
     assert lengths.keys() == metrics["domains"].keys()
     for name, entry in metrics["domains"].items():
         assert sum(lengths[name].values()) == sum(entry["documents"].values()) == entry["rules"]["kept"]
-    assert "documents of the corpus" in report_corpus.encoder(metrics["encoder"])
-    (_, read), *_, (_, kept) = report_corpus.drops(metrics["domains"])
+    assert "documents of the corpus" in corpus_section.encoder(metrics["encoder"])
+    (_, read), *_, (_, kept) = corpus_section.drops(metrics["domains"])
     assert len(read) == len(kept) == 2
 
 

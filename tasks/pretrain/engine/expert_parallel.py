@@ -96,7 +96,7 @@ def prepare(engine: DeepSpeedEngine, *, biases: list[list[float]]) -> int:
     Returns:
         How many layers' experts are computed by moe_kernels: all; 0 without expert parallelism.
     """
-    from moe_kernels.expert_parallel import use_in_deepspeed
+    from moe_kernels.autoep import use_in_deepspeed
 
     if not active(engine):
         return 0

@@ -6,8 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.evaluate import charts, summary
-from tasks.evaluate.results import Results
+from tasks.evaluate import summary
+from tasks.evaluate.report import charts
+from tasks.evaluate.report.results import Results
 
 HEAT_TOP = 3.0  # times the even share at which the heat map's colour is full
 

@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from tasks import settings
-from tasks.evaluate import card, corpus, metadata, page, report, summary, training
-from tasks.evaluate import load as load_module
-from tasks.evaluate import results as results_module
-from tasks.evaluate.results import Results
+from tasks.evaluate import routing_balance, summary
+from tasks.evaluate.report import __main__ as stage
+from tasks.evaluate.report import card, corpus_section, hub_metadata, page, training_section
+from tasks.evaluate.report import results as results_module
+from tasks.evaluate.report.results import Results
 
 ROOT = Path(summary.__file__).parents[2]
 VOID = {"meta", "br"}
@@ -133,7 +134,7 @@ def test_training_lists_what_it_reported_and_draws_the_parents_losses(results: R
     assert html.count('<path class="level s') == len(results.corpus.domains) + 1  # and the limit of the routing
     assert "Dashed: the dense parent" in html
     many = dataclasses.replace(results, events=results.events * 100)
-    assert training.events(many)[-1] == {"step": "", "message": "and 60 more, in training/log.jsonl"}
+    assert training_section.events(many)[-1] == {"step": "", "message": "and 60 more, in training/log.jsonl"}
 
 
 def test_a_run_without_references_or_events_shows_neither(finished: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_run_without_references_or_events_shows_neither(finished: Path) -> Non
 def test_the_sentence_on_training_names_what_was_trained_and_how(results: Results) -> None:
     settings = results.pipeline.pretrain.model_copy(update={"schedule": "wsd", "train": "router", "dynamic": None})
     pipeline = results.pipeline.model_copy(update={"pretrain": settings})
-    sentence = training.what(dataclasses.replace(results, pipeline=pipeline))
+    sentence = training_section.what(dataclasses.replace(results, pipeline=pipeline))
     assert "with a decay at the end (WSD)" in sentence
     assert "fixed domain weights, trained: router, balance `switch`" in sentence
     assert "187 tokens/s, 31% MFU on active parameters, 5.0 minutes" in sentence
@@ -180,7 +181,7 @@ def test_a_missing_file_is_named_with_what_writes_it(finished: Path) -> None:
 
 def test_the_shipped_checkpoint_shares_the_trained_files_and_adds_a_card(finished: Path) -> None:
     for _ in range(2):  # a second report replaces the first
-        report.report("demo")
+        stage.report("demo")
     run = finished / "runs" / "demo"
     weights = "model.safetensors"
     assert (run / "model" / weights).stat().st_ino == (run / "trained" / weights).stat().st_ino
@@ -218,9 +219,9 @@ def test_the_model_card_has_metadata_that_a_hub_reads_and_the_table(results: Res
     ],
 )
 def test_a_licence_is_an_id_of_the_hub_or_other_with_its_name(text: str, expected: dict[str, str]) -> None:
-    assert metadata.licence(text, file=None) == expected
+    assert hub_metadata.licence(text, file=None) == expected
     linked = {"license_link": "LICENSE"} if expected["license"] == "other" else {}
-    assert metadata.licence(text, file="LICENSE") == expected | linked
+    assert hub_metadata.licence(text, file="LICENSE") == expected | linked
 
 
 def test_base_model_and_datasets_are_ids_of_the_hub_or_left_out(results: Results) -> None:
@@ -244,7 +245,7 @@ def test_base_model_and_datasets_are_ids_of_the_hub_or_left_out(results: Results
         ({"source": "dir:weights", "hub_id": "org/model"}, "org/model"),
     ):
         changed = dataclasses.replace(results, corpus=corpus, model=results.model.model_copy(update=model))
-        data = yaml.safe_load(metadata.front_matter(changed))
+        data = yaml.safe_load(hub_metadata.front_matter(changed))
         assert data.get("base_model") == expected
         assert data["datasets"] == ["allenai/c4", "HuggingFaceFW/fineweb-edu"]
 
@@ -336,7 +337,7 @@ def test_a_collapsed_layer_is_named_with_a_warning_everywhere(finished: Path) ->
     loads = json.loads(Path("runs/demo/routing.json").read_text())["trained"]
     for load in loads.values():
         load[11] = [1000] * 28 + [250] * 4 + [50] * 60 + [0] * 4  # of 96, of which 32 are chosen
-    evaluation["routing"]["trained"] = load_module.balance(loads, layers=range(30), top_k=32)
+    evaluation["routing"]["trained"] = routing_balance.balance(loads, layers=range(30), top_k=32)
     path.write_text(json.dumps(evaluation))
     assert np.isclose(evaluation["routing"]["trained"]["worst"]["busiest"], 29 / 32, atol=1e-4)
     found = results_module.read("demo")
@@ -387,7 +388,7 @@ def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(fin
     (run / "routing.json").write_text(json.dumps(routing))
     evaluation = json.loads((run / "evaluation.json").read_text())
     for key, load in routing.items():
-        evaluation["routing"][key] = load_module.balance(load, layers=[7], top_k=32)
+        evaluation["routing"][key] = routing_balance.balance(load, layers=[7], top_k=32)
     evaluation["test"]["domains"] = {"code": evaluation["test"]["domains"]["code"]}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     partition = json.loads((run / "partition.json").read_text()) | {"layer_error": {}}
@@ -450,7 +451,7 @@ def test_the_corpus_section_shows_each_domain_what_it_lost_and_two_charts(result
 
 def test_a_domain_without_records_has_no_shares() -> None:
     entries = {"code": {"rules": {"read": 0, "kept": 0}}, "books": {"rules": {"read": 4, "empty": 1, "kept": 3}}}
-    assert corpus.drops(entries) == [
+    assert corpus_section.drops(entries) == [
         ("records read", ["0", "4"]),
         ("empty", ["–", "25.0%"]),
         ("kept", ["–", "75.0%"]),

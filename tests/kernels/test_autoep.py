@@ -7,7 +7,7 @@ import torch
 from children import run_python
 from deepspeed.module_inject.auto_ep_layer import permute_by_local_expert, unpermute_by_local_expert
 from deepspeed.moe.ep_experts import GroupedExperts
-from moe_kernels.expert_parallel import use_in_deepspeed
+from moe_kernels.autoep import use_in_deepspeed
 from problems import assert_as_accurate_as_torch
 from torch import Tensor, nn
 
@@ -136,7 +136,7 @@ STEP = """
 import os, sys
 import torch, deepspeed, deepspeed.ops
 from deepspeed.utils import safe_get_full_grad
-from moe_kernels.expert_parallel import use_in_deepspeed
+from moe_kernels.autoep import use_in_deepspeed
 from transformers import MixtralConfig, MixtralForCausalLM
 
 rank, world, stage = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(sys.argv[2])

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch
-from tasks.evaluate import metadata, summary
-from tasks.evaluate.results import Results
+from tasks.evaluate import summary
+from tasks.evaluate.report import hub_metadata
+from tasks.evaluate.report.results import Results
 from tasks.moe import counts
 
 SNIPPET = """\
@@ -47,10 +48,10 @@ def text(results: Results) -> str:
     """The model card, Hub metadata first."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    env = Environment(loader=PackageLoader("tasks.evaluate", "."), undefined=StrictUndefined, trim_blocks=True)
+    env = Environment(loader=PackageLoader("tasks.evaluate.report", "."), undefined=StrictUndefined, trim_blocks=True)
     env.filters["code"] = _code
     return env.get_template("card.md.j2").render(
-        metadata=metadata.front_matter(results),
+        metadata=hub_metadata.front_matter(results),
         name=results.name,
         model=results.pipeline.model,
         source=results.model.source,

@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tasks.evaluate import card, charts, corpus, experts, summary, training
-from tasks.evaluate.results import Results
+from tasks.evaluate import summary
+from tasks.evaluate.report import card, charts, corpus_section, experts_section, training_section
+from tasks.evaluate.report.results import Results
 from tasks.pretrain.job import code_version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "lm-eval", "datasets", "tokenizers", "numpy", "pyarrow", "moeforge")
@@ -21,7 +22,10 @@ def render(results: Results) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     env = Environment(
-        loader=PackageLoader("tasks.evaluate", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("tasks.evaluate.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     env.filters["code"] = code
     return env.get_template("report.html.j2").render(context(results))
@@ -64,9 +68,9 @@ def context(results: Results) -> dict[str, Any]:
             for entry in card.samples(results)
         ],
         "new_tokens": results.samples["new_tokens"],
-        "training": training.section(results),
-        "experts": experts.section(results),
-        "corpus": corpus.section(results),
+        "training": training_section.section(results),
+        "experts": experts_section.section(results),
+        "corpus": corpus_section.section(results),
         "mixture": mixture(results),
         "licences": licences(results),
         "perplexity": f"{evaluation['trained']['perplexity']['mean']:.2f}",

@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.evaluate import charts
-from tasks.evaluate.results import Results
+from tasks.evaluate.report import charts
+from tasks.evaluate.report.results import Results
 
 
 def section(results: Results) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tasks import scratch
-from tasks.evaluate import card, page, results
+from tasks.evaluate.report import card, page, results
 
 
 def report(name: str) -> Path:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.evaluate import charts
+from tasks.evaluate.report import charts
 
 finite = st.floats(-1e9, 1e9)
 label = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
