@@ -298,12 +298,12 @@ def import_(
 
     Of a two-layer gate, the exact weights are kept beside it, and the routers are linear ones fitted to it.
     """
-    from tasks.tools import released
+    from tasks.tools import import_llama_moe
 
     with clear_errors():
         try:
-            ids = released.windows(source, corpus, count=windows) if corpus else None
-            report = released.convert(source, target, ids_BL=ids)
+            ids = import_llama_moe.windows(source, corpus, count=windows) if corpus else None
+            report = import_llama_moe.convert(source, target, ids_BL=ids)
         except (ValueError, FileExistsError) as error:
             fail(str(error))
         print(

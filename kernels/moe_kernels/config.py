@@ -2,7 +2,7 @@
 
 An autotuner would let ranks of one job pick different tiles (and so different bits), and can exhaust the memory of a
 ZeRO-3 run while it probes. A row of the table is a shape and the tile chosen for it, by arithmetic or (``measured``)
-on a card by ``python -m bench.tune.tune``; a lookup answers with the nearest shape. Every tile of the shipped table
+on a card by ``python -m bench.tune``; a lookup answers with the nearest shape. Every tile of the shipped table
 is compiled ahead of time in the tests.
 """
 

@@ -22,7 +22,7 @@ from tasks.moe import gate as gates
 from tasks.moe import linear
 from tasks.moe.gate import Gate
 from tasks.moe.streamed import Streamed
-from tasks.partition import calibration, convert, exporters, gradients, identity, index, methods, router
+from tasks.partition import calibration, convert, exporters, gradients, identity, index, methods, router_init
 from tasks.partition.converted import Converted, sum_of_weights
 from tasks.partition.exporters import SparseLayer
 from tasks.partition.index import Index
@@ -233,7 +233,7 @@ class Builder:
         if self._all:
             return layer.gate_ND.new_zeros(self._sizes.experts, layer.gate_ND.shape[1]).float()
         routed_EF = experts_EF[self._sizes.shared :]
-        router_ED = router.start(self.router, layer, routed_EF, seed=self._partition.seed).float()
+        router_ED = router_init.start(self.router, layer, routed_EF, seed=self._partition.seed).float()
         if self._partition.method == "copy":  # top-k then picks whole copies
             slices = self._sizes.width // self._sizes.size
             router_ED = router_ED[copy.router_rows(len(router_ED), slices=slices) * slices]

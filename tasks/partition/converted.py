@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-from tasks.partition import router
+from tasks.partition import router_init
 from tasks.partition.layer import CHUNK, Layer, Sizes, neurons
 from tasks.settings import Partition
 
@@ -64,7 +64,7 @@ class Converted:
 
     def coefficients(self, x_TD: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
         """What each neuron's output is multiplied by: the weights of the experts that it stands in, [T, N]."""
-        index_TK, weights_TK = router.chosen(router_ED, x_TD, top_k=self._sizes.top_k)
+        index_TK, weights_TK = router_init.chosen(router_ED, x_TD, top_k=self._sizes.top_k)
         weights_TG = torch.zeros(len(x_TD), len(self._member_GN), device=x_TD.device)
         weights_TG.scatter_(1, index_TK, weights_TK * self.scale)
         weights_TG[:, -1] = 1  # the shared experts

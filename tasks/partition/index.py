@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from tasks.partition.layer import Sizes
-from tasks.partition.methods import law
+from tasks.partition.methods import constraints
 from tasks.settings import Partition
 
 FORMAT = "2"
@@ -66,10 +66,10 @@ class Index:
         return float(np.mean([(self.times(layer, width=width) == 0).mean() for layer in self.layers]))
 
     def problems(self, width: int) -> list[str]:
-        """What is wrong with it for FFNs of `width` neurons: empty if every layer obeys the method's own law.
+        """What is wrong with it for FFNs of `width` neurons: empty if every layer keeps the method's own constraints.
 
         Most methods place every neuron exactly once; moebert, copy and importance with sharing say otherwise
-        (tasks/partition/methods/law.py).
+        (tasks/partition/methods/constraints.py).
         """
         try:
             options = self.options
@@ -94,7 +94,9 @@ class Index:
         except ValueError as error:
             found.append(str(error))
         for layer, experts_EF in self.layers.items():
-            found += [f"layer {layer} {text}" for text in law.problems(experts_EF, sizes=sizes, options=options)]
+            found += [
+                f"layer {layer} {text}" for text in constraints.problems(experts_EF, sizes=sizes, options=options)
+            ]
         return found
 
 

@@ -1,10 +1,10 @@
 """Hold a checkpoint of the partition stage against its index and its dense parent, as they lie on disk.
 
-In this order: the index obeys its method's law; the config is the one that index and parent give; every tensor outside
-the sparse FFNs is bit for bit the parent's; so are the gate and up rows of every expert, shared ones too; the down
-columns are the parent's times the scale, rounded once, unless they were refitted; perturbed copies are those that the
-seed gives; and with all experts on the logits are the dense model's (tasks/partition/identity.py). One layer of each
-is in memory at a time.
+In this order: the index keeps its method's constraints; the config is the one that index and parent give; every tensor
+outside the sparse FFNs is bit for bit the parent's; so are the gate and up rows of every expert, shared ones too; the
+down columns are the parent's times the scale, rounded once, unless they were refitted; perturbed copies are those that
+the seed gives; and with all experts on the logits are the dense model's (tasks/partition/identity.py). One layer of
+each is in memory at a time.
 """
 
 from __future__ import annotations

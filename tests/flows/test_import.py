@@ -126,9 +126,9 @@ def test_an_import_that_is_killed_leaves_no_half_result(tmp_path: Path) -> None:
         "import os, signal\n"
         "from pathlib import Path\n"
         "from tasks.moe import gate\n"
-        "from tasks.partition import released\n"
+        "from tasks.tools import import_llama_moe\n"
         "gate.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"released.convert(Path({str(source)!r}), Path({str(target)!r}))"
+        f"import_llama_moe.convert(Path({str(source)!r}), Path({str(target)!r}))"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)

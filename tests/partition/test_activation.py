@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tasks import settings
-from tasks.partition import calibration, methods, router
+from tasks.partition import calibration, methods, router_init
 from tasks.partition.layer import Layer, Sizes
 
 
@@ -39,7 +39,7 @@ def test_always_active_neurons_become_shared_and_co_active_ones_an_expert():
     assert set(original[0]) == {0, 1, 2, 3}
     groups = {frozenset(row.tolist()) for row in original[1:]}
     assert groups == {frozenset(range(4 + 4 * g, 8 + 4 * g)) for g in range(3)}
-    chosen = router.chosen(router.regression(layer, made[1:]), x, top_k=1)[0][:, 0]
+    chosen = router_init.chosen(router_init.regression(layer, made[1:]), x, top_k=1)[0][:, 0]
     of_expert = torch.from_numpy(original[1:, 0] // 4 - 1)
     assert (of_expert[chosen] == kind).float().mean() > 0.99
 

@@ -6,7 +6,7 @@ import torch
 from dense_models import ffn
 
 from tasks import settings
-from tasks.partition import converted, router
+from tasks.partition import converted, router_init
 from tasks.partition.converted import Converted, sum_of_weights
 from tasks.partition.layer import Sizes
 
@@ -28,7 +28,7 @@ def test_a_neurons_weight_is_the_sum_over_the_experts_that_hold_it(overlap):
     experts = np.stack([np.random.default_rng(i).permutation(48)[:6] for i in range(8)]) if overlap else EXPERTS
     layer = ffn(tokens=20)
     made = _converted(layer, experts=experts)
-    index, weights = router.chosen(made.router_ED, layer.x_TD, top_k=2)
+    index, weights = router_init.chosen(made.router_ED, layer.x_TD, top_k=2)
     expected = torch.zeros(20, 48)
     for t in range(20):
         expected[t, experts[:2].reshape(-1)] = 1
@@ -52,9 +52,9 @@ def test_whole_copies_weigh_together_what_one_weighs():
 def test_tempering_keeps_the_choice_and_gives_the_logits_their_spread():
     layer = ffn()
     made = _converted(layer)
-    before = router.chosen(made.router_ED, layer.x_TD, top_k=2)[0]
+    before = router_init.chosen(made.router_ED, layer.x_TD, top_k=2)[0]
     made.temper(std=1e-3)
-    assert torch.equal(router.chosen(made.router_ED, layer.x_TD, top_k=2)[0].sort(1)[0], before.sort(1)[0])
+    assert torch.equal(router_init.chosen(made.router_ED, layer.x_TD, top_k=2)[0].sort(1)[0], before.sort(1)[0])
     assert (layer.x_TD @ made.router_ED.T).square().mean().sqrt().item() == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -187,10 +187,10 @@ def test_a_few_tokens_of_massive_activations_decide_neither_the_routers_choices_
     routers = []
     for some in (layer, ordinary):
         made = _converted(some)
-        made.router_ED = router.regression(some, EXPERTS[2:])
+        made.router_ED = router_init.regression(some, EXPERTS[2:])
         made.temper(std=0.02)
         routers.append(made.router_ED)
-    chosen = [router.chosen(r, ordinary.x_TD, top_k=2)[0].sort(1)[0] for r in routers]
+    chosen = [router_init.chosen(r, ordinary.x_TD, top_k=2)[0].sort(1)[0] for r in routers]
     sizes = [(ordinary.x_TD @ r.T).std(1).mean().item() for r in routers]
     assert (chosen[0] == chosen[1]).float().mean() > 0.8
     assert sizes[0] > 0.2 * sizes[1]

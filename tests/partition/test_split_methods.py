@@ -1,4 +1,4 @@
-"""Every classic method against its law, and against slow and literal versions of what the papers do."""
+"""Every classic method against its constraints, and against slow and literal versions of what the papers do."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tasks import settings
 from tasks.partition import assignment, methods
 from tasks.partition.layer import Layer, Sizes
-from tasks.partition.methods import clustering, coactivation, copy, importance, law
+from tasks.partition.methods import clustering, coactivation, constraints, copy, importance
 
 KINDS = {
     "random": {},
@@ -83,7 +83,7 @@ def test_every_method_gives_int32_indices_that_obey_its_law(data):
     sizes, index = sizes_of(options, width), made(options, width)
     assert index.dtype == np.int32
     assert index.shape == (sizes.shared + sizes.experts, sizes.size)
-    assert law.problems(index, sizes=sizes, options=options) == []
+    assert constraints.problems(index, sizes=sizes, options=options) == []
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -116,7 +116,7 @@ def test_random_experts_are_those_of_every_earlier_conversion_with_the_same_seed
     np.testing.assert_array_equal(made(options_of("random", seed=7), 24, number=3), np.sort(expected, axis=1))
 
 
-# The law
+# The constraints
 
 
 BROKEN = {
@@ -143,13 +143,13 @@ def test_what_breaks_a_law_is_named(fault):
     if kind == "moebert":
         assert 15 not in index[:, :2]
     breaks(index)
-    found = law.problems(index, sizes=sizes, options=options)
+    found = constraints.problems(index, sizes=sizes, options=options)
     assert any(re.search(message, text) for text in found)
 
 
 def test_a_wrong_shape_is_named():
     options = options_of("random")
-    (problem,) = law.problems(made(options, 16)[:3], sizes=sizes_of(options, 16), options=options)
+    (problem,) = constraints.problems(made(options, 16)[:3], sizes=sizes_of(options, 16), options=options)
     assert problem == "has the shape (3, 4), but its experts are (4, 4)"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tasks import settings
-from tasks.partition import assignment, router
+from tasks.partition import assignment, router_init
 from tasks.partition.layer import Layer, Sizes
 from tasks.partition.methods import method
 
@@ -36,7 +36,7 @@ def split(layer: Layer, sizes: Sizes, options: settings.Partition) -> np.ndarray
     group_N = _first_groups(layer, energy_N, sizes_G=sizes_G, generator=generator)
     some = torch.from_numpy(np.sort(generator.permutation(len(layer.inputs))[:_TURN_TOKENS]))
     for _ in range(TURNS if sizes.experts > sizes.top_k else 0):
-        weight_ED = router.regression(layer, _members(group_N, sizes), tokens=some)
+        weight_ED = router_init.regression(layer, _members(group_N, sizes), tokens=some)
         cost_NG = _costs(layer, weight_ED, group_N=group_N, top_k=sizes.top_k, tokens=some)
         group_N = assignment.balanced(cost_NG.double().cpu().numpy(), sizes_G=sizes_G)
     shared = np.flatnonzero(group_N == sizes.experts)
@@ -64,7 +64,7 @@ def _first_groups(
     routed = np.sort(np.argsort(-energy_N, kind="stable")[sizes_G[-1] :])
     moments_DD = x_TD.T @ x_TD / len(x_TD)
     moments_DD.diagonal().add_(1e-6 * moments_DD.diagonal().mean())
-    rows_ND = router.regression(layer, routed[:, None]) @ torch.linalg.cholesky(moments_DD)
+    rows_ND = router_init.regression(layer, routed[:, None]) @ torch.linalg.cholesky(moments_DD)
     group_N[routed] = assignment.kmeans(
         rows_ND.cpu().numpy(), sizes_G=sizes_G[:-1], generator=generator, rounds=_KMEANS_ROUNDS
     )
@@ -83,7 +83,7 @@ def _costs(
     place_N = torch.from_numpy(group_N).to(square_N.device)
     cost_NG = torch.zeros(len(group_N), len(weight_ED) + 1, device=square_N.device)
     for (x_TD, h_TN), weight_T in zip(layer.chunks(tokens), layer.weights(tokens), strict=True):
-        index_TK, _ = router.chosen(weight_ED, x_TD, top_k=top_k)
+        index_TK, _ = router_init.chosen(weight_ED, x_TD, top_k=top_k)
         dropped_TG = torch.ones(len(x_TD), len(weight_ED) + 1, device=x_TD.device)
         dropped_TG[:, -1] = 0
         dropped_TG.scatter_(1, index_TK, 0.0)

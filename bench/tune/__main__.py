@@ -1,9 +1,9 @@
 """Fills the tile table: measures every kernel of the layer on the current device, at the shapes that matter.
 
-    python -m bench.tune.tune                                    # the shapes below, prints what would change
-    python -m bench.tune.tune --write                            # the same, into the package's tiles.json
-    python -m bench.tune.tune --shape 8192,16,4,4096,688 --kernel down_backward --write --table my.json
-    python -m bench.tune.tune --dry-run --arch 90                # no GPU: compiles the candidates, predicts times
+    python -m bench.tune                                    # the shapes below, prints what would change
+    python -m bench.tune --write                            # the same, into the package's tiles.json
+    python -m bench.tune --shape 8192,16,4,4096,688 --kernel down_backward --write --table my.json
+    python -m bench.tune --dry-run --arch 90                # no GPU: compiles the candidates, predicts times
 
 A candidate is compiled and its registers and shared memory are looked at before it runs; it runs once and every output
 and gradient is compared with the torch path before its time counts. With ``--write`` each finished kernel is stored at
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     args = _parse(arguments)
     if not args.dry_run and not torch.cuda.is_available():
-        sys.exit("bench.tune.tune measures on a CUDA device and finds none; --dry-run --arch 90 compiles and predicts")
+        sys.exit("bench.tune measures on a CUDA device and finds none; --dry-run --arch 90 compiles and predicts")
     dtype = DTYPES[args.dtype]
 
     def measure_at(shape: Shape) -> Measure:
@@ -212,7 +212,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return Shape(tokens, experts, top_k, model_dim, width)
 
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tune.tune", description="Measures tiles on this device and fills the tile table."
+        prog="python -m bench.tune", description="Measures tiles on this device and fills the tile table."
     )
     parser.add_argument("--shape", type=shape, action="append", metavar="T,E,K,D,F", help="a layer; may be repeated")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel; may be repeated")

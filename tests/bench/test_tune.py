@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from children import run_python
 
 triton = pytest.importorskip("triton")
 
 from moe_kernels import config  # noqa: E402
 from moe_kernels.config import Kernel, Row, Tile  # noqa: E402
 
-from bench.tune import tune  # noqa: E402
+from bench.tune import __main__ as tune  # noqa: E402
 from bench.tune.predict import Shape, seconds  # noqa: E402
 from bench.tune.trial import Layer, Trial, measured  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 SMALL, LARGE = Shape(64, 4, 2, 64, 32), Shape(8192, 16, 4, 4096, 688)
 TILE = Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, group_m=8)
 OTHER = replace(TILE, block_n=128)
@@ -204,14 +207,26 @@ def test_a_shape_that_cannot_be_read_is_refused_with_an_example(capsys: pytest.C
 
 def test_a_dry_run_compiles_lists_what_candidates_take_and_writes_only_if_asked(tmp_path: Path) -> None:
     table = tmp_path / "tiles.json"
-    dry_run = ["-m", "bench.tune.tune", "--dry-run", "--arch", "90", "--kernel", "down", "--candidates", "2"]
+    dry_run = [
+        sys.executable,
+        "-m",
+        "bench.tune",
+        "--dry-run",
+        "--arch",
+        "90",
+        "--kernel",
+        "down",
+        "--candidates",
+        "2",
+    ]
     dry_run += ["--shape", "512,16,4,4096,688", "--table", str(table)]
-    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    printed = run_python(*dry_run, **environment)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    printed = subprocess.run(dry_run, env=environment, check=True, capture_output=True, text=True).stdout
     assert len(re.findall(r"ms +predicted; \d+ registers, \d+ bytes shared", printed)) == 2
     assert "down arch=90 rows=128 columns=4096 depth=688: none -> " in printed
     assert not table.exists()
-    run_python(*dry_run, "--write", **environment)
+    subprocess.run([*dry_run, "--write"], env=environment, check=True)
     (row,) = config.load(table)
     assert (row.kernel, row.rows_per_expert, row.columns, row.depth) == ("down", 128, 4096, 688)
     assert row.measured is None

@@ -1,6 +1,6 @@
 """Import of the checkpoints that LLaMA-MoE released, tensor by tensor and without their code.
 
-    report = released.convert(source, target)
+    report = import_llama_moe.convert(source, target)
 
 The result is a stock checkpoint. A two-layer gate is kept in gates.safetensors, exact; the checkpoint's own routers
 are linear ones fitted to it (tasks/moe/linear.py), and the report says how near they come.
@@ -25,7 +25,7 @@ from tasks.corpus import manifest
 from tasks.moe import families, files, gate, linear, untrusted
 from tasks.moe.writer import DTYPES, ShardWriter
 from tasks.partition import calibration, exporters
-from tasks.tools import formats
+from tasks.tools import llama_moe_formats
 
 REPORT = "import.json"
 _PICKLES = """holds its weights only as pickles ({names}), which can run any code when they are opened. \
@@ -42,7 +42,7 @@ class Released:
     """A checkpoint folder whose config and headers have been read, and are known and whole."""
 
     folder: Path
-    format: formats.Format
+    format: llama_moe_formats.Format
     files: dict[str, Path]
     """By tensor."""
     dtypes: dict[str, torch.dtype]
@@ -76,7 +76,7 @@ def read(folder: Path) -> Released:
         found = untrusted.headers(folder, shards, listed=listed)
         untrusted.check_config(raw, found)
         shapes = {name: entry.shape for name, entry in found.items()}
-        kind = untrusted.understood(lambda: formats.of(raw, shapes), file="config.json")
+        kind = untrusted.understood(lambda: llama_moe_formats.of(raw, shapes), file="config.json")
         families.account(shapes, kind.tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -152,7 +152,7 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
     gates: dict[int, gate.Gate] = {}
     with ShardWriter(folder, plan) as writer:
         for name, new in carried.items():
-            writer.write(new, formats.filled(released.tensor(kind.common[name]), shapes[name]))
+            writer.write(new, llama_moe_formats.filled(released.tensor(kind.common[name]), shapes[name]))
         for tensors in extra.values():
             for name, tensor in tensors.items():
                 writer.write(name, tensor)

@@ -1,4 +1,4 @@
-"""The law of each method: where a neuron of the dense FFN may stand, and how often."""
+"""The constraints of each method: where a neuron of the dense FFN may stand, and how often."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tasks.partition.layer import Sizes
 
 
 def problems(layer_EF: np.ndarray, *, sizes: Sizes, options: settings.Partition) -> list[str]:
-    """What is wrong with one layer's neuron indices [S + E, F] under the method's law; empty if nothing.
+    """What is wrong with one layer's neuron indices [S + E, F] under the method's constraints; empty if nothing.
 
     Every method's experts hold distinct neurons. Beyond that: importance with sharing inner lets experts overlap;
     moebert has `common_neurons` in all experts, and others in one or none; copy has every neuron in as many experts as
