@@ -10,9 +10,8 @@ Importing this package imports torch and nothing else; triton, transformers and 
 from .autoep import use_in_deepspeed
 from .cpu import choose_regime
 from .experts import experts_layer, experts_sorted
-from .reference import experts_reference, router_gradient_reference, router_reference
+from .reference import experts_reference
 from .register import experts_forward, register
-from .router import route
 
 __all__ = [
     "choose_regime",
@@ -21,8 +20,5 @@ __all__ = [
     "experts_reference",
     "experts_sorted",
     "register",
-    "route",
-    "router_gradient_reference",
-    "router_reference",
     "use_in_deepspeed",
 ]
