@@ -22,10 +22,11 @@ from statistics import median
 from typing import Any
 
 from tasks import settings, sources
-from tasks.corpus.filters import build, heuristics
+from tasks.corpus.filters import heuristics
+from tasks.corpus.filters.chain import build
 from tasks.corpus.filters.fluency import measure, zipf_of
-from tasks.corpus.filters.words import sentence_spans
-from tasks.corpus.readers import open_reader
+from tasks.corpus.filters.splitter import sentence_spans
+from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import Document
 from tasks.settings import filters as rules
 

@@ -21,7 +21,7 @@ import xxhash
 from datasketch import MinHash
 
 from tasks import settings, sources
-from tasks.corpus.clean import contamination, dedup, minhash, words
+from tasks.corpus.dedup import decontamination, duplicates, minhash, words
 from tasks.settings.corpus import NearDuplicates
 
 CACHE = Path(".scratch/sources")
@@ -35,7 +35,7 @@ def main() -> None:
     texts = read(settings.load().corpus(args.corpus).domains[args.domain])
     near = NearDuplicates()
     signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram)
-    items = contamination.Items([str(i) for i in range(1000)], sample(texts), ngram=13)
+    items = decontamination.Items([str(i) for i in range(1000)], sample(texts), ngram=13)
     part = texts[:: max(len(texts) // 100, 1)]  # datasketch is slow
     size = near.bands * near.rows
     hashes, strings = [hashed(signer, text) for text in part], [shingles(text, near.ngram) for text in part]
@@ -122,8 +122,8 @@ def clusters(texts: list[str], signer: minhash.Signer, *, near: NearDuplicates) 
     with tempfile.TemporaryDirectory() as folder:
         with pa.ipc.new_file(f"{folder}/chunk.arrow", table.schema) as writer:
             writer.write_table(table)
-        decision = dedup.decide([Path(folder, "chunk.arrow")], near=near, scratch=Path(folder))
-        sizes = np.unique(decision.first[decision.fate != dedup.DUPLICATE], return_counts=True)[1]
+        decision = duplicates.decide([Path(folder, "chunk.arrow")], near=near, scratch=Path(folder))
+        sizes = np.unique(decision.first[decision.fate != duplicates.DUPLICATE], return_counts=True)[1]
         fates = np.bincount(decision.fate, minlength=3)
         lost = sum(len(text.encode()) for text, fate in zip(texts, decision.fate, strict=True) if fate) / 1e6
     print(

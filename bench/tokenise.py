@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/corpus")]
+sys.path[:0] = [str(ROOT)]
 os.environ.update(
     OMP_NUM_THREADS="1",
     RAYON_NUM_THREADS="1",
@@ -60,7 +60,7 @@ Run = Callable[[Path], Iterable[np.ndarray]]
 
 def tokenizer(name: str, folder: Path) -> tuple[Path, Oracle | None]:
     """A model directory with one of the real tokenizers, and its makers' own encoder, if that isn't `tokenizers`."""
-    import vocabularies
+    from tests.corpus.tokenizer import vocabularies
 
     content = _content(MAKERS[name], folder / "packages")
     oracle: Oracle | None = None

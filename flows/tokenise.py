@@ -5,7 +5,7 @@
     python -m flows.tokenise demo                                         # the same flow, with Prefect's log
     prefect deployment run tokenise/demo                                  # on a server, by a worker
 
-The units leave what they made in the work folder (tasks/corpus/build/plan.py), so the stage finds it done and only
+The units leave what they made in the work folder (tasks/corpus/build/planning.py), so the stage finds it done and only
 publishes; `dvc repro` and this flow leave the same dvc.lock.
 """
 
@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from prefect import flow, get_run_logger, task
@@ -32,11 +32,10 @@ from flows import dag, environment, stages
 from flows.stages import Outcome
 from tasks import settings
 from tasks.corpus.build import stage
-from tasks.corpus.build.plan import Unit
+from tasks.corpus.build.planning import Unit
 from tasks.corpus.records import CorpusError
 
 RunnerName = Literal["process", "thread", "dask", "ray"]
-RUNNERS: tuple[RunnerName, ...] = get_args(RunnerName)
 BATCHES = 8
 """Task runs for each worker and phase: enough that none idles long at a phase's end. Prefect needs milliseconds for
 each, whatever it does (docs/orchestration.md)."""

@@ -19,7 +19,7 @@ import sys
 import time
 
 from tasks.corpus import fingerprint
-from tasks.corpus.build import plan, stage
+from tasks.corpus.build import planning, stage
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("corpus", help="a corpus of pipelines.yaml")
     parser.add_argument("--workers", type=int, help="processes on this machine (default: one for each core)")
-    parser.add_argument("--phase", choices=plan.PHASES, help="run a share of this phase only")
+    parser.add_argument("--phase", choices=planning.PHASES, help="run a share of this phase only")
     parser.add_argument("--task-index", type=int, default=0, help="which share, from 0")
     parser.add_argument("--num-tasks", type=int, default=1, help="how many shares there are")
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ from typing import Any
 from tasks import scratch
 from tasks.corpus.tokenizer import encoder
 from tasks.pretrain.job import JOB, Job, TrainingError
-from tasks.tools import replay
+from tasks.tools import batch_trace
 
 SHOWN = 200  # characters of each document
 
@@ -39,7 +39,7 @@ def step(run: Path, number: int, *, full: bool = False) -> dict[str, Any]:
         raise TrainingError(f"{training / 'log.jsonl'}: has {steps}; there is no step {number} to show")
     params = job.params
     drawn = state["step"] + number - at  # after a rollback the sampler is further than the steps
-    slots = replay.batch(job.corpus, state, step=drawn, seq_len=params.seq_len, packing=params.packing)
+    slots = batch_trace.batch(job.corpus, state, step=drawn, seq_len=params.seq_len, packing=params.packing)
     decode = encoder.load_encoder(job.model).decode if job.model.exists() else None
     return {
         "run": str(training.parent),
@@ -53,7 +53,7 @@ def step(run: Path, number: int, *, full: bool = False) -> dict[str, Any]:
         "packing": params.packing,
         "mask_documents": params.mask_documents,
         "weights": {d: w / sum(state["weights"]) for d, w in zip(state["domains"], state["weights"], strict=True)},
-        "slots": replay.describe(slots, decode=decode, characters=None if full else SHOWN),
+        "slots": batch_trace.describe(slots, decode=decode, characters=None if full else SHOWN),
     }
 
 

@@ -21,8 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from tasks import scratch, settings
-from tasks.corpus import files, manifest, readers, shards
-from tasks.corpus.build import plan, scan, stage, tokenise
+from tasks.corpus import files, manifest, shards
+from tasks.corpus.build import planning, scan, stage, tokenise
+from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import CorpusError, Document, Record
 from tasks.corpus.tokenizer import encoder
 from tasks.corpus.tokenizer.encoder import Encoder
@@ -180,7 +181,7 @@ def _lost(made: manifest.Manifest, *, domain: str, task: int, broken: list[manif
 
 def _records(corpus: settings.Corpus, *, domain: str, task: int, starts: list[int]) -> Iterator[tuple[Record, int]]:
     """The records of a task, and the row of each in its file."""
-    reader = readers.open_reader(corpus.domains[domain], plan.SOURCES, max_record_bytes=corpus.max_record_bytes)
+    reader = open_reader(corpus.domains[domain], planning.SOURCES, max_record_bytes=corpus.max_record_bytes)
     tasks = reader.tasks(task_bytes=corpus.task_bytes)
     if task >= len(tasks):
         raise CorpusError(f"the source gives {len(tasks)} tasks, there is no task {task} any more")

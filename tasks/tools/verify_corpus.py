@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from tasks import scratch
 from tasks.corpus import manifest, shards
-from tasks.tools import soundness
+from tasks.tools import shard_checks
 
 PART = re.compile(r"part-(\d{5,})-(\d{3,})\.arrow")
 
@@ -82,7 +82,7 @@ def problems(corpus_dir: Path) -> Iterator[Problem]:
         yield from broken
         if all(problem.kind == "sidecar" for problem in broken):
             sound.append(path)
-    for path, text in soundness.repeats(sound):
+    for path, text in shard_checks.repeats(sound):
         yield Problem(kind="content", path=path, text=text)
     for name, domain_entry in found.domains.items():
         expected |= {corpus_dir / path for path in domain_entry.files}
@@ -152,10 +152,10 @@ def _shard_problems(
         text = f"lists {shard.path} as a {place[1]} shard of {place[0]}, whose name is another"
         yield Problem(kind="manifest", path=path.parent.parent.parent / manifest.FILE, text=text)
         return
-    for text in soundness.sidecar_faults(shards.sidecar_of(path), shard):
+    for text in shard_checks.sidecar_faults(shards.sidecar_of(path), shard):
         yield Problem(kind="sidecar", path=shards.sidecar_of(path), text=text, shard=shard)
-    texts = soundness.file_faults(path, shard)
-    for text in texts or soundness.content_faults(path, shard, found, place=place):
+    texts = shard_checks.file_faults(path, shard)
+    for text in texts or shard_checks.content_faults(path, shard, found, place=place):
         yield Problem(kind="shard" if texts else "content", path=path, text=text, shard=shard)
 
 
@@ -164,7 +164,7 @@ def _record_problems(corpus_dir: Path, name: str, domain: manifest.DomainManifes
     counts: Counter[str] = Counter()
     is_whole = True
     for path, sha256 in ((corpus_dir / path, sha256) for path, sha256 in domain.files.items()):
-        text = soundness.missing(path)
+        text = shard_checks.missing(path)
         if not text and (digest := scratch.digest(path)) != sha256:
             text = f"sha256 is {digest}, the manifest says {sha256}"
         if text:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from .texts import jsonl, run, sentences
+from tests.corpus.texts import jsonl, run, sentences
 
 
 def _save(tokenizer: Tokenizer, folder: Path, *, eos: str) -> Path:

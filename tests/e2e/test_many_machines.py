@@ -18,7 +18,7 @@ import pytest
 
 from tasks import scratch
 from tasks.corpus.build import stage
-from tasks.corpus.build.plan import Unit
+from tasks.corpus.build.planning import Unit
 from tasks.corpus.tokenizer import encoder
 from tests.flows.conftest import alive, server, until
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import files
-from tasks.corpus.build import scan, spool
-from tasks.corpus.build.plan import Plan
-from tasks.corpus.clean import dedup, rejects
+from tasks.corpus.build import chunk_store, rejects, scan
+from tasks.corpus.build.planning import Plan
+from tasks.corpus.dedup import duplicates
 from tasks.corpus.manifest import SPLITS
 from tasks.corpus.records import CorpusError
 
@@ -60,7 +60,7 @@ def resolve(plan: Plan) -> None:
     area = plan.path.with_name("resolve")
     shutil.rmtree(area, ignore_errors=True)
     area.mkdir()
-    decision = dedup.decide(chunks, near=plan.corpus.near_duplicates, signed=signed or None, scratch=area)
+    decision = duplicates.decide(chunks, near=plan.corpus.near_duplicates, signed=signed or None, scratch=area)
     sizes = [sum(account["documents"] for account in tasks[domain]) for domain in plan.tasks]
     shares = np.array([plan.corpus.heldout_of(domain) for domain in plan.tasks])
     ends, start = np.cumsum(sizes), 0
@@ -87,7 +87,7 @@ def _fates(fate: NDArray[np.uint8], key: NDArray[np.uint8], share: NDArray[np.fl
     """
     low, high = np.ascontiguousarray(key).view("<u8").T
     split = np.where((low % MILLION) < share * MILLION, 1 + high % 2, 0)
-    return np.where(fate == dedup.KEPT, split, fate + len(SPLITS) - dedup.DUPLICATE).astype(np.uint8)
+    return np.where(fate == duplicates.KEPT, split, fate + len(SPLITS) - duplicates.DUPLICATE).astype(np.uint8)
 
 
 def _path(plan: Plan, domain: str, task: int) -> Path:
@@ -95,7 +95,7 @@ def _path(plan: Plan, domain: str, task: int) -> Path:
 
 
 def _accounts(plan: Plan, domain: str) -> list[dict[str, Any]]:
-    found = [spool.account(scan.folder(plan, domain), task) for task in range(len(plan.tasks[domain]))]
+    found = [chunk_store.account(scan.folder(plan, domain), task) for task in range(len(plan.tasks[domain]))]
     if missing := [task for task, account in enumerate(found) if account is None]:
         raise CorpusError(f"domain {domain}: {len(missing)} tasks are not scanned, the first is {missing[0]}")
     return [account for account in found if account is not None]
@@ -106,7 +106,7 @@ def _chunks(plan: Plan, domain: str, accounts: list[dict[str, Any]]) -> list[Pat
     return [
         path
         for task, account in enumerate(accounts)
-        for path in spool.chunk_paths(folder, task, chunks=account["chunks"])
+        for path in chunk_store.chunk_paths(folder, task, chunks=account["chunks"])
     ]
 
 

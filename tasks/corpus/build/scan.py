@@ -13,12 +13,13 @@ from typing import Any
 
 import xxhash
 
-from tasks.corpus import filters, readers
-from tasks.corpus.build import plan as plans
-from tasks.corpus.build import spool, unchanged
-from tasks.corpus.build.plan import SOURCES, Plan
+from tasks.corpus.build import chunk_store, planning, rejects
+from tasks.corpus.build.planning import SOURCES, Plan
 from tasks.corpus.build.progress import Meter
-from tasks.corpus.clean import contamination, minhash, rejects
+from tasks.corpus.dedup import decontamination, minhash
+from tasks.corpus.filters import chain
+from tasks.corpus.readers.base import Reader
+from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import CorpusError, Document, Record, Reject
 from tasks.corpus.tokenizer.encoder import Encoder
 
@@ -66,12 +67,12 @@ def band_paths(plan: Plan, domain: str, *, task: int, chunks: int) -> list[Path]
     """Where the bands of a task's documents lie, a file for each chunk; none if near-duplicates aren't looked for."""
     if domain not in plan.keys.bands:
         return []
-    return spool.band_paths(folder(plan, domain), task, chunks=chunks, key=plan.keys.bands[domain])
+    return chunk_store.band_paths(folder(plan, domain), task, chunks=chunks, key=plan.keys.bands[domain])
 
 
 def is_done(plan: Plan, domain: str, *, task: int) -> bool:
     """Whether a task is scanned, and signed by the bands that the plan asks for."""
-    account = spool.account(folder(plan, domain), task)
+    account = chunk_store.account(folder(plan, domain), task)
     if account is None:
         return False
     return all(path.exists() for path in band_paths(plan, domain, task=task, chunks=account["chunks"]))
@@ -88,10 +89,10 @@ def scan(plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Call
         raise CorpusError(f"domain {domain}: {error}") from error
 
 
-def _open(path: Path, domain: str) -> readers.Reader:
+def _open(path: Path, domain: str) -> Reader:
     """The reader of a domain, whose digest the plan in `path` has checked."""
-    corpus = plans.load(path).corpus
-    return readers.open_reader(corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False)
+    corpus = planning.load(path).corpus
+    return open_reader(corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False)
 
 
 class _Readers(threading.local):
@@ -113,21 +114,21 @@ class _Scan:
         self.pieces = plan.tasks[domain][task]
         self.chunks: list[dict[str, Any]] = []
         self.bad = self._look = 0
-        self.judge = filters.build(corpus.filters_of(domain))
+        self.judge = chain.build(corpus.filters_of(domain))
         near = corpus.near_duplicates_of(domain)
         self.signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram, digits=near.digits) if near else None
-        self.items: contamination.Items | None = None
+        self.items: decontamination.Items | None = None
         self.rows: list[int] = []
         self._piece = 0
 
     def run(self, meter: Meter) -> None:
-        if spool.account(self.folder, self.task) is not None:  # under other settings for near-duplicates
+        if chunk_store.account(self.folder, self.task) is not None:  # under other settings for near-duplicates
             self._take_up(meter)
             return
         self.reader = _readers.open(self.plan.path.resolve(), self.domain)
         if asked := self.corpus.decontaminate:
-            self.items = contamination.Items.load(asked, SOURCES, versions=self.plan.sources)
-        with unchanged.task(
+            self.items = decontamination.Items.load(asked, SOURCES, versions=self.plan.sources)
+        with chunk_store.from_recorded_sources(
             self.folder,
             self.task,
             part=self.corpus.domains[self.domain],
@@ -137,7 +138,7 @@ class _Scan:
         ):
             self._take_up(meter)
             self._read(meter)
-        spool.finish(self.folder, self.task, chunks=self.chunks, rows=self.rows)
+        chunk_store.finish(self.folder, self.task, chunks=self.chunks, rows=self.rows)
         records = sum(account["records"] for account in self.chunks)
         if self.bad >= LEAST and self.bad > self.corpus.max_bad * records:
             self._piece = len(self.pieces)
@@ -145,18 +146,18 @@ class _Scan:
 
     def _take_up(self, meter: Meter) -> None:
         """Go on from the chunks that are there."""
-        self.chunks = spool.committed(self.folder, self.task)
+        self.chunks = chunk_store.committed(self.folder, self.task)
         self.bad = sum(sum(chunk["bad"].values()) for chunk in self.chunks)
         self._look = max(LEAST if self.corpus.max_bad else 1, self.bad)
-        for index, path in enumerate(spool.chunk_paths(self.folder, self.task, chunks=len(self.chunks))):
-            self._sign(index, functools.partial(spool.documents, path))
+        for index, path in enumerate(chunk_store.chunk_paths(self.folder, self.task, chunks=len(self.chunks))):
+            self._sign(index, functools.partial(chunk_store.documents, path))
         for account in self.chunks:
             meter.rules.update({**account["rules"], **account["bad"]})
             meter.add(documents=account["records"])
 
     def _read(self, meter: Meter) -> None:
         skip = sum(account["records"] for account in self.chunks)
-        chunk = spool.Chunk()
+        chunk = chunk_store.Chunk()
         for number, record in enumerate(self._records(meter)):
             if number < skip:
                 continue
@@ -167,7 +168,7 @@ class _Scan:
                 raise
             if chunk.is_full:
                 self._commit(chunk, meter=meter)
-                chunk = spool.Chunk()
+                chunk = chunk_store.Chunk()
         if chunk.records:
             self._commit(chunk, meter=meter)
 
@@ -177,7 +178,7 @@ class _Scan:
             self.rows.append((yield from self.reader.read(piece)))
             meter.add(files=int(piece.start == 0))
 
-    def _take(self, record: Record, *, number: int, chunk: spool.Chunk) -> None:
+    def _take(self, record: Record, *, number: int, chunk: chunk_store.Chunk) -> None:
         if isinstance(record, Reject):
             self._reject(record, number=number, chunk=chunk)
             return
@@ -193,7 +194,7 @@ class _Scan:
                 return
         self._reject(reject, number=number, chunk=chunk, text=kept_text)
 
-    def _reject(self, reject: Reject, *, number: int, chunk: spool.Chunk, text: str | None = None) -> None:
+    def _reject(self, reject: Reject, *, number: int, chunk: chunk_store.Chunk, text: str | None = None) -> None:
         chunk.reject(reject, record=number, piece=self._piece, text=text)
         self.bad += reject.bad
         if reject.bad and self.bad >= self._look:
@@ -210,7 +211,7 @@ class _Scan:
         seen = sum(map(self.reader.size, self.pieces[: self._piece]))
         seen += sum(min(self.reader.bytes_read(), self.reader.size(piece)) for piece in self.pieces[self._piece :][:1])
         for task, size in enumerate(sizes):
-            if task != self.task and (account := spool.account(self.folder, task)):
+            if task != self.task and (account := chunk_store.account(self.folder, task)):
                 records += account["records"]
                 bad += sum(account["bad"].values())
                 seen += size
@@ -256,7 +257,7 @@ class _Scan:
     def encode(self) -> Encoder:
         return self.load_encoder()
 
-    def _decontaminate(self, chunk: spool.Chunk) -> None:
+    def _decontaminate(self, chunk: chunk_store.Chunk) -> None:
         if not self.items:
             return
         found = chunk.documents
@@ -275,10 +276,10 @@ class _Scan:
                 }
             )
 
-    def _commit(self, chunk: spool.Chunk, *, meter: Meter) -> None:
+    def _commit(self, chunk: chunk_store.Chunk, *, meter: Meter) -> None:
         self._decontaminate(chunk)
         index = len(self.chunks)
-        account = spool.commit(self.folder, self.task, index=index, chunk=chunk)
+        account = chunk_store.commit(self.folder, self.task, index=index, chunk=chunk)
         self.chunks.append(account)
         self._sign(index, lambda: chunk.documents)
         meter.rules.update({**account["rules"], **account["bad"]})
@@ -293,7 +294,7 @@ class _Scan:
         assert near is not None
         texts, doc_ids = (_listed(columns[name]) for name in ("text", "doc_id"))
         bands = self.signer.bands(texts) if self.signer else minhash.alone(doc_ids, near.bands)
-        spool.sign(paths[index], bands)
+        chunk_store.sign(paths[index], bands)
 
 
 def _listed(column: Any) -> list[Any]:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch, settings, sources
-from tasks.corpus import files, fingerprint
-from tasks.corpus.build import outputs, plan, progress, resolve, scan, tokenise, unchanged
-from tasks.corpus.build.plan import Phase, Plan, Unit
+from tasks.corpus import files, fingerprint, source_versions
+from tasks.corpus.build import planning, progress, publishing, resolve, scan, tokenise
+from tasks.corpus.build.planning import Phase, Plan, Unit
 from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
@@ -67,7 +67,7 @@ def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
     """
     with _workspace(name) as todo:
         out = _phases(todo, run=run or processes())
-        metrics = outputs.publish(todo, out=out, resolved=resolve.resolved(todo), encode=_encoder(todo.corpus))
+        metrics = publishing.publish(todo, out=out, resolved=resolve.resolved(todo), encode=_encoder(todo.corpus))
         work = todo.path.parent
         # Not in place: half of it, after a kill, would be taken for work to go on with.
         shutil.rmtree(work.rename(work.with_name(f"done-{work.name}")))
@@ -87,7 +87,7 @@ def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
         FAILURES: also if the phase before is not finished.
     """
     with _workspace(name, shared=phase != "resolve") as todo:
-        before = plan.PHASES[: plan.PHASES.index(phase)]
+        before = planning.PHASES[: planning.PHASES.index(phase)]
         for earlier in before:
             if missing := _pending(todo, earlier):
                 raise CorpusError(
@@ -102,7 +102,7 @@ def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
 
 def run_unit(path: str, unit: Unit) -> None:
     """Run one unit, unless it is done; a function of the plan in `path`."""
-    todo = plan.load(Path(path))
+    todo = planning.load(Path(path))
     if _is_done(todo, unit):
         return
     with progress.Meter(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
@@ -111,7 +111,7 @@ def run_unit(path: str, unit: Unit) -> None:
             load = functools.partial(_encoder, todo.corpus)
             scan.scan(todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
         elif unit.phase == "resolve":
-            unchanged.require(todo.corpus, plan.SOURCES, versions=todo.sources)
+            source_versions.require_unchanged(todo.corpus, planning.SOURCES, versions=todo.sources)
             resolve.resolve(todo)
         else:
             _tokenise(todo, unit=unit, meter=meter)
@@ -183,7 +183,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
     corpus = settings.load().corpus(name)
     found = fingerprint.check(name, corpus)
     encode = _encoder(corpus)
-    keys = plan.keys_of(corpus, found=found, tokenizer=encode.fingerprint)
+    keys = planning.keys_of(corpus, found=found, tokenizer=encode.fingerprint)
     # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
     here = Path(__file__).parents[1]
     code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
@@ -192,13 +192,13 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
         if not shared:
             scratch.report_kept(work)
             files.sweep(work)
-        path = plan.file(work, corpus, keys=keys)
+        path = planning.file(work, corpus, keys=keys)
         if path.exists():
-            yield plan.load(path)
+            yield planning.load(path)
             return
-        plan.make(path, name, corpus=corpus, keys=keys, found=found)
-        todo = plan.load(path)
-        for phase in plan.PHASES:
+        planning.make(path, name, corpus=corpus, keys=keys, found=found)
+        todo = planning.load(path)
+        for phase in planning.PHASES:
             for unit in _pending(todo, phase):  # counters of work begun with other settings
                 progress.forget(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task)
         yield todo
@@ -218,7 +218,7 @@ def _progress(todo: Plan) -> Path:
 def _phases(todo: Plan, *, run: Runner) -> Path:
     """Run what isn't done; returns the folder that holds the result."""
     with progress.Display(_progress(todo), domains=list(todo.tasks)) as display:
-        for phase in plan.PHASES:
+        for phase in planning.PHASES:
             while units := _pending(todo, phase):  # twice, if a fast tokenizer turned out to be wrong
                 total = len(todo.units(phase))
                 display.phase(phase, total, before=total - len(units))

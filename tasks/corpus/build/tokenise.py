@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import files, shards
-from tasks.corpus.build import resolve, scan, spool
-from tasks.corpus.build.plan import Plan
+from tasks.corpus.build import chunk_store, rejects, resolve, scan
+from tasks.corpus.build.planning import Plan
 from tasks.corpus.build.progress import Meter
-from tasks.corpus.clean import rejects
 from tasks.corpus.sampling import permutation
 from tasks.corpus.tokenizer.encoder import Encoder
 
@@ -104,7 +103,7 @@ class _Task:
         self.plan, self.domain, self.task, self.encode, self.meter = plan, domain, task, encode, meter
         self.corpus = out / "corpus"
         self.folder = scan.folder(plan, domain)
-        account = spool.account(self.folder, task)
+        account = chunk_store.account(self.folder, task)
         assert account is not None
         self.account = account
         self.fate, self.starts = resolve.fate_of(plan, domain, task=task)
@@ -118,7 +117,7 @@ class _Task:
         for split in resolve.SPLITS:
             self._look_up(split)
         start = 0
-        for table in spool.batches(self.folder, self.task, chunks=self.account["chunks"]):
+        for table in chunk_store.batches(self.folder, self.task, chunks=self.account["chunks"]):
             fate = self.fate[start : start + len(table)]
             start += len(table)
             self._chunk(table, fate)
@@ -226,11 +225,11 @@ class _Task:
         verdicts = np.zeros(self.account["records"], dtype=np.uint16)
         codes = {fate: code for code, fate in enumerate(resolve.FATES)}
         start = 0
-        for path in spool.chunk_paths(self.folder, self.task, chunks=self.account["chunks"]):
-            documents = spool.documents(path).column("record").to_numpy()
+        for path in chunk_store.chunk_paths(self.folder, self.task, chunks=self.account["chunks"]):
+            documents = chunk_store.documents(path).column("record").to_numpy()
             verdicts[documents] = self.fate[start : start + len(documents)]
             start += len(documents)
-            dropped = spool.rejects(path).select(["record", "rule", "bad"])
+            dropped = chunk_store.rejects(path).select(["record", "rule", "bad"])
             for reject in dropped.to_pylist():
                 rule = f"bad: {reject['rule']}" if reject["bad"] else reject["rule"]
                 verdicts[reject["record"]] = codes.setdefault(rule, len(codes))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from tasks.corpus.filters.words import sentence_spans, words
+from tasks.corpus.filters.splitter import sentence_spans, words
 from tasks.settings import filters as rules
 
 _LARGE = 1 << 20

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.filters import build
 from tasks.corpus.filters.advertisement import _KINDS, signs
+from tasks.corpus.filters.chain import build
 from tasks.settings.filters import Advertisement
-
-from .samples import PROSE, document
+from tests.corpus.filters.samples import PROSE, document
 
 RULE = Advertisement(rule="advertisement")
 

@@ -8,11 +8,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.corpus.filters import JUDGES, build
+from tasks.corpus.filters.chain import JUDGES, build
 from tasks.corpus.records import CorpusError
 from tasks.settings import filters as rules
-
-from .samples import PROSE, document
+from tests.corpus.filters.samples import PROSE, document
 
 FILTERS: TypeAdapter[list[rules.Filter]] = TypeAdapter(list[rules.Filter])
 

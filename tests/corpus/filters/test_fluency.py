@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.filters import build
+from tasks.corpus.filters.chain import build
 from tasks.corpus.filters.fluency import measure, zipf_of
 from tasks.corpus.records import CorpusError
 from tasks.settings.filters import Fluency
-
-from .samples import PROSE, document
+from tests.corpus.filters.samples import PROSE, document
 
 RULE = Fluency(rule="fluency")
 LICENCE = (

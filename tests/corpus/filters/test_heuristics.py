@@ -14,11 +14,10 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.filters import build
-from tasks.corpus.filters.words import sentence_spans, words
+from tasks.corpus.filters.chain import build
+from tasks.corpus.filters.splitter import sentence_spans, words
 from tasks.settings import filters as rules
-
-from .samples import PROSE, document
+from tests.corpus.filters.samples import PROSE, document
 
 
 class Words(WordTokenizer):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.corpus.filters import build
+from tasks.corpus.filters.chain import build
 from tasks.corpus.records import CorpusError
 from tasks.settings.filters import Language
-
-from .samples import PROSE, document
+from tests.corpus.filters.samples import PROSE, document
 
 TEXTS = {  # article 1 of the Universal Declaration of Human Rights
     "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and "

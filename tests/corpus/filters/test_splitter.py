@@ -7,10 +7,9 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.filters import words as module
-from tasks.corpus.filters.words import sentence_spans, words
-
-from .samples import PROSE
+from tasks.corpus.filters import splitter as module
+from tasks.corpus.filters.splitter import sentence_spans, words
+from tests.corpus.filters.samples import PROSE
 
 TEXTS = st.text(st.one_of(st.characters(), st.sampled_from(" .,'’-_/@!?\nab1文ไщ")), max_size=80)
 

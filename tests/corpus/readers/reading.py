@@ -15,7 +15,8 @@ from typing import Any
 
 import zstandard
 
-from tasks.corpus.readers import Reader, open_reader
+from tasks.corpus.readers.base import Reader
+from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import Document, Record, Reject
 from tasks.settings.corpus import Domain
 

@@ -6,12 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.corpus.readers import Piece
+from tasks.corpus.readers.base import Piece
 from tasks.corpus.records import CorpusError
 from tasks.sources import SourceError
-
-from ..texts import sentences
-from .reading import lines, read, reader_of, records_of
+from tests.corpus.readers.reading import lines, read, reader_of, records_of
+from tests.corpus.texts import sentences
 
 TEXTS = sentences(3000, seed=7)
 

@@ -11,13 +11,13 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus import readers
 from tasks.corpus.readers import streams
+from tasks.corpus.readers.base import FileReader, Piece, Reader
+from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import Document, Reject
 from tasks.settings.corpus import Domain
-
-from ..texts import sentences
-from .reading import COMPRESS, lines, read, reader_of, records_of
+from tests.corpus.readers.reading import COMPRESS, lines, read, reader_of, records_of
+from tests.corpus.texts import sentences
 
 TMP_PATH = HealthCheck.function_scoped_fixture
 
@@ -130,7 +130,7 @@ class _Counted(io.RawIOBase):
 def test_an_over_long_line_is_passed_over_in_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"x")
     reader = reader_of(tmp_path, max_record_bytes=1000)
-    assert isinstance(reader, readers.FileReader)
+    assert isinstance(reader, FileReader)
     endless = _Counted(1 << 27)
     monkeypatch.setattr(type(reader.fs), "open", lambda *_, **__: endless)
     assert [record.rule for record in records_of(reader) if isinstance(record, Reject)] == ["over-long record"]
@@ -177,7 +177,7 @@ def test_records_and_rows_do_not_depend_on_where_a_file_is_cut(
             assert _rows(reader, piece) == rows
 
 
-def _rows(reader: readers.Reader, piece: readers.Piece) -> int:
+def _rows(reader: Reader, piece: Piece) -> int:
     records = reader.read(piece)
     while True:
         try:
@@ -209,7 +209,7 @@ def test_members_of_archives_are_one_piece_each(tmp_path: Path, ending: str) -> 
     with zipfile.ZipFile(tmp_path / "texts.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"a/one.jsonl{ending}", COMPRESS[ending](lines(texts)))
     reader = reader_of(f"zip://a/*.jsonl*::file://{tmp_path}/texts.zip")
-    assert reader.tasks(task_bytes=10) == [(readers.Piece(f"a/one.jsonl{ending}"),)]
+    assert reader.tasks(task_bytes=10) == [(Piece(f"a/one.jsonl{ending}"),)]
     assert [record.text for record in records_of(reader) if isinstance(record, Document)] == texts
 
 
@@ -233,7 +233,7 @@ def test_a_store_that_fails_midway_is_an_error_and_not_a_bad_record(
     content = COMPRESS[".gz" if name.endswith("gz") else ""](b"<mediawiki>" if format == "mediawiki" else lines(["a"]))
     (tmp_path / name).write_bytes(content)
     reader = reader_of(tmp_path / name, format=format)
-    assert isinstance(reader, readers.FileReader)
+    assert isinstance(reader, FileReader)
     monkeypatch.setattr(type(reader.fs), "open", lambda *_, **__: Failing(content[:-5]))
     with pytest.raises(streams.ReadError, match=rf"{name}: reading failed \(ConnectionResetError: gone\); run again"):
         records_of(reader)
@@ -251,5 +251,5 @@ def test_workers_need_not_check_the_digest_again(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(["a"]))
     domain = Domain(source=f"dir:{tmp_path}/a.jsonl", format="jsonl", license="CC0-1.0", sha256="0" * 64)
     with pytest.raises(ValueError, match="sha256 is"):
-        readers.open_reader(domain, tmp_path, max_record_bytes=100)
-    assert len(records_of(readers.open_reader(domain, tmp_path, max_record_bytes=100, check=False))) == 1
+        open_reader(domain, tmp_path, max_record_bytes=100)
+    assert len(records_of(open_reader(domain, tmp_path, max_record_bytes=100, check=False))) == 1

@@ -3,7 +3,7 @@ from __future__ import annotations
 import bz2
 from pathlib import Path
 
-from .reading import read
+from tests.corpus.readers.reading import read
 
 PAGE = "<page><title>{title}</title><ns>{ns}</ns>{extra}<revision><text>{text}</text></revision></page>"
 

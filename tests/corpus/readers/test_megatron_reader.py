@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from tasks.corpus.readers.megatron import read_index
 from tasks.corpus.records import CorpusError, Document
-
-from .reading import read, reader_of, records_of
+from tests.corpus.readers.reading import read, reader_of, records_of
 
 CODES = {"u1": 1, "<i4": 4, "<i8": 5, "<u2": 8}
 

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.records import CorpusError
-
-from ..texts import sentences
-from .reading import read, reader_of, records_of
+from tests.corpus.readers.reading import read, reader_of, records_of
+from tests.corpus.texts import sentences
 
 
 def test_parquet_gives_its_text_column_with_nulls_rejected(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .reading import read, reader_of, records_of
+from tests.corpus.readers.reading import read, reader_of, records_of
 
 
 def test_a_text_file_is_a_document_and_an_invalid_one_is_bad(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ import pytest
 
 from tasks.corpus.readers.streams import ReadError
 from tasks.corpus.records import Document
-
-from ..texts import sentences
-from .reading import lines, reader_of, records_of
+from tests.corpus.readers.reading import lines, reader_of, records_of
+from tests.corpus.texts import sentences
 
 TEXTS = sentences(40_000, seed=8)
 

@@ -1,0 +1,47 @@
+"""The reader of each format: `open_reader(domain, cache, …)` gives it, `.tasks(…)` and `.read(piece)` use it.
+
+A record that cannot be read is a Reject under the rule it breaks, and reading goes on; only a file that cannot be
+used at all raises. Whether that was too many is judged per domain.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.corpus.readers.base import Reader
+from tasks.corpus.readers.dataset import DatasetReader
+from tasks.corpus.readers.jsonl import JsonlReader
+from tasks.corpus.readers.mediawiki import MediawikiReader
+from tasks.corpus.readers.megatron import MegatronReader
+from tasks.corpus.readers.parquet import ParquetReader
+from tasks.corpus.readers.text import TextReader
+
+if TYPE_CHECKING:
+    from tasks.settings import Domain
+
+READERS: dict[str, type[Reader]] = {
+    "text": TextReader,
+    "jsonl": JsonlReader,
+    "parquet": ParquetReader,
+    "mediawiki": MediawikiReader,
+    "dataset": DatasetReader,
+    "megatron": MegatronReader,
+}
+"""The reader of each format; what it needs beyond the standard library is imported when it reads."""
+
+
+def open_reader(domain: Domain, cache: Path, *, max_record_bytes: int, check: bool = True) -> Reader:
+    """The reader of a domain.
+
+    Args:
+        domain: its settings.
+        cache: folder of downloaded archives.
+        max_record_bytes: records (a line, file, row or page) larger than this are rejected as over-long.
+        check: compare the sha256 of the source with the settings' (once is enough for many workers).
+
+    Raises:
+        SourceError: the source cannot be had or is not what was pinned.
+        CorpusError: it is no source of this format.
+    """
+    return READERS[domain.format](domain, cache, max_record_bytes=max_record_bytes, check=check)
