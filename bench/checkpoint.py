@@ -23,7 +23,7 @@ def build(params: Any, *, layers: int, hidden: int) -> Any:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tasks.pretrain.engine import engine
+    from tasks.pretrain.engine import interface as engine
 
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -39,7 +39,7 @@ def build(params: Any, *, layers: int, hidden: int) -> Any:
 def step(built: Any, params: Any) -> None:
     import torch
 
-    from tasks.pretrain.engine import engine
+    from tasks.pretrain.engine import interface as engine
 
     for _ in range(params.batch // params.micro_batch):
         ids = torch.randint(4096, (params.micro_batch, params.seq_len))
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     arguments = parser.parse_args()
 
-    from tasks.pretrain.checkpoints.checkpoint import Checkpoints
-    from tasks.pretrain.engine import engine
+    from tasks.pretrain.checkpoints.manager import CheckpointManager
+    from tasks.pretrain.engine import interface as engine
     from tasks.settings import Pretrain
 
     arguments.folder.mkdir(parents=True)
@@ -88,7 +88,7 @@ def main() -> None:
         )
         built = build(params, layers=arguments.layers, hidden=arguments.hidden)
         step(built, params)
-        checkpoints = Checkpoints(arguments.folder / "background", params=params, rank=0, world_size=1)
+        checkpoints = CheckpointManager(arguments.folder / "background", params=params, rank=0, world_size=1)
         own = synchronous(built, arguments.folder / "own")
         seconds = dict.fromkeys(("none", OWN, OURS), 0.0)
         blocked = dict.fromkeys(seconds, 0.0)

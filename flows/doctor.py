@@ -141,7 +141,7 @@ def _compiler() -> Check:
 def _processor() -> Iterator[Check]:
     import torch
 
-    from tasks.pretrain.engine.engine import cpu_has_bfloat16
+    from tasks.pretrain.engine.interface import cpu_has_bfloat16
 
     fast = cpu_has_bfloat16(Path("/proc/cpuinfo"))
     yield Check(

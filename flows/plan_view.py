@@ -55,7 +55,7 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     """
     import torch
 
-    from tasks.pretrain.engine.engine import cpu_has_bfloat16
+    from tasks.pretrain.engine.interface import cpu_has_bfloat16
     from tasks.tools import calibrate
 
     pipeline = settings.pipeline(name)

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import scratch
-from tasks.pretrain.checkpoints import files as checkpoint_files
-from tasks.pretrain.checkpoints import finished, resume
+from tasks.pretrain.checkpoints import finished, resume, store
 from tasks.pretrain.job import JOB, Job, TrainingError
 from tasks.settings import Pretrain
 
@@ -157,14 +156,14 @@ def masters(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Ten
         params: the settings that it was written with.
         model: the split model's folder.
     """
-    from tasks.pretrain.checkpoints import background
+    from tasks.pretrain.engine import checkpoint_writer
 
     if params.expert_parallel > 1:
         found = _of_experts(path, model=model)
     elif params.zero_stage == 3:
         found = _of_zero_3(path)
     else:
-        state = background.load(path / "mp_rank_00_model_states.pt")
+        state = checkpoint_writer.load(path / "mp_rank_00_model_states.pt")
         found = {name: tensor.float() for name, tensor in state["module"].items()}  # of what is never trained, too
         if params.zero_stage:
             found |= {name: flat.view(found[name].shape) for name, flat in _of_zero_1_and_2(path).items()}
@@ -187,12 +186,12 @@ def _of_zero_1_and_2(path: Path) -> dict[str, torch.Tensor]:
     """The masters, flat: each rank has a piece of every group, and says which parameters' parts stand where in it."""
     import torch
 
-    from tasks.pretrain.checkpoints import background
+    from tasks.pretrain.engine import checkpoint_writer
 
     pieces: dict[str, list[torch.Tensor]] = {}
     ranks = {int(re.findall(r"pp_rank_(\d+)", file.name)[0]): file for file in path.glob("*_optim_states.pt")}
     for _, file in sorted(ranks.items()):
-        shard = background.load(file)["optimizer_state_dict"]
+        shard = checkpoint_writer.load(file)["optimizer_state_dict"]
         for flat, places in zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True):
             for name, place in places.items():
                 pieces.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
@@ -226,15 +225,15 @@ def _of_experts(path: Path, *, model: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoConfig
 
     from tasks.moe import families
-    from tasks.pretrain.engine import expert_parallel, reshape
+    from tasks.pretrain.engine import expert_parallel, universal
 
-    universal = path.with_name("universal")
-    reshape.convert(path, universal)
+    converted = path.with_name("universal")
+    universal.convert(path, converted)
     found = {}
-    for file in (universal / "zero").glob("*/fp32.pt"):
+    for file in (converted / "zero").glob("*/fp32.pt"):
         saved = torch.load(file, weights_only=True)
         found[file.parent.name] = saved["param"] if isinstance(saved, dict) else saved
-    shutil.rmtree(universal)
+    shutil.rmtree(converted)
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     shapes = families.expected(config)
     whole = expert_parallel.stock(found, model_type=config.model_type)
@@ -247,12 +246,12 @@ def _hold(source: Path, target: Path, *, step: int | None) -> dict[str, Any]:
     The newest whole one if `step` is None.
     """
     while True:
-        kept = checkpoint_files.steps(source)
+        kept = store.steps(source)
         if step is not None:
-            checkpoint_files.read(source, step)  # raises if it is not there
+            store.read(source, step)  # raises if it is not there
             kept = [step]
         try:
-            state, _ = checkpoint_files.newest(target, kept, damage=lambda path: _link(source / path.name, path))
+            state, _ = store.newest(target, kept, damage=lambda path: _link(source / path.name, path))
         except (FileNotFoundError, shutil.Error):  # the run deleted it meanwhile, and has a newer one
             continue
         if state is None:
@@ -264,7 +263,7 @@ def _link(source: Path, target: Path) -> str | None:
     """Link a checkpoint's files; returns what is wrong with it."""
     shutil.rmtree(target.parent, ignore_errors=True)
     shutil.copytree(source, target, copy_function=os.link)
-    return checkpoint_files.damage(target)
+    return store.damage(target)
 
 
 def _source(pipeline: str) -> Path:

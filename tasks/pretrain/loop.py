@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import batches, found, schedule, trainable
+from tasks.pretrain import batches, schedule, step_result, trainable
 from tasks.pretrain.checkpoints import resume
-from tasks.pretrain.checkpoints.checkpoint import Checkpoints
-from tasks.pretrain.checkpoints.state import State
+from tasks.pretrain.checkpoints.manager import CheckpointManager
+from tasks.pretrain.checkpoints.run_state import State
 from tasks.pretrain.dynamic import Reweighter
-from tasks.pretrain.engine import engine as engines
+from tasks.pretrain.engine import interface as engines
 from tasks.pretrain.health.loss_guard import LossGuard, Rollback, Rollbacks, named
 from tasks.pretrain.health.router_monitor import RouterMonitor
 from tasks.pretrain.job import Job, TrainingError, code_version
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from tasks.corpus.sampling.loader import Batch
-    from tasks.pretrain.found import Found
     from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loss.objective import Objective
+    from tasks.pretrain.step_result import StepResult
 
 
 class Trainer:
@@ -59,7 +59,7 @@ class Trainer:
         models = [job.model, job.parent] if self.params.distill else [job.model]
         self.guard = LossGuard(self.params.guard, seq_len=self.params.seq_len, models=models)
         self.monitor = RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             job.workspace / "checkpoints", params=self.params, rank=process.rank, world_size=process.world_size
         )
         self.rollbacks = Rollbacks(job.workspace)
@@ -148,9 +148,9 @@ class Trainer:
                 )
         return True
 
-    def _collect(self, batch: Batch, losses: list[Any], *, seconds: float) -> Found:
+    def _collect(self, batch: Batch, losses: list[Any], *, seconds: float) -> StepResult:
         balancer = self.objective.balancer
-        return found.collect(
+        return step_result.collect(
             batch,
             losses,
             names=self.objective.parts,
@@ -161,7 +161,7 @@ class Trainer:
             process=self.process,
         )
 
-    def _finish(self, seen: Found) -> tuple[str, float | None]:
+    def _finish(self, seen: StepResult) -> tuple[str, float | None]:
         """Take the optimizer step, or what the guard says instead.
 
         Returns:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tasks import scratch
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import finished
-from tasks.pretrain.engine import engine as engines
+from tasks.pretrain.engine import interface as engines
 from tasks.pretrain.job import JOB, Job
 from tasks.pretrain.log import log_file
 

@@ -79,7 +79,7 @@ def run(folder: Path) -> None:
 
     from tasks.moe import allocator
     from tasks.moe.checkpoint import is_moe
-    from tasks.pretrain.engine import engine as engines
+    from tasks.pretrain.engine import interface as engines
     from tasks.pretrain.log import meters
     from tasks.pretrain.loss import balance
     from tasks.pretrain.loss.objective import Objective
@@ -185,7 +185,7 @@ def _distiller(
 
 def _steps(engine: Any, objective: Any, batch: Batch, params: Pretrain, *, device: torch.device) -> dict[str, Any]:
     """Seconds of each timed micro-batch (forward and backward) and of each timed optimizer step."""
-    from tasks.pretrain.engine import engine as engines
+    from tasks.pretrain.engine import interface as engines
 
     seconds: dict[str, list[float]] = {"micro_batch": [], "optimizer": []}
     rows = range(0, len(batch.input_ids), params.micro_batch)

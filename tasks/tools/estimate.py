@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.moe import counts
 from tasks.pretrain import schedule
-from tasks.pretrain.engine.engine import BUCKET
+from tasks.pretrain.engine.interface import BUCKET
 from tasks.settings import Pretrain
 
 PROCESS = 0.65e9
@@ -105,7 +105,7 @@ def memory(
     AdamW keeps two float32 moments beside a float32 master of each trained weight; only ZeRO 0 in float32 needs no
     master of its own. ZeRO 1, 2 and 3 divide masters and moments, then gradients, then weights over the processes;
     the experts' over those that hold the same experts. What a checkpoint holds of a process is copied before it is
-    written (tasks/pretrain/checkpoints/background.py).
+    written (tasks/pretrain/engine/checkpoint_writer.py).
 
     Args:
         config: the split model's config.json; parent: the dense parent's, if `distill` keeps it in memory.

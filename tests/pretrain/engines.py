@@ -8,7 +8,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import engine
+from tasks.pretrain.engine import interface as engine
 from tasks.settings import Pretrain
 
 BATCH, SEQ_LEN = 4, 16

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from tasks import scratch
 from tasks.moe import gate
 from tasks.pretrain import export
-from tasks.pretrain.checkpoints import files as checkpoint_files
-from tasks.pretrain.checkpoints.checkpoint import Checkpoints
-from tasks.pretrain.engine import engine
+from tasks.pretrain.checkpoints import store
+from tasks.pretrain.checkpoints.manager import CheckpointManager
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -72,7 +72,7 @@ def trained(
     made = engine.configuration(params, world_size=1, dtype=dtype, model_type="mixtral")
     built = engine.build(model, params, config=made)
     train(built, range(3))
-    checkpoints = Checkpoints(root / "checkpoints", params=params, rank=0, world_size=1)
+    checkpoints = CheckpointManager(root / "checkpoints", params=params, rank=0, world_size=1)
     checkpoints.save(built, state={"step": 3})
     checkpoints.finish()
     weights = engine.full_weights(built)
@@ -143,7 +143,7 @@ def test_a_checkpoint_in_hand_outlives_its_deletion_and_one_deleted_under_the_ha
 ) -> None:
     source = tmp_path / "checkpoints"
     for step in (2, 4):
-        folder = source / checkpoint_files.tag(step)
+        folder = source / store.tag(step)
         folder.mkdir(parents=True)
         content = f"of {step}".encode()
         (folder / "weights").write_bytes(content)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tasks.moe import gate
 from tasks.pretrain import schedule, trainable
-from tasks.pretrain.engine import engine
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import What

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: saving, retention, exact resume, and what a finished run keeps."""
+"""CheckpointManager of a run: saving, retention, exact resume, and what a finished run keeps."""

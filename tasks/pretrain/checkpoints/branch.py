@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tasks import scratch
 from tasks.pretrain import job
-from tasks.pretrain.checkpoints import files as checkpoint_files
-from tasks.pretrain.checkpoints import finished, resume
+from tasks.pretrain.checkpoints import finished, resume, store
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -29,15 +28,13 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
         before = resume.read_inputs(sources[-1])
         named = ", ".join(text for key, text in resume.NAMES.items() if before.get(key) != inputs[key])
         raise TrainingError(f"{pipeline} cannot begin from {other}: {named} of the two are not the same")
-    found = sorted(
-        ((at, source) for source in fitting for at in checkpoint_files.steps(source / "checkpoints")), reverse=True
-    )
+    found = sorted(((at, source) for source in fitting for at in store.steps(source / "checkpoints")), reverse=True)
     some = [each for each in found if step in (None, each[0])]
     if not some:
         kept = ", ".join(str(at) for at, _ in reversed(found))
         raise TrainingError(f"{other} has no checkpoint of step {step}; kept: {kept}")
     with scratch.workspace(resume.STAGE, pipeline, inputs=inputs, priority=resume.last_step) as folder:
-        mine = checkpoint_files.steps(folder / "checkpoints")
+        mine = store.steps(folder / "checkpoints")
         if mine and pipeline != other:
             raise TrainingError(
                 f"{pipeline} has unfinished training up to step {mine[-1]}; finish it, or give it up: "
@@ -45,14 +42,14 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
             )
         problem = ""
         for at, source in some:
-            path = source / "checkpoints" / checkpoint_files.tag(at)
-            fault = checkpoint_files.damage(path, content=source == folder)
+            path = source / "checkpoints" / store.tag(at)
+            fault = store.damage(path, content=source == folder)
             if fault is None:
-                _, fault = resume.compare(checkpoint_files.state(path), params)
+                _, fault = resume.compare(store.state(path), params)
             if not fault:
                 for later in mine:
                     if source != folder or later > at:
-                        checkpoint_files.delete(folder / "checkpoints" / checkpoint_files.tag(later))
+                        store.delete(folder / "checkpoints" / store.tag(later))
                 fault = finished.take(source, folder, step=at) if source != folder else None
             if not fault:
                 scratch.write_json(
@@ -69,12 +66,9 @@ def outlook(pipeline: str, params: Pretrain) -> int:
     if kept and resume.read_inputs(kept).get("code") != job.code_digest():
         kept = None
     for folder in [*resume.unfinished(pipeline), *filter(None, [kept])]:
-        for step in reversed(checkpoint_files.steps(folder / "checkpoints")):
-            path = folder / "checkpoints" / checkpoint_files.tag(step)
-            if (
-                not checkpoint_files.damage(path, content=False)
-                and not (resume.compare(checkpoint_files.state(path), params)[1])
-            ):
+        for step in reversed(store.steps(folder / "checkpoints")):
+            path = folder / "checkpoints" / store.tag(step)
+            if not store.damage(path, content=False) and not (resume.compare(store.state(path), params)[1]):
                 return step
             if folder != kept:  # of an unfinished run, the newest alone is gone on with
                 break

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tasks import scratch
 from tasks.pretrain import schedule
-from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints import store
 from tasks.pretrain.health import loss_guard
 from tasks.pretrain.job import JOB, Job
 from tasks.pretrain.log.log_file import LOG
@@ -23,7 +23,7 @@ from tasks.pretrain.log.log_file import LOG
 
 def folder(pipeline: str) -> Path | None:
     """Where the last finished run's checkpoints are kept; None if there are none."""
-    found = [path for path in _root(pipeline).glob("*/") if checkpoint_files.steps(path / "checkpoints")]
+    found = [path for path in _root(pipeline).glob("*/") if store.steps(path / "checkpoints")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -33,10 +33,10 @@ def keep(job: Job) -> None:
     Killed in here, a run starts again from its last checkpoint and is published again.
     """
     workspace, checkpoints = job.workspace, job.workspace / "checkpoints"
-    steps = checkpoint_files.steps(checkpoints)
+    steps = store.steps(checkpoints)
     for step in steps:
         if step not in (steps[-1], schedule.stable(job.params)):
-            checkpoint_files.delete(checkpoints / checkpoint_files.tag(step))
+            store.delete(checkpoints / store.tag(step))
     for parent, kept in (
         (workspace, ("checkpoints", "training", "inputs.json", JOB, loss_guard.FILE)),
         (workspace / "training", (LOG,)),
@@ -53,7 +53,7 @@ def keep(job: Job) -> None:
 def discard(pipeline: str) -> list[int]:
     """Delete what is kept of the finished run; returns the steps of its checkpoints."""
     found = folder(pipeline)
-    steps = checkpoint_files.steps(found / "checkpoints") if found else []
+    steps = store.steps(found / "checkpoints") if found else []
     shutil.rmtree(_root(pipeline), ignore_errors=True)
     return steps
 
@@ -73,13 +73,13 @@ def take(source: Path, workspace: Path, *, step: int) -> str | None:
     checkpoints, log = workspace / "checkpoints", source / "training" / LOG
     staging = checkpoints / ".tmp-taken"
     shutil.rmtree(staging, ignore_errors=True)
-    for at in checkpoint_files.steps(source / "checkpoints"):
-        path = staging / checkpoint_files.tag(at)
+    for at in store.steps(source / "checkpoints"):
+        path = staging / store.tag(at)
         if at > step:
             continue
         try:
             shutil.copytree(source / "checkpoints" / path.name, path, copy_function=os.link)
-            problem = checkpoint_files.damage(path, log=log)
+            problem = store.damage(path, log=log)
         except (OSError, shutil.Error) as error:  # its run has deleted it
             problem = str(error)
         if problem:
@@ -90,7 +90,7 @@ def take(source: Path, workspace: Path, *, step: int) -> str | None:
     shutil.rmtree(training, ignore_errors=True)
     training.mkdir()
     with log.open("rb") as file:
-        state = checkpoint_files.state(staging / checkpoint_files.tag(step))
+        state = store.state(staging / store.tag(step))
         (training / LOG).write_bytes(file.read(state["log"]["bytes"]))
     rollbacks.unlink(missing_ok=True)
     if (source / loss_guard.FILE).exists():
@@ -98,7 +98,7 @@ def take(source: Path, workspace: Path, *, step: int) -> str | None:
     for path in sorted(staging.iterdir()):
         path.rename(checkpoints / path.name)
     staging.rmdir()
-    checkpoint_files.point(checkpoints, step)
+    store.point(checkpoints, step)
     return None
 
 

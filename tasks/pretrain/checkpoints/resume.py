@@ -20,8 +20,7 @@ from pydantic import ValidationError
 
 from tasks import scratch
 from tasks.pretrain import job, schedule
-from tasks.pretrain.checkpoints import files as checkpoint_files
-from tasks.pretrain.checkpoints import finished
+from tasks.pretrain.checkpoints import finished, store
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -89,7 +88,7 @@ def workspace(pipeline: str, *, params: Pretrain, inputs: dict[str, str]) -> Ite
     before = unfinished(pipeline)
     with scratch.workspace(STAGE, pipeline, inputs=inputs, priority=last_step) as folder:
         notes = [_aside(other, step, inputs) for other, step in before.items() if other != folder]
-        state = checkpoint_files.find(folder / "checkpoints")
+        state = store.find(folder / "checkpoints")
         code = job.code_digest()
         mixed = state is not None and read_inputs(folder).get("code") != code
         scratch.write_json(folder / INPUTS, {**inputs, "code": "" if mixed else code})
@@ -115,11 +114,11 @@ def _from_finished(kept: Path, folder: Path, *, params: Pretrain, pipeline: str)
         return [f"starting anew: the last run was finished by other code; {said}, and {way}"]
     notes: list[str] = []
     refused = ""
-    for step in reversed(checkpoint_files.steps(kept / "checkpoints")):
-        path = kept / "checkpoints" / checkpoint_files.tag(step)
-        problem = checkpoint_files.damage(path, content=False)
+    for step in reversed(store.steps(kept / "checkpoints")):
+        path = kept / "checkpoints" / store.tag(step)
+        problem = store.damage(path, content=False)
         if problem is None:
-            state = checkpoint_files.state(path)
+            state = store.state(path)
             changed, refusal = compare(state, params)
             if refusal:
                 refused = refused or refusal
@@ -171,9 +170,9 @@ def compare(state: dict[str, Any], params: Pretrain) -> tuple[list[Change], str]
 
 def _goes_back(folder: Path, params: Pretrain) -> int | None:
     """The newest step but the last whose checkpoint the settings fit."""
-    for step in reversed(checkpoint_files.steps(folder / "checkpoints")[:-1]):
-        path = folder / "checkpoints" / checkpoint_files.tag(step)
-        if not checkpoint_files.damage(path, content=False) and not compare(checkpoint_files.state(path), params)[1]:
+    for step in reversed(store.steps(folder / "checkpoints")[:-1]):
+        path = folder / "checkpoints" / store.tag(step)
+        if not store.damage(path, content=False) and not compare(store.state(path), params)[1]:
             return step
     return None
 
@@ -232,7 +231,7 @@ def _safe(change: Change, old: Pretrain, new: Pretrain, *, step: int) -> bool:
 
 def last_step(folder: Path) -> int:
     """The step of a workspace's newest checkpoint; 0 without one."""
-    return max(checkpoint_files.steps(folder / "checkpoints"), default=0)
+    return max(store.steps(folder / "checkpoints"), default=0)
 
 
 def _aside(other: Path, step: int, inputs: dict[str, str]) -> str:

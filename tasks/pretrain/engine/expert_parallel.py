@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tasks.moe import counts, families, routing
-from tasks.pretrain.engine import masters
+from tasks.pretrain.engine import fp32_weights
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -168,7 +168,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     owner = {id(parameter): block for block in blocks.values() for parameter in block.experts.parameters()}
     found: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        whole = masters.full(parameter)
+        whole = fp32_weights.full(parameter)
         if (block := owner.get(id(parameter))) is not None:
             whole = _gather(whole, block)
         if torch.distributed.get_rank() == 0:

@@ -29,7 +29,7 @@ def run(job: Job) -> None:
     Raises:
         TrainingError, ValueError, OSError: for the user to read; memory that ran out among them.
     """
-    from tasks.pretrain.engine import engine as engines
+    from tasks.pretrain.engine import interface as engines
 
     rank, world_size, device = engines.initialise(job.workspace)
     try:
@@ -47,7 +47,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
 
     from tasks.moe import checkpoint, gate
     from tasks.pretrain import outputs
-    from tasks.pretrain.engine import engine as engines
+    from tasks.pretrain.engine import interface as engines
     from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loop import Trainer
     from tasks.pretrain.loss import balance

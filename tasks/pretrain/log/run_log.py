@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from tasks.moe import counts
-from tasks.pretrain.checkpoints.state import State
-from tasks.pretrain.found import Found
+from tasks.pretrain.checkpoints.run_state import State
 from tasks.pretrain.health import router_monitor
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.log import meters, trackers
 from tasks.pretrain.log.log_file import LogFile
 from tasks.pretrain.log.training_display import TrainingDisplay
+from tasks.pretrain.step_result import StepResult
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -78,7 +78,7 @@ class RunLog:
     def step(
         self,
         state: State,
-        found: Found,
+        found: StepResult,
         *,
         rates: Mapping[Part, float],
         norm: float,
@@ -165,7 +165,7 @@ class RunLog:
             self._log.write(record)
             self._display.show(record)
 
-    def _domains(self, state: State, found: Found) -> dict[str, dict[str, float]]:
+    def _domains(self, state: State, found: StepResult) -> dict[str, dict[str, float]]:
         windows = found.windows_by_domain()
         return {
             domain: {
@@ -177,7 +177,7 @@ class RunLog:
             if domain in windows
         }
 
-    def _compare_ranks(self, step: int, found: Found) -> None:
+    def _compare_ranks(self, step: int, found: StepResult) -> None:
         self._seconds_R += found.seconds_R
         if step % _STRAGGLERS_EVERY == 0:
             for line in router_monitor.stragglers(self._seconds_R.tolist(), self.process.hosts):

@@ -9,7 +9,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
-from tasks.pretrain.engine import engine
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tasks.corpus.sampling.loader import IGNORED, Batch
-from tasks.pretrain import found
-from tasks.pretrain.engine import engine
+from tasks.pretrain import step_result
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.loss import objective
 from tasks.pretrain.loss.distil import Distiller
@@ -85,7 +85,7 @@ def step(zero: int, accumulation: int, distill: str, *, rank: int, world_size: i
         if start + params.micro_batch < len(mine.input_ids):
             built.step()
     process = Process(rank=rank, world_size=world_size, device=cpu, hosts=[])
-    seen = found.collect(
+    seen = step_result.collect(
         mine, losses, names=compute.parts, domains=DOMAINS, load_LE=np.zeros((0, 0)), seconds=0.0, slots=WINDOWS,
         process=process,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """One of two processes that train a tiny Mixtral with its experts spread over both, in several ways.
 
-python -m tests.pretrain.expert_parallel_ranks RANK FOLDER. Both leave what they saw in FOLDER; test_expert_parallel_
-training.py holds it against a stock model in one process.
+    python -m tests.pretrain.engine.expert_parallel_ranks RANK FOLDER
+
+Both leave what they saw in FOLDER; test_expert_parallel_training.py holds it against a stock model in one process.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
 from tasks.pretrain import trainable
-from tasks.pretrain.checkpoints import checkpoint
-from tasks.pretrain.engine import engine
+from tasks.pretrain.checkpoints import manager
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Balance, Phase
@@ -140,7 +141,7 @@ def main(rank: int, folder: Path) -> None:
     engine.initialise(folder)
     for name in CASES:
         params, seen = settings(name), {}
-        checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
+        checkpoints = manager.CheckpointManager(folder / name, params=params, rank=rank, world_size=2)
         built = build(name, params, world_size=2)
         choice = routed(built)
         seen["before"] = train(built, params, range(1, SAVED + 1))
@@ -151,7 +152,7 @@ def main(rank: int, folder: Path) -> None:
         last = engine.full_weights(built)
         built.destroy()
         other = build(name, params, world_size=2)
-        checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=rank, world_size=2)
+        checkpoints = manager.CheckpointManager(folder / name, params=params, rank=rank, world_size=2)
         state = checkpoints.latest()
         assert state is not None
         trainable.set_rates(other, step=1, params=params)  # as in a rollback

@@ -12,8 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks import scratch
-
-from .projects import configure, stage, start, timeless, wait_for, workers
+from tests.pretrain.projects import configure, stage, start, timeless, wait_for, workers
 
 pytestmark = pytest.mark.e2e
 

@@ -254,7 +254,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     """
     import torch
 
-    from tasks.pretrain.engine import expert_parallel, masters
+    from tasks.pretrain.engine import expert_parallel, fp32_weights
 
     if expert_parallel.active(engine):
         return expert_parallel.full_weights(engine)
@@ -267,7 +267,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     for name, parameter in engine.module.named_parameters():
         whole = beside.get(id(parameter))
         if whole is None:
-            whole = masters.full(parameter)
+            whole = fp32_weights.full(parameter)
         if torch.distributed.get_rank() == 0:
             weights[name] = whole.detach().to("cpu", torch.float32, copy=True)
     return weights if torch.distributed.get_rank() == 0 else None

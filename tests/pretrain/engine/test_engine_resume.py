@@ -11,8 +11,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate
 from tasks.pretrain import trainable
-from tasks.pretrain.checkpoints.checkpoint import Checkpoints
-from tasks.pretrain.engine import engine
+from tasks.pretrain.checkpoints.manager import CheckpointManager
+from tasks.pretrain.engine import interface as engine
 from tasks.settings import Pretrain
 
 
@@ -69,7 +69,7 @@ def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
     )  # fmt: skip
     built = build(params, dtype, gated=gated)
     train(built, range(2), params=params)
-    checkpoints = Checkpoints(tmp_path, params=params, rank=0, world_size=1)
+    checkpoints = CheckpointManager(tmp_path, params=params, rank=0, world_size=1)
     checkpoints.save(built, state={"step": 2})
     checkpoints.finish()
     expected = train(built, range(2, 5), params=params)

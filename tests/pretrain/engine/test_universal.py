@@ -15,15 +15,15 @@ from unittest import mock
 import pytest
 import torch
 
-from tasks.pretrain.checkpoints import background, checkpoint
-from tasks.pretrain.checkpoints.checkpoint import Checkpoints
-from tasks.pretrain.engine import engine, reshape
+from tasks.pretrain.checkpoints import manager
+from tasks.pretrain.checkpoints.manager import CheckpointManager
+from tasks.pretrain.engine import checkpoint_writer, universal
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.job import TrainingError
 from tasks.scratch import write_json
 from tasks.settings import Pretrain
-
-from .engines import build, states, train
-from .engines import settings as any_settings
+from tests.pretrain.engines import build, states, train
+from tests.pretrain.engines import settings as any_settings
 
 CASES = {
     "zero-0": (0, torch.float32),
@@ -48,7 +48,7 @@ def take_up(root: Path, case: str, *, written_by: int, rank: int, world_size: in
     """An engine of this world size that goes on from the checkpoint of the other one."""
     params = settings(case, processes=world_size)
     built = build(params, world_size=world_size, dtype=CASES[case][1])
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         folder(root, case, written_by=written_by), params=params, rank=rank, world_size=world_size
     )
     found = checkpoints.latest()
@@ -61,7 +61,7 @@ def take_up(root: Path, case: str, *, written_by: int, rank: int, world_size: in
 
 def save(built: engine.DeepSpeedEngine, root: Path, *, case: str, step: int, rank: int, world_size: int) -> None:
     params = settings(case, processes=world_size)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         folder(root, case, written_by=world_size), params=params, rank=rank, world_size=world_size
     )
     checkpoints.save(built, state={"step": step})
@@ -90,14 +90,14 @@ def second(rank: int, root: Path, port: int) -> None:
 
 def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str, Any]:
     """What each rank is told when the disk of one is full, and what is left."""
-    checkpoints = Checkpoints(root / "full", params=settings("zero-1", processes=2), rank=rank, world_size=2)
+    checkpoints = CheckpointManager(root / "full", params=settings("zero-1", processes=2), rank=rank, world_size=2)
     checkpoints.save(built, state={"step": 2})
     checkpoints.finish()
     told = []
     for files, markers in [(0, None), (1, None), (None, 1)]:  # whose disk is full, and for what
         with (
-            mock.patch.object(background.torch, "save", full if rank == files else torch.save),
-            mock.patch.object(checkpoint.scratch, "write_json", full if rank == markers else slow),
+            mock.patch.object(checkpoint_writer.torch, "save", full if rank == files else torch.save),
+            mock.patch.object(manager.scratch, "write_json", full if rank == markers else slow),
         ):
             checkpoints.save(built, state={"step": 4})
             try:
@@ -190,7 +190,7 @@ def test_all_ranks_hear_of_the_full_disk_of_one_and_nothing_half_is_left(runs: d
 
 
 def test_another_precision_is_refused_with_the_one_to_set(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
-    checkpoints = Checkpoints(tmp_path, params=any_settings(), rank=0, world_size=1)
+    checkpoints = CheckpointManager(tmp_path, params=any_settings(), rank=0, world_size=1)
     built = build(any_settings())
     state = {"step": 2, "world_size": 1, "optimizer": "any", "dtype": "bfloat16"}
     with pytest.raises(
@@ -202,5 +202,5 @@ def test_another_precision_is_refused_with_the_one_to_set(tmp_path: Path, runs: 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "step-00000002").mkdir()
     with pytest.raises(TrainingError, match="step-00000002 could not be converted"):
-        reshape.convert(tmp_path / "step-00000002", tmp_path / ".tmp-universal")
+        universal.convert(tmp_path / "step-00000002", tmp_path / ".tmp-universal")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

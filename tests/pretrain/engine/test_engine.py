@@ -13,7 +13,7 @@ import torch.utils.cpp_extension  # here, before any test: setuptools, which it 
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import engine
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 

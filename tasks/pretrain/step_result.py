@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class StepResult:
     """The same on every rank."""
 
     losses: dict[str, np.ndarray]
@@ -78,7 +78,7 @@ def collect(
     seconds: float,
     slots: int,
     process: Process,
-) -> Found:
+) -> StepResult:
     """Exchange what this rank found with the others; every rank must call it.
 
     Args:
@@ -108,7 +108,7 @@ def collect(
     torch.distributed.all_reduce(every)
     table, seconds_R, load = every.cpu().split([own.numel(), len(seconds_R), len(load)])
     domain, window, predicted, *found = table.view_as(own).numpy()
-    return Found(
+    return StepResult(
         losses=dict(zip(["loss", *names], found, strict=True)),
         of_batches=frozenset(name for name in names if not losses[0].parts[name].ndim),
         domains=[domains[int(number)] for number in domain],

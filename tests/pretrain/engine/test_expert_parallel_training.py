@@ -19,14 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import families, gate
 from tasks.pretrain import export, trainable
-from tasks.pretrain.checkpoints import checkpoint
-from tasks.pretrain.engine import engine, expert_parallel
+from tasks.pretrain.checkpoints import store
+from tasks.pretrain.checkpoints.manager import CheckpointManager
+from tasks.pretrain.engine import expert_parallel
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.loss.balance import Balancer
+from tests.pretrain.engine import expert_parallel_ranks as ranks
 
-from . import expert_parallel_ranks as ranks
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXACT = [name for name, (_, dtype) in ranks.CASES.items() if dtype == torch.float32]
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "MASTER_PORT": str(port),
     }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-m", "tests.pretrain.expert_parallel_ranks"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.pretrain.engine.expert_parallel_ranks"]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(found)], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -130,7 +131,7 @@ def test_the_routers_are_read_as_those_of_the_stock_model(name: str, folder: Pat
 @pytest.mark.parametrize("name", EXACT)
 def test_a_stock_model_with_the_weights_handed_out_has_the_engines_loss(name: str, folder: Path) -> None:
     model = ranks.stock(name)
-    state = checkpoint.find(folder / name)
+    state = store.find(folder / name)
     assert state is not None
     gate.set_biases(model, state["biases"])
     missing, unexpected = model.load_state_dict(load_file(folder / f"{name}-saved.safetensors"), strict=False)
@@ -149,7 +150,7 @@ def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> 
     params = ranks.settings(name, processes=1, expert_parallel=1)
     block = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
     built = ranks.build(name, params, world_size=1, **block)
-    checkpoints = checkpoint.Checkpoints(folder / name, params=params, rank=0, world_size=1)
+    checkpoints = CheckpointManager(folder / name, params=params, rank=0, world_size=1)
     state = checkpoints.latest()
     assert state is not None
     checkpoints.restore(built, state)

@@ -42,9 +42,9 @@ def _count_steps(optimizer: Any, path: Path) -> None:
     DeepSpeed 0.19.8 loads the first group's hyperparameters into all, and the first state's step counter, one and the
     same tensor, which then counts every group's steps: the bias correction of the moments goes wrong from there on.
     """
-    from tasks.pretrain.checkpoints import background
+    from tasks.pretrain.engine import checkpoint_writer
 
-    saved = background.load(path)["optimizer_state_dict"]
+    saved = checkpoint_writer.load(path)["optimizer_state_dict"]
     steps = [saved["state"][group["params"][0]]["step"] for group in saved["param_groups"]]
     for part, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
         optimizer.optimizer.state[flat]["step"] = steps[optimizer.sub_group_to_group_id[part]].clone()

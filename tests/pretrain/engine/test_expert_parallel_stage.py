@@ -11,8 +11,7 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from tasks.corpus.sampling import windows
-
-from .projects import configure, stage, timeless
+from tests.pretrain.projects import configure, stage, timeless
 
 pytestmark = pytest.mark.e2e
 

@@ -13,8 +13,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from tasks import scratch
-
-from .projects import configure, stage, start, timeless, wait_for, workers
+from tests.pretrain.projects import configure, stage, start, timeless, wait_for, workers
 
 pytestmark = pytest.mark.e2e
 Finished = tuple[Path, CompletedProcess[str]]

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import engine
+from tasks.pretrain.engine import interface as engine
 from tasks.settings import Pretrain
-
-from .engines import build
-from .engines import settings as any_settings
+from tests.pretrain.engines import build
+from tests.pretrain.engines import settings as any_settings
 
 STAGES = (0, 1, 2, 3)
 STEPS = 4

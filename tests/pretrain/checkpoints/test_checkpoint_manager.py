@@ -16,13 +16,12 @@ import torch
 import xxhash
 
 from tasks import scratch
-from tasks.pretrain.checkpoints import background, random_state
-from tasks.pretrain.checkpoints import files as checkpoint_files
-from tasks.pretrain.checkpoints.checkpoint import Checkpoints
-from tasks.pretrain.engine import engine
+from tasks.pretrain.checkpoints import random_state, store
+from tasks.pretrain.checkpoints.manager import CheckpointManager
+from tasks.pretrain.engine import checkpoint_writer
+from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.job import TrainingError
-
-from .engines import build, settings, train
+from tests.pretrain.engines import build, settings, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,8 +44,8 @@ def folder(tmp_path: Path) -> Path:
 OPERATIONS = [(Path, "rename"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (os, "fsync")]
 
 
-def make(folder: Path, **fields: Any) -> Checkpoints:
-    return Checkpoints(folder, params=settings(**fields), rank=0, world_size=1)
+def make(folder: Path, **fields: Any) -> CheckpointManager:
+    return CheckpointManager(folder, params=settings(**fields), rank=0, world_size=1)
 
 
 def entry(content: bytes) -> dict[str, Any]:
@@ -63,7 +62,7 @@ def log_of(folder: Path) -> dict[str, Any]:
 
 def written(folder: Path, step: int) -> Path:
     """A checkpoint of one small file, as `_commit` leaves it."""
-    path = folder / checkpoint_files.tag(step)
+    path = folder / store.tag(step)
     path.mkdir(parents=True)
     (path / "weights").write_bytes(bytes(step))
     files = {"weights": entry(bytes(step))}
@@ -72,9 +71,9 @@ def written(folder: Path, step: int) -> Path:
     return path
 
 
-def staged(checkpoints: Checkpoints, step: int) -> Path:
+def staged(checkpoints: CheckpointManager, step: int) -> Path:
     """Everything of a checkpoint but its commit."""
-    staging = checkpoints.folder / f".tmp-{checkpoint_files.tag(step)}"
+    staging = checkpoints.folder / f".tmp-{store.tag(step)}"
     staging.mkdir(parents=True)
     (staging / "weights").write_bytes(bytes(step))
     scratch.write_json(staging / "written-0.json", {"weights": entry(bytes(step))})
@@ -100,7 +99,7 @@ def test_the_newest_whole_checkpoint_is_found_whatever_the_pointer_says_and_a_cr
     found = checkpoints.latest()
     assert found is not None
     assert (found["step"], found["tag"]) == (6, "step-00000006")
-    assert checkpoint_files.steps(folder) == [2, 4, 6]
+    assert store.steps(folder) == [2, 4, 6]
     assert not list(folder.glob(".tmp-*"))
 
 
@@ -109,7 +108,7 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path: Path, keep_every: int 
     checkpoints = make(tmp_path, keep=2, keep_every=keep_every)
     for step in range(2, 13, 2):
         checkpoints._commit(staged(checkpoints, step), {"step": step, "log": {}})
-    assert checkpoint_files.steps(tmp_path) == [*([4, 8] if keep_every else []), 10, 12]
+    assert store.steps(tmp_path) == [*([4, 8] if keep_every else []), 10, 12]
 
 
 def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_checkpoint(
@@ -148,7 +147,7 @@ def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_check
                 through = False
         found = make(folder).latest()
         assert found is not None
-        assert checkpoint_files.damage(folder / found["tag"]) is None
+        assert store.damage(folder / found["tag"]) is None
         assert found["step"] in {4, 6}
         assert not list(folder.glob(".tmp-*"))
         seen.add(found["step"])
@@ -188,22 +187,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_word(
     assert str(path) in note
     assert told in note
     assert "going on from the checkpoint of step 2" in note
-    assert checkpoint_files.steps(folder) == [2]
+    assert store.steps(folder) == [2]
 
 
 def test_any_flipped_bit_of_a_state_is_found_or_changes_nothing(folder: Path) -> None:
     path = written(folder, 4)
-    whole = checkpoint_files.state(path)
+    whole = store.state(path)
     text = (path / "state.json").read_bytes()
     found = 0
     for bit in range(len(text) * 8):
         flipped = bytearray(text)
         flipped[bit // 8] ^= 1 << bit % 8
         (path / "state.json").write_bytes(flipped)
-        if checkpoint_files.damage(path, content=False):
+        if store.damage(path, content=False):
             found += 1
         else:
-            assert checkpoint_files.state(path) == whole  # a space for a tab
+            assert store.state(path) == whole  # a space for a tab
     assert found > 0.9 * len(text) * 8
 
 
@@ -233,7 +232,7 @@ def test_one_that_may_not_be_read_is_not_taken_for_damaged(folder: Path, monkeyp
     monkeypatch.setattr(scratch, "read_sealed", refused)
     with pytest.raises(PermissionError):
         make(folder).latest()
-    assert checkpoint_files.steps(folder) == [2]
+    assert store.steps(folder) == [2]
 
 
 def test_with_all_checkpoints_damaged_nothing_is_deleted_and_the_error_names_them(folder: Path) -> None:
@@ -252,12 +251,12 @@ def test_a_flipped_byte_in_any_of_deepspeeds_files_is_found_with_its_record(
     checkpoints.save(built, state={"step": 1})
     checkpoints.finish()
     path = tmp_path / "step-00000001"
-    assert checkpoint_files.damage(path) is None
+    assert store.damage(path) is None
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
         for at in (0, len(content) // 3, len(content) // 2, len(content) - 1):
             file.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
-            assert file.name in (checkpoint_files.damage(path) or ""), at
+            assert file.name in (store.damage(path) or ""), at
         file.write_bytes(content)
     for file in path.glob("*.pt"):  # 4 KiB of zeros in the middle of a tensor
         content = bytearray(file.read_bytes())
@@ -266,9 +265,9 @@ def test_a_flipped_byte_in_any_of_deepspeeds_files_is_found_with_its_record(
         at = largest.header_offset + 128
         content[at : at + 4096] = bytes(len(content[at : at + 4096]))
         file.write_bytes(content[: file.stat().st_size])
-        assert f"{file.name}: record {largest.filename}: " in (checkpoint_files.damage(path) or "")
+        assert f"{file.name}: record {largest.filename}: " in (store.damage(path) or "")
         break
-    assert checkpoint_files.damage(path, content=False) is None
+    assert store.damage(path, content=False) is None
 
 
 def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_step(
@@ -278,11 +277,13 @@ def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_s
     expected, release = engine.full_weights(built), threading.Event()
     assert expected is not None
     save = torch.save
-    monkeypatch.setattr(background.torch, "save", lambda *args, **kwargs: (release.wait(), save(*args, **kwargs)))
+    monkeypatch.setattr(
+        checkpoint_writer.torch, "save", lambda *args, **kwargs: (release.wait(), save(*args, **kwargs))
+    )
     checkpoints = make(tmp_path)
     checkpoints.save(built, state={"step": 2})
     later = train(built, range(2, 5))  # with the first file not begun
-    assert checkpoint_files.find(tmp_path) is None
+    assert store.find(tmp_path) is None
     release.set()
     checkpoints.finish()
     assert checkpoints.blocked > 0
@@ -304,14 +305,14 @@ def test_the_optimizer_step_waits_until_all_is_copied(
 ) -> None:
     events: list[str] = []
     backward = threading.Event()
-    fill = background.Copies.fill
+    fill = checkpoint_writer.Copies.fill
 
-    def slow(copies: background.Copies) -> None:
+    def slow(copies: checkpoint_writer.Copies) -> None:
         assert backward.wait(60)
         fill(copies)
         events.append("copied")
 
-    monkeypatch.setattr(background.Copies, "fill", slow)
+    monkeypatch.setattr(checkpoint_writer.Copies, "fill", slow)
     handle = built.basic_optimizer.register_step_post_hook(lambda *_: events.append("stepped"))
     checkpoints = make(tmp_path)
     checkpoints.save(built, state={"step": 2})
@@ -343,7 +344,7 @@ def test_a_full_disk_is_told_at_the_next_call_and_leaves_nothing_half(
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(background.torch, "save", full)
+        patch.setattr(checkpoint_writer.torch, "save", full)
         checkpoints.save(built, state={"step": 4})
         assert checkpoints._write is not None
         assert checkpoints._write.done.wait(60)
@@ -365,14 +366,14 @@ def test_a_file_of_deepspeeds_that_would_run_code_is_not_read(tmp_path: Path) ->
 
     torch.save({"module": Trap()}, tmp_path / "file.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        background.load(tmp_path / "file.pt")
+        checkpoint_writer.load(tmp_path / "file.pt")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_copies_share_what_was_shared_and_leave_the_buffer_around_a_view() -> None:
     buffer = torch.arange(1000.0)
     view = buffer[10:14]
-    copies = background.Copies()
+    copies = checkpoint_writer.Copies()
     made = copies.stand_in({"a": view, "b": [view, (view.view(2, 2),)], "c": 3, "empty": torch.empty(0, 2)})
     copies.fill()
     buffer.zero_()

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from tasks import scratch
 from tasks.pretrain import job, schedule
-from tasks.pretrain.checkpoints import branch, finished, resume
-from tasks.pretrain.checkpoints import files as checkpoint_files
+from tasks.pretrain.checkpoints import branch, finished, resume, store
 from tasks.pretrain.job import Job, TrainingError
 from tasks.settings import Pretrain
 
@@ -37,7 +36,7 @@ def lines(steps: int) -> bytes:
 
 
 def save(workspace: Path, step: int, params: Pretrain) -> None:
-    path = workspace / "checkpoints" / checkpoint_files.tag(step)
+    path = workspace / "checkpoints" / store.tag(step)
     path.mkdir(parents=True)
     content = b"weights of %d" % step
     (path / "weights.pt").write_bytes(content)
@@ -65,12 +64,12 @@ def train(
 def begun(pipeline: str) -> tuple[list[int], bytes]:
     """Steps and log of an unfinished run."""
     (folder,) = resume.unfinished(pipeline)
-    return checkpoint_files.steps(folder / "checkpoints"), (folder / "training/log.jsonl").read_bytes()
+    return store.steps(folder / "checkpoints"), (folder / "training/log.jsonl").read_bytes()
 
 
 def kept(pipeline: str) -> list[int]:
     folder = finished.folder(pipeline)
-    return checkpoint_files.steps(folder / "checkpoints") if folder else []
+    return store.steps(folder / "checkpoints") if folder else []
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or invisible, written while training goes on, and exact resume.
+"""CheckpointManager that are whole or invisible, written while training goes on, and exact resume.
 
 Each rank writes its files in a thread (background.py), and rank 0's then waits for a marker file of
-every rank and makes the whole visible (files.py); no collective runs beside training. At
-another world size a checkpoint is converted first (tasks/pretrain/engine/reshape.py).
+every rank and makes the whole visible (store.py); no collective runs beside training. At
+another world size a checkpoint is converted first (tasks/pretrain/engine/universal.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
 from tasks.pretrain import schedule, trainable
-from tasks.pretrain.checkpoints import files as files
-from tasks.pretrain.checkpoints import random_state
-from tasks.pretrain.checkpoints.files import find, steps, tag
+from tasks.pretrain.checkpoints import random_state, store
+from tasks.pretrain.checkpoints.store import find, steps, tag
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.log.log_file import LOG
 from tasks.settings import Pretrain
@@ -26,12 +25,12 @@ from tasks.settings import Pretrain
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from tasks.pretrain.checkpoints.background import Write
+    from tasks.pretrain.engine.checkpoint_writer import Write
 
 _POLL = 0.02  # seconds between looks for other ranks' markers
 
 
-class Checkpoints:
+class CheckpointManager:
     """A run's checkpoints, seen from one rank. All ranks must make the same calls in order; `check` alone is free."""
 
     def __init__(self, folder: Path, *, params: Pretrain, rank: int, world_size: int) -> None:
@@ -48,7 +47,7 @@ class Checkpoints:
     @property
     def blocked(self) -> float:
         """Seconds that training stood still for checkpoints, so far."""
-        from tasks.pretrain.checkpoints.background import BackgroundEngine
+        from tasks.pretrain.engine.checkpoint_writer import BackgroundEngine
 
         return self._blocked + (BackgroundEngine.of(self._engine).waited if self._engine else 0.0)
 
@@ -66,15 +65,15 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = steps(self.folder)
         kept = self._gathered(kept)[0]
-        found, self.notes = files.newest(self.folder, kept, damage=self._damage)
+        found, self.notes = store.newest(self.folder, kept, damage=self._damage)
         if self.rank == 0:
-            files.sweep(self.folder, found)
+            store.sweep(self.folder, found)
         return self._gathered(found)[0]
 
     def _damage(self, path: Path) -> str | None:
         """What any rank finds wrong with a checkpoint, the same on every rank."""
         log = self.folder.parent / "training" / LOG
-        mine = files.damage(path, log=log, rank=self.rank, world_size=self.world_size)
+        mine = store.damage(path, log=log, rank=self.rank, world_size=self.world_size)
         return next(filter(None, self._gathered(mine)), None)
 
     def save(self, engine: DeepSpeedEngine, *, state: dict[str, Any]) -> None:
@@ -88,7 +87,7 @@ class Checkpoints:
         Raises:
             TrainingError: that one, or the beginning of this one, could not be written; the last whole one is kept.
         """
-        from tasks.pretrain.checkpoints.background import BackgroundEngine
+        from tasks.pretrain.engine.checkpoint_writer import BackgroundEngine
 
         self._settle()
         begun = time.perf_counter()
@@ -134,8 +133,8 @@ class Checkpoints:
         Raises:
             TrainingError: it cannot be loaded here, and why.
         """
-        from tasks.pretrain.checkpoints.background import BackgroundEngine
-        from tasks.pretrain.engine import reshape
+        from tasks.pretrain.engine import universal
+        from tasks.pretrain.engine.checkpoint_writer import BackgroundEngine
 
         self._settle()
         BackgroundEngine.of(engine)  # which reads without unpickling code
@@ -146,9 +145,9 @@ class Checkpoints:
                 f"{self.params.precision} is {form['dtype']} on this machine; set precision: {state['dtype']}"
             )
         if self.params.zero_stage and any(state[name] != value for name, value in form.items()):
-            reshape.across(engine, self.folder, state=state, rank=self.rank)
+            universal.across(engine, self.folder, state=state, rank=self.rank)
         else:
-            reshape.load(engine, self.folder, name=state["tag"], universal=False)
+            universal.load(engine, self.folder, name=state["tag"], universal=False)
         if state["world_size"] == self.world_size:
             random_state.restore(json.loads((self.folder / state["tag"] / f"rng-{self.rank}.json").read_text()))
         else:
@@ -228,17 +227,17 @@ class Checkpoints:
         for rank in range(self.world_size):
             written |= json.loads(_marker(staging, rank).read_text())
             _marker(staging, rank).unlink()
-        scratch.write_sealed(staging / files.STATE, {**state, "files": written})
+        scratch.write_sealed(staging / store.STATE, {**state, "files": written})
         scratch.fsync(staging)
         final = self.folder / tag(state["step"])
         if final.exists():
-            files.delete(final)
+            store.delete(final)
         staging.rename(final)
-        files.point(self.folder, state["step"])
+        store.point(self.folder, state["step"])
         for old in steps(self.folder)[: -self.params.keep]:
             milestone = self.params.keep_every is not None and old % self.params.keep_every == 0
             if not milestone and old != schedule.stable(self.params):
-                files.delete(self.folder / tag(old))
+                store.delete(self.folder / tag(old))
 
 
 def _marker(staging: Path, rank: int) -> Path:
