@@ -1,6 +1,6 @@
 """What a person sees of a run: one live display on a terminal, plain lines elsewhere.
 
-`stages.py` reports events here. Without a listener, as under a Prefect worker, they go nowhere: Prefect's log has all.
+`stages.py` reports events here. Without a display, as under a Prefect worker, they go nowhere: Prefect's log has all.
 """
 
 from __future__ import annotations
@@ -10,48 +10,48 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tasks.display import Display
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 State = Literal["waiting", "running", "done", "cached", "failed"]
 
-
-class Listener(Protocol):
-    """Hears of every change of a stage's state and of every line that it prints."""
-
-    def state(self, stage: str, state: State, /) -> None: ...
-
-    def line(self, stage: str, text: str, /) -> None: ...
-
-
-_listeners: list[Listener] = []
+_MARKS: dict[State, str] = {
+    "waiting": "[dim]·[/]",
+    "running": "[cyan]▶[/]",
+    "done": "[green]✔[/]",
+    "cached": "[green]≡[/]",
+    "failed": "[red]✘[/]",
+}
+_open: list[StageDisplay] = []
 
 
 def state(stage: str, new: State) -> None:
     """Report that a stage is now waiting, running, done, cached or failed."""
-    for listener in _listeners:
-        listener.state(stage, new)
+    for display in _open:
+        display.state(stage, new)
 
 
 def line(stage: str, text: str) -> None:
     """Report a line that a stage's command printed."""
-    for listener in _listeners:
-        listener.line(stage, text)
+    for display in _open:
+        display.line(stage, text)
 
 
 @contextmanager
 def display(*, terminal: bool | None = None) -> Iterator[None]:
     """Show the events reported inside the block: live if standard output is a terminal, else as lines."""
-    listener = Live() if (sys.stdout.isatty() if terminal is None else terminal) else Plain()
-    _listeners.append(listener)
+    shown = StageDisplay(terminal=terminal)
+    _open.append(shown)
     try:
-        with listener:
+        with shown.area:
             yield
     finally:
-        _listeners.remove(listener)
+        _open.remove(shown)
 
 
 @dataclass
@@ -78,55 +78,29 @@ class Row:
         return f"{seconds:.0f} s" if seconds else ""
 
 
-@dataclass
-class Plain:
-    """Lines `stage | text`."""
+class StageDisplay:
+    """A table of the stages (state, seconds, last line), or lines `stage | text`."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, *, terminal: bool | None = None) -> None:
+        self.rows: dict[str, Row] = {}
+        self.area = Display(self.table, stream=sys.stdout, terminal=terminal)
+        self._lock = threading.Lock()
 
-    def state(self, stage: str, new: State, /) -> None:
-        with self.lock:
+    def state(self, stage: str, new: State) -> None:
+        with self._lock:
             row = self.rows.setdefault(stage, Row())
             row.move(new)
-            if new != "waiting":
-                print(f"{stage} | == {new} {row.clock if row.seconds else ''}".rstrip(), flush=True)
+            if not self.area.on_terminal and new != "waiting":
+                self.area.say(f"{stage} | == {new} {row.clock if row.seconds else ''}".rstrip())
 
-    def line(self, stage: str, text: str, /) -> None:
-        with self.lock:
-            print(f"{stage} | {text}", flush=True)
+    def line(self, stage: str, text: str) -> None:
+        with self._lock:
+            if not self.area.on_terminal:
+                self.area.say(f"{stage} | {text}")
+            elif text.strip():
+                self.rows.setdefault(stage, Row()).text = text.strip()
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-MARKS: dict[State, str] = {
-    "waiting": "[dim]·[/]",
-    "running": "[cyan]▶[/]",
-    "done": "[green]✔[/]",
-    "cached": "[green]≡[/]",
-    "failed": "[red]✘[/]",
-}
-
-
-class Live:
-    """A table of the stages, redrawn in place: state, seconds, last line."""
-
-    def __init__(self) -> None:
-        from rich.live import Live as RichLive
-
-        self.rows: dict[str, Row] = {}
-        self.live = RichLive(get_renderable=self._table, refresh_per_second=4)
-
-    def state(self, stage: str, new: State, /) -> None:
-        self.rows.setdefault(stage, Row()).move(new)
-
-    def line(self, stage: str, text: str, /) -> None:
-        if text.strip():
-            self.rows.setdefault(stage, Row()).text = text.strip()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
         from rich.table import Table
         from rich.text import Text
 
@@ -138,11 +112,5 @@ class Live:
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for name, row in list(self.rows.items()):
             text = row.text if row.state in ("running", "failed") else ""
-            table.add_row(MARKS[row.state], name, row.state, row.clock, Text(text, style="dim"))
+            table.add_row(_MARKS[row.state], name, row.state, row.clock, Text(text, style="dim"))
         return table
-
-    def __enter__(self) -> None:
-        self.live.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self.live.__exit__(*error)  # type: ignore[arg-type]

@@ -53,23 +53,23 @@ def run(pipeline: str) -> dict[str, Any]:
 
 def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Path) -> dict[str, Any]:
     from tasks.corpus.sampling import windows
+    from tasks.display import Progress
     from tasks.moe import counts
     from tasks.moe.streamed import Streamed
     from tasks.partition.construct import construct
-    from tasks.partition.progress import Progress
 
     partition, seq_len = entry.partition, entry.pretrain.seq_len
     validation = windows.validation(corpus_dir, seq_len=seq_len, count=VALIDATION_WINDOWS)
     dense = Streamed(model_dir)
     sparse_layers = partition.sparse_layers(dense.layers)
-    with Progress(len(sparse_layers), label="partition") as progress:
+    with Progress(len(sparse_layers), label="partition", unit="layer") as progress:
         made = construct(
             model_dir,
             corpus_dir,
             partition,
             seq_len=seq_len,
             folder=work,
-            report=progress.layer,
+            report=progress.advance,
         )
     started = time.perf_counter()
     moe = Streamed(work / "moe", device=_device())

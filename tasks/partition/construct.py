@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tasks import scratch
+from tasks.display import Progress
 from tasks.moe import gate as gates
 from tasks.moe import linear
 from tasks.moe.gate import Gate
@@ -28,7 +29,6 @@ from tasks.partition.exporters import SparseLayer
 from tasks.partition.index import Index
 from tasks.partition.layer import CHUNK, Layer, Sizes
 from tasks.partition.methods import copy
-from tasks.partition.progress import Progress
 from tasks.settings import Partition
 
 
@@ -144,7 +144,9 @@ class Builder:
         self._method = methods.get(partition.method)
         self._importance: dict[int, np.ndarray] = {}
         if self._method.needs == "gradients" and ids_BL is not None:
-            with Progress(parent.layers + 1, label="gradients") as progress:  # a forward pass, then layer by layer
+            with Progress(
+                parent.layers + 1, label="gradients", unit="step"
+            ) as progress:  # a forward pass, then layer by layer
                 self._importance, _ = gradients.importance(
                     parent,
                     ids_BL,
@@ -152,7 +154,7 @@ class Builder:
                     clusters=partition.experts,
                     seed=partition.seed,
                     scratch=folder,
-                    report=progress.layer,
+                    report=progress.advance,
                 )
         self._states = None if ids_BL is None else calibration.States(parent, ids_BL)
         self._dense: calibration.States | None = None

@@ -24,12 +24,12 @@ def test_plain_lines_name_the_stage_and_how_it_ended(capsys: pytest.CaptureFixtu
 
 
 def test_the_live_table_shows_the_last_line_of_a_running_stage_and_not_its_markup() -> None:
-    live = progress.Live()
+    live = progress.StageDisplay(terminal=True)
     live.state("model@demo", "cached")
     live.state("pretrain@demo", "running")
     live.line("pretrain@demo", "step 3/48 [bold] loss 2.5")
     console = Console(file=io.StringIO(), width=80)
-    console.print(live._table())
+    console.print(live.table())
     first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "model@demo" in first
     assert "cached" in first
@@ -37,11 +37,11 @@ def test_the_live_table_shows_the_last_line_of_a_running_stage_and_not_its_marku
 
 
 def test_a_long_line_does_not_break_the_table() -> None:
-    live = progress.Live()
+    live = progress.StageDisplay(terminal=True)
     live.state("pretrain@demo", "running")
     live.line("pretrain@demo", "x" * 500)
     console = Console(file=io.StringIO(), width=60)
-    console.print(live._table())
+    console.print(live.table())
     assert [len(line) for line in console.file.getvalue().splitlines()] == [60]  # type: ignore[attr-defined]
 
 

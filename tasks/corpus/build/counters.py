@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from tasks.corpus.files import TMP
+
 NOT_DROPS = ("read", "kept")
+WRITE = 1.0  # seconds between two writes of a meter
 
 
 class Snapshot(BaseModel):
@@ -29,6 +35,61 @@ class Snapshot(BaseModel):
     tokens: int = 0
     bytes: int = 0
     rules: Counter[str] = Counter()
+
+
+class Meter:
+    """The counters of one unit of work, written to `folder` about once a second, for a Display on any machine.
+
+    A context manager, closed by a block that ends without an error. Its file stays, so that a later run shows what
+    earlier ones did.
+    """
+
+    def __init__(self, folder: Path, *, phase: str, domain: str, task: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = _path(folder, phase=phase, domain=domain, task=task)
+        self._now = Snapshot(phase=phase, domain=domain, task=task, attempt=uuid.uuid4().hex)
+        self.rules: Counter[str] = Counter()
+        """Records dropped, by rule; each record in one phase only."""
+        self._write()
+
+    def add(self, files: int = 0, *, documents: int = 0, tokens: int = 0, bytes: int = 0) -> None:
+        """Count input files and bytes read, records looked at (whatever becomes of them), and tokens written."""
+        now = self._now
+        now.files += files
+        now.documents += documents
+        now.tokens += tokens
+        now.bytes += bytes
+        if time.monotonic() - self._written >= WRITE:
+            self._write()
+
+    def close(self) -> None:
+        """The unit is finished; one that failed stays open."""
+        self._now.done = True
+        self._write()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        self._now.rules = self.rules
+        staging = self._path.with_name(f".{self._path.name}{TMP}{uuid.uuid4().hex}")
+        with suppress(OSError):  # a full disk stops the work by the work's own writes, not by its meter
+            staging.write_text(self._now.model_dump_json())
+            os.replace(staging, self._path)
+
+
+def forget(folder: Path, *, phase: str, domain: str, task: int) -> None:
+    """Delete the counters of a unit that is to be run anew."""
+    _path(folder, phase=phase, domain=domain, task=task).unlink(missing_ok=True)
+
+
+def _path(folder: Path, *, phase: str, domain: str, task: int) -> Path:
+    return folder / f"{phase}-{domain}-{task:05}.json"
 
 
 @dataclass

@@ -23,7 +23,7 @@ from typing import Any
 
 from tasks import scratch, settings, sources
 from tasks.corpus import files, fingerprint, source_versions
-from tasks.corpus.build import planning, progress, publishing, resolve, scan, tokenise
+from tasks.corpus.build import corpus_display, counters, planning, publishing, resolve, scan, tokenise
 from tasks.corpus.build.planning import Phase, Plan, Unit
 from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
@@ -105,7 +105,7 @@ def run_unit(path: str, unit: Unit) -> None:
     todo = planning.load(Path(path))
     if _is_done(todo, unit):
         return
-    with progress.Meter(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
+    with counters.Meter(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
         if unit.phase == "scan":
             # Only documents that come as ids need a tokenizer here, to be decoded.
             load = functools.partial(_encoder, todo.corpus)
@@ -200,7 +200,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
         todo = planning.load(path)
         for phase in planning.PHASES:
             for unit in _pending(todo, phase):  # counters of work begun with other settings
-                progress.forget(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task)
+                counters.forget(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task)
         yield todo
 
 
@@ -217,7 +217,7 @@ def _progress(todo: Plan) -> Path:
 
 def _phases(todo: Plan, *, run: Runner) -> Path:
     """Run what isn't done; returns the folder that holds the result."""
-    with progress.Display(_progress(todo), domains=list(todo.tasks)) as display:
+    with corpus_display.CorpusDisplay(_progress(todo), domains=list(todo.tasks)) as display:
         for phase in planning.PHASES:
             while units := _pending(todo, phase):  # twice, if a fast tokenizer turned out to be wrong
                 total = len(todo.units(phase))
@@ -238,7 +238,7 @@ def _is_done(todo: Plan, unit: Unit) -> bool:
     return tokenise.finished(_out(todo), unit.domain, task=unit.task) is not None
 
 
-def _tokenise(todo: Plan, *, unit: Unit, meter: progress.Meter) -> None:
+def _tokenise(todo: Plan, *, unit: Unit, meter: counters.Meter) -> None:
     def attempt(
         out: Path,
     ) -> None:  # folder and backend by one look, since another worker may find a mismatch meanwhile

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from tasks import scratch
 from tasks.corpus import files, shards
 from tasks.corpus.build import chunk_store, rejects, resolve, scan
+from tasks.corpus.build.counters import Meter
 from tasks.corpus.build.planning import Plan
-from tasks.corpus.build.progress import Meter
 from tasks.corpus.sampling import permutation
 from tasks.corpus.tokenizer.encoder import Encoder
 

@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.corpus.build.counters import Counters, Snapshot
-from tasks.corpus.build.progress import Meter
+from tasks.corpus import files
+from tasks.corpus.build import counters
+from tasks.corpus.build.counters import Counters, Meter, Snapshot
 
 
 def meter(folder: Path, *, phase: str = "scan", task: int = 0) -> Meter:
     return Meter(folder, phase=phase, domain="code", task=task)
+
+
+def snapshot(folder: Path, name: str) -> Snapshot:
+    return Snapshot.model_validate_json((folder / name).read_bytes())
 
 
 counted = st.fixed_dictionaries({name: st.integers(0, 10**12) for name in ("files", "documents", "tokens", "bytes")})
@@ -124,3 +129,54 @@ def test_a_file_that_is_half_written_is_passed_over_until_it_is_whole(tmp_path: 
     tmp_path.rmdir()
     counters.poll(4.0)
     assert counters.largest("code", "documents") == 3
+
+
+def test_a_meter_writes_when_it_begins_once_a_second_and_when_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = 0.0, []
+    monkeypatch.setattr(counters.time, "monotonic", lambda: now)
+    counting = meter(tmp_path, task=7)
+    seen.append(snapshot(tmp_path, "scan-code-00007.json").documents)
+    for quarter in range(1, 10):
+        now = quarter / 4
+        counting.add(documents=1)
+        seen.append(snapshot(tmp_path, "scan-code-00007.json").documents)
+    counting.rules["empty"] += 2
+    counting.close()
+    assert seen == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
+    last = snapshot(tmp_path, "scan-code-00007.json")
+    assert (last.done, last.documents, last.rules) == (True, 9, {"empty": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["scan-code-00007.json"]
+
+
+def test_what_a_killed_meter_leaves_is_found_by_a_sweep_and_by_no_display(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(counters.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            meter(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert Counters(tmp_path, 0.0).sums == {}
+    files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_meter_that_cannot_write_lets_the_work_go_on(tmp_path: Path) -> None:
+    counting = meter(tmp_path / "gone")
+    for path in (tmp_path / "gone").iterdir():
+        path.unlink()
+    (tmp_path / "gone").rmdir()
+    counting.add(documents=1)
+    counting.close()
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_meter_whose_block_fails_stays_open(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), meter(tmp_path):
+        raise KeyboardInterrupt
+    assert not snapshot(tmp_path, "scan-code-00000.json").done
