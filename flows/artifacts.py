@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks import settings
+from tasks import architectures, settings
 from tasks.moe import counts
 
 
@@ -141,7 +141,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "path": str(path),
         "architectures": config.get("architectures"),
         "parameters": counts.parameters(config),
-        **({"experts": counts.experts(config)} if config["model_type"] in counts.MOE_TYPES else {}),
+        **({"experts": counts.experts(config)} if architectures.is_moe(config) else {}),
         "stored_values": dict(stored),
         "tensors": len(headers),
         "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),

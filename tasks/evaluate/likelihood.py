@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.moe import checkpoint, loss, routing
+from tasks import architectures
+from tasks.moe import loss, routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def measure(
     nats: dict[str, list[float]] = {}
     load: dict[str, list[list[int]]] = {}
     speeds: list[float] = []
-    sparse = checkpoint.is_moe(model.config)
+    sparse = architectures.is_moe(model.config)
     for domain, ids_BL in windows.items():
         sums: list[float] = []
         with routing.expert_load(model) if sparse else nullcontext() as load_LE:

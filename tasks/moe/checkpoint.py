@@ -5,18 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import architectures
 from tasks.moe import allocator
-from tasks.moe.counts import MOE_TYPES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-
-def is_moe(config: Any) -> bool:
-    """True for the config (object or dict) of a sparse model."""
-    kind = config["model_type"] if isinstance(config, dict) else config.model_type
-    return kind in MOE_TYPES
 
 
 def load(
@@ -42,7 +36,7 @@ def load(
     allocator.keep_buffers()
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     options: dict[str, Any] = {}
-    if is_moe(config):
+    if architectures.is_moe(config):
         import moe_kernels
 
         moe_kernels.register()

@@ -11,13 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tasks import architectures
+
 if TYPE_CHECKING:
     from tasks.settings.pretrain import What
-
-DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-MOE_TYPES = ("mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe")
-MODEL_TYPES = (*DENSE_TYPES, *MOE_TYPES)
-_WITH_DENSE_LAYERS = ("qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,7 @@ def experts(config: Any) -> dict[str, Any]:
     """The experts of a model, whatever its class calls their sizes.
 
     Args:
-        config: a config of one of MODEL_TYPES, or its dict; fields that a dict leaves out have their class's defaults.
+        config: a config of a known class, or its dict; fields that a dict leaves out have their class's defaults.
 
     Returns:
         layers: the numbers of the sparse layers; experts and top_k: the routed ones of a layer, and those that a token
@@ -58,19 +55,15 @@ def experts(config: Any) -> dict[str, Any]:
         ValueError: a class that is not known here.
     """
     config = _object(config)
-    if config.model_type in DENSE_TYPES:
+    row = architectures.row(config)
+    if isinstance(row, architectures.Dense):
         return {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
-    qwen = config.model_type in _WITH_DENSE_LAYERS
-    layers = list(range(config.num_hidden_layers))
-    if qwen:
-        layers = [i for i in layers if i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0]
-    shared = {"granitemoeshared": "shared_intermediate_size", "qwen2_moe": "shared_expert_intermediate_size"}
     return {
-        "layers": layers,
-        "experts": config.num_experts if qwen else config.num_local_experts,
+        "layers": architectures.sparse_layers(config),
+        "experts": getattr(config, row.experts),
         "top_k": config.num_experts_per_tok,
-        "expert_size": config.moe_intermediate_size if qwen else config.intermediate_size,
-        "shared_size": getattr(config, shared.get(config.model_type, ""), 0),
+        "expert_size": getattr(config, row.expert_size),
+        "shared_size": getattr(config, row.shared_size) if row.shared_size else 0,
     }
 
 
@@ -140,9 +133,7 @@ def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[st
 
 def _object(config: Any) -> Any:
     """A config as transformers makes it, so that fields which are left out have the defaults of their class."""
-    kind = config["model_type"] if isinstance(config, dict) else config.model_type
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"config.json: model_type = {kind!r} is not counted; known: {', '.join(MODEL_TYPES)}")
+    architectures.row(config)  # refuses a class that is not known
     if not isinstance(config, dict):
         return config
     from transformers import AutoConfig
@@ -151,16 +142,11 @@ def _object(config: Any) -> Any:
 
 
 def _parts(config: Any) -> _Parts:
-    kind, e = config.model_type, experts(config)
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    row, e = architectures.row(config), experts(config)
+    hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, architectures.head_dim(config)
     queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
-    bias = 0
-    if kind == "qwen2" or getattr(config, "qkv_bias", False):
-        bias = queries + 2 * keys
-    elif getattr(config, "attention_bias", False):
-        bias = queries + 2 * keys + hidden
-    norms = 2 * hidden + (2 * head_dim if kind in {"qwen3", "qwen3_moe"} else 0)
+    bias = sum({"q": queries, "k": keys, "v": keys, "o": hidden}[name] for name in architectures.biases(config))
+    norms = 2 * hidden + (2 * head_dim if row.qk_norm else 0)
     return _Parts(
         layers=config.num_hidden_layers,
         sparse=len(e["layers"]),
@@ -175,7 +161,7 @@ def _parts(config: Any) -> _Parts:
         top_k=e["top_k"],
         expert=3 * hidden * e["expert_size"],
         shared=3 * hidden * e["shared_size"],
-        shared_gate=hidden if kind == "qwen2_moe" else 0,
+        shared_gate=hidden if row.shared_gate else 0,
         ffn=3 * hidden * config.intermediate_size,
         ffn_bias=2 * config.intermediate_size + hidden if getattr(config, "mlp_bias", False) else 0,
     )

@@ -5,44 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""model_type, and the class of transformers: SwiGLU FFN of three matrices, RMSNorm before attention and FFN."""
-
-_GEGLU = "its FFN is GeGLU, and every sparse class here computes SwiGLU"
-_FUSED = "its q, k, v and its gate and up projections are fused into one matrix each"
-_POST_NORM = "it normalises behind attention and FFN, which no sparse class here does"
-_NO_GATE = "its FFN has two matrices and no gate"
-_SPARSE = "it is sparse already"
-_REASONS = {
-    "gemma": _GEGLU,
-    "gemma2": _GEGLU,
-    "gemma3_text": _GEGLU,
-    "phi3": _FUSED,
-    "glm4": _FUSED,
-    "olmo2": _POST_NORM,
-    "olmo3": _POST_NORM,
-    "olmo": "its LayerNorm has no weights, and the sparse classes have RMSNorm",
-    "granite": "it has multipliers on embeddings, residuals, attention and logits, which are not carried over yet",
-    "cohere": "attention and FFN run side by side behind one LayerNorm",
-    "stablelm": "it has LayerNorm and a partial rotary embedding",
-    "smollm3": "some of its layers have no rotary embedding, which no sparse class here can say",
-    "starcoder2": _NO_GATE,
-    "phi": _NO_GATE,
-    "gpt2": _NO_GATE,
-    "gpt_neox": _NO_GATE,
-    "falcon": _NO_GATE,
-    "opt": _NO_GATE,
-    "mixtral": _SPARSE,
-    "granitemoe": _SPARSE,
-    "granitemoeshared": _SPARSE,
-    "qwen2_moe": _SPARSE,
-    "qwen3_moe": _SPARSE,
-}
+from tasks.architectures import DENSE, REFUSED
 
 
 def check(fields: Mapping[str, Any]) -> None:
@@ -52,11 +15,12 @@ def check(fields: Mapping[str, Any]) -> None:
         raise ValueError(
             f"config.json: model_type = {kind!r}, architectures = {classes!r}; needed: a name, and a list of names"
         )
-    if kind not in FAMILIES or (classes and classes[0] != FAMILIES[kind]):
-        reason = _REASONS.get(str(kind), "it is not known whether its FFN can be cut into experts without a loss")
-        if kind in FAMILIES:
-            reason = f"it is no causal language model of class {FAMILIES[kind]}"
-        supported = ", ".join(f"{name} ({cls})" for name, cls in FAMILIES.items())
+    row = DENSE.get(str(kind))
+    if row is None or (classes and classes[0] != row.architecture):
+        reason = REFUSED.get(str(kind), "it is not known whether its FFN can be cut into experts without a loss")
+        if row is not None:
+            reason = f"it is no causal language model of class {row.architecture}"
+        supported = ", ".join(f"{row.model_type} ({row.architecture})" for row in DENSE.values())
         raise ValueError(
             f"config.json: model_type = {kind!r}, architectures = {classes} is not supported: {reason}; "
             f"supported: {supported}"

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import architectures
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -23,8 +25,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_NAMES_IN_4 = {"qwen3_moe": {"num_experts": "num_local_experts"}}
-"""By model_type: fields that transformers 4 reads, and the fields that transformers 5 writes in their place."""
 _TOKENIZER_5 = ("backend", "is_local", "local_files_only")
 """Fields of tokenizer_config.json that say where transformers 5 found the tokenizer."""
 DOCUMENTS = ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -45,7 +45,8 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     where they are missing. transformers 5 takes `rope_scaling` before `rope_parameters`; both say the same here.
     """
     fields: dict[str, Any] = json.loads(config.to_json_string())
-    fields |= {name: fields[other] for name, other in _NAMES_IN_4.get(config.model_type, {}).items()}
+    if (row := architectures.SPARSE.get(config.model_type)) is not None:
+        fields |= {name: fields[other] for name, other in row.names_in_4.items()}
     if "dtype" in fields:
         fields["torch_dtype"] = fields["dtype"]
     return fields | _rope_fields(config)

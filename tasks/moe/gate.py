@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tasks import architectures
 from tasks.moe import routing
 from tasks.moe.internals.training_router import TrainingRouter, extend
 
@@ -34,7 +35,8 @@ _FIELDS = {
     "selection_bias": "bias_E",
 }
 _NAME = re.compile(r"(?:|.*\.)layers\.(\d+)\.(?:.*\.)?(" + "|".join(map(re.escape, _FIELDS)) + ")")
-_ROUTER = re.compile(r"(?:|.*\.)layers\.(\d+)\.(?:.*\.)?(?:gate|router)\.weight")
+_ROUTERS = "|".join(sorted({row.router for row in architectures.SPARSE.values()}))
+_ROUTER = re.compile(r"(?:|.*\.)layers\.(\d+)\.(?:.*\.)?(?:" + _ROUTERS + r")\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)

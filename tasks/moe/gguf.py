@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import architectures
 from tasks.moe import families, files, untrusted
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""GGUF's names. Mistral models are written as `llama`, and become LLaMAs: without a sliding window, as llama.cpp runs
+_CLASSES = {row.model_type: row.architecture for row in architectures.DENSE.values() if row.gguf}
+"""By GGUF's name. Mistral models are written as LLaMAs, and become such: without a sliding window, as llama.cpp runs
 them."""
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -62,8 +63,8 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
     except (ValueError, OSError, IndexError) as error:
         raise ValueError(f"{file.name} is damaged or cut short ({error}); fetch it again") from None
     architecture = _field(reader, "general.architecture") or "unknown"
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"is a GGUF of architecture {architecture!r}; supported: {', '.join(ARCHITECTURES)}")
+    if architecture not in _CLASSES:
+        raise ValueError(f"is a GGUF of architecture {architecture!r}; supported: {', '.join(_CLASSES)}")
     frequencies = tensors.pop(_ROPE_FREQS, None)
     config = _config(file, reader, architecture=architecture, frequencies=frequencies)
     wanted = families.expected(config)
@@ -116,7 +117,7 @@ def _config(
             "safetensors"
         )
     fields: dict[str, Any] = load_gguf_checkpoint(file)["config"]
-    fields |= {"model_type": architecture, "architectures": [families.FAMILIES[architecture]]}
+    fields |= {"model_type": architecture, "architectures": [_CLASSES[architecture]]}
     fields.setdefault("rope_theta", 10_000.0)  # llama.cpp's; transformers has another for every family
     if head_dim := _field(reader, f"{architecture}.attention.key_length"):
         fields["head_dim"] = head_dim

@@ -12,7 +12,6 @@ Shapes: T tokens, D hidden, E routed experts, B windows, L their length.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tasks import architectures
 from tasks.moe import gate as gates
 from tasks.moe.gate import Gate
 from tasks.moe.streamed import Streamed
@@ -29,7 +29,6 @@ RIDGE = 1e-6
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Those tried for the bias, as shares of the mean diagonal of the hidden states' second moments."""
 SAMPLES = 4096
-_ROUTER = re.compile(r"\.(gate|router|router\.layer)\.weight$")
 
 
 def fit(
@@ -138,14 +137,14 @@ def refit(
         "top_k": model.config.num_experts_per_tok,
         "normalised": getattr(model.config, "norm_topk_prob", True),
     }
+    router = architectures.SPARSE[model.config.model_type].stored_router
     hidden_BLD = None if ids_BL is None else model.embed(torch.from_numpy(ids_BL))
     layers: dict[str, dict[str, float]] = {}
     for i in range(model.layers):
         x_TD = None if hidden_BLD is None else _pass(model, i, hidden_BLD, gate=made.get(i), batch=batch)
         if i not in made:
             continue
-        name = next(name for name in model.layer_names(i) if _ROUTER.search(name))
-        stored = model.stored[name]
+        stored = model.stored[f"model.layers.{i}.{router}"]
         if x_TD is None:
             norm_D = model.tensor(f"model.layers.{i}.post_attention_layernorm.weight")
             router_ED, layers[str(i)] = fit_gaussian(made[i], norm_D, dtype=stored.dtype, **how)

@@ -26,12 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.logging import disable_progress_bar
 
+from tasks import architectures
 from tasks.moe import allocator, untrusted
 from tasks.moe.files import read_json
 from tasks.moe.writer import DTYPES
 
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
-SPARSE = ("mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe")
 _CHUNK = 256  # positions whose logits exist at once, as in tasks.moe.loss
 _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by old versions; the config determines it
 
@@ -113,7 +112,7 @@ class Streamed:
         prefix = f"model.layers.{i}."
         state |= {f"model.layers.0.{name.removeprefix(prefix)}": self.tensor(name) for name in self.layer_names(i)}
         options = {}
-        if self.config.model_type in SPARSE:
+        if architectures.is_moe(self.config):
             import moe_kernels
 
             moe_kernels.register()
@@ -162,12 +161,7 @@ class Streamed:
         [1, 1, L, L], True where a token is seen.
         """
         hidden = torch.zeros(1, length, 1, device=self.device)
-        types = getattr(self.config, "layer_types", None)
-        sliding = (
-            types[i] == "sliding_attention" if types else getattr(self.config, "sliding_window", None) is not None
-        )
-        if self.config.model_type.startswith("granite"):
-            sliding = False  # whatever its config says
+        sliding = architectures.windows(self.config)[i] is not None
         mask = create_sliding_window_causal_mask if sliding else create_causal_mask
         return {
             "position_embeddings": self.rotary(torch.arange(length)),
@@ -251,8 +245,8 @@ def _config(folder: Path) -> PreTrainedConfig:
         raw = read_json(path)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    if raw.get("model_type") not in DENSE + SPARSE:
-        raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(DENSE + SPARSE)}")
+    if raw.get("model_type") not in architectures.ALL:
+        raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(architectures.ALL)}")
     if raw.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: the weights are quantised; take the model's plain checkpoint")
     return AutoConfig.from_pretrained(

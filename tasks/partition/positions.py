@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tasks import architectures
 from tasks.moe.streamed import Streamed
 
 LONGEST = 1024
@@ -54,10 +55,7 @@ def difference(moe: Streamed, dense: Streamed) -> str | None:
 
 def _window(model: Streamed, i: int) -> int | None:
     """Tokens that layer `i` sees, by its config; None for all."""
-    types = getattr(model.config, "layer_types", None)
-    if model.config.model_type.startswith(("granite", "llama")) or (types and types[i] != "sliding_attention"):
-        return None
-    return getattr(model.config, "sliding_window", None)
+    return architectures.windows(model.config)[i]
 
 
 def _mask(model: Streamed, i: int, length: int) -> torch.Tensor:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks import sources
+from tasks import architectures, sources
 from tasks.settings.corpus import SourceText
 from tasks.settings.fields import Frozen, Positive, Sha256
 
 FETCHED = Path("data/models")
+if TYPE_CHECKING:
+    ModelType = str
+else:
+    ModelType = Literal[tuple(architectures.DENSE)]
 
 
 class Shape(Frozen):
     """Family and sizes, for plans and checks before anything is downloaded; the names are those of config.json."""
 
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    model_type: ModelType = architectures.LLAMA.model_type
     hidden_size: Positive
     intermediate_size: Positive
     num_hidden_layers: Positive

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tasks.architectures import SPARSE
 from tasks.settings.fields import LARGEST, Above, Frozen, NotNegative, Positive, Seed, Share
+
+if TYPE_CHECKING:
+    Target = str
+else:
+    Target = Literal[("auto", *SPARSE)]
 
 
 class Partition(Frozen):
@@ -23,7 +29,7 @@ class Partition(Frozen):
     """Neurons per expert; FFN width / (experts + shared_experts) if absent. Free where experts may share neurons."""
     layers: Literal["all", "alternate"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
     """Which layers become sparse; the others stay dense."""
-    target: Literal["auto", "mixtral", "granitemoe", "granitemoeshared", "qwen2_moe", "qwen3_moe"] = "auto"
+    target: Target = "auto"
     """Class of the result (its model_type); auto: the first that can express it."""
     router: Literal["random", "centroid", "analytical", "regression"] | None = None
     """How the router starts; regression where there is calibration text for the method anyway, else random."""

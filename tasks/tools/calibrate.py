@@ -77,8 +77,8 @@ def run(folder: Path) -> None:
     """One process of the calibration; rank 0 writes folder/speed.json."""
     import torch
 
+    from tasks.architectures import is_moe
     from tasks.moe import allocator
-    from tasks.moe.checkpoint import is_moe
     from tasks.pretrain.engine import interface as engines
     from tasks.pretrain.log import meters
     from tasks.pretrain.loss import balance
@@ -137,7 +137,7 @@ def random_model(config: dict[str, Any], *, dtype: torch.dtype, device: torch.de
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tasks.moe.checkpoint import is_moe
+    from tasks.architectures import is_moe
 
     options: dict[str, Any] = {}
     if is_moe(config):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tasks import architectures
 from tasks.moe import counts
 from tasks.pretrain import schedule
 from tasks.pretrain.engine.interface import BUCKET
@@ -182,16 +183,16 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     found = counts.experts(made)
     width, tokens = 2 if bfloat16 else 4, params.micro_batch * params.seq_len
     hidden, heads = made.hidden_size, made.num_attention_heads
-    head_dim = getattr(made, "head_dim", None) or hidden // heads
+    head_dim, row = architectures.head_dim(made), architectures.row(made)
     queries, keys = heads * head_dim, made.num_key_value_heads * head_dim
     common = 2 * 4 * hidden + width * (4 * hidden + 2 * queries + 2 * keys) + 4 * heads
-    if made.model_type in {"qwen3", "qwen3_moe"}:  # norms of queries and keys
+    if row.qk_norm:  # norms of queries and keys
         common += (4 + width) * (queries + keys)
     dense_path = not cuda and _all_experts(found, tokens=tokens, bfloat16=bfloat16)
     rows = found["experts"] if dense_path else found["top_k"]
     sparse = common + width * (2 * rows * found["expert_size"] + 4 * found["shared_size"])
     sparse += 4 * found["experts"] + 16 * found["top_k"]  # the router's
-    if made.model_type == "qwen2_moe":  # the gate of the shared expert, and what it is multiplied with
+    if row.shared_gate:  # the gate of the shared expert, and what it is multiplied with
         sparse += width * (hidden + 2) + 8 * found["top_k"]
     dense = common + width * 4 * made.intermediate_size
     layers, moe = made.num_hidden_layers, len(found["layers"])

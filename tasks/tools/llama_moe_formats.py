@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
+from tasks import architectures
 from tasks.moe import families
 from tasks.moe.gate import Gate
 from tasks.moe.internals.training_router import NOISE_EPSILON
@@ -86,7 +87,7 @@ def of(raw: Mapping[str, Any], shapes: Shapes) -> Format:
     """
     if raw.get("model_type") == "llama_moe":
         return _v1(raw, shapes)
-    if raw.get("model_type") == "mixtral" and _V2_MARKS & raw.keys():
+    if raw.get("model_type") == architectures.MIXTRAL.model_type and _V2_MARKS & raw.keys():
         return _v2(raw, shapes)
     raise ValueError(
         f"config.json: model_type = {raw.get('model_type')!r} is not imported; known: llama_moe (LLaMA-MoE v1), and "

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks import settings
+from tasks import architectures, settings
 from tasks.moe import counts
 
 _SIZES = st.fixed_dictionaries(
@@ -44,7 +44,7 @@ def _configs(sizes, moe, *, bias=False, shared=24, head_dim=8, places=None):
         "qwen2_moe": {"qkv_bias": bias, "shared_expert_intermediate_size": shared, **qwen},
         "qwen3_moe": {"attention_bias": bias, "head_dim": head_dim, **qwen},
     }
-    assert tuple(fields) == counts.MODEL_TYPES
+    assert set(fields) == set(architectures.ALL)
     return {kind: AutoConfig.for_model(kind, **sizes, **own) for kind, own in fields.items()}
 
 
@@ -86,7 +86,7 @@ def test_experts_are_those_of_the_built_model_under_whatever_names_its_config_ha
         for block in blocks.values():
             assert block.gate_up_proj.shape[:2] == (found["experts"], 2 * found["expert_size"]), kind
             assert found["top_k"] == moe["top_k"]
-        if kind in counts.DENSE_TYPES:
+        if kind in architectures.DENSE:
             assert found == {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
         else:
             assert found["shared_size"] == (shared if kind in {"granitemoeshared", "qwen2_moe"} else 0)
@@ -100,7 +100,7 @@ def test_a_model_that_chooses_all_experts_has_all_its_parameters_active(sizes, m
         assert found["active"] == found["total"], kind
 
 
-@pytest.mark.parametrize("kind", counts.MODEL_TYPES)
+@pytest.mark.parametrize("kind", architectures.ALL)
 def test_forward_flops_agree_with_pytorchs_counter_within_2_percent(kind):
     sizes = {
         "hidden_size": 64,
@@ -136,5 +136,5 @@ def test_a_shape_in_the_settings_gives_the_config_with_its_counts():
 
 
 def test_an_unknown_model_type_is_named_with_those_that_are_known():
-    with pytest.raises(ValueError, match=r"'gpt2' is not counted; known: llama, mistral, .*qwen3_moe"):
+    with pytest.raises(ValueError, match=r"'gpt2' is not known here; known: llama, mistral, .*qwen3_moe"):
         counts.parameters({"model_type": "gpt2"})

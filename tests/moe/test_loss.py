@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks import architectures
 from tasks.moe import checkpoint, loss, routing
 
 _SIZES = {
@@ -128,6 +129,6 @@ def test_loading_from_an_empty_folder_names_the_folder(tmp_path):
 
 
 def test_is_moe_knows_configs_and_their_dicts(sparse):
-    assert checkpoint.is_moe(sparse.config)
-    assert checkpoint.is_moe(sparse.config.to_dict())
-    assert not checkpoint.is_moe({"model_type": "llama"})
+    assert architectures.is_moe(sparse.config)
+    assert architectures.is_moe(sparse.config.to_dict())
+    assert not architectures.is_moe({"model_type": "llama"})

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tasks.moe.streamed import DENSE
+from tasks import architectures
 from tasks.settings import Partition
 
 _CARRIED = (
@@ -47,7 +47,6 @@ _HANDLED = (
     "layer_types",
     "pretraining_tp",  # read by nothing
 )
-Biases = Literal["", "qkv", "qkvo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,26 +75,23 @@ class SparseLayer:
 class Exporter:
     """One stock class of transformers as the result: what it can express, its config, its names on disk."""
 
-    name: ClassVar[str]
-    """model_type of the result."""
-    architecture: ClassVar[str]
-    biases: ClassVar[tuple[Biases, ...]] = ("",)
-    """Which attention biases it can hold."""
-    qk_norm: ClassVar[bool] = False
-    """Whether its attention has norms on queries and keys; it then has them always."""
-    shared: ClassVar[Literal["never", "always", "optional"]] = "never"
-    dense_layers: ClassVar[bool] = False
-    """Whether some layers may stay dense."""
-    window: ClassVar[Literal["none", "uniform", "per layer"]] = "none"
-    """Which sliding windows of the attention it can hold."""
+    row: ClassVar[architectures.Sparse]
+
+    @property
+    def name(self) -> str:
+        """model_type of the result."""
+        return self.row.model_type
 
     def supports(self, dense: PreTrainedConfig, partition: Partition) -> str | None:
         """None, or why this class cannot give exactly what the parent and the partition ask for."""
         return next(self._reasons(dense, partition), None)
 
     def _reasons(self, dense: Any, partition: Partition) -> Iterator[str]:
-        if dense.model_type not in DENSE:
-            yield f"config.json: model_type = {dense.model_type!r} is no dense family known here: {', '.join(DENSE)}"
+        layers: int = dense.num_hidden_layers
+        row = architectures.DENSE.get(dense.model_type)
+        if row is None:
+            families = ", ".join(architectures.DENSE)
+            yield f"config.json: model_type = {dense.model_type!r} is no dense family known here: {families}"
             return
         if dense.hidden_act != "silu":
             yield f"config.json: hidden_act = {dense.hidden_act!r}; experts are SwiGLU FFNs (silu)"
@@ -107,22 +103,22 @@ class Exporter:
         for field in fields(type(dense)):
             if field.name not in known and getattr(dense, field.name) != field.default:
                 yield f"config.json: {field.name} = {getattr(dense, field.name)!r} has no place in this class"
-        found = attention_biases(dense)
-        if found not in self.biases:
-            has = " and ".join({"": "none", "qkv": "q, k, v", "qkvo": "q, k, v, o"}[b] for b in self.biases)
-            yield f"the attention of a {dense.model_type} has biases ({', '.join(found)}); this class's: {has}"
-        if (dense.model_type == "qwen3") != self.qk_norm:
+        biases = architectures.biases(dense)
+        if not set(biases) <= set(self.row.biases):
+            held = "".join(["none", self.row.biases and f" and {', '.join(self.row.biases)}"])
+            yield f"the attention of a {dense.model_type} has biases ({', '.join(biases)}); this class's: {held}"
+        if row.qk_norm != self.row.qk_norm:
             yield f"norms on queries and keys: a {dense.model_type} and this class differ in them"
-        seen = windows(dense)
-        if self.window == "none" and any(width and width < dense.max_position_embeddings for width in seen):
+        seen = architectures.windows(dense)
+        if self.row.window == "none" and any(width and width < dense.max_position_embeddings for width in seen):
             yield f"config.json: sliding_window = {dense.sliding_window}; this class attends to the whole text"
-        if self.window == "uniform" and len(set(seen)) > 1:
+        if self.row.window == "uniform" and len(set(seen)) > 1:
             yield "config.json: layer_types: sliding and full attention alternate, and this class has one kind"
-        if self.shared == "never" and partition.shared_experts:
+        if not self.row.shared_size and partition.shared_experts:
             yield f"partition.shared_experts = {partition.shared_experts}; this class has none"
-        if self.shared == "always" and not partition.shared_experts:
+        if self.row.shared_always and not partition.shared_experts:
             yield "partition.shared_experts = 0; this class is the one with shared experts"
-        if not self.dense_layers and len(partition.sparse_layers(dense.num_hidden_layers)) < dense.num_hidden_layers:
+        if not self.row.dense_layers and len(partition.sparse_layers(layers)) < layers:
             yield f"partition.layers = {partition.layers!r}; this class has no dense layers beside the sparse ones"
 
     def config(self, dense: PreTrainedConfig, partition: Partition) -> PreTrainedConfig:
@@ -131,7 +127,7 @@ class Exporter:
             raise ValueError(f"partition.target = {self.name!r}: {reason}")
         common = {name: copy.deepcopy(getattr(dense, name)) for name in _CARRIED}
         common |= {"num_experts_per_tok": partition.top_k, "output_router_logits": False}
-        common |= {"architectures": [self.architecture]}
+        common |= {"architectures": [self.row.architecture]}
         return self._config(common, dense, partition=partition)
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
@@ -149,31 +145,13 @@ class Exporter:
         return {name: name for name in names if name in known}  # the classes agree outside of the FFN
 
     def extra(self, i: int, dense: PreTrainedConfig, *, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of layer `i` that this class wants and the parent has not."""
-        return {}
-
-
-def attention_biases(dense: Any) -> Biases:
-    """Which projections of the parent's attention have biases."""
-    if dense.model_type == "qwen2":
-        return "qkv"
-    return "qkvo" if dense.model_type != "mistral" and dense.attention_bias else ""
-
-
-def windows(dense: Any) -> list[int | None]:
-    """The sliding window of each layer's attention; None where it spans the whole text."""
-    width = None if dense.model_type == "llama" else dense.sliding_window
-    if dense.model_type in ("llama", "mistral"):
-        return [width] * dense.num_hidden_layers
-    return [width if kind == "sliding_attention" else None for kind in dense.layer_types]
-
-
-def head_dim(dense: Any) -> int:
-    """Width of one attention head."""
-    return int(getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads)
+        """Tensors of layer `i` that this class wants and the parent has not: a bias of o beside q, k and v."""
+        if set(architectures.biases(dense)) in (set(), set(self.row.biases)):
+            return {}
+        return {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(dense.hidden_size, dtype=dtype)}
 
 
 def odd_head_dim(dense: Any) -> dict[str, int]:
     """head_dim where it is not hidden / heads: not a field of these classes, but their attention reads it."""
     usual = dense.hidden_size // dense.num_attention_heads
-    return {} if head_dim(dense) == usual else {"head_dim": head_dim(dense)}
+    return {} if architectures.head_dim(dense) == usual else {"head_dim": architectures.head_dim(dense)}

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
-from tasks.partition.exporters.base import Exporter, SparseLayer, attention_biases, head_dim, odd_head_dim
+from tasks import architectures
+from tasks.partition.exporters.base import Exporter, SparseLayer, odd_head_dim
 from tasks.settings import Partition
 
 
 class GraniteMoe(Exporter):
-    name = "granitemoe"
-    architecture = "GraniteMoeForCausalLM"
-    biases = ("", "qkv", "qkvo")
+    row = architectures.GRANITE_MOE
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         return GraniteMoeConfig(**self._granite(common, dense, partition=partition))
@@ -31,8 +30,8 @@ class GraniteMoe(Exporter):
             | {
                 "intermediate_size": partition.check_width(dense.intermediate_size),
                 "num_local_experts": partition.experts,
-                "attention_bias": attention_biases(dense) != "",
-                "attention_multiplier": head_dim(dense) ** -0.5,
+                "attention_bias": architectures.biases(dense) != "",
+                "attention_multiplier": architectures.head_dim(dense) ** -0.5,
                 "embedding_multiplier": 1.0,
                 "residual_multiplier": 1.0,
                 "logits_scaling": 1.0,
@@ -47,16 +46,9 @@ class GraniteMoe(Exporter):
             f"{prefix}.output_linear.weight": sparse.down_EDF,
         }
 
-    def extra(self, i: int, dense: PreTrainedConfig, *, dtype: torch.dtype) -> dict[str, Tensor]:
-        if attention_biases(dense) != "qkv":
-            return {}
-        return {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(dense.hidden_size, dtype=dtype)}
-
 
 class GraniteMoeShared(GraniteMoe):
-    name = "granitemoeshared"
-    architecture = "GraniteMoeSharedForCausalLM"
-    shared = "always"
+    row = architectures.GRANITE_MOE_SHARED
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         fields = self._granite(common, dense, partition=partition)

@@ -7,22 +7,21 @@ from typing import Any
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
-from tasks.partition.exporters.base import Exporter, SparseLayer, head_dim, windows
+from tasks import architectures
+from tasks.partition.exporters.base import Exporter, SparseLayer
 from tasks.settings import Partition
 
 
 class Mixtral(Exporter):
-    name = "mixtral"
-    architecture = "MixtralForCausalLM"
-    window = "uniform"
+    row = architectures.MIXTRAL
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         return MixtralConfig(
             **common,
             intermediate_size=partition.check_width(dense.intermediate_size),
             num_local_experts=partition.experts,
-            head_dim=head_dim(dense),
-            sliding_window=windows(dense)[0],
+            head_dim=architectures.head_dim(dense),
+            sliding_window=architectures.windows(dense)[0],
         )
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2MoeConfig
 
-from tasks.partition.exporters.base import Exporter, SparseLayer, attention_biases, odd_head_dim, windows
+from tasks import architectures
+from tasks.partition.exporters.base import Exporter, SparseLayer, odd_head_dim
 from tasks.settings import Partition
 
 IDLE = 8
@@ -21,17 +22,12 @@ IDLE = 8
 
 
 class Qwen2Moe(Exporter):
-    name = "qwen2_moe"
-    architecture = "Qwen2MoeForCausalLM"
-    biases = ("", "qkv")
-    shared = "optional"
-    dense_layers = True
-    window = "per layer"
+    row = architectures.QWEN2_MOE
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         size = partition.check_width(dense.intermediate_size)
         sparse = partition.sparse_layers(dense.num_hidden_layers)
-        seen = windows(dense)
+        seen = architectures.windows(dense)
         sliding = next(filter(None, seen), None)
         return Qwen2MoeConfig(
             **common | odd_head_dim(dense),
@@ -42,7 +38,7 @@ class Qwen2Moe(Exporter):
             norm_topk_prob=True,
             decoder_sparse_step=1,
             mlp_only_layers=[i for i in range(dense.num_hidden_layers) if i not in sparse],
-            qkv_bias=attention_biases(dense) == "qkv",
+            qkv_bias=architectures.biases(dense) == "qkv",
             use_sliding_window=sliding is not None,
             sliding_window=sliding,
             max_window_layers=seen.index(sliding) if sliding else len(seen),  # read by transformers 4

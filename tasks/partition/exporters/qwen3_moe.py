@@ -7,31 +7,30 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
-from tasks.partition.exporters.base import Exporter, SparseLayer, attention_biases, head_dim, windows
+from tasks import architectures
+from tasks.partition.exporters.base import Exporter, SparseLayer
 from tasks.partition.exporters.qwen2_moe import routed
 from tasks.settings import Partition
 
 
 class Qwen3Moe(Exporter):
-    name = "qwen3_moe"
-    architecture = "Qwen3MoeForCausalLM"
-    biases = ("", "qkvo")
-    qk_norm = True
-    dense_layers = True
-    window = "uniform"
+    row = architectures.QWEN3_MOE
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         sparse = partition.sparse_layers(dense.num_hidden_layers)
-        sliding = windows(dense)[0]
+        sliding = architectures.windows(dense)[0]
         return Qwen3MoeConfig(
-            **common | {"head_dim": head_dim(dense)},  # no field of its own in transformers 5, but always published
+            **common
+            | {
+                "head_dim": architectures.head_dim(dense)
+            },  # no field of its own in transformers 5, but always published
             intermediate_size=dense.intermediate_size,
             moe_intermediate_size=partition.check_width(dense.intermediate_size),
             num_experts=partition.experts,
             norm_topk_prob=True,
             decoder_sparse_step=1,
             mlp_only_layers=[i for i in range(dense.num_hidden_layers) if i not in sparse],
-            attention_bias=attention_biases(dense) == "qkvo",
+            attention_bias=architectures.biases(dense) == "qkvo",
             use_sliding_window=sliding is not None,
             sliding_window=sliding,
         )

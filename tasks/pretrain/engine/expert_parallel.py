@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tasks import architectures
 from tasks.moe import counts, families, routing
 from tasks.pretrain.engine import fp32_weights
 from tasks.pretrain.job import TrainingError
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import nn
 
-_GRANITE = {"moe_layer_pattern": r"model\.layers\.\d+\.block_sparse_moe", "router_pattern": "router"}
-_FIELDS: dict[str, dict[str, str]] = {
-    "mixtral": {"preset_model": "mixtral"},
-    "qwen2_moe": {"preset_model": "qwen3_moe"},
-    "qwen3_moe": {"preset_model": "qwen3_moe"},
-    "granitemoe": _GRANITE,
-    "granitemoeshared": _GRANITE,
-}
-"""model_type -> how AutoEP finds its sparse blocks. Granite has no preset; its names are given instead."""
-
 
 def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
     """The `expert_parallel` block of DeepSpeed's configuration; {} if every process has all experts.
@@ -41,15 +32,15 @@ def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
     """
     if params.expert_parallel == 1:
         return {}
-    if model_type not in _FIELDS:
-        raise _refusal(params, f"model_type = {model_type!r} is none of {', '.join(_FIELDS)}")
+    if model_type not in architectures.SPARSE:
+        raise _refusal(params, f"model_type = {model_type!r} is none of {', '.join(architectures.SPARSE)}")
     if params.noise:
         raise _refusal(params, "noise: true needs a router of ours, and DeepSpeed puts its own in its place")
     if all(what == "router" for _, what in params.phases):
         raise _refusal(
             params, "train: router leaves the experts as they are, and DeepSpeed wants to train those it spreads"
         )
-    return {"enabled": True, "autoep_size": params.expert_parallel, **_FIELDS[model_type]}
+    return {"enabled": True, "autoep_size": params.expert_parallel, **architectures.SPARSE[model_type].autoep}
 
 
 def check(model: nn.Module, params: Pretrain) -> None:
@@ -213,7 +204,7 @@ def stock(found: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch
     import torch
 
     blocks = [name.removesuffix(".experts.w1") for name in found if name.endswith(".experts.w1")]
-    router = _FIELDS[model_type].get("router_pattern", "gate")
+    router = architectures.SPARSE[model_type].router
     parts = {
         "router.gate.": f"{router}.",
         "shared_experts.": "shared_expert.",

@@ -45,6 +45,7 @@ def run(job: Job) -> None:
 def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> None:
     import torch
 
+    from tasks.architectures import is_moe
     from tasks.moe import checkpoint, gate
     from tasks.pretrain import outputs
     from tasks.pretrain.engine import interface as engines
@@ -70,7 +71,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     objective = Objective(
         params,
         engine,
-        balancer=balance.Balancer(params, engine.module) if checkpoint.is_moe(model.config) else None,
+        balancer=balance.Balancer(params, engine.module) if is_moe(model.config) else None,
         distiller=distiller,
     )
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
