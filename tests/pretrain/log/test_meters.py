@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks.moe import counts
+from tasks import architectures
 from tasks.pretrain import trainable
 from tasks.pretrain.log import meters
 from tasks.settings.pretrain import What
@@ -47,11 +47,11 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {**QWEN, "mlp_only_layers": [0]},
 }
-assert tuple(OWN) == counts.MODEL_TYPES
+assert set(OWN) == set(architectures.ALL)
 CASES = [
     (kind, what)
-    for kind in counts.MODEL_TYPES
-    for what in (("all",) if kind in counts.DENSE_TYPES else ("all", "experts", "router"))
+    for kind in architectures.ALL
+    for what in (("all",) if kind in architectures.DENSE else ("all", "experts", "router"))
 ]
 
 
