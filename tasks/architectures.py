@@ -42,6 +42,15 @@ class Dense(_Architecture):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """Dense models that are read as another class, which computes the same (tasks/rewritten.py)."""
+
+    model_type: str
+    architecture: str
+    becomes: Dense
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sparse(_Architecture):
     """Sparse models that are written: softmax over the chosen experts' logits, weights that sum to 1."""
 
@@ -84,6 +93,9 @@ QWEN3 = Dense(
     gguf=True,
 )
 DENSE: Mapping[str, Dense] = {row.model_type: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+PHI3 = Rewritten(model_type="phi3", architecture="Phi3ForCausalLM", becomes=MISTRAL)
+OLMO = Rewritten(model_type="olmo", architecture="OlmoForCausalLM", becomes=LLAMA)
+REWRITTEN: Mapping[str, Rewritten] = {row.model_type: row for row in (PHI3, OLMO)}
 
 _HEAD_DIM = "head_dim must be hidden / heads"
 _GRANITE: dict[str, Any] = {
@@ -179,11 +191,9 @@ REFUSED: Mapping[str, str] = {
     "gemma": _GEGLU,
     "gemma2": _GEGLU,
     "gemma3_text": _GEGLU,
-    "phi3": "its q, k, v and its gate and up projections are fused into one matrix each",
     "glm4": _POST_NORM,
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
-    "olmo": "its LayerNorm has no weights, and the sparse classes have RMSNorm",
     "granite": "it has multipliers on embeddings, residuals, attention and logits, which are not carried over yet",
     "cohere": "attention and FFN run side by side behind one LayerNorm",
     "stablelm": "it has LayerNorm and a partial rotary embedding",

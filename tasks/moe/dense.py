@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import scratch, settings, sources
+from tasks import architectures, rewritten, scratch, settings, sources
 from tasks.moe import counts, families, files, gguf, untrusted
 
 if TYPE_CHECKING:
@@ -164,36 +164,38 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
     place = untrusted.headers(folder, shards, listed=listed)
     untrusted.check_config(fields, place)
 
-    def read_config() -> tuple[PreTrainedConfig, dict[str, tuple[int, ...]]]:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return config, families.expected(config)
+    def read_config() -> tuple[PreTrainedConfig, PreTrainedConfig, dict[str, tuple[int, ...]]]:
+        own = config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if fields["model_type"] in architectures.REWRITTEN:
+            config = AutoConfig.for_model(**rewritten.config(fields))
+        return own, config, families.expected(config)
 
-    config, wanted = untrusted.understood(read_config, file="config.json")
+    own, config, wanted = untrusted.understood(read_config, file="config.json")
     _check_shape(config, entry)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError("holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
     dtype = getattr(torch, entry.dtype)
     tied = config.tie_word_embeddings and "lm_head.weight" in place
     families.account(
-        {name: entry.shape for name, entry in place.items() if not (tied and name == "lm_head.weight")}, wanted
+        {name: entry.shape for name, entry in place.items() if not (tied and name == "lm_head.weight")},
+        wanted if own is config else families.expected(own),
     )
 
     def read(name: str) -> torch.Tensor:
         # Opened anew each time: what a mapping has read stays in memory until the mapping ends.
         with safe_open(folder / place[name].file, framework="pt") as file:
-            stored = file.get_tensor(name)
-            converted = stored.to(dtype, copy=True)
-            untrusted.require_fits(stored, converted, name=name, file=place[name].file)
-            return converted
+            stored: torch.Tensor = file.get_tensor(name)
+            untrusted.require_fits(stored, stored.to(dtype), name=name, file=place[name].file)
+            return stored
 
-    if tied and not read("lm_head.weight").equal(read("model.embed_tokens.weight")):
+    if tied and not read("lm_head.weight").to(dtype).equal(read("model.embed_tokens.weight").to(dtype)):
         raise ValueError(
             "config.json: tie_word_embeddings = true, but lm_head.weight is not model.embed_tokens.weight; set it to "
             "false, or drop lm_head.weight"
         )
     with ShardWriter(target, {name: (dtype, shape) for name, shape in wanted.items()}) as writer:
         for name in wanted:
-            writer.write(name, read(name))
+            writer.write(name, rewritten.tensor(name, fields, read).to(dtype))
     files.copy_tokenizer(folder, target)
     files.copy_documents(folder, target)
     return config

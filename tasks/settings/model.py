@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks import architectures, sources
+from tasks import architectures, rewritten, sources
 from tasks.settings.corpus import SourceText
 from tasks.settings.fields import Frozen, Positive, Sha256
 
@@ -69,7 +69,7 @@ def config(name: str, model: Model) -> tuple[dict[str, Any], str] | None:
     folders += [Path(source.path)] if source.kind == "dir" else []
     for folder in folders:
         if (found := _read(folder / "config.json")) is not None:
-            return found, str(folder / "config.json")
+            return rewritten.config(found), str(folder / "config.json")
     if model.shape is not None:
         return model.shape.model_dump(exclude_none=True), f"models.{name}.shape"
     return None
