@@ -1,10 +1,10 @@
-"""Sparse SwiGLU experts layers: Triton on CUDA, hand-written torch elsewhere, one oracle for both.
+"""Sparse SwiGLU experts layers: Triton on CUDA, torch operators elsewhere, one reference for both.
 
     import moe_kernels
     moe_kernels.register()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moe_kernels")
 
-Importing this package imports torch and nothing else; triton, transformers and deepspeed wait until they are used.
+Importing this package imports torch only; triton, transformers and deepspeed are imported where they are used.
 """
 
 from .autoep import use_in_deepspeed

@@ -1,8 +1,8 @@
-"""The seam of DeepSpeed's expert parallelism (AutoEP), which hands each rank rows already sorted by local expert.
+"""Computes the experts of DeepSpeed's expert parallelism (AutoEP).
 
-DeepSpeed sends the rows to the ranks of their experts, sorts them there and pads: zero rows after those of each expert
-up to a multiple of 8, counted as rows of the expert, and further rows past the sum of the counts. The first kind
-computes to zero; the second is not computed at all.
+DeepSpeed sends the rows to the ranks of their experts, sorts them by local expert and pads them: zero rows after those
+of each expert up to a multiple of 8, which count as rows of the expert, and rows past the sum of the counts. The
+former compute to zero; the latter are not computed.
 
 Shapes: M rows, D hidden, F width of one expert, E experts of this rank.
 """
@@ -16,7 +16,7 @@ from moe_kernels.experts import experts_sorted
 
 
 def use_in_deepspeed(model: nn.Module) -> int:
-    """Computes the experts of DeepSpeed's AutoEP by this package, from now on; calling it again changes nothing.
+    """Makes this package compute the experts of DeepSpeed's AutoEP; calling it again changes nothing.
 
     Call it after ``deepspeed.initialize``, which builds those experts. Parameters and state dict stay as they are.
 
@@ -28,17 +28,17 @@ def use_in_deepspeed(model: nn.Module) -> int:
 
     Raises:
         ValueError: the model has none.
-        NotImplementedError: one of them computes something else than SwiGLU; none is changed then.
+        NotImplementedError: one of them computes something other than SwiGLU; then none is changed.
     """
     from deepspeed.moe.ep_experts import GroupedExperts
 
-    found: dict[str, Any] = {name: each for name, each in model.named_modules() if isinstance(each, GroupedExperts)}
-    if not found:
+    experts: dict[str, Any] = {name: each for name, each in model.named_modules() if isinstance(each, GroupedExperts)}
+    if not experts:
         raise ValueError(
             f"use_in_deepspeed: {type(model).__name__} has no GroupedExperts; call it after deepspeed.initialize, "
             'with expert_parallel: {"enabled": true} in the configuration'
         )
-    for name, module in found.items():
+    for name, module in experts.items():
         reason = None
         if module.activation != "swiglu":
             reason = f"its activation is {module.activation!r}, and only 'swiglu' is supported"
@@ -46,9 +46,9 @@ def use_in_deepspeed(model: nn.Module) -> int:
             reason = f"{type(module).__name__} overrides forward"
         if reason is not None:
             raise NotImplementedError(f"use_in_deepspeed: cannot run {name}: {reason}; leave this model to DeepSpeed")
-    for module in found.values():
+    for module in experts.values():
         module.forward = functools.partial(_forward, module)
-    return len(found)
+    return len(experts)
 
 
 def _forward(module: Any, x_MD: Tensor, num_tokens_per_expert: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The experts layer as two opaque operators, forward and gradient, behind which one of three paths computes.
+"""The experts layer as two custom operators, forward and backward, over the three paths.
 
-Being operators of torch's library, they are one node each for ``torch.compile``. Between them live the tokens, the
-Parameters themselves (a saved view or cast copy of a weight would keep it alive until backward, which cancels
-ZeRO-3), the pre-activations, and of the routing only what the path reads: s(TD + 2MF) + 12M bytes with fp32 routing
-weights, s bytes an element. Casts of weights are made again in backward.
+``torch.compile`` sees one node for each. Saved for backward are the tokens, the Parameters themselves, the
+pre-activations, and the part of the routing that the path reads: s(TD + 2MF) + 12M bytes with fp32 routing weights and
+s bytes an element. A saved view or cast copy of a weight would keep the weight alive until backward, which defeats
+ZeRO-3, so casts are made again in backward.
 
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by expert.
 """
@@ -34,7 +34,7 @@ def experts_forward(
     path: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The layer in the dtype of ``x``, and what its backward reads.
+    """The layer in the dtype of ``x``, and the tensors its backward reads.
 
     Args:
         x: tokens (T, D) in the dtype of the GEMMs.
@@ -88,50 +88,32 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w13, w3, w2 and the routing weights, each in the dtype of its input; empty where not needed.
 
-    ``index`` is there on the dense path only, ``flat``, ``inverse`` and ``offset`` on the others only; the rest as in
-    :func:`experts_forward`.
+    Only the dense path takes ``index``; only the others take ``flat``, ``inverse`` and ``offset``. The other arguments
+    are those of :func:`experts_forward`.
     """
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        grads: tuple[Tensor | None, ...]
-        if path == "dense":
-            assert index is not None
-            assert weights is not None
-            grads = dense_path.backward(
-                grad_out,
-                x,
-                w13,
-                None,
-                w2,
-                hidden,
-                weights_TK=weights,
-                index_TK=index,
-                need_x=need_x,
-                need_w13=need_w13,
-                need_w2=need_w2,
-                need_weights=need_weights,
-            )
-        else:
+        backward: Callable[..., tuple[Tensor | None, ...]] = dense_path.backward
+        rows: dict[str, Any] = {"index_TK": index}
+        if path != "dense":
             assert offset is not None
+            top_k = 1 if inverse is None else inverse.shape[1]
+            routing = Routing(top_k=top_k, offset_E1=offset, flat_M=flat, inverse_TK=inverse)
             backward = sorted_path.backward if path == "sorted" else _triton_backward()
-            grads = backward(
-                grad_out,
-                x,
-                w13,
-                w3,
-                w2,
-                hidden,
-                weights_TK=weights,
-                routing=Routing(
-                    top_k=1 if inverse is None else inverse.shape[1],
-                    offset_E1=offset,
-                    flat_M=flat,
-                    inverse_TK=inverse,
-                ),
-                need_x=need_x,
-                need_w13=need_w13,
-                need_w2=need_w2,
-                need_weights=need_weights,
-            )
+            rows = {"routing": routing}
+        grads: tuple[Tensor | None, ...] = backward(
+            grad_out,
+            x,
+            w13,
+            w3,
+            w2,
+            hidden,
+            weights_TK=weights,
+            need_x=need_x,
+            need_w13=need_w13,
+            need_w2=need_w2,
+            need_weights=need_weights,
+            **rows,
+        )
     x_grad, w13_grad, w3_grad, w2_grad, weights_grad = (x.new_empty(0) if grad is None else grad for grad in grads)
     return x_grad, w13_grad, w3_grad, w2_grad, weights_grad
 
@@ -173,17 +155,10 @@ def _no_routing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @experts_forward.register_fake
-def _(
-    x: Tensor,
-    w13: Tensor,
-    w3: Tensor | None,
-    w2: Tensor,
-    index: Tensor | None,
-    weights: Tensor | None,
-    offset: Tensor | None,
-    path: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_shapes(
+    x: Tensor, w13: Tensor, w3: Tensor | None, w2: Tensor, index: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, path, keep = rest
     out = x.new_empty(x.shape)
     experts, _, width = w2.shape
     tokens = x.shape[0]
@@ -199,29 +174,12 @@ def _(
 
 
 @experts_backward.register_fake
-def _(
-    grad_out: Tensor,
-    x: Tensor,
-    w13: Tensor,
-    w3: Tensor | None,
-    w2: Tensor,
-    hidden: Tensor,
-    index: Tensor | None,
-    weights: Tensor | None,
-    flat: Tensor | None,
-    inverse: Tensor | None,
-    offset: Tensor | None,
-    path: str,
-    need_x: bool,
-    need_w13: bool,
-    need_w2: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradient_shapes(
+    grad_out: Tensor, x: Tensor, w13: Tensor, w3: Tensor | None, w2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    _, _, weights, *_, need_x, need_w13, need_w2, need_weights = rest
     needed = ((x, need_x), (w13, need_w13), (w3, need_w13), (w2, need_w2), (weights, need_weights))
-    x_grad, w13_grad, w3_grad, w2_grad, weights_grad = (
-        x.new_empty(0) if tensor is None or not need else tensor.new_empty(tensor.shape) for tensor, need in needed
-    )
-    return x_grad, w13_grad, w3_grad, w2_grad, weights_grad
+    return tuple(x.new_empty(0) if t is None or not need else t.new_empty(t.shape) for t, need in needed)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,6 @@
-"""The Triton backward: what each gradient needs, allocated and launched. The kernels are in ``backward_kernels.py``.
+"""The experts layer backward in Triton: allocates and launches.
+
+The kernels are in ``down_backward_kernel.py`` and ``backward_kernels.py``.
 
 Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by
 expert, B row tiles. Index arrays: see ``routing.py``.
@@ -11,22 +13,19 @@ from typing import Literal
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backward_kernels import (
-    down_backward_kernel,
-    router_gradient_kernel,
-    weight_gradient_kernel,
-    x_gradient_kernel,
-)
+from .backward_kernels import router_gradient_kernel, weight_gradient_kernel, x_gradient_kernel
 from .config import tile
+from .down_backward_kernel import down_backward_kernel
 from .forward import (
     combine,
     gate_and_up_by_descriptor,
+    gate_and_up_descriptor,
     gate_and_up_offset,
     loads_by_descriptor,
     row_tile_launch,
+    tile_arguments,
     zero_padding,
 )
 from .routing import Routing
@@ -190,13 +189,7 @@ def _weight_gradient(
         n_col_tiles=n_col_tiles,
         GATHER_LEFT=kernel == "w2_gradient",
         ALIGN=math.gcd(height, columns, left.stride(0), right.stride(0), 16),
-        BLOCK_M=shape.block_m,
-        BLOCK_N=shape.block_n,
-        BLOCK_K=shape.block_k,
-        GROUP_M=shape.group_m,
-        INTERPRETED=knobs.runtime.interpret,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        **tile_arguments(shape),
     )
 
 
@@ -212,14 +205,13 @@ def _x_gradient(grad_hidden_MG: Tensor, w13: Tensor, w3: Tensor | None, *, token
         )
         block_m, block_n, block_k = launch["BLOCK_M"], launch["BLOCK_N"], launch["BLOCK_K"]
         tma = gate_and_up_by_descriptor(gate, up_offset, depth=0) and loads_by_descriptor(gate, 2 * width, depth=0)
+        hidden_ptr: Tensor | TensorDescriptor = grad_hidden_MG
         w13_ptr: Tensor | TensorDescriptor = gate
         if tma:
-            shape, strides = [gate.shape[0], 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1]
-            w13_ptr = TensorDescriptor(gate, shape, strides, [1, 1, block_k, block_n])
+            hidden_ptr = TensorDescriptor.from_tensor(grad_hidden_MG, [block_m, block_k])
+            w13_ptr = gate_and_up_descriptor(gate, up_offset, width=width, block=[1, 1, block_k, block_n])
         x_gradient_kernel[grid](
-            grad_hidden_ptr=TensorDescriptor.from_tensor(grad_hidden_MG, [block_m, block_k])
-            if tma
-            else grad_hidden_MG,
+            grad_hidden_ptr=hidden_ptr,
             w13_ptr=w13_ptr,
             dx_ptr=dx_MD,
             stride_we=gate.stride(0),

@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a table in ``tiles.json``, no autotuner.
 
-An autotuner would let ranks of one job pick different tiles (and so different bits), and can exhaust the memory of a
-ZeRO-3 run while it probes. A row of the table is a shape and the tile chosen for it, by arithmetic or (``measured``)
+With an autotuner the ranks of one job could pick different tiles, and so different bits, and probing can exhaust the
+memory of a ZeRO-3 run. A row of the table is a shape and the tile chosen for it, by arithmetic or (``measured``)
 on a card by ``python -m bench.tune``; a lookup answers with the nearest shape. Every tile of the shipped table
 is compiled ahead of time in the tests.
 """
@@ -141,10 +141,10 @@ def forced(kernel: Kernel, candidate: Tile) -> Iterator[None]:
 
 @lru_cache(maxsize=4096)
 def _shipped_tile(key: Key) -> Tile:
-    found = nearest(shipped_table(), key)
-    if found is None:
+    tile = nearest(shipped_table(), key)
+    if tile is None:
         raise ValueError(f"{PATH}: no row of kernel {key.kernel!r}, arch {key.arch}, itemsize {key.itemsize}; add one")
-    return found
+    return tile
 
 
 def nearest(rows: Iterable[Row], key: Key) -> Tile | None:
@@ -163,7 +163,7 @@ def load(path: Path) -> tuple[Row, ...]:
     """Reads and checks a table.
 
     Raises:
-        ValueError: a row is broken; the message names the file, the row, the field, its value and the mend.
+        ValueError: a row is broken; the message names the file, the row, the field, its value and the fix.
     """
     try:
         rows = json.loads(path.read_text())["rows"]
@@ -181,9 +181,9 @@ def dump(rows: Iterable[Row], path: Path) -> None:
 
 
 def _row(where: str, row: Any) -> Row:
-    def check(field: str, value: object, good: bool, mend: str) -> None:
+    def check(field: str, value: object, good: bool, fix: str) -> None:
         if not good:
-            raise ValueError(f"{where}: {field} = {value!r}; {mend}")
+            raise ValueError(f"{where}: {field} = {value!r}; {fix}")
 
     check("row", row, isinstance(row, dict), "a row is an object")
     for kind, values in ((Row, row), (Tile, row.get("tile"))):

@@ -1,4 +1,4 @@
-"""Which of the two CPU paths computes an experts layer: one GEMM an expert, or all experts for every token.
+"""Chooses the CPU path of an experts layer: one GEMM per expert, or all experts for every token.
 
 Shapes: T tokens, D hidden, F width of one expert, E experts, K top-k.
 """
@@ -9,12 +9,12 @@ import torch
 
 CpuPath = Literal["sorted", "dense"]
 
-# In units of one hidden unit of width, a routed row costs the sorted path F for its FLOPs and a toll for moving D
-# elements in and out and for GEMMs too narrow to run at full speed; it costs the dense path (E/K) * F and no toll.
-# The faster the GEMMs of a dtype, the more units the same toll is worth. Read off `bench/kernels/cpu_layer.py
+# In units of one hidden unit of width, a routed row costs the sorted path F for its FLOPs and an overhead for moving D
+# elements in and out and for GEMMs too narrow to run at full speed; it costs the dense path (E/K) * F and no overhead.
+# The faster the GEMMs of a dtype, the more units the same overhead is worth. Fitted to `bench/kernels/cpu_layer.py
 # --crossover`.
-TOLL_FULL_PRECISION = 16
-TOLL_HALF_PRECISION = 40
+OVERHEAD_FULL_PRECISION = 16
+OVERHEAD_HALF_PRECISION = 40
 
 
 def choose_regime(experts: int, top_k: int, *, width: int, tokens: int, dtype: torch.dtype) -> CpuPath:
@@ -24,7 +24,7 @@ def choose_regime(experts: int, top_k: int, *, width: int, tokens: int, dtype: t
         experts: E.
         top_k: K.
         width: F, the width of one expert.
-        tokens: T; with fewer routed rows than experts the dense path would read weights nobody asked for.
+        tokens: T; with fewer routed rows than experts the dense path would read weights that no token chose.
         dtype: the dtype of the GEMMs.
 
     Returns:
@@ -33,5 +33,5 @@ def choose_regime(experts: int, top_k: int, *, width: int, tokens: int, dtype: t
     """
     if tokens * top_k < experts:
         return "sorted"
-    toll = TOLL_HALF_PRECISION if dtype.itemsize <= 2 else TOLL_FULL_PRECISION
-    return "dense" if experts * width <= top_k * (width + toll) else "sorted"
+    overhead = OVERHEAD_HALF_PRECISION if dtype.itemsize <= 2 else OVERHEAD_FULL_PRECISION
+    return "dense" if experts * width <= top_k * (width + overhead) else "sorted"

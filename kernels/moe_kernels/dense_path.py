@@ -1,11 +1,11 @@
 """Every expert for every token in three wide GEMMs: the path for very narrow experts.
 
-At F = 12 a routed row holds 6*D*F FLOPs, about the price of moving its 2*D elements in and out; computing all experts
-skips the move and lets the GEMMs be as wide as the dense layer's. Unchosen experts get the weight zero.
+At F = 12 a routed row holds 6*D*F FLOPs, which cost about as much as moving its 2*D elements in and out. Computing all
+experts skips the move, and the GEMMs are as wide as the dense layer's. The weight of an expert not chosen is zero.
 
 Zero times infinity or NaN is NaN. An expert that a token did not choose may overflow, or hold NaN, and must not reach
-that token or its gradients. NaN survives every sum, so one sum over each result tells: where it is not finite, the
-result is computed again by :mod:`moe_kernels.sorted_path`, which never reads what was not chosen.
+that token or its gradients. NaN survives every sum, so one sum over each result detects it: where the sum is not
+finite, :mod:`moe_kernels.sorted_path`, which reads only what was chosen, computes the result again.
 
 Activations are laid out (hidden units, tokens), so that gates, ups and routing weights are contiguous runs of tokens
 and the up projections are used as they are stored; only w2 is copied, to (E, F, D).

@@ -1,4 +1,4 @@
-"""The one place that decides which path computes an experts layer, and in which dtype.
+"""The experts layer: checks its arguments and chooses the path and dtype that compute it.
 
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M rows sorted by expert.
 """
@@ -39,7 +39,7 @@ def experts_layer(
             the mark that expert parallelism gives to the experts of other ranks.
         top_k_weights_TK: routing weights, (T, K), any floating dtype; need not sum to one.
         path: forces a path, for tests and benchmarks. By default ``"triton"`` on CUDA of sm_80 and newer where it is
-            installed (fp32, fp16, bf16), what :func:`moe_kernels.cpu.choose_regime` says on CPU, and ``"sorted"``
+            installed (fp32, fp16, bf16), the choice of :func:`moe_kernels.cpu.choose_regime` on CPU, and ``"sorted"``
             elsewhere.
 
     Returns:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Kernel, current_arch, tile
+from .config import Kernel, Tile, current_arch, tile
 from .forward_kernels import combine_kernel, down_kernel, up_kernel, zero_padding_kernel
 from .routing import Routing, tile_map
 
@@ -62,14 +62,11 @@ def experts_forward_triton(
 
     if rows:
         grid, launch = row_tile_launch("up", routing, rows=rows, columns=width, depth=model_dim, like=x_TD)
-        w13_ptr: Tensor | TensorDescriptor = gate
+        block = [1, 2, launch["BLOCK_N"], launch["BLOCK_K"]]
         tma = gate_and_up_by_descriptor(gate, up_offset, depth=launch["BLOCK_K"])
-        if tma:
-            shape, strides = [gate.shape[0], 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1]
-            w13_ptr = TensorDescriptor(gate, shape, strides, [1, 2, launch["BLOCK_N"], launch["BLOCK_K"]])
         up_kernel[grid](
             x_ptr=x_TD,
-            w13_ptr=w13_ptr,
+            w13_ptr=gate_and_up_descriptor(gate, up_offset, width=width, block=block) if tma else gate,
             hidden_ptr=hidden_MG if keep_hidden else None,
             act_ptr=act_MF,
             flat_M=routing.flat_M,
@@ -142,6 +139,12 @@ def gate_and_up_by_descriptor(gate: Tensor, up_offset: int, *, depth: int) -> bo
     return nested and loads_by_descriptor(gate, gate.stride(0), up_offset, gate.shape[2], depth=depth)
 
 
+def gate_and_up_descriptor(gate: Tensor, up_offset: int, *, width: int, block: list[int]) -> TensorDescriptor:
+    """Both projections as one (E, 2, F, D), in blocks of this shape."""
+    experts, model_dim = gate.shape[0], gate.shape[2]
+    return TensorDescriptor(gate, [experts, 2, width, model_dim], [gate.stride(0), up_offset, model_dim, 1], block)
+
+
 def loads_by_descriptor(weight: Tensor, *strides: int, depth: int) -> bool:
     """Whether the tensor memory accelerator of Hopper and newer can load tiles of ``weight``, half precision.
 
@@ -168,6 +171,13 @@ def row_tile_launch(
         "n_row_tiles": n_row_tiles,
         "n_col_tiles": n_col_tiles,
         "E": experts,
+        **tile_arguments(shape),
+    }
+
+
+def tile_arguments(shape: Tile) -> dict[str, Any]:
+    """A tile as arguments of a launch."""
+    return {
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
         "BLOCK_K": shape.block_k,

@@ -1,4 +1,4 @@
-"""The oracle: what a dropless top-k SwiGLU experts layer computes, in lines that anyone can check by eye.
+"""The reference of a dropless top-k SwiGLU experts layer, short enough to check by eye.
 
 Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F (gate rows, then up rows), E experts, K top-k.
 """
@@ -13,7 +13,7 @@ def experts_reference(
 ) -> Tensor:
     """``out[t] = sum_k s[t,k] * W2[e] (silu(Wgate[e] x[t]) * (Wup[e] x[t]))`` with ``e = top_k_index[t,k]``.
 
-    Slow and differentiable, in any floating dtype (fp64 is the yardstick of the tests). Routing weights need not sum
+    Slow and differentiable, in any floating dtype (the tests compare with fp64). Routing weights need not sum
     to one, and a token may name an expert twice.
 
     Args:

@@ -1,4 +1,4 @@
-"""The seam of transformers: ``experts_implementation="moe_kernels"``.
+"""The experts implementation of transformers: ``experts_implementation="moe_kernels"``.
 
 Shapes: T tokens, D hidden, F intermediate width of one expert, E experts, K top-k.
 """
@@ -16,7 +16,7 @@ NAME = "moe_kernels"
 _WEIGHTS = ("gate_up_proj", "down_proj")
 _PARTS = (*_WEIGHTS, "act_fn", "parametrizations")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What `use_experts_implementation` says of a class: (attribute, its value here, why another is refused).
+# The attributes that `use_experts_implementation` sets on a class: (name, supported value, why another is refused).
 _LAYOUT = (
     ("has_gate", True, "it has no gate projection"),
     ("is_concatenated", True, "its gate and up rows are interleaved"),
@@ -31,7 +31,7 @@ def register() -> None:
 
     Afterwards ``from_pretrained(..., experts_implementation="moe_kernels")`` and
     ``model.set_experts_implementation("moe_kernels")`` work for every model whose experts are SwiGLU stacks of
-    ``gate_up_proj`` (E, 2F, D) and ``down_proj`` (E, D, F): Mixtral, GraniteMoeShared, Qwen2Moe and their like.
+    ``gate_up_proj`` (E, 2F, D) and ``down_proj`` (E, D, F), such as Mixtral, GraniteMoeShared and Qwen2Moe.
 
     Raises:
         ImportError: transformers is missing or older than its experts interface (5.0).
@@ -56,7 +56,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         (T, D) in the dtype of ``hidden_states``.
 
     Raises:
-        NotImplementedError: the module has a feature that is not computed here; the message names it and the mend.
+        NotImplementedError: the module has a feature that is not computed here; the message names it and the fix.
     """
     reason = unsupported(self)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Routing metadata: which rows belong to which expert, and which tile computes them. No host sync.
+"""Sorts routed rows by expert and maps row tiles to experts, without a host sync.
 
 Glossary (M = T*K routed rows, E experts, K top-k; "flat" is the position ``t*K + k``, "sorted" that by expert):
 
@@ -108,33 +108,26 @@ def sort_rows_triton(top_k_index_TK: Tensor, *, experts: int) -> Routing:
 
     count_NE1, offset_E1 = empty(n_tiles, experts + 1), empty(experts + 1)
     flat_M, inverse_TK = empty(rows), empty(tokens, top_k)
-    count_kernel[(n_tiles,)](
-        index_TK=top_k_index_TK,
-        count_NE1=count_NE1,
-        stride_t=top_k_index_TK.stride(0),
-        stride_k=top_k_index_TK.stride(1),
-        M=rows,
-        K=top_k,
-        E=experts,
-        TILE_ROWS=tile_rows,
-        BLOCK_E=block_experts,
-    )
+    shared = {
+        "index_TK": top_k_index_TK,
+        "count_NE1": count_NE1,
+        "stride_t": top_k_index_TK.stride(0),
+        "stride_k": top_k_index_TK.stride(1),
+        "M": rows,
+        "K": top_k,
+        "E": experts,
+        "TILE_ROWS": tile_rows,
+        "BLOCK_E": block_experts,
+    }
+    count_kernel[(n_tiles,)](**shared)
     place_kernel[(n_tiles,)](
-        index_TK=top_k_index_TK,
-        count_NE1=count_NE1,
         offset_E1=offset_E1,
         flat_M=flat_M,
         inverse_TK=inverse_TK,
-        stride_t=top_k_index_TK.stride(0),
-        stride_k=top_k_index_TK.stride(1),
-        M=rows,
-        K=top_k,
-        E=experts,
         N=n_tiles,
-        TILE_ROWS=tile_rows,
         BLOCK_C=128,
-        BLOCK_E=block_experts,
         BLOCK_N=max(4096 // block_experts, 1),
+        **shared,
     )
     return Routing(top_k=top_k, offset_E1=offset_E1, flat_M=flat_M, inverse_TK=inverse_TK)
 

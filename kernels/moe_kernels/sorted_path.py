@@ -1,4 +1,4 @@
-"""One GEMM an expert over its own rows: the path for experts wide enough to pay for moving rows.
+"""One GEMM per expert over its own rows: the path for experts wide enough to pay for moving rows.
 
 Rows are gathered in chunks of whole experts, so that they are still in cache when the GEMMs read them and no (M, D)
 copy of the tokens exists. The K rows of a token are added in a fixed order, in fp32 or better. Rows past the last
@@ -117,7 +117,7 @@ def backward(
         product_CF, grad_act_CF, grad_hidden_CG = (_block(buffer, 0, chunk.size, width=width) for buffer in scratch)
         grad_gate_CF, grad_up_CF = grad_hidden_CG.split(width, dim=1)
         grad_out_CD = chunk.take(grad_out_TD, out=row_scratch)
-        # Where no gradient of an activation is yet, the activations themselves are at home: two buffers less in cache.
+        # The activations use the buffers of their gradients until those are computed: two buffers less in cache.
         silu_CF = _silu(gate_CF, out=grad_up_CF)
         act_CF = torch.mul(silu_CF, up_CF, out=grad_gate_CF)
         if need_x or need_w13 or need_weights:

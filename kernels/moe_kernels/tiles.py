@@ -1,4 +1,4 @@
-"""What the grouped GEMM kernels share: the product, and the map from a program to its tile.
+"""Device functions that the grouped GEMM kernels share: the product, and the map from a program to its tile.
 
 Triton's interpreter holds bf16 as integers and multiplies those, silently; :func:`dot` widens its operands there.
 """

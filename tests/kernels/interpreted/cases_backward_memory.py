@@ -8,12 +8,8 @@ import pytest
 import torch
 from backward_problems import DEVICE, assert_equal_bits, gradients, small_problem
 from far import BLOCKS, FAR, assert_close, far_tile, half, index, normal
-from moe_kernels.backward_kernels import (
-    down_backward_kernel,
-    router_gradient_kernel,
-    weight_gradient_kernel,
-    x_gradient_kernel,
-)
+from moe_kernels.backward_kernels import router_gradient_kernel, weight_gradient_kernel, x_gradient_kernel
+from moe_kernels.down_backward_kernel import down_backward_kernel
 from problems import make_problem
 from torch import Tensor
 
