@@ -98,6 +98,7 @@ def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
         stages = dag.ancestors(dag.last_stage(name))
         dag.resolve(force, stages=stages)
         names = [stage.name for stage in stages]
+        dag.refresh_code(names)
         is_due = any(dag.changes(names).values())
         if is_due:
             preflight.require(config, name)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import sys
 import tempfile
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 PATIENCE = 20.0
@@ -36,6 +38,12 @@ def prepare() -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def variables() -> dict[str, str]:
+    """The environment of DVC and of stages: `python` is the one that runs this, and output is not buffered."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "TQDM_DISABLE": "1"}
 
 
 def connect() -> None:

@@ -133,7 +133,7 @@ def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
 
 
 def _call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=stages.environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment.variables())
     if done.returncode:
         raise StageError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout

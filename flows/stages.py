@@ -8,7 +8,6 @@ others are submitted and run beside each other.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 
-from flows import dag, domains, progress
+from flows import dag, domains, environment, progress
 from flows.dag import Stage, StageError
 
 RETRY_DELAYS = [3.0, 15.0]
@@ -67,9 +66,11 @@ def run(stages: list[Stage], *, force: set[str] | None = None) -> list[Outcome]:
         force: names of stages to run although DVC finds them up to date.
 
     Raises:
+        GraphError, CodeError: dvc.yaml or a module cannot be read.
         StageError: a command failed. Stages that need it do not start; finished ones stay finished.
     """
     force = force or set()
+    dag.refresh_code([stage.name for stage in stages])
     _stopping.clear()
     for stage in stages:
         progress.state(stage.name, "waiting")
@@ -144,7 +145,7 @@ def execute(stage: Stage, *, force: bool, log: Callable[[str], None]) -> bool:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment(),
+        env=environment.variables(),
     ) as process:
         timer = _timer(process, minutes=stage.timeout, late=late)
         _running.add(process)
@@ -171,12 +172,6 @@ def execute(stage: Stage, *, force: bool, log: Callable[[str], None]) -> bool:
         said = "\n".join(f"    {line}" for line in tail)
         raise StageError(f"{stage.name}: `{stage.cmd}` failed (exit code {code}). Its last lines:\n{said}")
     return not restored
-
-
-def environment() -> dict[str, str]:
-    """The stages' environment: `python` is the one that runs this, and its output comes at once."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1", "TQDM_DISABLE": "1"}
 
 
 def metrics(stage: Stage) -> list[dict[str, Any]]:

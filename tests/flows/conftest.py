@@ -57,6 +57,7 @@ for out in outs:
     print("wrote", out, flush=True)
 '''
 
+JOBS = ("model", "sources", "corpus", "mixture", "partition", "pretrain", "evaluate", "report")
 SETTINGS = """\
 models:
   toy: {source: "dir:nowhere", license: none}
@@ -79,14 +80,15 @@ pipelines:
 def stage(
     name: str, *, over: str, deps: list[str], outs: list[str], metrics: list[str], meta: str, params: str
 ) -> str:
-    """One foreach stage as dvc.yaml has them."""
+    """One foreach stage as dvc.yaml has them; it imports jobs/NAME.py."""
+    deps = ["step.py", f"data/code/{over}/${{key}}/jobs.{name}.json", *deps]
     lines = [
         f"  {name}:",
         f"    foreach: ${{{over}}}",
         "    do:",
         f"      cmd: python step.py {name} {' '.join(outs + metrics)}",
         "      deps:",
-        *[f"        - {dep}" for dep in ["step.py", *deps]],
+        *[f"        - {dep}" for dep in deps],
         "      params:",
         "        - pipelines.yaml:",
         f"            - {params}",
@@ -98,11 +100,27 @@ def stage(
     return "\n".join(lines + ([f"      meta: {meta}"] if meta else []))
 
 
+def digest_stage(name: str, *, over: str, jobs: list[str]) -> str:
+    """A stage that digests the code of others, as dvc.yaml has them."""
+    folder = f"data/code/{over}/${{key}}"
+    return f"""  {name}:
+    foreach: ${{{over}}}
+    do:
+      cmd: python -m tasks.code {folder} {" ".join(f"jobs.{job}" for job in jobs)}
+      deps:
+        - jobs
+      outs:
+        - {folder}"""
+
+
 def dag_file() -> str:
     """A dvc.yaml with the shape of the real one."""
     corpus, model, run = "data/corpora/${item.corpus}", "data/models/${item.model}", "runs/${key}"
     own = {"over": "pipelines", "params": "pipelines.${key}"}
     rows = [
+        digest_stage("model-code", over="models", jobs=["model"]),
+        digest_stage("corpus-code", over="corpora", jobs=["sources", "corpus"]),
+        digest_stage("code", over="pipelines", jobs=["mixture", "partition", "pretrain", "evaluate", "report"]),
         stage("model", over="models", params="models.${key}", deps=[], outs=["data/models/${key}"],
               metrics=["data/models/${key}.json"], meta="{retries: 1}"),
         stage("sources", over="corpora", params="corpora.${key}", deps=["source.txt"],
@@ -129,6 +147,11 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     new.mkdir()
     (new / "step.py").write_text(STEP)
     (new / "source.txt").write_text("texts")
+    (new / "jobs").mkdir()
+    (new / "jobs" / "__init__.py").touch()
+    for job in JOBS:
+        (new / "jobs" / f"{job}.py").write_text(f'"""The code of {job}."""\n\nfrom jobs import shared\n')
+    (new / "jobs" / "shared.py").write_text("VALUE = 1\n")
     (new / "dvc.yaml").write_text(dag_file())
     (new / "pipelines.yaml").write_text(SETTINGS)
     for folder in ("fail", "sleep", "values", "pids"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,108 +11,33 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import dag
-from tasks import settings
-from tests.flows.conftest import ROOT, ran, repro
+from tasks import code, settings
+from tests.flows.conftest import JOBS, ROOT, ran, repro
 
-STAGES: dict[str, Any] = {
-    name: entry["do"]
-    for name, entry in YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"].items()
-}
-PACKAGES = {"tasks": ROOT, "flows": ROOT, "moe_kernels": ROOT / "kernels"}
+RAW: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
+STAGES: dict[str, Any] = {name: entry["do"] for name, entry in RAW["stages"].items()}
+CODE = {name: entry for name, entry in STAGES.items() if entry["cmd"].startswith(dag.DIGESTS_CODE)}
 
 
-def module_file(name: str) -> Path | None:
-    """The file of a module of this project, or None for anything else."""
-    top = name.partition(".")[0]
-    if top not in PACKAGES:
-        return None
-    base = PACKAGES[top].joinpath(*name.split("."))
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
-
-
-def imports(path: Path) -> set[Path]:
-    """Files of this project that a file imports anywhere, lazily too, but not for type checking alone."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    root = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT
-    package = list(path.relative_to(root).with_suffix("").parts[:-1])
-    names = []
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
+def test_every_stage_depends_on_the_digests_of_its_own_module_and_on_no_source_file() -> None:
+    for name, entry in STAGES.items():
+        if name in CODE:
+            assert entry["deps"] == ["kernels/moe_kernels", "tasks"], name
             continue
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            up = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*up, *([node.module] if node.module else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    parents = [name.rpartition(".")[0] for name in names]
-    return {file for name in [*names, *parents] if (file := module_file(name))}
-
-
-def has_code(path: Path) -> bool:
-    """False for a file that holds at most a docstring."""
-    return not all(isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
-
-
-def closure(path: Path) -> set[Path]:
-    found, todo = set(), {path}
-    while todo:
-        file = todo.pop()
-        found.add(file)
-        todo |= imports(file) - found
-    return found
-
-
-def stage_module(command: str) -> Path:
-    """The file that `python -m MODULE ${key}` runs."""
-    name = command.split()[2]
-    path = module_file(f"{name}.__main__") or module_file(name)
-    assert path, f"no module {name}"
-    return path
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_every_file_that_its_module_imports(name: str) -> None:
-    covered = [ROOT / dep for dep in STAGES[name]["deps"] if "${" not in dep]
-    missing = [
-        str(file.relative_to(ROOT))
-        for file in closure(stage_module(STAGES[name]["cmd"]))
-        if has_code(file) and not any(file == dep or file.is_relative_to(dep) for dep in covered)
-    ]
-    assert not sorted(missing), f"dvc.yaml: add to the deps of {name}: {sorted(missing)}"
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_no_code_that_it_does_not_import(name: str) -> None:
-    """A dependency too many runs a stage again for nothing."""
-    files = closure(stage_module(STAGES[name]["cmd"]))
-    idle = [
-        dep
-        for dep in STAGES[name]["deps"]
-        if "${" not in dep and not any(file == ROOT / dep or file.is_relative_to(ROOT / dep) for file in files)
-    ]
-    assert not idle, f"dvc.yaml: {name} imports nothing of {idle}"
-
-
-def test_the_closure_follows_lazy_and_relative_imports_and_skips_those_for_type_checking() -> None:
-    """The test of the test."""
-    files = {str(file.relative_to(ROOT)) for file in closure(stage_module(STAGES["partition"]["cmd"]))}
-    expected = {"tasks/settings/__init__.py", "tasks/scratch.py", "tasks/moe/streamed.py"}
-    expected |= {"kernels/moe_kernels/cpu.py"}
-    assert expected <= files
-    assert not any(file.startswith(("flows/", "tasks/evaluate/")) for file in files)
+        assert not [dep for dep in entry["deps"] if dep.startswith(("tasks", "kernels"))], name
+        (dep,) = (Path(dep) for dep in entry["deps"] if dep.startswith("data/code/"))
+        python, module = entry["cmd"].split()[:-1][:2], entry["cmd"].split()[2]
+        assert (python, dep.name) == (["python", "-m"], f"{module}.json"), name
+        (digesting,) = (code for code in CODE.values() if code["outs"] == [str(dep.parent)])
+        assert module in digesting["cmd"].removeprefix(dag.DIGESTS_CODE).split()
+        assert digesting["cmd"].removeprefix(dag.DIGESTS_CODE).split()[0] == str(dep.parent)
 
 
 def tracked() -> dict[str, set[str]]:
     """{stage: keys of pipelines.yaml that it tracks}, with ${key} and ${item.…} as they stand."""
     return {
-        name: {key for param in entry["params"] for key in param["pipelines.yaml"]} for name, entry in STAGES.items()
+        name: {key for param in entry.get("params", ()) for key in param["pipelines.yaml"]}
+        for name, entry in STAGES.items()
     }
 
 
@@ -247,6 +170,36 @@ class TestReading:
         assert why["mixture@toy"] == ["output runs/toy/mixture.json: deleted"]
         assert why["corpus@toy"] == []
 
+    def test_changed_code_is_named_by_module_and_a_reworded_comment_is_no_change(self, done_toy: Path) -> None:
+        names = [stage.name for stage in dag.ancestors("report@toy")]
+        lock = (done_toy / "dvc.lock").read_bytes()
+        for job in (done_toy / "jobs").iterdir():
+            with job.open("a") as file:
+                file.write("# a remark\n")
+        assert not any(dag.changes(names).values())
+        (done_toy / "jobs/shared.py").write_text("VALUE = 2\n")
+        why = dag.changes(names)
+        assert set(map(tuple, why.values())) == {("code: jobs.shared modified",)}
+        assert (done_toy / "dvc.lock").read_bytes() == lock  # who only asks changes nothing
+        dag.refresh_code(names)
+        assert (done_toy / "dvc.lock").read_bytes() != lock
+        assert dag.changes(names) == why
+        (done_toy / "jobs/shared.py").write_text("VALUE = 1\n")
+        (done_toy / "jobs/pretrain.py").write_text("import jobs.shared\nif VALUE = 1:\n")
+        with pytest.raises(code.CodeError, match=r"jobs/pretrain\.py:2: invalid syntax"):
+            dag.changes(names)
+        with pytest.raises(dag.StageError, match=r"code@toy"):
+            dag.refresh_code(names)
+
+    def test_a_reworded_comment_re_runs_only_the_digests_by_dvc_repro(self, done_toy: Path) -> None:
+        for text, stages in (("VALUE = 1  # one\n", []), ("VALUE = 2\n", sorted(JOBS))):
+            (done_toy / "jobs/shared.py").write_text(text)
+            repro(done_toy)
+            assert sorted(ran(done_toy)) == stages
+        (done_toy / "jobs/pretrain.py").write_text("from jobs import shared\nshared.VALUE = 3\n")
+        repro(done_toy)
+        assert ran(done_toy) == ["pretrain"]  # its output is what it was
+
     def test_short_and_full_stage_names_resolve(self, toy: Path) -> None:
         stages = dag.ancestors("report@toy")
         assert dag.resolve(["pretrain", "model@toy"], stages=stages) == {"pretrain@toy", "model@toy"}
@@ -255,4 +208,4 @@ class TestReading:
 def test_the_toy_is_built_like_the_real_graph(templates: dict[str, Path]) -> None:
     toy = YAML(typ="safe", pure=True).load((templates["new"] / "dvc.yaml").read_text())["stages"]
     assert list(toy) == list(STAGES)
-    assert json.dumps([entry["foreach"] for entry in toy.values()]).count("pipelines") == 5
+    assert [entry["foreach"] for entry in toy.values()] == [entry["foreach"] for entry in RAW["stages"].values()]
