@@ -21,10 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tasks import scratch, settings
+from tasks import code, scratch, settings
 from tasks.evaluate import accuracy, generation, likelihood, routing_balance
 
-CODE = Path(__file__).parent
 MODELS = {"dense": "dense parent", "split": "MoE before training", "trained": "MoE after training"}
 LEAST_COST = 1e-3
 """Nats per token below which a split cost nothing that training could win back: copies of the FFN, say."""
@@ -52,7 +51,7 @@ def evaluate(name: str) -> None:
         "items": items,
         "corpus": contents.sha256,
         "models": {key: scratch.digest(folder) for key, folder in folders.items()},
-        "code": [scratch.digest(path) for path in sorted(CODE.rglob("*")) if path.suffix in {".py", ".yaml"}],
+        "code": code.fingerprint("tasks.evaluate"),
     }
     with scratch.workspace("evaluate", name, inputs=inputs, priority=scratch.last_used) as folder:
         scratch.report_kept(folder)

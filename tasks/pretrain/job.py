@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tasks import scratch
+from tasks import code, scratch
 from tasks.settings import Pretrain
 
 JOB = "job.json"
-_OTHER_STAGES = ("evaluate", "mixture", "partition")
 _FOLDERS = ("corpus", "model", "parent", "mixture", "workspace")
 
 
@@ -60,15 +58,8 @@ class Job:
 
 
 def code_digest() -> str:
-    """Digest of the code that a run is made by: what dvc.yaml names for the stage."""
-    tasks = Path(__file__).parents[1]
-    kernels = importlib.util.find_spec("moe_kernels")
-    found = [path for path in tasks.rglob("*") if path.relative_to(tasks).parts[0] not in _OTHER_STAGES]
-    for place in (kernels.submodule_search_locations if kernels else None) or ():
-        found += Path(place).rglob("*")
-    return scratch.fingerprint(
-        sorted(f"{path.name} {scratch.digest(path)}" for path in found if path.is_file() and path.suffix != ".pyc")
-    )
+    """Digest of the code that a run imports; comments, docstrings and hints are no part of it."""
+    return code.fingerprint("tasks.pretrain")
 
 
 def code_version() -> str:

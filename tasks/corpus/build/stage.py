@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tasks import scratch, settings, sources
+from tasks import code, scratch, settings, sources
 from tasks.corpus import files, fingerprint, source_versions
 from tasks.corpus.build import corpus_display, counters, planning, publishing, resolve, scan, tokenise
 from tasks.corpus.build.planning import Phase, Plan, Unit
@@ -185,10 +185,8 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
     encode = _encoder(corpus)
     keys = planning.keys_of(corpus, found=found, tokenizer=encode.fingerprint)
     # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
-    here = Path(__file__).parents[1]
-    code = {str(path.relative_to(here)): scratch.digest(path) for path in sorted(here.rglob("*.py"))}
-    code |= {name: _version(name) for name in JUDGES}
-    with scratch.workspace("corpus", name, inputs=code, shared=shared, priority=scratch.last_used) as work:
+    inputs = {"code": code.fingerprint("tasks.corpus"), **{name: _version(name) for name in JUDGES}}
+    with scratch.workspace("corpus", name, inputs=inputs, shared=shared, priority=scratch.last_used) as work:
         if not shared:
             scratch.report_kept(work)
             files.sweep(work)
