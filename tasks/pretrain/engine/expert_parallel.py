@@ -8,13 +8,15 @@ Shapes: T tokens of a forward pass, K experts per token, E experts, F width of o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
 from tasks.moe import counts, families, routing
-from tasks.pretrain.engine import fp32_weights
+from tasks.pretrain.engine import fp32_weights, output_recorders
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
     from torch import nn
+
+
+TESTED = ("transformers>=5.22,<5.25", "deepspeed>=0.19.8,<0.20")
+"""What AutoEP is tested with, as pyproject.toml states it: it reaches into internals of transformers."""
 
 
 def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
@@ -64,6 +70,31 @@ def check(model: nn.Module, params: Pretrain) -> None:
             tensors = dict(module.named_parameters()) | dict(module.named_buffers())
             if set(tensors) - {"selection_bias"} != {"weight"}:
                 raise _refusal(params, f"{name} is not linear as DeepSpeed's router is; it has {', '.join(tensors)}")
+
+
+@contextlib.contextmanager
+def conversion(params: Pretrain, config: dict[str, Any]) -> Iterator[None]:
+    """Around `deepspeed.initialize`, where AutoEP replaces the sparse blocks of a transformers model.
+
+    Args:
+        config: DeepSpeed's; nothing is done without its `expert_parallel` block.
+
+    Raises:
+        TrainingError: AutoEP can't handle the installed transformers. Both versions are named.
+    """
+    if "expert_parallel" not in config:
+        yield
+        return
+    try:
+        with output_recorders.keyed_by_class_name():
+            yield
+    except (AttributeError, KeyError, TypeError) as error:
+        deepspeed, transformers = map(importlib.metadata.version, ("deepspeed", "transformers"))
+        raise _refusal(
+            params,
+            f"AutoEP of DeepSpeed {deepspeed} fails with transformers {transformers} ({type(error).__name__}: "
+            f"{error}); install {' and '.join(TESTED)}, which are tested together",
+        ) from error
 
 
 def _refusal(params: Pretrain, reason: str) -> TrainingError:

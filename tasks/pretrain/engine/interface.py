@@ -157,7 +157,7 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any]) -
     config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     biases = gate.biases(model)
     try:
-        with _quiet():
+        with _quiet(), expert_parallel.conversion(params, config):
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     except (RuntimeError, OSError, ImportError) as error:
         if message := needs_compiler(error):
