@@ -54,22 +54,22 @@ def convert(source: Path, target: Path) -> None:
     from tasks import settings
     from tasks.moe.streamed import Streamed
     from tasks.partition import exporters, methods
-    from tasks.partition.convert import convert, ffn, slices
+    from tasks.partition.convert import ffn, moe_writer, slices
     from tasks.partition.layer import Layer, Sizes
 
     torch.set_num_threads(1)
     options = settings.Partition(method="random", experts=16, top_k=4)
-    sizes = Sizes(width=WIDTH, experts=16, shared=0, size=WIDTH // 16, top_k=4)
+    sizes = Sizes.of(options, WIDTH)
     parent = Streamed(source)
     split = methods.get("random").split
 
-    def layer(i: int) -> exporters.SparseLayer:
-        gate, up, down = ffn(parent, i)
-        experts_EF = split(Layer(number=i, gate_ND=gate, up_ND=up, down_DN=down), sizes, options)
-        return slices(gate, up, down, experts_EF, shared=0, scale=4.0)
-
     exporter = exporters.choose(parent.config, options)
-    convert(parent, target, exporter=exporter, partition=options, layer=layer, shard_bytes=SHARD)
+    with moe_writer(parent, target, exporter=exporter, partition=options, shard_bytes=SHARD) as write:
+        for i in range(parent.layers):
+            parent.prefetch(i + 1)
+            gate, up, down = ffn(parent, i)
+            experts_EF = split(Layer(number=i, gate_ND=gate, up_ND=up, down_DN=down), sizes, options)
+            write(i, slices(gate, up, down, experts_EF, shared=0, scale=4.0))
 
 
 def memory(field: str) -> int:

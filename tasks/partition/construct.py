@@ -1,9 +1,9 @@
-"""The construction itself: a dense checkpoint becomes a sparse one and its index, layer by layer from the bottom.
+"""The construction: a dense checkpoint becomes a sparse one and its index, layer by layer from the bottom.
 
-Each layer is fitted on what the already converted layers below hand it. One dense layer, its sparse form and the
-hidden states of the calibration text are in memory at once.
+Each layer is fitted on what the converted layers below it give. One dense layer, its sparse form and the hidden states
+of the calibration text are in memory at once.
 
-Shapes: B windows, L tokens each, T = B x L, D hidden, N neurons, E routed experts, S shared, F neurons per expert.
+Shapes: B windows, L tokens each, D hidden, N neurons, E routed experts, S shared, F neurons per expert.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tasks.moe import gate as gates
 from tasks.moe import linear
 from tasks.moe.gate import Gate
 from tasks.moe.streamed import Streamed
-from tasks.partition import calibration, convert, exporters, gradients, identity, index, methods, router_init
-from tasks.partition.converted import Converted, sum_of_weights
+from tasks.partition import calibration, convert, exporters, fitting, gradients, identity, index, methods, router_init
 from tasks.partition.exporters import SparseLayer
+from tasks.partition.fitting import Fitted
 from tasks.partition.index import Index
-from tasks.partition.layer import CHUNK, Layer, Sizes
+from tasks.partition.layer import Layer, Sizes
 from tasks.partition.methods import copy
 from tasks.settings import Partition
 
@@ -68,6 +68,7 @@ def construct(
 
     parent = Streamed(model_dir, device="cuda" if torch.cuda.is_available() else "cpu")
     exporter = exporters.choose(parent.config, partition)
+    sizes = Sizes.of(partition, parent.config.intermediate_size)
     meta: dict[str, Any] = {
         "method": partition.method,
         "seed": partition.seed,
@@ -82,28 +83,55 @@ def construct(
         ids_BL, meta["calibration"] = calibration.draw(corpus_dir, seq_len=seq_len, count=count, seed=partition.seed)
         meta["seq_len"] = seq_len
     lap("reading")
-    builder = Builder(parent, partition, ids_BL, folder=folder, report=report)
+
+    importance = {} if ids_BL is None else _importance(parent, partition, ids_BL, scratch=folder)
+    source = fitting.start(parent, partition, sizes=sizes, ids_BL=ids_BL, importance=importance)
     lap("gradients")
-    convert.convert(parent, folder / "moe", exporter=exporter, partition=partition, layer=builder.layer)
-    made = Index(layers=builder.layers, scales=builder.scales, shared_experts=partition.shared_experts, meta=meta)
-    if problems := made.problems(parent.config.intermediate_size):
+
+    router = partition.router or ("random" if ids_BL is None else "regression")
+    split = methods.get(partition.method).split
+    layers: dict[int, np.ndarray] = {}
+    scales: dict[int, float] = {}
+    errors: dict[str, float] = {}
+    made_gates: dict[int, Gate] = {}
+    written = convert.moe_writer(parent, folder / "moe", exporter=exporter, partition=partition)
+    with written as write, torch.no_grad():
+        for i in partition.sparse_layers(parent.layers):
+            parent.prefetch(i + 1)
+            layer = source.read(i)
+            layers[i] = split(layer, sizes, partition)
+            router_ED = _first_router(router, layer, layers[i], sizes=sizes, partition=partition)
+            fitted = source.fit(layer, layers[i], router_ED)
+            scales[i] = float(np.float32(fitted.scale))
+            experts = _experts(parent, i, fitted, experts_EF=layers[i], scale=scales[i], partition=partition)
+            if partition.gate == "tanh":
+                fresh = router == "random"
+                made_gates[i] = _tanh_gate(i, experts, fitted, fresh=fresh, sizes=sizes, seed=partition.seed)
+            write(i, experts)
+            if fitted.error is not None:
+                errors[str(i)] = fitted.error
+            report("converted" if fitted.error is None else f"{fitted.error:.1%} of the FFN's output lost")
+
+    made = Index(layers=layers, scales=scales, shared_experts=partition.shared_experts, meta=meta)
+    if problems := made.problems(sizes.width):
         raise ValueError("; ".join(problems))
     index.write(made, folder / "partition.safetensors")
-    fitted = None
-    if builder.gates:
-        gates.write(folder / "moe", builder.gates)
-        if builder.router == "random":  # and the gates are fresh; others choose as the routers do
-            fitted = linear.refit(folder / "moe", builder.gates, ids_BL)
+    gate_fit = None
+    if made_gates:
+        gates.write(folder / "moe", made_gates)
+        if router == "random":  # the gates are fresh then; others choose as the routers do
+            gate_fit = linear.refit(folder / "moe", made_gates, ids_BL)
     lap("construction")
-    moe = Streamed(folder / "moe", device=parent.device)  # what was written is what is judged
-    found = identity.prove(moe, parent, made, identity.sample_ids(parent))
+
+    moe = Streamed(folder / "moe", device=parent.device)  # the written checkpoint is judged
+    identity_errors = identity.prove(moe, parent, made, identity.sample_ids(parent))
     lap("identity")
     return {
-        "identity_error": found.equal,
-        "identity_error_as_written": found.as_written,
-        "dropped": made.dropped(parent.config.intermediate_size),
-        "layer_error": builder.errors,
-        "gates": fitted,
+        "identity_error": identity_errors.equal,
+        "identity_error_as_written": identity_errors.as_written,
+        "dropped": made.dropped(sizes.width),
+        "layer_error": errors,
+        "gates": gate_fit,
         "seconds": laps,
     }
 
@@ -118,188 +146,66 @@ def needs_text(partition: Partition) -> bool:
     )
 
 
-class Builder:
-    """Makes one sparse layer after the other, and keeps what the index file needs."""
-
-    def __init__(
-        self,
-        parent: Streamed,
-        partition: Partition,
-        ids_BL: np.ndarray | None,
-        *,
-        folder: Path,
-        report: Callable[[str], None],
-    ) -> None:
-        self._parent, self._partition, self._report = parent, partition, report
-        width = parent.config.intermediate_size
-        self._sizes = Sizes(
-            width=width,
-            experts=partition.experts,
-            shared=partition.shared_experts,
-            size=partition.check_width(width),
-            top_k=partition.top_k,
+def _importance(parent: Streamed, partition: Partition, ids_BL: np.ndarray, *, scratch: Path) -> dict[int, np.ndarray]:
+    """Importance of the neurons of every sparse layer, for a method that needs gradients; else none."""
+    if methods.get(partition.method).needs != "gradients":
+        return {}
+    with Progress(parent.layers + 1, label="gradients", unit="step") as progress:  # forward, then each layer
+        importance, _ = gradients.importance(
+            parent,
+            ids_BL,
+            layers=partition.sparse_layers(parent.layers),
+            clusters=partition.experts,
+            seed=partition.seed,
+            scratch=scratch,
+            report=progress.advance,
         )
-        self._all = partition.top_k == partition.experts  # nothing to choose: the weights are to be equal
-        self.router = partition.router or ("random" if ids_BL is None else "regression")
-        self._method = methods.get(partition.method)
-        self._importance: dict[int, np.ndarray] = {}
-        if self._method.needs == "gradients" and ids_BL is not None:
-            with Progress(
-                parent.layers + 1, label="gradients", unit="step"
-            ) as progress:  # a forward pass, then layer by layer
-                self._importance, _ = gradients.importance(
-                    parent,
-                    ids_BL,
-                    layers=partition.sparse_layers(parent.layers),
-                    clusters=partition.experts,
-                    seed=partition.seed,
-                    scratch=folder,
-                    report=progress.advance,
-                )
-        self._states = None if ids_BL is None else calibration.States(parent, ids_BL)
-        self._dense: calibration.States | None = None
-        if ids_BL is not None and partition.down_proj == "refit":
-            self._dense = calibration.States(parent, ids_BL)  # of the parent, which a refit follows
-        self._passed = 0  # layers that the hidden states have passed
-        self.layers: dict[int, np.ndarray] = {}
-        self.scales: dict[int, float] = {}
-        self.gates: dict[int, Gate] = {}
-        self.errors: dict[str, float] = {}
-
-    @torch.no_grad()
-    def layer(self, i: int) -> SparseLayer:
-        """Layer `i`, which lies above all that were made before."""
-        partition, stored = self._partition, convert.ffn(self._parent, i)
-        for below in range(self._passed, i):
-            self._pass_dense(below)
-        self._passed = i + 1
-        scale, down_DN, text = sum_of_weights(partition, self._sizes.width), None, "converted"
-        if self._states is None:
-            weights = stored if self._method.needs == "nothing" else tuple(weight.float() for weight in stored)
-            layer = Layer(number=i, gate_ND=weights[0], up_ND=weights[1], down_DN=weights[2])
-            experts_EF = self._method.split(layer, self._sizes, partition)
-            router_ED = self._sized_without_text(i, self._start_router(layer, experts_EF))
-        else:
-            layer = self._read(self._states, i)
-            experts_EF = self._method.split(layer, self._sizes, partition)
-            ffn = Converted(
-                layer, experts_EF, sizes=self._sizes, router_ED=self._start_router(layer, experts_EF), scale=scale
-            )
-            self._fit(ffn, refit=layer.drift_TD is not None)
-            self.errors[str(i)] = _advance(self._states, layer, ffn)
-            router_ED, scale, text = ffn.router_ED, ffn.scale, f"{self.errors[str(i)]:.1%} of the FFN's output lost"
-            if layer.drift_TD is not None:
-                down_DN = ffn.down_DN
-            if partition.fit_passes:
-                stored = (ffn.gate_ND.to(stored[0]), ffn.up_ND.to(stored[1]), stored[2])
-        self.layers[i], self.scales[i] = experts_EF, float(np.float32(scale))
-        if partition.gate == "tanh":
-            fresh = gates.start(*router_ED.shape, seed=partition.seed, layer=i)
-            if self._all:
-                fresh = dataclasses.replace(fresh, outer_EE=torch.zeros(len(router_ED), len(router_ED)))
-            linear_gate = gates.from_linear(router_ED.to(stored[0].dtype))
-            self.gates[i] = fresh if self.router == "random" else linear_gate
-        self._report(text)
-        place_P = torch.from_numpy(experts_EF.reshape(-1)).long()
-        return self._sparse(
-            i, stored, router_ED=router_ED, refit_DP=None if down_DN is None else down_DN.cpu()[:, place_P]
-        )
-
-    def _read(self, states: calibration.States, i: int) -> Layer:
-        """The FFN of layer `i` in float32 with what it reads, and for a refit how far that is from the parent's."""
-        block: Any = self._parent.block(i)
-        importance = torch.from_numpy(self._importance[i]) if i in self._importance else None
-        layer = Layer(
-            number=i,
-            gate_ND=block.mlp.gate_proj.weight,
-            up_ND=block.mlp.up_proj.weight,
-            down_DN=block.mlp.down_proj.weight,
-            x_TD=states.attend(block, i),
-            importance_CN=importance,
-        )
-        layer.weight_T = layer.relative(states.residual_TD)
-        if self._dense is not None:
-            x_TD = self._dense.attend(block, i)
-            layer.drift_TD = self._dense.residual_TD - states.residual_TD
-            _add(self._dense, block.mlp, x_TD)
-        return layer
-
-    def _pass_dense(self, i: int) -> None:
-        """Move the hidden states through a layer that stays dense."""
-        for states in (self._states, self._dense):
-            if states is not None:
-                block: Any = self._parent.block(i)
-                _add(states, block.mlp, states.attend(block, i))
-
-    def _start_router(self, layer: Layer, experts_EF: np.ndarray) -> torch.Tensor:
-        if self._all:
-            return layer.gate_ND.new_zeros(self._sizes.experts, layer.gate_ND.shape[1]).float()
-        routed_EF = experts_EF[self._sizes.shared :]
-        router_ED = router_init.start(self.router, layer, routed_EF, seed=self._partition.seed).float()
-        if self._partition.method == "copy":  # top-k then picks whole copies
-            slices = self._sizes.width // self._sizes.size
-            router_ED = router_ED[copy.router_rows(len(router_ED), slices=slices) * slices]
-        return router_ED
-
-    def _sized_without_text(self, i: int, router_ED: torch.Tensor) -> torch.Tensor:
-        """Logits of the standard deviation `router_std` for inputs as RMSNorm leaves them: root mean square 1."""
-        norm_D = self._parent.tensor(f"model.layers.{i}.post_attention_layernorm.weight").float()
-        spread = (router_ED.cpu() * norm_D).square().sum(1).mean().sqrt()
-        return router_ED * (self._partition.router_std / spread.clamp_min(1e-12))
-
-    def _fit(self, ffn: Converted, *, refit: bool) -> None:
-        if self._all and ffn.is_dense():
-            return  # what a fit would change is rounding
-        ffn.temper(std=self._partition.router_std)
-        if self._partition.scale == "calibrated":
-            ffn.calibrate()
-        if refit:
-            ffn.refit()
-        if refit and self._partition.fit_passes:
-            ffn.fit(self._partition.fit_passes, seed=self._partition.seed)
-
-    def _sparse(
-        self,
-        i: int,
-        stored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        *,
-        router_ED: torch.Tensor,
-        refit_DP: torch.Tensor | None,
-    ) -> SparseLayer:
-        """The layer in the parent's dtypes; copies differ as `noise` and `reinitialise` say."""
-        partition, scale = self._partition, self.scales[i]
-        differ = bool(partition.noise or partition.reinitialise)
-        made = convert.slices(
-            *stored,
-            self.layers[i],
-            shared=self._sizes.shared,
-            scale=1.0 if differ else scale,
-            router_ED=router_ED.cpu(),
-            refit_DP=refit_DP,
-        )
-        if not differ:
-            return made
-        weights = (made.gate_EFD, made.up_EFD, made.down_EDF)
-        gate_EFD, up_EFD, down_EDF = copy.perturbed(*(w.float() for w in weights), options=partition, layer=i)
-        return dataclasses.replace(
-            made,
-            gate_EFD=gate_EFD.to(weights[0]),
-            up_EFD=up_EFD.to(weights[1]),
-            down_EDF=(down_EDF * scale).to(weights[2]),
-        )
+    return importance
 
 
-def _add(states: calibration.States, mlp: Any, x_TD: torch.Tensor) -> None:
-    for part, x in zip(states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
-        part += mlp(x)
+def _first_router(
+    name: str, layer: Layer, experts_EF: np.ndarray, *, sizes: Sizes, partition: Partition
+) -> torch.Tensor:
+    """The router before it is fitted, float32 [E, D]; zero where every token gets every expert."""
+    if sizes.all_active:
+        return layer.gate_ND.new_zeros(sizes.experts, layer.gate_ND.shape[1]).float()
+    router_ED = router_init.start(name, layer, experts_EF[sizes.shared :], seed=partition.seed).float()
+    if partition.method == "copy":  # top-k then picks whole copies
+        slices = sizes.width // sizes.size
+        router_ED = router_ED[copy.router_rows(len(router_ED), slices=slices) * slices]
+    return router_ED
 
 
-def _advance(states: calibration.States, layer: Layer, ffn: Converted) -> float:
-    """Add the converted FFN's output to the hidden states; the share of the dense one's energy that is lost."""
-    lost = total = 0.0
-    for part, (x_TD, h_TN) in zip(states.residual_TD.split(CHUNK), layer.chunks(), strict=True):
-        dense_TD, sparse_TD = h_TN @ layer.down_DN.T, ffn.output(x_TD, h_TN)
-        part += sparse_TD
-        lost += (dense_TD - sparse_TD).square().sum().item()
-        total += dense_TD.square().sum().item()
-    return lost / max(total, 1e-30)
+def _experts(
+    parent: Streamed, i: int, fitted: Fitted, *, experts_EF: np.ndarray, scale: float, partition: Partition
+) -> SparseLayer:
+    """The layer in the parent's dtypes; copies differ as `noise` and `reinitialise` say."""
+    gate, up, down = (parent.stored[name].dtype for name in convert.ffn_names(i))
+    differ = bool(partition.noise or partition.reinitialise)
+    experts = convert.slices(
+        fitted.gate_ND.to("cpu", gate),
+        fitted.up_ND.to("cpu", up),
+        fitted.down_DN.cpu(),
+        experts_EF,
+        shared=partition.shared_experts,
+        scale=1.0 if differ else scale,
+        router_ED=fitted.router_ED.cpu(),
+        down_dtype=down,
+    )
+    if not differ:
+        return experts
+    weights = (experts.gate_EFD, experts.up_EFD, experts.down_EDF)
+    gate_EFD, up_EFD, down_EDF = copy.perturbed(*(w.float() for w in weights), options=partition, layer=i)
+    return dataclasses.replace(
+        experts, gate_EFD=gate_EFD.to(gate), up_EFD=up_EFD.to(up), down_EDF=(down_EDF * scale).to(down)
+    )
+
+
+def _tanh_gate(i: int, experts: SparseLayer, fitted: Fitted, *, fresh: bool, sizes: Sizes, seed: int) -> Gate:
+    """The paper's two-layer gate: fresh, or one that chooses as the fitted router does."""
+    if not fresh:
+        return gates.from_linear(fitted.router_ED.to(experts.gate_EFD.dtype))
+    gate = gates.start(*fitted.router_ED.shape, seed=seed, layer=i)
+    if sizes.all_active:
+        return dataclasses.replace(gate, outer_EE=torch.zeros(sizes.experts, sizes.experts))
+    return gate

@@ -1,13 +1,16 @@
 """From a dense checkpoint folder to a sparse one, tensor by tensor, with every tensor of the parent accounted for.
 
-    convert(parent, folder, exporter=exporters.choose(parent.config, partition), partition=partition, layer=split)
+    with moe_writer(parent, folder, exporter=exporter, partition=partition) as write:
+        for i in partition.sparse_layers(parent.layers):
+            write(i, slices(*ffn(parent, i), experts_EF, shared=0, scale=4.0))
 
 Shapes: D hidden, N neurons (FFN width), S shared experts, E routed experts, F neurons per expert, M = S * F.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,32 +47,29 @@ def slices(
     experts_EF: np.ndarray,
     *,
     shared: int,
-    scale: float | Tensor,
+    scale: float,
     router_ED: Tensor | None = None,
-    refit_DP: Tensor | None = None,
+    down_dtype: torch.dtype | None = None,
 ) -> SparseLayer:
-    """Cut a dense FFN into experts; each weight keeps its parent's dtype.
+    """Cut a dense FFN into experts; each weight keeps its dtype.
 
     Args:
         gate_ND, up_ND, down_DN: the dense FFN.
         experts_EF: int [S + E, F], the neuron at every place, shared experts first.
         shared: S.
-        scale: what the routed weights are to sum to, one number or one per expert [E]; folded into the routed experts'
-            down-projection in float32, then rounded.
+        scale: what the routed weights are to sum to; folded into the routed experts' down-projection in float32, then
+            rounded.
         router_ED: zeros if absent.
-        refit_DP: [D, (S + E) * F], a down-projection for every place in the order of experts_EF, instead of the
-            neurons' own.
+        down_dtype: of the experts' down-projection; that of down_DN if absent.
     """
     places_P = torch.from_numpy(np.ascontiguousarray(experts_EF, dtype=np.int64)).reshape(-1)
     size, hidden = experts_EF.shape[1], gate_ND.shape[1]
     experts, cut = len(experts_EF) - shared, shared * size
     neurons_M, routed_P = places_P[:cut], places_P[cut:]
-    source_DX = down_DN if refit_DP is None else refit_DP
-    columns_P = places_P if refit_DP is None else torch.arange(len(places_P))
-    factor_P = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1).expand(experts, size).reshape(-1)
-    down_EDF = torch.empty(experts, hidden, size, dtype=down_DN.dtype)
+    down_dtype = down_dtype or down_DN.dtype
+    down_EDF = torch.empty(experts, hidden, size, dtype=down_dtype)
     for row in range(0, hidden, _ROWS):
-        block_RP = source_DX[row : row + _ROWS].float().index_select(1, columns_P[cut:]).mul_(factor_P)
+        block_RP = down_DN[row : row + _ROWS].float().index_select(1, routed_P).mul_(scale)
         down_EDF[:, row : row + _ROWS] = block_RP.view(-1, experts, size).permute(1, 0, 2)
     return SparseLayer(
         router_ED=gate_ND.new_zeros(experts, hidden) if router_ED is None else router_ED.to(gate_ND),
@@ -78,44 +78,42 @@ def slices(
         down_EDF=down_EDF,
         shared_gate_MD=gate_ND[neurons_M] if shared else None,
         shared_up_MD=up_ND[neurons_M] if shared else None,
-        shared_down_DM=source_DX[:, columns_P[:cut]].to(down_DN.dtype) if shared else None,
+        shared_down_DM=down_DN[:, neurons_M].to(down_dtype) if shared else None,
     )
 
 
-def convert(
-    parent: Streamed,
-    folder: Path,
-    *,
-    exporter: Exporter,
-    partition: Partition,
-    layer: Callable[[int], SparseLayer],
-    shard_bytes: int = 2_000_000_000,
-) -> None:
-    """Write the sparse checkpoint into a new folder, layer by layer from the bottom.
+@contextmanager
+def moe_writer(
+    parent: Streamed, folder: Path, *, exporter: Exporter, partition: Partition, shard_bytes: int = 2_000_000_000
+) -> Iterator[Callable[[int, SparseLayer], None]]:
+    """Write the sparse checkpoint into a new folder: all that is carried over, then each sparse layer as it is given.
 
     Args:
         parent: the dense checkpoint; its tokenizer, generation config, model card and licence are copied.
         folder: created here.
         exporter: class of the result.
         partition: sizes, and which layers become sparse.
-        layer: called once for each of them, in order.
         shard_bytes: size of the files.
+
+    Yields:
+        A function that writes one sparse layer, by its number; to be called once for each, in any order.
 
     Raises:
         ValueError: the class cannot express the result; a tensor of the parent has no place in it, or two; one is
-            missing; or a layer is not of the planned shape.
+            missing; or a layer is missing, or not of the planned shape.
     """
     config = exporter.config(parent.config, partition)
-    plan, origins = _plan(parent, exporter, partition=partition)
+    plan, carried = _plan(parent, exporter, partition=partition)
     folder.mkdir()
     with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
-        for target, origin in origins:
-            if isinstance(origin, int):
-                parent.prefetch(origin + 1)
-                for name, tensor in exporter.layer(origin, layer(origin), parent.config).items():
-                    writer.write(name, tensor)
-            else:
-                writer.write(target, parent.tensor(origin) if isinstance(origin, str) else origin)
+        for name, origin in carried.items():
+            writer.write(name, parent.tensor(origin) if isinstance(origin, str) else origin)
+
+        def write(i: int, layer: SparseLayer) -> None:
+            for name, tensor in exporter.layer(i, layer, parent.config).items():
+                writer.write(name, tensor)
+
+        yield write
     files.write_config(config, folder)
     files.copy_tokenizer(parent.folder, folder)
     files.copy_documents(parent.folder, folder)
@@ -123,10 +121,10 @@ def convert(
 
 def _plan(
     parent: Streamed, exporter: Exporter, *, partition: Partition
-) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], list[tuple[str, str | Tensor | int]]]:
-    """Dtype and shape of every tensor of the result, and where they come from, in the order of writing.
+) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str | Tensor]]:
+    """Dtype and shape of every tensor of the result, and those that no sparse layer gives.
 
-    An origin is the name of a tensor of the parent, a tensor, or the number of a layer that becomes sparse.
+    The latter are the names of the parent's tensors, or new ones.
     """
     dense: Any = parent.config
     sparse = {ffn_names(i)[0]: i for i in partition.sparse_layers(parent.layers)}
@@ -142,7 +140,7 @@ def _plan(
             f"{parent.folder}: a {exporter.name} of this config.json has no place for these tensors: {homeless}"
         )
     plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    origins: list[tuple[str, str | Tensor | int]] = []
+    carried: dict[str, str | Tensor] = {}
     twice: list[str] = []
 
     def add(tensors: Mapping[str, Tensor | Stored]) -> None:
@@ -152,17 +150,16 @@ def _plan(
     for name in known:
         if name in sparse:
             add(exporter.layer(sparse[name], _meta_layer(parent, sparse[name], partition=partition), dense))
-            origins.append((name, sparse[name]))
         elif name in moved:
             add({moved[name]: parent.stored[name]})
-            origins.append((moved[name], name))
+            carried[moved[name]] = name
     for i in range(parent.layers):
         extra = exporter.extra(i, dense, dtype=parent.stored[f"model.layers.{i}.self_attn.o_proj.weight"].dtype)
         add(extra)
-        origins += extra.items()
+        carried |= extra
     if twice:
         raise ValueError(f"{parent.folder}: in a {exporter.name} two tensors would have one name: {sorted(twice)}")
-    return plan, origins
+    return plan, carried
 
 
 def _meta_layer(parent: Streamed, i: int, *, partition: Partition) -> SparseLayer:

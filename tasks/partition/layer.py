@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from tasks.settings import Partition
 
 CACHE_BYTES = 512 << 20
 """Neuron activations of one layer are kept up to this size, and computed anew in chunks above it."""
@@ -31,6 +35,22 @@ class Sizes:
     shared: int
     size: int
     top_k: int
+
+    @classmethod
+    def of(cls, partition: Partition, width: int) -> Self:
+        """Those of a partition of an FFN of `width` neurons. Raises ValueError if the experts do not fit it."""
+        return cls(
+            width=width,
+            experts=partition.experts,
+            shared=partition.shared_experts,
+            size=partition.check_width(width),
+            top_k=partition.top_k,
+        )
+
+    @property
+    def all_active(self) -> bool:
+        """True if every token gets every expert, so that there is nothing to choose."""
+        return self.top_k == self.experts
 
 
 @dataclass(kw_only=True)

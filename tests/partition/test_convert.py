@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tasks import settings
 from tasks.moe.streamed import Streamed
 from tasks.partition import exporters
-from tasks.partition.convert import convert, ffn, slices
+from tasks.partition.convert import ffn, moe_writer, slices
 
 OPTIONS = settings.Partition(method="random", experts=6, top_k=2)
 
@@ -34,16 +34,18 @@ def save_dense(folder, *, tied=False):
     return folder / "model.safetensors"
 
 
-def run(source, target, *, options=OPTIONS, exporter=None, layer=None, **more):
+def cut(parent, i, *, experts=6):
+    index = np.random.default_rng(i).permutation(24)[: experts * 4].reshape(experts, 4)
+    router = torch.randn(experts, 16, generator=torch.Generator().manual_seed(i))
+    return slices(*ffn(parent, i), index, shared=0, scale=2.0, router_ED=router)
+
+
+def run(source, target, *, options=OPTIONS, exporter=None, **more):
     parent = Streamed(source)
-
-    def cut(i):
-        experts = np.random.default_rng(i).permutation(24).reshape(options.experts, -1)
-        router = torch.randn(options.experts, 16, generator=torch.Generator().manual_seed(i))
-        return slices(*ffn(parent, i), experts, shared=0, scale=options.top_k, router_ED=router)
-
     exporter = exporter or exporters.choose(parent.config, options)
-    convert(parent, target, exporter=exporter, partition=options, layer=layer or cut, **more)
+    with moe_writer(parent, target, exporter=exporter, partition=options, **more) as write:
+        for i in options.sparse_layers(parent.layers):
+            write(i, cut(parent, i))
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
@@ -57,26 +59,24 @@ def test_slices_are_the_rows_and_scaled_columns_at_the_index(data):
     generator = torch.Generator().manual_seed(int(rng.integers(99)))
     gate, up = (torch.randn(width, hidden, generator=generator).to(dtype) for _ in range(2))
     down = torch.randn(hidden, width, generator=generator).to(dtype)
-    refit = torch.randn(hidden, index.size, generator=generator) if data.draw(st.booleans()) else None
-    scales = torch.rand(experts, generator=generator) * 3 if data.draw(st.booleans()) else 1.7
+    if data.draw(st.booleans()):  # a refitted one is float32
+        down = torch.randn(hidden, width, generator=generator)
     router = torch.randn(experts, hidden, generator=generator)
-    found = slices(gate, up, down, index, shared=shared, scale=scales, router_ED=router, refit_DP=refit)
-    assert torch.equal(found.router_ED, router.to(dtype))
-    assert (found.shared is not None) == (shared > 0)
+    layer = slices(gate, up, down, index, shared=shared, scale=1.7, router_ED=router, down_dtype=dtype)
+    assert torch.equal(layer.router_ED, router.to(dtype))
+    assert (layer.shared is not None) == (shared > 0)
     for e, row in enumerate(index):
         for f, neuron in enumerate(row):
-            column = down[:, neuron] if refit is None else refit[:, e * size + f]
             if e < shared:
                 place = e * size + f
-                rows = found.shared_gate_MD[place], found.shared_up_MD[place]
-                expected, column_found = column.to(dtype), found.shared_down_DM[:, place]
+                rows = layer.shared_gate_MD[place], layer.shared_up_MD[place]
+                column, factor = layer.shared_down_DM[:, place], 1.0
             else:
-                rows = found.gate_EFD[e - shared, f], found.up_EFD[e - shared, f]
-                factor = scales if isinstance(scales, float) else scales[e - shared]
-                expected, column_found = (column.float() * factor).to(dtype), found.down_EDF[e - shared, :, f]
+                rows = layer.gate_EFD[e - shared, f], layer.up_EFD[e - shared, f]
+                column, factor = layer.down_EDF[e - shared, :, f], 1.7
             assert torch.equal(rows[0], gate[neuron])
             assert torch.equal(rows[1], up[neuron])
-            assert torch.equal(column_found, expected)
+            assert torch.equal(column, (down[:, neuron].float() * factor).to(dtype))
 
 
 def test_the_same_parent_and_experts_give_the_same_bytes_in_shards(tmp_path):
@@ -101,21 +101,12 @@ def test_everything_outside_of_the_ffns_is_the_parents_bit_for_bit(tmp_path):
     assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in kept)
 
 
-def test_layers_are_asked_for_once_and_in_order_and_the_others_stay_dense(tmp_path):
+def test_layers_that_are_not_listed_stay_dense(tmp_path):
     save_dense(tmp_path / "dense")
-    asked = []
-    parent = Streamed(tmp_path / "dense")
-
-    def layer(i):
-        asked.append(i)
-        return slices(*ffn(parent, i), np.arange(24).reshape(6, 4), shared=0, scale=1.0)
-
-    options = OPTIONS.model_copy(update={"layers": [2, 0]})
-    run(tmp_path / "dense", tmp_path / "moe", options=options, layer=layer)
-    assert asked == [0, 2]
-    after = Streamed(tmp_path / "moe")
-    for mine, theirs in zip(ffn(after, 1), ffn(parent, 1), strict=True):
-        assert torch.equal(mine, theirs)
+    run(tmp_path / "dense", tmp_path / "moe", options=OPTIONS.model_copy(update={"layers": [2, 0]}))
+    assert json.loads((tmp_path / "moe/config.json").read_text())["mlp_only_layers"] == [1]
+    for mine, parents in zip(*(ffn(Streamed(tmp_path / name), 1) for name in ("moe", "dense")), strict=True):
+        assert torch.equal(mine, parents)
 
 
 def test_tokenizer_generation_config_model_card_and_licence_come_along(tmp_path):
@@ -177,15 +168,19 @@ def test_two_tensors_at_one_name_stop_the_conversion(tmp_path):
         run(tmp_path / "dense", tmp_path / "moe", exporter=Clash())
 
 
-def test_a_layer_of_another_shape_than_planned_stops_the_conversion(tmp_path):
+def test_a_layer_of_another_shape_than_planned_or_a_missing_one_stops_the_conversion(tmp_path):
     save_dense(tmp_path / "dense")
     parent = Streamed(tmp_path / "dense")
-
-    def layer(i):
-        return slices(*ffn(parent, i), np.arange(20).reshape(5, 4), shared=0, scale=1.0)
-
-    with pytest.raises(ValueError, match=r"block_sparse_moe.gate.weight' is torch.bfloat16 \[5, 16\], planned as"):
-        run(tmp_path / "dense", tmp_path / "moe", layer=layer)
+    exporter = exporters.choose(parent.config, OPTIONS)
+    writer = moe_writer(parent, tmp_path / "moe", exporter=exporter, partition=OPTIONS)
+    with (
+        pytest.raises(ValueError, match=r"block_sparse_moe.gate.weight' is torch.bfloat16 \[5, 16\], planned as"),
+        writer as write,
+    ):
+        write(0, cut(parent, 0, experts=5))
+    writer = moe_writer(parent, tmp_path / "missing", exporter=exporter, partition=OPTIONS)
+    with pytest.raises(ValueError, match=r"57 tensors were not written"), writer as write:
+        pass
 
 
 def test_a_result_is_never_written_over_another(tmp_path):

@@ -76,45 +76,13 @@ def parent(folder, *, dtype=torch.float32, seed=0, **fields):
 def converted(dense, folder, options):
     """The sparse checkpoint and its index; a refit stands for itself by random changes of down_proj."""
     scale = {"unit": options.top_k, "paper": 1.5, "mean": 2.5, "variance": 3**0.5}[options.scale]
-    sizes = Sizes(
-        width=dense.config.intermediate_size,
-        experts=options.experts,
-        shared=options.shared_experts,
-        size=options.check_width(dense.config.intermediate_size),
-        top_k=options.top_k,
-    )
+    sizes = Sizes.of(options, dense.config.intermediate_size)
     layers = {}
-
-    def layer(i):
-        generator = torch.Generator().manual_seed(i)
-        gate, up, down = convert.ffn(dense, i)
-        seen = Layer(
-            number=i,
-            gate_ND=gate.float(),
-            up_ND=up.float(),
-            down_DN=down.float(),
-            x_TD=torch.randn(64, dense.config.hidden_size, generator=generator),
-            importance_CN=torch.rand(sizes.experts, sizes.width, generator=generator),
-        )
-        layers[i] = methods.get(options.method).split(seen, sizes, options)
-        refit = None
-        if options.down_proj == "refit":
-            refit = down.float()[:, layers[i].reshape(-1)]
-            refit += torch.randn(refit.shape, generator=generator) * refit.std()
-        differ = bool(options.noise or options.reinitialise)
-        sparse = convert.slices(
-            gate,
-            up,
-            down,
-            layers[i],
-            shared=options.shared_experts,
-            scale=1.0 if differ else scale,
-            refit_DP=refit,
-        )
-        return perturbed(sparse, options, scale=scale, layer=i) if differ else sparse
-
     exporter = exporters.choose(dense.config, options)
-    convert.convert(dense, folder, exporter=exporter, partition=options, layer=layer)
+    with convert.moe_writer(dense, folder, exporter=exporter, partition=options) as write:
+        for i in options.sparse_layers(dense.layers):
+            layers[i], sparse = sparse_layer(dense, i, options, sizes=sizes, scale=scale)
+            write(i, sparse)
     made = index.Index(
         layers=layers,
         scales=dict.fromkeys(layers, float(scale)),
@@ -124,14 +92,33 @@ def converted(dense, folder, options):
     return Streamed(folder), made
 
 
-def perturbed(sparse, options, *, scale, layer):
-    """Copies that differ: perturbed as they are in the parent, then scaled."""
-    weights = (sparse.gate_EFD, sparse.up_EFD, sparse.down_EDF)
-    gate, up, down = copy.perturbed(*(w.float() for w in weights), options=options, layer=layer)
-    down *= scale
-    return dataclasses.replace(
-        sparse, gate_EFD=gate.to(weights[0]), up_EFD=up.to(weights[1]), down_EDF=down.to(weights[2])
+def sparse_layer(dense, i, options, *, sizes, scale):
+    generator = torch.Generator().manual_seed(i)
+    gate, up, down = convert.ffn(dense, i)
+    seen = Layer(
+        number=i,
+        gate_ND=gate.float(),
+        up_ND=up.float(),
+        down_DN=down.float(),
+        x_TD=torch.randn(64, dense.config.hidden_size, generator=generator),
+        importance_CN=torch.rand(sizes.experts, sizes.width, generator=generator),
     )
+    experts = methods.get(options.method).split(seen, sizes, options)
+    dtype = down.dtype
+    if options.down_proj == "refit":
+        down = down.float()
+        down += torch.randn(down.shape, generator=generator) * down.std()
+    differ = bool(options.noise or options.reinitialise)
+    factor = 1.0 if differ else scale
+    sparse = convert.slices(gate, up, down, experts, shared=options.shared_experts, scale=factor, down_dtype=dtype)
+    if differ:  # copies are perturbed as they are in the parent, then scaled
+        weights = (sparse.gate_EFD, sparse.up_EFD, sparse.down_EDF)
+        gate, up, down = copy.perturbed(*(w.float() for w in weights), options=options, layer=i)
+        down *= scale
+        sparse = dataclasses.replace(
+            sparse, gate_EFD=gate.to(weights[0]), up_EFD=up.to(weights[1]), down_EDF=down.to(weights[2])
+        )
+    return experts, sparse
 
 
 def sample(shape=(3, 40), seed=1):

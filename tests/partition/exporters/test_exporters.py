@@ -14,7 +14,7 @@ from tasks import settings
 from tasks.moe import checkpoint
 from tasks.moe.streamed import Streamed
 from tasks.partition import exporters
-from tasks.partition.convert import convert, ffn, slices
+from tasks.partition.convert import ffn, moe_writer, slices
 
 SIZES = {
     "vocab_size": 64,
@@ -96,14 +96,11 @@ def save_dense(kind, folder, *, dtype=torch.float32):
 
 def export(parent, folder, options):
     """Cut the neurons as they stand; with a zero router and all experts chosen the sum is the dense FFN."""
-    sizes = (options.experts + options.shared_experts, -1)
-
-    def layer(i):
-        experts = torch.arange(48).view(sizes).flip(0).numpy()
-        return slices(*ffn(parent, i), experts, shared=options.shared_experts, scale=options.experts)
-
+    experts = torch.arange(48).view(options.experts + options.shared_experts, -1).flip(0).numpy()
     exporter = exporters.choose(parent.config, options)
-    convert(parent, folder, exporter=exporter, partition=options, layer=layer)
+    with moe_writer(parent, folder, exporter=exporter, partition=options) as write:
+        for i in options.sparse_layers(parent.layers):
+            write(i, slices(*ffn(parent, i), experts, shared=options.shared_experts, scale=options.experts))
     return exporter
 
 
