@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tasks import rewritten
-from tasks.architectures import DENSE, REFUSED, REWRITTEN
+from tasks.architectures import DENSE, REFUSED, REWRITTEN, Dense, Rewritten
 
 
 def check(fields: Mapping[str, Any]) -> None:
@@ -16,19 +16,19 @@ def check(fields: Mapping[str, Any]) -> None:
         raise ValueError(
             f"config.json: model_type = {kind!r}, architectures = {classes!r}; needed: a name, and a list of names"
         )
-    read = {**DENSE, **REWRITTEN}
+    read: dict[str, Dense | Rewritten] = {**DENSE, **REWRITTEN}
     row = read.get(str(kind))
     if row is None or (classes and classes[0] != row.architecture):
         reason = REFUSED.get(str(kind), "it is not known whether its FFN can be cut into experts without a loss")
         if row is not None:
             reason = f"it is no causal language model of class {row.architecture}"
-        supported = ", ".join(f"{row.model_type} ({row.architecture})" for row in read.values())
+        supported = ", ".join(f"{known.model_type} ({known.architecture})" for known in read.values())
         raise ValueError(
             f"config.json: model_type = {kind!r}, architectures = {classes} is not supported: {reason}; "
             f"supported: {supported}"
         )
-    if reason := rewritten.refuses(fields):
-        raise ValueError(f"config.json: model_type = {kind!r} is not supported with {reason}")
+    if limit := rewritten.refuses(fields):
+        raise ValueError(f"config.json: model_type = {kind!r} is not supported with {limit}")
     if quantised := fields.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(
