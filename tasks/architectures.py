@@ -92,7 +92,14 @@ QWEN3 = Dense(
     window="per layer",
     gguf=True,
 )
-DENSE: Mapping[str, Dense] = {row.model_type: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+GRANITE = Dense(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    biases="qkvo",
+    bias_field="attention_bias",
+    multipliers=True,
+)
+DENSE: Mapping[str, Dense] = {row.model_type: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE)}
 PHI3 = Rewritten(model_type="phi3", architecture="Phi3ForCausalLM", becomes=MISTRAL)
 OLMO = Rewritten(model_type="olmo", architecture="OlmoForCausalLM", becomes=LLAMA)
 REWRITTEN: Mapping[str, Rewritten] = {row.model_type: row for row in (PHI3, OLMO)}
@@ -194,7 +201,6 @@ REFUSED: Mapping[str, str] = {
     "glm4": _POST_NORM,
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
-    "granite": "it has multipliers on embeddings, residuals, attention and logits, which are not carried over yet",
     "cohere": "attention and FFN run side by side behind one LayerNorm",
     "stablelm": "it has LayerNorm and a partial rotary embedding",
     "smollm3": "some of its layers have no rotary embedding, which no sparse class here can say",
@@ -240,6 +246,13 @@ def windows(config: Any) -> list[int | None]:
 def head_dim(config: Any) -> int:
     """Width of one attention head, by a config object."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def multipliers(config: Any) -> dict[str, float]:
+    """The values of MULTIPLIERS, by a config object; those that change nothing for a class that has none."""
+    if row(config).multipliers:
+        return {name: getattr(config, name) for name in MULTIPLIERS}
+    return dict.fromkeys(MULTIPLIERS, 1.0) | {"attention_multiplier": head_dim(config) ** -0.5}
 
 
 def sparse_layers(config: Any) -> list[int]:

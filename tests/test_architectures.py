@@ -51,3 +51,12 @@ def test_a_row_has_the_names_of_its_class_in_transformers(kind):
     assert not [field for field in named if field and not hasattr(config, field)]
     assert row.multipliers == hasattr(config, "residual_multiplier")
     assert len(architectures.windows(config)) == config.num_hidden_layers
+
+
+def test_the_documentation_lists_the_classes_with_what_engines_do():
+    text = (ROOT / "docs/model.md").read_text()
+    for row in architectures.SPARSE.values():
+        engines = " | ".join(row.engines[name] or "yes" for name in ("transformers 4", "llama.cpp", "vLLM", "SGLang"))
+        assert f"| `{row.model_type}` | {engines} |" in text
+    for kind in (*architectures.DENSE, *architectures.REWRITTEN):
+        assert f"| `{kind}` | " in text

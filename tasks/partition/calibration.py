@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tasks import architectures
 from tasks.moe.streamed import Streamed
 
 _BATCH = 4  # windows per attention call
@@ -44,18 +45,23 @@ class States:
 
     def __init__(self, model: Streamed, ids_BL: np.ndarray) -> None:
         self._model = model
-        self.hidden_BLD = model.embed(torch.from_numpy(ids_BL))
-        """float32; all that is kept of the text."""
+        self._multiplier = architectures.multipliers(model.config)["residual_multiplier"]
+        self.hidden_BLD = model.embed(torch.from_numpy(ids_BL)) / self._multiplier
+        """float32, over the model's residual multiplier, so that outputs are added as they are; all that is kept of
+        the text."""
 
     @torch.no_grad()
     def attend(self, block: Any, layer: int) -> torch.Tensor:
         """Pass the attention of `layer`, whose block is given; return what its FFN reads, [T, D]."""
         where = self._model.attention(layer, self.hidden_BLD.shape[1])
         for part in self.hidden_BLD.split(_BATCH):
-            attended, _ = block.self_attn(hidden_states=block.input_layernorm(part), **where)
+            attended, _ = block.self_attn(hidden_states=block.input_layernorm(self._whole(part)), **where)
             part += attended
-        normed: torch.Tensor = block.post_attention_layernorm(self.hidden_BLD)
+        normed: torch.Tensor = block.post_attention_layernorm(self._whole(self.hidden_BLD))
         return normed.flatten(0, 1)
+
+    def _whole(self, part: torch.Tensor) -> torch.Tensor:
+        return part if self._multiplier == 1 else part * self._multiplier
 
     @property
     def residual_TD(self) -> torch.Tensor:

@@ -38,6 +38,7 @@ def _configs(sizes, moe, *, bias=False, shared=24, head_dim=8, places=None):
         "mistral": {"head_dim": head_dim},
         "qwen2": {},
         "qwen3": {"attention_bias": bias, "head_dim": head_dim},
+        "granite": {"attention_bias": bias, "mlp_bias": bias},
         "mixtral": {"head_dim": head_dim, **local},
         "granitemoe": {"attention_bias": bias, **local},
         "granitemoeshared": {"attention_bias": bias, "shared_intermediate_size": shared, **local},

@@ -49,6 +49,7 @@ KINDS = {
     "qwen2, sliding": SLIDING | {"max_window_layers": 1},
     "qwen3": {"head_dim": 12},
     "qwen3, sliding": SLIDING | {"max_window_layers": 2, "attention_bias": True},
+    "granite": GRANITE,
     "mixtral": EXPERTS | {"sliding_window": 8},
     "granitemoe": EXPERTS | GRANITE,
     "granitemoeshared": EXPERTS | GRANITE | {"shared_intermediate_size": 12, "sliding_window": 8},
@@ -77,8 +78,6 @@ def ids(shape=(3, 40)):
 def test_blocks_hidden_states_logits_and_loss_are_those_of_the_whole_model(kind, tmp_path):
     streamed = Streamed(save(kind, tmp_path))
     whole = checkpoint.load(tmp_path, dtype=torch.float32)
-    if streamed.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-        whole.set_experts_implementation("moe_kernels")
     for i, layer in enumerate(whole.model.layers):
         block = streamed.block(i)
         attentions = layer.self_attn, block.self_attn

@@ -35,6 +35,13 @@ FAMILIES = {
     "mistral, window": {"model_type": "mistral", "sliding_window": 16},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
 }
 METHODS = {
     "random": {"method": "random", "experts": 6, "top_k": 2},

@@ -99,7 +99,8 @@ class Exporter:
             yield "config.json: mlp_bias = true; no experts have biases"
         if not getattr(dense, "is_causal", True):
             yield "config.json: is_causal = false; the attention of this class is causal"
-        known = {field.name for field in fields(PreTrainedConfig)}.union(_CARRIED, _HANDLED)
+        known = {field.name for field in fields(PreTrainedConfig)}
+        known = known.union(_CARRIED, _HANDLED, architectures.MULTIPLIERS)
         for field in fields(type(dense)):
             if field.name not in known and getattr(dense, field.name) != field.default:
                 yield f"config.json: {field.name} = {getattr(dense, field.name)!r} has no place in this class"
@@ -107,6 +108,8 @@ class Exporter:
         if not set(biases) <= set(self.row.biases):
             held = "".join(["none", self.row.biases and f" and {', '.join(self.row.biases)}"])
             yield f"the attention of a {dense.model_type} has biases ({', '.join(biases)}); this class's: {held}"
+        if row.multipliers and not self.row.multipliers:
+            yield f"a {dense.model_type} has multipliers ({', '.join(architectures.MULTIPLIERS)}); this class has none"
         if row.qk_norm != self.row.qk_norm:
             yield f"norms on queries and keys: a {dense.model_type} and this class differ in them"
         seen = architectures.windows(dense)

@@ -31,11 +31,8 @@ class GraniteMoe(Exporter):
                 "intermediate_size": partition.check_width(dense.intermediate_size),
                 "num_local_experts": partition.experts,
                 "attention_bias": architectures.biases(dense) != "",
-                "attention_multiplier": architectures.head_dim(dense) ** -0.5,
-                "embedding_multiplier": 1.0,
-                "residual_multiplier": 1.0,
-                "logits_scaling": 1.0,
             }
+            | architectures.multipliers(dense)
         )
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:

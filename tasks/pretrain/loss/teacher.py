@@ -58,7 +58,8 @@ class Teacher:
 
         with torch.no_grad():
             logits: torch.Tensor = self._model.get_output_embeddings()(hidden)
-        return logits
+            scaling = getattr(self._model.config, "logits_scaling", 1.0)  # Granite divides its logits by this
+            return logits if scaling == 1 else logits / scaling
 
 
 def layers(hidden_states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -43,6 +43,7 @@ ROPES = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0},
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 PARENTS = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
@@ -56,13 +57,15 @@ PARENTS = {
     "qwen2": {},
     "qwen2, tied, yarn": {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]},
     "qwen2, sliding": SLIDING,
+    "granite": GRANITE,
+    "granite, biases, tied": GRANITE | {"attention_bias": True, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
     "qwen3, biases, window": SLIDING | {"attention_bias": True, "max_window_layers": 0, "head_dim": 8},
     "qwen3, sliding": SLIDING,
 }
 LLAMA_LIKE = [name for name in PARENTS if name.startswith(("llama", "mistral")) and "bias" not in name]
 FULL = [name for name in PARENTS if not name.startswith("qwen3") and not name.endswith(("sliding", ", window"))]
-NO_BIAS_ON_O = [name for name in PARENTS if not name.startswith("qwen3") and name != "llama, biases"]
+NO_BIAS_ON_O = [name for name in PARENTS if not name.startswith(("qwen3", "granite")) and name != "llama, biases"]
 EXPRESSED = {
     "mixtral": LLAMA_LIKE,
     "granitemoe": FULL,
@@ -223,6 +226,8 @@ def test_auto_takes_the_first_class_that_can_express_parent_and_partition(parent
         ("qwen3", {}, "mixtral", "norms on queries and keys"),
         ("qwen3", {}, "qwen2_moe", "norms on queries and keys"),
         ("llama", {}, "qwen3_moe", "norms on queries and keys"),
+        ("granite", {}, "mixtral", r"a granite has multipliers \(embedding_multiplier, .*\); this class has none"),
+        ("granite", {"attention_multiplier": 1.0}, "qwen2_moe", "a granite has multipliers"),
         ("mistral, window", {}, "granitemoe", "sliding_window = 8; this class attends to the whole text"),
         ("qwen2, sliding", {}, "granitemoe", "sliding_window = 8"),
         ("qwen3, sliding", {}, "qwen3_moe", "sliding and full attention alternate"),

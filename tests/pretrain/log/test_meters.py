@@ -41,6 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {},
+    "granite": {},
     "mixtral": LOCAL,
     "granitemoe": LOCAL,
     "granitemoeshared": {**LOCAL, "shared_intermediate_size": 32},
