@@ -123,9 +123,9 @@ def clusters(texts: list[str], signer: minhash.Signer, *, near: NearDuplicates) 
         with pa.ipc.new_file(f"{folder}/chunk.arrow", table.schema) as writer:
             writer.write_table(table)
         decision = duplicates.decide([Path(folder, "chunk.arrow")], near=near, scratch=Path(folder))
-        sizes = np.unique(decision.first[decision.fate != duplicates.DUPLICATE], return_counts=True)[1]
-        fates = np.bincount(decision.fate, minlength=3)
-        lost = sum(len(text.encode()) for text, fate in zip(texts, decision.fate, strict=True) if fate) / 1e6
+        sizes = np.unique(decision.first[decision.outcome != duplicates.DUPLICATE], return_counts=True)[1]
+        fates = np.bincount(decision.outcome, minlength=3)
+        lost = sum(len(text.encode()) for text, fate in zip(texts, decision.outcome, strict=True) if fate) / 1e6
     print(
         f"\n{len(texts)} documents: {fates[0]} kept, {fates[1]} duplicates, {fates[2]} near-duplicates ({lost:.1f} MB "
         f"dropped) in {(sizes > 1).sum()} clusters, the largest of {sizes.max()}"

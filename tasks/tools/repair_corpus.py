@@ -196,9 +196,8 @@ def _replace(corpus_dir: Path, made: manifest.Manifest, lost: _Lost, *, encode: 
     """Write a shard and put it in its place, if it is what the manifest lists."""
     shard, (domain, split, _) = lost.shard, Path(lost.shard.path).parts
     task, index = verify.number_of(shard)
-    documents = lost.part.documents
-    order = tokenise.part_order(made.seed, domain, split=split, task=task, index=index, documents=documents)
-    metadata = tokenise.part_metadata(encode, "", domain=domain, split=split, task=task, index=index)
+    part = tokenise.PartId(domain=domain, split=split, task=task, index=index)
+    order, metadata = part.order(made.seed, lost.part.documents), part.metadata(encode, "")
     batch = lost.part.batch(order, dtype=encode.dtype, metadata={**metadata, "task_key": shard.task_key})
     with files.replacing(corpus_dir / shard.path) as file:
         sha256 = shards.write_batch(file, batch).sha256.hexdigest()

@@ -133,7 +133,7 @@ def test_what_changes_between_scan_and_resolve_is_refused(two: Path, change: str
         }
         with pytest.raises(sources.SourceError, match=rf"^domain prose: .*{message[change]}"):
             stage.run_unit(str(todo.path), unit)
-        assert not resolve.result(todo).exists()
+        assert not resolve.result_file(todo).exists()
 
 
 def test_where_stamps_say_nothing_the_hashes_after_the_scan_do(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_chunks_of_a_file_that_was_touched_after_a_kill_are_read_again(
         with pytest.raises(KeyboardInterrupt):
             stage.make("tiny", run=stage.processes(1))
     (folder,) = Path(".scratch").glob("corpus-tiny/*/scan/prose-*")
-    assert len(chunk_store.committed(folder, 0)) == 2
+    assert len(chunk_store.chunk_summaries(folder, 0)) == 2
     rewrite(two / "a.jsonl")
     rewrite(two / "a.jsonl")
     seen: list[str] = []

@@ -1,15 +1,15 @@
-"""What there is to do for a corpus: its sources cut into tasks, and the units of work over them.
+"""The plan of a corpus: its sources cut into tasks, and the units of work over them.
 
-Work lies in `.scratch/corpus-NAME/FINGERPRINT/`, which every process and machine that takes part must see:
+The work folder is `.scratch/corpus-NAME/FINGERPRINT/`; all processes and machines that take part must share it:
 
     plan-KEY.json                                the settings, the tasks, the keys of the work
-    scan/DOMAIN-KEY/00000-000.arrow, .json …     documents of task 0 (chunk_store.py), and its account 00000.json
-    fates/KEY/DOMAIN/00000.npy, .json            what becomes of each of them (resolve.py)
+    scan/DOMAIN-KEY/00000-000.arrow, .json …     documents of task 0 (chunk_store.py), and its summary 00000.json
+    outcomes/KEY/DOMAIN/00000.npy, .json         the split of each document, or why it is dropped (resolve.py)
     tokenised/KEY/corpus/DOMAIN/…, done/DOMAIN/  shards and what is published with them (tokenise.py)
     progress/                                    counters of each unit
 
-A KEY names what that work was made from and nothing else (`Keys`), so that a setting that changes on the way leaves
-the work that it does not touch. FINGERPRINT names the code.
+A KEY is a hash of everything that the work depends on (`Keys`), so that a changed setting keeps the work that it does
+not affect. FINGERPRINT is a hash of the code.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What the work of each phase depends on, as fingerprints."""
+    """Hashes of everything that the work of each phase depends on."""
 
     scans: dict[str, str]
-    """Per domain: its source and how it is read, filtered and held against evaluation items."""
+    """Per domain: its source, and how it is read, filtered and decontaminated."""
     bands: dict[str, str]
-    """Per domain: how near-duplicates are looked for; empty if they aren't."""
-    fates: str
-    """The scans, and what decides on duplicates, splits and too many bad records."""
+    """Per domain: the settings of near-duplicates; empty if the corpus keeps them."""
+    outcomes: str
+    """The scans, and the settings of duplicates, splits and bad records."""
     shards: str
-    """All that a shard's bytes depend on."""
+    """Everything that the bytes of a shard depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +80,16 @@ class Plan:
         return [Unit(phase=phase, domain=d, task=i) for d, tasks in self.tasks.items() for i in range(len(tasks))]
 
 
-def keys_of(corpus: settings.Corpus, *, found: dict[str, str], tokenizer: str) -> Keys:
-    """The keys of a corpus whose sources have the fingerprints `found` (fingerprint.check)."""
-    items = {part: text for part, text in found.items() if part.startswith("items ")}
+def keys_of(corpus: settings.Corpus, *, fingerprints: dict[str, str], tokenizer: str) -> Keys:
+    """The keys of a corpus whose sources have these fingerprints (fingerprint.check)."""
+    items = {part: text for part, text in fingerprints.items() if part.startswith("items ")}
     reading = corpus.model_dump(include={"max_record_bytes", "task_bytes", "keep_rejects", "decontaminate"})
     scans, bands = {}, {}
     for name, domain in corpus.domains.items():
         own = domain.model_dump(exclude={"heldout", "license", "near_duplicates", "filters"})
         own["filters"] = [rule.model_dump() for rule in corpus.filters_of(name)]
         decoder = tokenizer if domain.format == "megatron" else ""
-        scans[name] = scratch.fingerprint([own, reading, found[f"domain {name}"], items, decoder])
+        scans[name] = scratch.fingerprint([own, reading, fingerprints[f"domain {name}"], items, decoder])
         if corpus.near_duplicates:
             near = corpus.near_duplicates_of(name)
             how = near.model_dump(exclude={"action"}) if near else corpus.near_duplicates.bands
@@ -100,7 +100,7 @@ def keys_of(corpus: settings.Corpus, *, found: dict[str, str], tokenizer: str) -
     return Keys(
         scans=scans,
         bands=bands,
-        fates=scratch.fingerprint([decided, corpus.max_bad]),
+        outcomes=scratch.fingerprint([decided, corpus.max_bad]),
         shards=scratch.fingerprint([decided, tokenizer, corpus.seed, corpus.separators, corpus.shard_tokens]),
     )
 
@@ -112,14 +112,14 @@ def tasks_of(corpus: settings.Corpus) -> tuple[dict[str, list[tuple[Piece, ...]]
         SourceError: names the domain.
         CorpusError: also names it; a filter of it cannot be used here.
     """
-    found, sizes = {}, {}
+    tasks, sizes = {}, {}
     for name, domain in corpus.domains.items():
         try:
-            chain.build(corpus.filters_of(name))  # what a filter needs should be missed before anything is read
+            chain.build(corpus.filters_of(name))  # so that a missing package fails before anything is read
             reader = open_reader(domain, SOURCES, max_record_bytes=corpus.max_record_bytes)
-            found[name] = reader.tasks(task_bytes=corpus.task_bytes)
-            sizes[name] = [sum(map(reader.size, task)) for task in found[name]]
-            if domain.format == "text" and (files := sum(map(len, found[name]))) < len(SPLITS):
+            tasks[name] = reader.tasks(task_bytes=corpus.task_bytes)
+            sizes[name] = [sum(map(reader.size, task)) for task in tasks[name]]
+            if domain.format == "text" and (files := sum(map(len, tasks[name]))) < len(SPLITS):
                 raise CorpusError(
                     f"{files} files are {files} documents, and {', '.join(SPLITS)} need one each; give it more"
                 )
@@ -127,41 +127,40 @@ def tasks_of(corpus: settings.Corpus) -> tuple[dict[str, list[tuple[Piece, ...]]
             raise sources.SourceError(f"domain {name}: {error}") from error
         except CorpusError as error:
             raise CorpusError(f"domain {name}: {error}") from error
-    return found, sizes
+    return tasks, sizes
 
 
-def file(work: Path, corpus: settings.Corpus, *, keys: Keys) -> Path:
-    """Where the plan of a corpus lies in its work folder."""
+def plan_file(work: Path, corpus: settings.Corpus, *, keys: Keys) -> Path:
+    """The file of a corpus's plan in its work folder."""
     # Domains as a list: their order is their priority.
     key = scratch.fingerprint([dataclasses.asdict(keys), corpus.model_dump(), list(corpus.domains)])
     return work / f"plan-{key}.json"
 
 
-def make(path: Path, name: str, *, corpus: settings.Corpus, keys: Keys, found: dict[str, str]) -> None:
-    """Cut the sources of a corpus, whose fingerprints are `found`, into tasks, and write the plan to `path`.
+def make(path: Path, name: str, *, corpus: settings.Corpus, keys: Keys, fingerprints: dict[str, str]) -> None:
+    """Cut the sources of a corpus, which must have these fingerprints, into tasks, and write the plan to `path`.
 
     Raises:
         SourceError, CorpusError: as `tasks_of`, or a source changes meanwhile.
     """
-    before = source_versions.record(corpus, SOURCES, fingerprints=found)
-    listed, sizes = tasks_of(corpus)
-    if source_versions.record(corpus, SOURCES, fingerprints=found) != before:
+    before = source_versions.record(corpus, SOURCES, fingerprints=fingerprints)
+    tasks, sizes = tasks_of(corpus)
+    if source_versions.record(corpus, SOURCES, fingerprints=fingerprints) != before:
         raise sources.SourceError("a source changed while it was listed; run again when nobody writes to it")
-    tasks = {domain: [[dataclasses.asdict(piece) for piece in task] for task in listed[domain]] for domain in listed}
-    written = {
+    content = {
         "name": name,
         "keys": dataclasses.asdict(keys),
         "corpus": corpus.model_dump(mode="json"),
         "domains": list(corpus.domains),  # their order is their priority, and write_json sorts keys
         "sources": before,
-        "tasks": tasks,
+        "tasks": {name: [[dataclasses.asdict(piece) for piece in task] for task in tasks[name]] for name in tasks},
         "sizes": sizes,
     }
-    scratch.write_json(path, written)
+    scratch.write_json(path, content)
 
 
 def load(path: Path) -> Plan:
-    """Read a plan. Raises FileNotFoundError with the mend: it isn't seen from here."""
+    """Read a plan. Raises FileNotFoundError if this process doesn't see its file."""
     return _read(path, path.absolute())
 
 

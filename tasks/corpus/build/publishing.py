@@ -1,4 +1,4 @@
-"""What is published of a corpus: shards and their manifest, metrics, and the lengths of its documents."""
+"""Publish a corpus: its shards with their manifest, its metrics, and the lengths of its documents."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ def lengths_file(name: str) -> Path:
     return fingerprint.CORPORA / f"{name}.lengths.csv"
 
 
-def publish(todo: Plan, *, out: Path, resolved: dict[str, Any], encode: Encoder) -> dict[str, Any]:
+def publish(plan: Plan, *, out: Path, counts: dict[str, Any], encode: Encoder) -> dict[str, Any]:
     """Write the manifest, move the corpus into place, write lengths and metrics; returns the metrics."""
-    records = {domain: _records(out, todo, domain) for domain in todo.tasks}
+    records = {domain: _records(out, plan, domain) for domain in plan.tasks}
     corpus = out / "corpus"
-    scratch.write_json(corpus / manifest.FILE, _manifest(todo, records, resolved=resolved, encode=encode))
+    scratch.write_json(corpus / manifest.FILE, _manifest(plan, records, counts=counts, encode=encode))
     made = manifest.load(corpus)
-    metrics = _metrics(made, records, resolved=resolved) | _decontamination(todo)
+    metrics = _metrics(made, records, counts=counts) | _decontamination(plan)
     lengths = _lengths(corpus, made).encode()
-    scratch.publish(corpus, fingerprint.CORPORA / todo.name)
-    with files.replacing(lengths_file(todo.name)) as file:
+    scratch.publish(corpus, fingerprint.CORPORA / plan.name)
+    with files.replacing(lengths_file(plan.name)) as file:
         file.write(lengths)
-    scratch.write_json(fingerprint.CORPORA / f"{todo.name}.json", metrics)  # last: figures of what is there
+    scratch.write_json(fingerprint.CORPORA / f"{plan.name}.json", metrics)  # last: figures of what is there
     return metrics
 
 
-def _records(out: Path, todo: Plan, domain: str) -> list[dict[str, Any]]:
-    found = [tokenise.finished(out, domain, task=task) for task in range(len(todo.tasks[domain]))]
-    assert all(found), f"{domain}: not every task is tokenised"
-    return [record for record in found if record is not None]
+def _records(out: Path, plan: Plan, domain: str) -> list[dict[str, Any]]:
+    records = [tokenise.finished(out, domain, task=task) for task in range(len(plan.tasks[domain]))]
+    assert all(records), f"{domain}: not every task is tokenised"
+    return [record for record in records if record is not None]
 
 
 def _manifest(
-    todo: Plan, records: dict[str, list[dict[str, Any]]], *, resolved: dict[str, Any], encode: Encoder
+    plan: Plan, records: dict[str, list[dict[str, Any]]], *, counts: dict[str, Any], encode: Encoder
 ) -> dict[str, Any]:
     """The manifest as JSON: a function of the inputs alone, so no times and no machine in it."""
-    corpus = todo.corpus
+    corpus = plan.corpus
     return {
         "format": manifest.FORMAT,
-        "corpus": todo.name,
+        "corpus": plan.name,
         "model": corpus.model,
         "tokenizer": encode.fingerprint,
         "vocab_size": encode.vocab_size,
@@ -63,37 +63,37 @@ def _manifest(
         "domains": {
             domain: {
                 **{
-                    split: manifest.split_of([sidecar for record in found for sidecar in record["splits"][split]])
+                    split: manifest.split_of([sidecar for record in tasks for sidecar in record["splits"][split]])
                     for split in manifest.SPLITS
                 },
-                "rules": resolved[domain]["rules"],
+                "rules": counts[domain]["rules"],
                 "license": corpus.domains[domain].license,
                 "source": corpus.domains[domain].source,
-                "files": {path: digest for record in found for path, digest in record["files"].items()},
+                "files": {path: digest for record in tasks for path, digest in record["files"].items()},
             }
-            for domain, found in records.items()
+            for domain, tasks in records.items()
         },
     }
 
 
 def _metrics(
-    made: manifest.Manifest, records: dict[str, list[dict[str, Any]]], *, resolved: dict[str, Any]
+    made: manifest.Manifest, records: dict[str, list[dict[str, Any]]], *, counts: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `dvc metrics show` shows. Rates are per process, and cover what each task's last run encoded itself."""
+    """The metrics that DVC keeps. Rates are per process, over what the last run of each task encoded itself."""
     domains = {}
     for name, entry in made.domains.items():
         domains[name] = {
             "documents": {split: part.documents for split, part in entry.splits.items()},
             "tokens": {split: part.tokens for split, part in entry.splits.items()},
             "rules": entry.rules,
-            "bad": resolved[name]["bad"],
+            "bad": counts[name]["bad"],
             "bytes_per_token": entry.bytes_per_token,
             "seconds": round(_total(records[name], "seconds"), 2),
             "tokens_per_second": _rate(records[name]),
             "license": entry.license,
             "source": entry.source,
         }
-    every = [record for found in records.values() for record in found]
+    every = [record for tasks in records.values() for record in tasks]
     parts = [part for entry in made.domains.values() for part in entry.splits.values()]
     checks: Counter[str] = Counter()
     for record in every:
@@ -110,11 +110,11 @@ def _metrics(
     }
 
 
-def _decontamination(todo: Plan) -> dict[str, Any]:
-    """How many n-grams of the evaluation items were looked for, and how many of their texts were too short."""
-    if todo.corpus.decontaminate is None:
+def _decontamination(plan: Plan) -> dict[str, Any]:
+    """How many n-grams of the evaluation items were searched for, and how many of their texts were too short."""
+    if plan.corpus.decontaminate is None:
         return {}
-    items = decontamination.Items.load(todo.corpus.decontaminate, SOURCES)
+    items = decontamination.Items.load(plan.corpus.decontaminate, SOURCES)
     return {"decontamination": {"ngrams": items.ngrams, "short": items.short}}
 
 

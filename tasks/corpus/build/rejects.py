@@ -1,7 +1,7 @@
 """Dropped records that are worth a look, as JSON lines: rule, file, row, and detail or text where there is one.
 
-These are the first bad records of each rule of a task, every contaminated document, and the filtered ones whose text
-was to be kept.
+These are the first bad records of each rule of a task, every contaminated document, and filtered documents if the
+corpus keeps their text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -19,38 +18,28 @@ from tasks.corpus.build import chunk_store
 EXAMPLES = 100  # bad records of a rule shown per task
 
 
-def lines(folder: Path, task: int, *, chunks: int, starts: list[int]) -> Iterator[bytes]:
-    """The lines of a scanned task; `starts` is the row in its file at which each of its pieces begins."""
+def lines(folder: Path, task: int, *, starts: list[int]) -> Iterator[bytes]:
+    """The lines of a task; `starts` is the row in its file at which each of its pieces begins."""
     seen: Counter[str] = Counter()
-    for path in chunk_store.chunk_paths(folder, task, chunks=chunks):
+    for path in chunk_store.chunk_paths(folder, task):
         for reject in chunk_store.rejects(path).to_pylist():
-            seen[reject["rule"]] += 1
-            if _is_shown(reject, seen[reject["rule"]]):
-                yield _line(reject, start=starts[reject["piece"]])
+            rule = reject["rule"]
+            seen[rule] += 1
+            if seen[rule] <= EXAMPLES if reject["bad"] else rule == "contaminated" or reject["text"] is not None:
+                line = {"rule": rule, "source": reject["source"], "row": starts[reject["piece"]] + reject["row"]}
+                yield orjson.dumps(line | {name: reject[name] for name in ("detail", "text") if reject[name]}) + b"\n"
 
 
-def too_bad(domain: str, *, found: str, rules: dict[str, str], max_bad: float, shown: Path) -> str:
-    """The message of a domain that fails; `found` says how many records are bad, `rules` how many by which rule."""
-    listed = "; ".join(f"{rule}: {text}" for rule, text in rules.items())
+def message(domain: str, *, counts: str, rules: dict[str, str], max_bad: float, examples: Path) -> str:
+    """The message of a domain that fails: how many records are bad, and how many by which rule."""
+    by_rule = "; ".join(f"{rule}: {text}" for rule, text in rules.items())
     return (
-        f"domain {domain}: {found}, max_bad allows {max_bad:.2%}. {listed}. "
-        f"Mend the file, correct `format` or `text_field`, or raise `max_bad`; {shown} has examples"
+        f"domain {domain}: {counts}, max_bad allows {max_bad:.2%}. {by_rule}. "
+        f"Correct the file, `format` or `text_field`, or raise `max_bad`; {examples} has examples"
     )
 
 
-def write(path: Path, content: Iterable[bytes]) -> Path:
+def write(path: Path, content: Iterable[bytes]) -> None:
     """Write the lines of a domain that fails, since nothing of it will be published."""
     with files.replacing(path) as file:
         file.writelines(content)
-    return path
-
-
-def _is_shown(reject: dict[str, Any], count: int) -> bool:
-    if reject["bad"]:
-        return count <= EXAMPLES
-    return reject["rule"] == "contaminated" or reject["text"] is not None
-
-
-def _line(reject: dict[str, Any], *, start: int) -> bytes:
-    shown = {"rule": reject["rule"], "source": reject["source"], "row": start + reject["row"]}
-    return orjson.dumps(shown | {name: reject[name] for name in ("detail", "text") if reject[name]}) + b"\n"

@@ -1,8 +1,8 @@
-"""From a corpus entry to its shards: the three phases, by whatever runs their units, and what is published.
+"""Make a corpus: run the units of the three phases, then publish the result.
 
-`make` is the stage. `prepare` does all of it but the publishing, so that any number of machines may do the work and
-the stage, run afterwards, finds it done. Units may be killed at any point, run twice or run at once: their results
-are functions of the plan, and appear by a rename.
+`make` is the stage. `prepare` does everything but publish, so that any number of machines can share the work before
+the stage runs. Units may be killed, run twice or run at once: their results depend on the plan alone, and appear by a
+rename.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from tasks import code, scratch, settings, sources
 from tasks.corpus import files, fingerprint, source_versions
 from tasks.corpus.build import corpus_display, counters, planning, publishing, resolve, scan, tokenise
-from tasks.corpus.build.planning import Phase, Plan, Unit
+from tasks.corpus.build.planning import PHASES, Phase, Plan, Unit
 from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
@@ -39,17 +39,17 @@ FAILURES = (
     scratch.BusyError,
     OSError,
 )
-"""What a person can mend; anything else is a fault of this program and shows its traceback."""
+"""Errors that a user can fix. Any other is a bug, and shows its traceback."""
 
 WORKER_KILLED = (
     "a worker process was killed, perhaps for want of memory; run again with fewer --workers. Finished parts are kept"
 )
 
-JUDGES = ("datatrove", "py3langid", "rensa", "wordfreq")
-"""Packages whose version may change what is dropped."""
+FILTER_PACKAGES = ("datatrove", "py3langid", "rensa", "wordfreq")
+"""Packages whose version may change which documents are dropped."""
 
 FAST = "tokenised"
-"""The folder of what a tokenizer made that no document has shown to be wrong."""
+"""The folder of shards by the fast tokenizer, unless a document shows that it is wrong."""
 
 Runner = Callable[[Callable[[Unit], None], list[Unit]], None]
 """Calls a picklable function with every unit, in any order, anywhere, and raises if a call does."""
@@ -65,19 +65,19 @@ def make(name: str, *, run: Runner | None = None) -> dict[str, Any]:
     Raises:
         FAILURES: what was finished is kept for the next run.
     """
-    with _workspace(name) as todo:
-        out = _phases(todo, run=run or processes())
-        metrics = publishing.publish(todo, out=out, resolved=resolve.resolved(todo), encode=_encoder(todo.corpus))
-        work = todo.path.parent
-        # Not in place: half of it, after a kill, would be taken for work to go on with.
+    with _workspace(name) as plan:
+        out = _run_phases(plan, run=run or processes())
+        metrics = publishing.publish(plan, out=out, counts=resolve.counts_of(plan), encode=_encoder(plan.corpus))
+        work = plan.path.parent
+        # Renamed first: a later run would resume work that a kill left half deleted.
         shutil.rmtree(work.rename(work.with_name(f"done-{work.name}")))
     return metrics
 
 
 def prepare(name: str, *, run: Runner) -> None:
-    """Everything but the publishing. Raises FAILURES."""
-    with _workspace(name) as todo:
-        _phases(todo, run=run)
+    """Do everything but publish. Raises FAILURES."""
+    with _workspace(name) as plan:
+        _run_phases(plan, run=run)
 
 
 def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
@@ -86,35 +86,34 @@ def run_share(name: str, *, phase: Phase, index: int, count: int) -> int:
     Raises:
         FAILURES: also if the phase before is not finished.
     """
-    with _workspace(name, shared=phase != "resolve") as todo:
-        before = planning.PHASES[: planning.PHASES.index(phase)]
-        for earlier in before:
-            if missing := _pending(todo, earlier):
+    with _workspace(name, shared=phase != "resolve") as plan:
+        for earlier in PHASES[: PHASES.index(phase)]:
+            if missing := _pending(plan, earlier):
                 raise CorpusError(
                     f"phase {phase} of corpus {name} needs phase {earlier}, of which {len(missing)} units are not "
                     f"done; run --phase {earlier} first"
                 )
-        mine = [unit for i, unit in enumerate(todo.units(phase)) if i % count == index]
+        mine = [unit for i, unit in enumerate(plan.units(phase)) if i % count == index]
         for unit in mine:
-            run_unit(str(todo.path), unit)
+            run_unit(str(plan.path), unit)
     return len(mine)
 
 
 def run_unit(path: str, unit: Unit) -> None:
     """Run one unit, unless it is done; a function of the plan in `path`."""
-    todo = planning.load(Path(path))
-    if _is_done(todo, unit):
+    plan = planning.load(Path(path))
+    if _is_done(plan, unit):
         return
-    with counters.Meter(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
+    with counters.Meter(_progress(plan), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
         if unit.phase == "scan":
             # Only documents that come as ids need a tokenizer here, to be decoded.
-            load = functools.partial(_encoder, todo.corpus)
-            scan.scan(todo, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
+            load = functools.partial(_encoder, plan.corpus)
+            scan.scan(plan, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
         elif unit.phase == "resolve":
-            source_versions.require_unchanged(todo.corpus, planning.SOURCES, versions=todo.sources)
-            resolve.resolve(todo)
+            source_versions.require_unchanged(plan.corpus, planning.SOURCES, versions=plan.sources)
+            resolve.resolve(plan)
         else:
-            _tokenise(todo, unit=unit, meter=meter)
+            _tokenise(plan, unit=unit, meter=meter)
 
 
 def processes(workers: int | None = None) -> Runner:
@@ -153,7 +152,7 @@ def _run_in_pool(function: Callable[[Unit], None], units: list[Unit], *, workers
 
 
 def end_with_parent() -> None:
-    """A worker whose parent was killed must not wait for work for ever."""
+    """End this worker when its parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -166,7 +165,7 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def default_environment(changed: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set while the block runs, for the processes that it starts."""
+    """Set environment variables, unless they are set, for the processes that the block starts."""
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update({name: value for name, value in changed.items() if before[name] is None})
     try:
@@ -179,27 +178,27 @@ def default_environment(changed: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
-    """The plan of a corpus in its work folder, which is held until the block ends."""
+    """The plan of a corpus in its work folder, which stays locked until the block ends."""
     corpus = settings.load().corpus(name)
-    found = fingerprint.check(name, corpus)
+    fingerprints = fingerprint.check(name, corpus)
     encode = _encoder(corpus)
-    keys = planning.keys_of(corpus, found=found, tokenizer=encode.fingerprint)
-    # Work begun by other code isn't continued; yet the code is no part of the shards, which it need not change.
-    inputs = {"code": code.fingerprint("tasks.corpus"), **{name: _version(name) for name in JUDGES}}
+    keys = planning.keys_of(corpus, fingerprints=fingerprints, tokenizer=encode.fingerprint)
+    # Work of other code is not resumed. The shards do not name the code, which need not change them.
+    inputs = {"code": code.fingerprint("tasks.corpus"), **{name: _version(name) for name in FILTER_PACKAGES}}
     with scratch.workspace("corpus", name, inputs=inputs, shared=shared, priority=scratch.last_used) as work:
         if not shared:
             scratch.report_kept(work)
             files.sweep(work)
-        path = planning.file(work, corpus, keys=keys)
+        path = planning.plan_file(work, corpus, keys=keys)
         if path.exists():
             yield planning.load(path)
             return
-        planning.make(path, name, corpus=corpus, keys=keys, found=found)
-        todo = planning.load(path)
-        for phase in planning.PHASES:
-            for unit in _pending(todo, phase):  # counters of work begun with other settings
-                counters.forget(_progress(todo), phase=unit.phase, domain=unit.domain, task=unit.task)
-        yield todo
+        planning.make(path, name, corpus=corpus, keys=keys, fingerprints=fingerprints)
+        plan = planning.load(path)
+        for phase in PHASES:
+            for unit in _pending(plan, phase):  # that was begun with other settings
+                counters.forget(_progress(plan), phase=unit.phase, domain=unit.domain, task=unit.task)
+        yield plan
 
 
 def _version(package: str) -> str:
@@ -209,67 +208,66 @@ def _version(package: str) -> str:
         return ""
 
 
-def _progress(todo: Plan) -> Path:
-    return todo.path.with_name("progress")
+def _progress(plan: Plan) -> Path:
+    return plan.path.with_name("progress")
 
 
-def _phases(todo: Plan, *, run: Runner) -> Path:
-    """Run what isn't done; returns the folder that holds the result."""
-    with corpus_display.CorpusDisplay(_progress(todo), domains=list(todo.tasks)) as display:
-        for phase in planning.PHASES:
-            while units := _pending(todo, phase):  # twice, if a fast tokenizer turned out to be wrong
-                total = len(todo.units(phase))
+def _run_phases(plan: Plan, *, run: Runner) -> Path:
+    """Run the units that are not done; returns the folder of the result."""
+    with corpus_display.CorpusDisplay(_progress(plan), domains=list(plan.tasks)) as display:
+        for phase in PHASES:
+            while units := _pending(plan, phase):  # twice if the fast tokenizer proves wrong
+                total = len(plan.units(phase))
                 display.phase(phase, total, before=total - len(units))
-                run(functools.partial(run_unit, str(todo.path)), units)
-    return _out(todo)
+                run(functools.partial(run_unit, str(plan.path)), units)
+    return _output_folder(plan)
 
 
-def _pending(todo: Plan, phase: Phase) -> list[Unit]:
-    return [unit for unit in todo.units(phase) if not _is_done(todo, unit)]
+def _pending(plan: Plan, phase: Phase) -> list[Unit]:
+    return [unit for unit in plan.units(phase) if not _is_done(plan, unit)]
 
 
-def _is_done(todo: Plan, unit: Unit) -> bool:
+def _is_done(plan: Plan, unit: Unit) -> bool:
     if unit.phase == "scan":
-        return scan.is_done(todo, unit.domain, task=unit.task)
+        return scan.is_done(plan, unit.domain, task=unit.task)
     if unit.phase == "resolve":
-        return resolve.result(todo).exists()
-    return tokenise.finished(_out(todo), unit.domain, task=unit.task) is not None
+        return resolve.result_file(plan).exists()
+    return tokenise.finished(_output_folder(plan), unit.domain, task=unit.task) is not None
 
 
-def _tokenise(todo: Plan, *, unit: Unit, meter: counters.Meter) -> None:
-    def attempt(
-        out: Path,
-    ) -> None:  # folder and backend by one look, since another worker may find a mismatch meanwhile
-        encode = _encoder(todo.corpus, backend="auto" if out.parent.name == FAST else "reference")
-        tokenise.tokenise(todo, out=out, domain=unit.domain, task=unit.task, encode=encode, meter=meter)
+def _tokenise(plan: Plan, *, unit: Unit, meter: counters.Meter) -> None:
+    def attempt(out: Path) -> None:
+        # The folder decides the backend: another worker may find a mismatch meanwhile.
+        encode = _encoder(plan.corpus, backend="auto" if out.parent.name == FAST else "reference")
+        tokenise.tokenise(plan, out=out, domain=unit.domain, task=unit.task, encode=encode, meter=meter)
 
     try:
-        attempt(_out(todo))
+        attempt(_output_folder(plan))
     except encoder.BackendMismatch as error:
         warnings.warn(f"{error}; everything is tokenised by the reference instead", stacklevel=2)
-        scratch.write_json(_distrust(todo), {"domain": unit.domain, "task": unit.task, "error": str(error)})
-        attempt(_out(todo))
+        scratch.write_json(_mismatch_file(plan), {"domain": unit.domain, "task": unit.task, "error": str(error)})
+        attempt(_output_folder(plan))
 
 
-def _distrust(todo: Plan) -> Path:
-    """Where it is written that the fast tokenizer was found to be wrong."""
-    return todo.path.with_name("distrust.json")
+def _mismatch_file(plan: Plan) -> Path:
+    """The file that says that the fast tokenizer differed from the reference."""
+    return plan.path.with_name("mismatch.json")
 
 
-def _out(todo: Plan) -> Path:
-    """Shards of a fast tokenizer that proved wrong are left where they are, and nothing is taken from there."""
-    return todo.path.with_name("tokenised-by-reference" if _distrust(todo).exists() else FAST) / todo.keys.shards
+def _output_folder(plan: Plan) -> Path:
+    """The folder of the shards; another one once the fast tokenizer proves wrong, so that none of its shards stays."""
+    return plan.path.with_name("tokenised-by-reference" if _mismatch_file(plan).exists() else FAST) / plan.keys.shards
 
 
-class _Loaded(threading.local):
-    """The encoders of a thread: only one may use an encoder at a time, and a cluster's worker may have several."""
+class _Encoders(threading.local):
+    """The encoders of a thread: threads must not share one, and a cluster's worker may have several."""
 
     def __init__(self) -> None:
         self.load = functools.lru_cache(maxsize=2)(encoder.load_encoder)
 
 
-_loaded = _Loaded()
+_encoders = _Encoders()
 
 
 def _encoder(corpus: settings.Corpus, *, backend: str = "reference") -> encoder.Encoder:
-    return _loaded.load((MODELS / corpus.model).resolve(), separators=corpus.separators, backend=backend)
+    return _encoders.load((MODELS / corpus.model).resolve(), separators=corpus.separators, backend=backend)

@@ -1,8 +1,8 @@
 """Exact and near duplicates over a whole corpus, on disk: memory is bounded by `partition_bytes`, not by documents.
 
 Equal `doc_id`s are exact duplicates. Of the rest, documents with an equal hash in any band are near-duplicates, and
-clusters are the connected components. Per document the scratch folder holds 25 bytes (fate, first, key), 8 per band,
-and 24 while one column is sorted. Columns are split by the leading bits of their hashes into files of about
+clusters are the connected components. The scratch folder holds 25 bytes per document (outcome, first, key), 8 per
+band, and 24 while one column is sorted. Columns are split by the leading bits of their hashes into files of about
 `partition_bytes`, and each is sorted in memory; labels are joined by hooking and pointer jumping (Shiloach and
 Vishkin 1982) on a mapped array.
 """
@@ -32,13 +32,13 @@ _Rows = NDArray[np.uint64]  # [rows, keys + 1], the ordinal last
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What becomes of each of n documents, in the order given; arrays mapped from the scratch folder.
+    """The outcome of each of n documents, in the order given; arrays mapped from the scratch folder.
 
-    `fate` uint8 [n]: KEPT, DUPLICATE or NEAR_DUPLICATE. `first` int64 [n]: the ordinal of the first document of its
+    `outcome` uint8 [n]: KEPT, DUPLICATE or NEAR_DUPLICATE. `first` int64 [n]: the ordinal of the first document of its
     cluster, its own if alone. `key` uint8 [n, 16]: the smallest doc_id of the cluster.
     """
 
-    fate: NDArray[np.uint8]
+    outcome: NDArray[np.uint8]
     first: NDArray[np.int64]
     key: NDArray[np.uint8]
 
@@ -48,7 +48,7 @@ def decide(
     *,
     near: NearDuplicates | None,
     scratch: Path,
-    signed: Sequence[Path] | None = None,
+    band_files: Sequence[Path] | None = None,
     partition_bytes: int = 64 << 20,
 ) -> Decision:
     """Find the duplicates among the documents of `chunks`; of each cluster the first document stays.
@@ -56,7 +56,7 @@ def decide(
     Args:
         chunks: Arrow IPC files with `doc_id`, fixed_size_binary(16). The first document of the first chunk has
             ordinal 0.
-        signed: of each chunk the file with its `bands`, fixed_size_binary(8 * bands): little-endian uint64s; the
+        band_files: of each chunk the file with its `bands`, fixed_size_binary(8 * bands): little-endian uint64s; the
             chunk itself if not given.
         near: also near-duplicates; with `action: group` they are clustered, and all kept.
         scratch: an existing folder; the result's arrays stay in it.
@@ -66,39 +66,39 @@ def decide(
         CorpusError: a chunk is damaged, or lacks a column.
     """
     bands = near.bands if near else 0
-    n = _ingest(chunks, chunks if signed is None else signed, bands=bands, scratch=scratch)
+    n = _ingest(chunks, chunks if band_files is None else band_files, bands=bands, scratch=scratch)
     if not n:
         empty = np.empty(0, dtype=np.uint8)
-        return Decision(fate=empty, first=empty.astype(np.int64), key=empty.reshape(0, _ID_BYTES))
-    fate = np.memmap(scratch / "fate.u8", dtype=np.uint8, mode="w+", shape=(n,))
+        return Decision(outcome=empty, first=empty.astype(np.int64), key=empty.reshape(0, _ID_BYTES))
+    outcome = np.memmap(scratch / "outcome.u8", dtype=np.uint8, mode="w+", shape=(n,))
     first = np.memmap(scratch / "first.i64", dtype=np.int64, mode="w+", shape=(n,))
     key = np.memmap(scratch / "key.u8", dtype=np.uint8, mode="r+", shape=(n, _ID_BYTES))
     sorter = _Sorter(scratch, partition_bytes)
-    for ordinals, heads in sorter.groups(key.view("<u8"), fate=fate):
+    for ordinals, heads in sorter.groups(key.view("<u8"), outcome=outcome):
         first[ordinals] = heads
-        fate[ordinals[ordinals != heads]] = DUPLICATE
+        outcome[ordinals[ordinals != heads]] = DUPLICATE
     for band in range(bands):
         path = _band(scratch, band)
-        for ordinals, heads in sorter.groups(np.memmap(path, dtype="<u8", mode="r", shape=(n, 1)), fate=fate):
+        for ordinals, heads in sorter.groups(np.memmap(path, dtype="<u8", mode="r", shape=(n, 1)), outcome=outcome):
             others = ordinals != heads
             _join(first, ordinals[others], others=heads[others])
         path.unlink()
     if near:
-        _settle(fate, first, key=key, drop=near.action == "drop", step=sorter.rows(_ID_BYTES // 8))
-    return Decision(fate=fate, first=first, key=key)
+        _settle(outcome, first, key=key, drop=near.action == "drop", step=sorter.rows(_ID_BYTES // 8))
+    return Decision(outcome=outcome, first=first, key=key)
 
 
 def _band(scratch: Path, band: int) -> Path:
     return scratch / f"band-{band:03d}.u64"
 
 
-def _ingest(chunks: Sequence[Path], signed: Sequence[Path], *, bands: int, scratch: Path) -> int:
+def _ingest(chunks: Sequence[Path], band_files: Sequence[Path], *, bands: int, scratch: Path) -> int:
     """Copy the chunks' columns into files of their own; returns the number of documents."""
     n = banded = 0
     with ExitStack() as stack:
         keys = stack.enter_context((scratch / "key.u8").open("wb"))
         columns = [stack.enter_context(_band(scratch, band).open("wb")) for band in range(bands)]
-        for path, bands_path in zip(chunks, signed, strict=True):
+        for path, bands_path in zip(chunks, band_files, strict=True):
             for found in _batches(path, "doc_id", width=_ID_BYTES):
                 found.tofile(keys)
                 n += len(found)
@@ -146,11 +146,11 @@ class _Sorter:
         return max(self.partition_bytes // (8 * (keys + 1)), 2)
 
     def groups(
-        self, keys: NDArray[np.uint64], *, fate: NDArray[np.uint8]
+        self, keys: NDArray[np.uint64], *, outcome: NDArray[np.uint8]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Ordinals of kept documents, and for each the first with an equal key; blocks may repeat a first one."""
         step = self.rows(keys.shape[1])
-        blocks = (_block(keys, fate, start=start, step=step) for start in range(0, len(keys), step))
+        blocks = (_block(keys, outcome, start=start, step=step) for start in range(0, len(keys), step))
         bits = math.ceil(math.log2(max(len(keys) / step, 1)))
         if not bits:
             yield from _fold(blocks)
@@ -167,8 +167,8 @@ class _Sorter:
                 path.unlink(missing_ok=True)
 
 
-def _block(keys: NDArray[np.uint64], fate: NDArray[np.uint8], *, start: int, step: int) -> _Rows:
-    kept = np.flatnonzero(fate[start : start + step] == KEPT)
+def _block(keys: NDArray[np.uint64], outcome: NDArray[np.uint8], *, start: int, step: int) -> _Rows:
+    kept = np.flatnonzero(outcome[start : start + step] == KEPT)
     return np.column_stack([keys[start : start + step][kept], (kept + start).astype(np.uint64)])
 
 
@@ -225,16 +225,16 @@ def _join(labels: NDArray[np.int64], nodes: NDArray[np.int64], *, others: NDArra
 
 
 def _settle(
-    fate: NDArray[np.uint8], first: NDArray[np.int64], *, key: NDArray[np.uint8], drop: bool, step: int
+    outcome: NDArray[np.uint8], first: NDArray[np.int64], *, key: NDArray[np.uint8], drop: bool, step: int
 ) -> None:
     """Point every document at its root, and give every cluster its smallest key."""
-    spans = [(start, min(start + step, len(fate))) for start in range(0, len(fate), step)]
+    spans = [(start, min(start + step, len(outcome))) for start in range(0, len(outcome), step)]
     for start, end in spans:
         own = np.arange(start, end)
         roots = first[start:end] = _roots(first, own)
-        members = own[(fate[start:end] == KEPT) & (roots != own)]
+        members = own[(outcome[start:end] == KEPT) & (roots != own)]
         if drop:
-            fate[members] = NEAR_DUPLICATE
+            outcome[members] = NEAR_DUPLICATE
         _least(key, members, roots=first[members])
     for start, end in spans:
         key[start:end] = key[first[start:end]]

@@ -18,7 +18,7 @@ import pytest
 
 from tasks import scratch, settings, sources
 from tasks.corpus import manifest, shards
-from tasks.corpus.build import chunk_store, resolve, scan, stage, tokenise
+from tasks.corpus.build import chunk_store, scan, stage, tokenise
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
 from tests.corpus.texts import WORDS, jsonl, run, sentences
@@ -39,7 +39,7 @@ def texts_of(corpus: Path, domain: str, split: str) -> list[str]:
 
 def test_every_document_lands_in_one_split_with_its_text_whole(corpus: Path) -> None:
     for domain, n, seed in (("prose", 300, 1), ("code", 200, 2)):
-        train, validation, test = (texts_of(corpus, domain, split) for split in resolve.SPLITS)
+        train, validation, test = (texts_of(corpus, domain, split) for split in manifest.SPLITS)
         assert sorted(train + validation + test) == sorted(sentences(n, seed=seed))
         for held in (validation, test):
             assert 0.04 < len(held) / n < 0.17  # 0.1 expected, 3 standard deviations
@@ -100,14 +100,14 @@ def test_documents_are_shuffled_by_the_seed_and_the_same_set_is_held_out(corpus:
         paths = sorted((corpus / "prose" / split).glob("*.arrow"))
         return [i for path in paths for i in shards.open_shard(path).column("doc_id").to_pylist()]
 
-    first = {split: ids(split) for split in resolve.SPLITS}
+    first = {split: ids(split) for split in manifest.SPLITS}
     rows = shards.open_shard(corpus / "prose/train/part-00000-000.arrow").column("row").to_pylist()
     assert rows != sorted(rows)
     raw = json.loads(Path("pipelines.yaml").read_text())
     raw["corpora"]["tiny"]["seed"] = 5
     Path("pipelines.yaml").write_text(json.dumps(raw))
     run()
-    for split in resolve.SPLITS:
+    for split in manifest.SPLITS:
         assert ids(split) != first[split]
         assert sorted(ids(split)) == sorted(first[split])
 
@@ -265,7 +265,7 @@ def test_what_is_finished_is_neither_read_nor_tokenised_again(
     assert before > 200
     assert len(encoded) - 400 < before / 2  # the parts that were committed stay
     assert sorted(texts_of(root / "data/corpora/tiny", "a", "train")) == sorted(
-        set(texts) - {text for held in resolve.SPLITS[1:] for text in texts_of(root / "data/corpora/tiny", "a", held)}
+        set(texts) - {text for held in manifest.SPLITS[1:] for text in texts_of(root / "data/corpora/tiny", "a", held)}
     )
 
 
@@ -328,7 +328,7 @@ def test_a_document_and_its_near_duplicates_stand_in_one_split_and_the_first_dom
     def splits_of_each() -> dict[str, set[str]]:
         """The original of each long document -> the splits in which it or its near-duplicate stands."""
         found: dict[str, set[str]] = {text: set() for text in long}
-        for domain, split in itertools.product(domains, resolve.SPLITS):
+        for domain, split in itertools.product(domains, manifest.SPLITS):
             for text in texts_of(corpus, domain, split):
                 original = text.removesuffix(" indeed").replace("The  ", "the ", 1)
                 found.get(original, set()).add(split)
@@ -343,7 +343,7 @@ def test_a_document_and_its_near_duplicates_stand_in_one_split_and_the_first_dom
         assert rules["alpha"]["duplicate"] == 20
         homes = splits_of_each()
         assert all(len(splits) == 1 for splits in homes.values())
-        assert {split for splits in homes.values() for split in splits} == set(resolve.SPLITS)
+        assert {split for splits in homes.values() for split in splits} == set(manifest.SPLITS)
     project(domains)  # not looked for: they stand on both sides
     run()
     assert any(len(splits) > 1 for splits in splits_of_each().values())
@@ -472,7 +472,7 @@ def test_a_mismatch_that_another_worker_finds_meanwhile_lets_no_token_of_the_fas
         if backend == "auto":
             one.__class__ = Wrong
             (work,) = Path(".scratch/corpus-tiny").glob("*/")
-            scratch.write_json(work / "distrust.json", {})
+            scratch.write_json(work / "mismatch.json", {})
         return one
 
     monkeypatch.setattr(stage, "_encoder", found_elsewhere)

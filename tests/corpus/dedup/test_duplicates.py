@@ -112,12 +112,12 @@ def test_clusters_are_those_of_comparing_every_pair_however_the_documents_are_cu
         scratch.mkdir()
         near = NearDuplicates(bands=bands, action=action)
         decision = duplicates.decide(paths, near=near, scratch=scratch, partition_bytes=partition_bytes)
-        fate, first, key = naive(documents, drop=action == "drop")
-        assert decision.fate.tolist() == fate
+        outcome, first, key = naive(documents, drop=action == "drop")
+        assert decision.outcome.tolist() == outcome
         assert decision.first.tolist() == first
         assert [bytes(row) for row in decision.key] == key
         if documents:
-            assert {path.name for path in scratch.iterdir()} == {"fate.u8", "first.i64", "key.u8"}
+            assert {path.name for path in scratch.iterdir()} == {"outcome.u8", "first.i64", "key.u8"}
 
 
 @pytest.mark.parametrize("partition_bytes", [100, 1 << 20])
@@ -126,7 +126,7 @@ def test_equal_ids_alone_are_duplicates_without_near_duplicates(tmp_path: Path, 
     ids = np.frombuffer(b"".join(ids_of(seeds, hashed=True)), dtype=np.uint8).reshape(-1, 16)
     paths = [write(tmp_path / "a.arrow", ids[:3], None), write(tmp_path / "b.arrow", ids[3:], None)]
     decision = duplicates.decide(paths, near=None, scratch=tmp_path, partition_bytes=partition_bytes)
-    assert decision.fate.tolist() == [KEPT, KEPT, DUPLICATE, KEPT, DUPLICATE, DUPLICATE, KEPT]
+    assert decision.outcome.tolist() == [KEPT, KEPT, DUPLICATE, KEPT, DUPLICATE, DUPLICATE, KEPT]
     assert decision.first.tolist() == [0, 1, 0, 3, 0, 1, 6]
     assert (decision.key == ids).all()
 
@@ -139,7 +139,7 @@ def test_a_chain_of_documents_is_one_cluster(tmp_path: Path) -> None:
     path = write(tmp_path / "a.arrow", ids, bands)
     decision = duplicates.decide([path], near=NearDuplicates(bands=2), scratch=tmp_path, partition_bytes=5000)
     assert not decision.first.any()
-    assert np.bincount(decision.fate).tolist() == [1, 0, n - 1]
+    assert np.bincount(decision.outcome).tolist() == [1, 0, n - 1]
     assert {bytes(row) for row in decision.key} == {min(bytes(row) for row in ids)}
 
 
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, alike: bool) ->
         decision = duplicates.decide(paths, near=NearDuplicates(bands=2), scratch=folder, partition_bytes=1 << 17)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert (np.bincount(decision.fate, minlength=3) > 0).tolist() == [True, alike, alike]
+        assert (np.bincount(decision.outcome, minlength=3) > 0).tolist() == [True, alike, alike]
     assert peaks[1] < 1.3 * peaks[0]
 
 
@@ -169,7 +169,7 @@ def test_no_documents_give_no_decisions(tmp_path: Path) -> None:
     empty = write(tmp_path / "a.arrow", np.empty((0, 16)), np.empty((0, 14)))
     for paths in ([], [empty]):
         decision = duplicates.decide(paths, near=NearDuplicates(), scratch=tmp_path)
-        assert decision.fate.shape == decision.first.shape == (0,)
+        assert decision.outcome.shape == decision.first.shape == (0,)
         assert decision.key.shape == (0, 16)
 
 
