@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
+from tasks.moe.internals import rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -54,8 +55,6 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _rope_fields(config: Any) -> dict[str, Any]:
     """The rotary embedding under the names of both, with what they would derive from other fields in numbers."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     scaling = dict(config.rope_parameters)
     original = scaling.get("original_max_position_embeddings")
     if "factor" in scaling and scaling["factor"] is None and original:
@@ -64,7 +63,7 @@ def _rope_fields(config: Any) -> dict[str, Any]:
     if scaling["rope_type"] == "longrope":
         # transformers 4 looks for the original length beside `rope_scaling`, and derives the factor from it.
         fields["original_max_position_embeddings"] = original
-        scaling["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config, None)[1]
+        scaling["attention_factor"] = rope.frequencies(config)[1]
     fields["rope_parameters"] = dict(scaling)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:

@@ -23,6 +23,7 @@ from torch import nn
 
 from tasks import architectures
 from tasks.moe import routing
+from tasks.moe.internals.layers import decoder_layers, is_router
 from tasks.moe.internals.training_router import TrainingRouter, extend
 
 FILE = "gates.safetensors"
@@ -141,7 +142,7 @@ def swap_in(model: nn.Module, gates: dict[int, Gate]) -> None:
         ValueError: a layer has no router, or one of another shape, or whose weights do not sum to 1 as a two-layer
             gate's do.
     """
-    layers: Any = model.base_model.layers  # type: ignore[union-attr]
+    layers = decoder_layers(model)
     for layer, gate in gates.items():
         if layer >= len(layers):
             raise ValueError(f"{FILE}: layer {layer} is not there; the model has layers 0 to {len(layers) - 1}")
@@ -154,7 +155,7 @@ def swap_in(model: nn.Module, gates: dict[int, Gate]) -> None:
 def router(block: nn.Module) -> nn.Module:
     """The router of one decoder layer. Raises ValueError if the layer is dense."""
     for module in block.modules():
-        if type(module).__name__.endswith("TopKRouter"):
+        if is_router(module):
             return module
     raise ValueError("the layer is dense, and has no router")
 

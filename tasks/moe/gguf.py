@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
 from tasks.moe import families, files, untrusted
+from tasks.moe.internals import gguf_reader, rope
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,6 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
     from gguf import GGUFReader, dequantize
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     from tasks.moe.writer import ShardWriter
 
@@ -69,8 +69,8 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
     config = _config(file, reader, architecture=architecture, frequencies=frequencies)
     wanted = families.expected(config)
     families.account({rename(name): _shape(tensor) for name, tensor in tensors.items()}, wanted)
-    # llama.cpp interleaves the rows of a LLaMA's q and k; transformers' processor puts them back.
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    # llama.cpp interleaves the rows of a LLaMA's q and k.
+    restore = gguf_reader.restore(architecture, config)
     by_name = {rename(name): tensor for name, tensor in tensors.items()}
     with ShardWriter(target, {name: (dtype, shape) for name, shape in wanted.items()}) as writer:
         for name in wanted:
@@ -82,7 +82,7 @@ def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig
                     f"{file.name}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package does "
                     "not dequantise; take another quantisation of the model"
                 ) from None
-            stored = torch.tensor(processor.process(weights, tensor.name).weights)  # a copy: the file is mapped
+            stored = torch.tensor(restore(weights, tensor.name))  # a copy: the file is mapped
             converted = stored.to(dtype)
             untrusted.require_fits(stored, converted, name=tensor.name, file=file.name)
             writer.write(name, converted)
@@ -109,14 +109,13 @@ def _config(
     file: Path, reader: GGUFReader, *, architecture: str, frequencies: ReaderTensor | None
 ) -> PreTrainedConfig:
     from transformers import AutoConfig
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     if (scaling := _field(reader, f"{architecture}.rope.scaling.type")) not in {None, "none"}:
         raise ValueError(
             f"{file.name}: {architecture}.rope.scaling.type = {scaling!r} is not read from GGUF; take the model's "
             "safetensors"
         )
-    fields: dict[str, Any] = load_gguf_checkpoint(file)["config"]
+    fields: dict[str, Any] = gguf_reader.config_fields(file)
     fields |= {"model_type": architecture, "architectures": [_CLASSES[architecture]]}
     fields.setdefault("rope_theta", 10_000.0)  # llama.cpp's; transformers has another for every family
     if head_dim := _field(reader, f"{architecture}.attention.key_length"):
@@ -130,7 +129,6 @@ def _llama3(fields: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
     """The rope parameters behind rope_freqs.weight [head_dim / 2], which divides the base frequencies (Llama 3.1)."""
     import numpy as np
     from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     found = {
         "rope_type": "llama3",
@@ -141,7 +139,7 @@ def _llama3(fields: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     config = LlamaConfig(**fields | {"rope_parameters": found})
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, None)
+    scaled, _ = rope.frequencies(config)
     base = 1 / found["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
     if not np.allclose(base / scaled.numpy(), divisors, rtol=1e-4):
         raise ValueError(

@@ -51,12 +51,14 @@ def routers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: they are not as many as the config's sparse layers.
     """
+    from tasks.moe.internals.layers import is_router
+
     stock: Any = getattr(model, "module", model)  # a DeepSpeed engine has a `config` of its own
-    found = [block for block in stock.modules() if type(block).__name__.endswith("TopKRouter")]
+    blocks = [block for block in stock.modules() if is_router(block)]
     layers = counts.experts(stock.config)["layers"]
-    if len(found) != len(layers):
-        raise ValueError(f"{type(stock).__name__} has {len(found)} routers in {len(layers)} sparse layers")
-    return found
+    if len(blocks) != len(layers):
+        raise ValueError(f"{type(stock).__name__} has {len(blocks)} routers in {len(layers)} sparse layers")
+    return blocks
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def _watch(router: nn.Module, give: Callable[[Routed], None]) -> list[Any]:
 
 
 def _read(router: nn.Module, give: Callable[[Routed], None]) -> list[Any]:
-    """The reader of the stock classes and of what tasks/moe/internals/training_router.py makes of them."""
+    """The reader of the stock classes and of what TrainingRouter makes of them."""
     from tasks.moe.internals.training_router import TrainingRouter
 
     parts: list[tuple[Any, ...]] = []

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from tasks import architectures
 from tasks.moe import allocator, untrusted
 from tasks.moe.files import read_json
+from tasks.moe.internals import layers as internals
 from tasks.moe.writer import DTYPES
 
 _CHUNK = 256  # positions whose logits exist at once, as in tasks.moe.loss
@@ -67,11 +67,10 @@ class Streamed:
         self.stored = {name: entry for name, entry in _stored(self.folder).items() if not _BUFFER.search(name)}
         disable_progress_bar()
         allocator.keep_buffers()
-        with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(self._one_layer(0))
+        skeleton = internals.skeleton(self._one_layer(0))
         self._family: Any = type(skeleton)
         self._norm: nn.Module = skeleton.model.norm
-        self._rotary: nn.Module = type(skeleton.model.rotary_emb)(config=self.config).to(self.device)
+        self._rotary = internals.rotary(skeleton, self.config).to(self.device)
 
     def tensor(self, name: str) -> Tensor:
         """A copy in the stored dtype, on the CPU. Raises ValueError if the checkpoint has no such tensor."""
@@ -117,16 +116,8 @@ class Streamed:
 
             moe_kernels.register()
             options["experts_implementation"] = "moe_kernels"
-        model, notes = self._family.from_pretrained(
-            None,
-            config=self._one_layer(i),
-            state_dict=state,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported in the notes, with the others
-            **options,
-        )
-        if problems := {kind: sorted(map(str, names)) for kind, names in notes.items() if names}:
+        model, problems = internals.load(self._family, self._one_layer(i), state=state, **options)
+        if problems:
             shown = str(problems).replace("model.layers.0.", prefix)
             raise ValueError(f"{self.folder}: layer {i} is not that of a {self.config.model_type} model: {shown}")
         layer: nn.Module = model.model.layers[0]
@@ -162,12 +153,9 @@ class Streamed:
         """
         hidden = torch.zeros(1, length, 1, device=self.device)
         sliding = architectures.windows(self.config)[i] is not None
-        mask = create_sliding_window_causal_mask if sliding else create_causal_mask
         return {
             "position_embeddings": self.rotary(torch.arange(length)),
-            "attention_mask": mask(
-                config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-            ),
+            "attention_mask": internals.attention_mask(self.config, hidden, sliding=sliding),
         }
 
     @torch.no_grad()

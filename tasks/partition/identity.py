@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tasks.moe.internals import layers as internals
 from tasks.moe.streamed import Streamed
 from tasks.partition import positions
 from tasks.partition.convert import ffn_names
@@ -91,8 +92,7 @@ def ffn(block: nn.Module, index: Index) -> Ffn:
     """The parts of a sparse decoder layer's FFN. Raises ValueError for a layer that has no experts."""
     modules: dict[str, Any] = {}
     for name, module in block.named_modules():
-        kind = type(module).__name__
-        part = "experts" if kind.endswith("Experts") else "router" if kind.endswith("TopKRouter") else name
+        part = "experts" if internals.is_experts(module) else "router" if internals.is_router(module) else name
         modules[part.rpartition(".")[2]] = module
     if "experts" not in modules or "router" not in modules:
         raise ValueError(f"{type(block).__name__} has no experts")
@@ -180,9 +180,7 @@ def _widen(block: nn.Module) -> None:
 
     Experts run by transformers' own loop, which needs no second copy of all their weights.
     """
-    for module in block.modules():
-        if type(module).__name__.endswith("Experts"):
-            module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    internals.run_experts_by_loop(block)
     for name in ("mlp", "block_sparse_moe", "shared_mlp"):
         part: nn.Module | None = getattr(block, name, None)
         if part is not None:

@@ -1,1 +1,1 @@
-"""Everything that relies on what transformers does not document; its tests say what to do when that changes."""
+"""Everything that relies on what transformers does not document; test_internals_contract.py tests each assumption."""
