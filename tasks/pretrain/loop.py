@@ -142,7 +142,7 @@ class Trainer:
         self.state.seconds["steps"] += timing["seconds"]
         if verdict == "sound" and norm is not None:
             self.run_log.step(self.state, seen, rates=rates, norm=norm, timing=timing, what=what)
-            for event in self.monitor.see(seen.load_LE, step=step) if seen.load_LE.size else ():
+            for event in self.monitor.check(seen.load_LE, step=step) if seen.load_LE.size else ():
                 self.run_log.event(
                     step, what=event.what, message=event.message, layer=event.layer, experts=list(event.experts)
                 )

@@ -1,4 +1,4 @@
-"""What a loss or a gradient that isn't finite, or a spike, leads to: stop, leave the batch out, or go back."""
+"""Reacts to a loss or gradient that is not finite and to loss spikes: stop, skip the batch, or roll back."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from tasks.settings.pretrain import Guard as Knobs
 
 Verdict = Literal["sound", "skip", "rollback"]
 FILE = "rollbacks.json"
-DECAY = 0.98  # of the running mean: a step's loss still counts half after 34 sound steps
-WARM = 10  # sound steps before a spike can be told from a noisy start
+DECAY = 0.98  # of the running mean: a half-life of 34 sound steps
+WARM = 10  # sound steps before a loss can count as a spike: the start is noisy
 _NAMED = 8  # windows that a message names
 
 
 class LossGuard:
-    """Judges every step; the same on every rank if the losses and norms that it is given are.
+    """Judges every step, from the losses and norms alone: all ranks come to the same verdict.
 
-    The running mean is m / (1 - DECAY^n) after n sound steps, m <- DECAY m + (1 - DECAY) loss from 0, which starts at
-    the first loss (Adam's correction, arXiv 1412.6980, section 3). Before WARM sound steps nothing counts as a spike.
+    The running mean is m / (1 - DECAY^n) after n sound steps, m <- DECAY m + (1 - DECAY) loss from 0 (Adam's bias
+    correction, arXiv 1412.6980, section 3). Before WARM sound steps nothing counts as a spike.
 
-    Interventions count up until a sound step at or behind the furthest step that needed one: after a skip the next
-    sound step, after a rollback the one with which the run is as far as it had been. So a run that fails again and
-    again at one place comes to its limit, however many sound steps lie between it and the checkpoint; and every run
-    ends, because after each reset the next failure is further on.
+    The count of interventions is reset by a sound step at or after the furthest step that needed one. So a run that
+    fails repeatedly at one step reaches its limit, however many sound steps lie between that step and the checkpoint;
+    and every run ends, because after each reset the next failure is further on.
     """
 
     def __init__(self, knobs: Knobs, *, seq_len: int, models: Sequence[Path] = ()) -> None:
-        """`models` are the checkpoints that the losses come from, to be looked at if the first step is not sound."""
+        """`models`: the checkpoints to search for weights that are not finite if the first step fails."""
         self.knobs, self.seq_len = knobs, seq_len
         self._models = models
         self._mean = 0.0
@@ -50,17 +49,17 @@ class LossGuard:
         windows: Sequence[tuple[str, int]] = (),
         kept: Callable[[], str] = lambda: "nothing yet",
     ) -> Verdict:
-        """Judge a step, before its optimizer step (norm None: then a sound verdict changes nothing here) and after.
+        """Judge a step twice: before its optimizer step with norm None, which changes no state if sound, and after.
 
         Args:
             step: the step's number, from 1.
             loss: mean over the global batch, nats per token.
             norm: of the whole gradient before clipping.
-            windows: (domain, window) of those to look at, for the message.
-            kept: says what a stop leaves, such as "the checkpoint of step 50 under …"; called only for a message.
+            windows: (domain, window) of the suspects, for the message.
+            kept: what a stop leaves, such as "the checkpoint of step 50 under …"; called only for a message.
 
         Raises:
-            TrainingError: the policy is `stop`, or it's the limit-th intervention in a row and one more is needed.
+            TrainingError: the policy is `stop`, or `limit` interventions in a row are used up.
         """
         what = self.fault(loss=loss, norm=norm)
         if what is None:
@@ -77,7 +76,7 @@ class LossGuard:
         return self.knobs.policy
 
     def fault(self, *, loss: float, norm: float | None) -> str | None:
-        """What is wrong with a step, such as "the loss is not finite"; the same before and after its judgement."""
+        """Describe what is wrong with a step, such as "the loss is not finite"; None if nothing is."""
         if not math.isfinite(loss):
             return "the loss is not finite"
         if norm is not None and not math.isfinite(norm):
@@ -95,7 +94,7 @@ class LossGuard:
     def message(
         self, what: str, *, step: int, windows: Sequence[tuple[str, int]] = (), kept: str = "nothing yet"
     ) -> str:
-        """The error that ends a run: what, at which step, in which windows, what is kept and what to try."""
+        """The error that ends a run: what happened, at which step and windows, what is kept and what to try."""
         where = f" (windows of {self.seq_len} tokens: {named(windows)})" if windows else ""
         if step <= 1 and "not finite" in what:
             return f"{what} at step {step}{where}. {self._at_once()}"
@@ -112,7 +111,7 @@ class LossGuard:
         )
 
     def _at_once(self) -> str:
-        """Why a run may break before its first optimizer step, which no knob of that step can mend."""
+        """Why the first step may fail, before any setting of the optimizer had an effect."""
         for model in self._models:
             if text := untrusted.not_finite(model):
                 return f"{model}: {text}"
@@ -122,7 +121,7 @@ class LossGuard:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs, as JSON values; floats survive JSON exactly."""
+        """The guard's state as JSON values; floats survive JSON exactly."""
         return {
             "mean": self._mean,
             "sound": self._sound,
@@ -131,13 +130,13 @@ class LossGuard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the guard that gave `state`."""
+        """Take over what `state` returned."""
         self._mean, self._sound = state["mean"], state["sound"]
         self._interventions, self._frontier = state["interventions"], state["frontier"]
 
 
 def named(windows: Sequence[tuple[str, int]]) -> str:
-    """(domain, window) of some windows for a message, cut after the first few."""
+    """List (domain, window) pairs for a message, cut after the first few."""
     more = f" and {len(windows) - _NAMED} more" if len(windows) > _NAMED else ""
     return ", ".join(f"{domain} window {window}" for domain, window in windows[:_NAMED]) + more
 
@@ -150,54 +149,50 @@ class Rollback:
     """The step that wasn't sound."""
     to_step: int
     message: str
-    """For the log, which is cut back to the checkpoint and has to say it again."""
+    """For the log, which is cut back to the checkpoint and must get it again."""
     sampler: dict[str, Any]
-    """The sampler's state from which training goes on: past every batch that was drawn before. The domain weights in
-    it may have moved since the checkpoint, whose own hold again: set them after it is restored."""
+    """The sampler's state to continue from, past every batch drawn before. The checkpoint's domain weights hold again:
+    set them after restoring it."""
     guard: dict[str, Any]
-    """LossGuard.state() after the verdict: the checkpoint's own doesn't know of the interventions since."""
+    """LossGuard.state() after the verdict, with the interventions since the checkpoint."""
 
 
 class Rollbacks:
-    """The returns to checkpoints, in a file of the workspace; with it, kill -9 between a rollback and the next
-    checkpoint ends in the same run.
+    """The rollbacks of a run, in a file of its workspace, so that a run killed after one continues as it would have.
 
-    A checkpoint holds the sampler's state of its own moment; after a rollback to it training goes on from a later one.
-    So a start reads the checkpoint, and then here what it went on with. A rollback writes here first and reloads then:
-    a process killed between the two finds what it would have found after the reload. Killed before the file is
-    written, it does the failing step again and comes to the same verdict.
+    After a rollback the sampler is ahead of the checkpoint's own sampler state, so a resume reads the checkpoint and
+    then its rollbacks here. A rollback is written before the checkpoint is reloaded. A run killed before the write
+    repeats the failing step and comes to the same verdict.
 
-    A checkpoint is known by its step and its sampler's step, which never goes back: after a return beyond a checkpoint
-    the next one of that step number is another one, and what was written for the first isn't meant for it.
+    An entry names its checkpoint by step and sampler step. The sampler's step never goes back, so a later checkpoint
+    with the same step number is not taken for it.
     """
 
     def __init__(self, workspace: Path) -> None:
         self._path = workspace / FILE
 
     def add(self, checkpoint: Mapping[str, Any], rollback: Rollback) -> None:
-        """Write that training goes on from the checkpoint of this state with `rollback.sampler`. Rank 0 calls it, and
-        no rank reloads before it has returned.
+        """Write a rollback to the checkpoint of this state. Rank 0 calls it, and no rank reloads before it returned.
 
         Raises:
             OSError: the disk is full; the file is as it was.
         """
         key, drawn = _key(checkpoint), rollback.sampler["step"]
-        # a run that starts from an older checkpoint, because the newest is damaged, comes through here again
+        # a run that resumes from an older checkpoint, because the newest is damaged, gets here again
         entries = [e for e in self._read() if e["checkpoint"] != key or e["sampler"]["step"] < drawn]
         scratch.write_sealed(self._path, {"rollbacks": [*entries, {"checkpoint": key, **asdict(rollback)}]})
 
     def after(self, checkpoint: Mapping[str, Any]) -> list[Rollback]:
         """The rollbacks to the checkpoint of this state, in order; the last one's `sampler` and `guard` hold."""
-        found = [entry for entry in self._read() if entry.pop("checkpoint") == _key(checkpoint)]
-        return [Rollback(**entry) for entry in found]
+        entries = [entry for entry in self._read() if entry.pop("checkpoint") == _key(checkpoint)]
+        return [Rollback(**entry) for entry in entries]
 
     def _read(self) -> list[dict[str, Any]]:
-        """None if the file is missing or damaged: the run fails at the same step then, and comes to the same again."""
+        """[] if the file is missing or damaged: the run then fails at the same step and rolls back again."""
         try:
-            found: list[dict[str, Any]] = scratch.read_sealed(self._path)["rollbacks"]
+            return list(scratch.read_sealed(self._path)["rollbacks"])
         except (FileNotFoundError, ValueError):
             return []
-        return found
 
 
 def _key(checkpoint: Mapping[str, Any]) -> list[int]:

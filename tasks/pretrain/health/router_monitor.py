@@ -1,4 +1,4 @@
-"""What is unhealthy without being an error: dead experts, collapsed routers, slow ranks."""
+"""Reports dead experts, collapsed routers and slow ranks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-TOKENS = 200  # an expert without one of so many that an even router would have sent it is dead
-STEPS = 10  # and without one in so many steps; a router collapsed in so many in a row is reported
+TOKENS = 200  # an expert is dead if it got none where an even router would have sent it this many
+STEPS = 10  # in at least this many steps; a router is reported when it is collapsed this many steps in a row
 EVENNESS = 0.5
 SLOW = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that a person should know."""
+    """An expert or a router that needs attention."""
 
     what: Literal["dead_experts", "router_collapse"]
     layer: int
@@ -28,21 +28,21 @@ class Event:
 
 
 class RouterMonitor:
-    """Looks at the load of every sparse layer in every step.
+    """Checks the load of every sparse layer in every step.
 
     Dead: no token in STEPS steps or more, in which an even router would have sent TOKENS or more. Under a router that
     chooses K of E experts evenly and independently for each token, the probability of that is (1 - K/E)^T with
     T >= TOKENS E / K, so below exp(-TOKENS) = 1e-87 for an expert and a window; an expert with a twentieth of the even
-    share would still be called dead wrongly in 5e-5 of them. STEPS is there because the tokens of few windows are no
-    independent draws.
+    share would still be called dead wrongly in 5e-5 of them. STEPS is needed because the tokens of few windows are not
+    independent.
 
     Collapse, in STEPS steps in a row, of a layer with K < E: with load shares p over the experts, either
     - evenness (H(p) - ln K) / (ln E - ln K) < EVENNESS. No expert can have more than 1/K of the load, so H(p) >= ln K,
       where all tokens go to the same K; for K = 1 this is the entropy over ln E. Or
     - the K busiest experts hold more than half of what is possible, the middle between the even K / E and all.
 
-    Both are reported once, and again only after they were gone. All of it follows from the loads alone: it is the same
-    on every rank that is given the same, and after a resume.
+    Both are reported once, and again only after they were gone. The events follow from the loads alone: all ranks, and
+    a resumed run, report the same.
     """
 
     def __init__(self, *, layers: Sequence[int], experts: int, top_k: int) -> None:
@@ -52,8 +52,8 @@ class RouterMonitor:
         self._steps_LE = np.zeros(shape, dtype=np.int64)
         self._collapsed_L = np.zeros(len(self.layers), dtype=np.int64)  # steps in a row
 
-    def see(self, load_LE: np.ndarray, *, step: int) -> list[Event]:
-        """Take in a step.
+    def check(self, load_LE: np.ndarray, *, step: int) -> list[Event]:
+        """Check a step.
 
         Args:
             load_LE: tokens per sparse layer and expert of the whole global batch, int [L, E].
@@ -64,7 +64,7 @@ class RouterMonitor:
         return [*self._dead(load_LE, step), *self._collapse(load_LE, step)]
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs, as JSON values."""
+        """The monitor's state as JSON values."""
         return {
             "silent": self._silent_LE.tolist(),
             "steps": self._steps_LE.tolist(),
@@ -72,7 +72,7 @@ class RouterMonitor:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the watch that gave `state`."""
+        """Take over what `state` returned."""
         shape = self._silent_LE.shape
         self._silent_LE = np.array(state["silent"], dtype=np.int64).reshape(shape)
         self._steps_LE = np.array(state["steps"], dtype=np.int64).reshape(shape)
@@ -141,9 +141,8 @@ def stragglers(seconds_R: Sequence[float], hosts: Sequence[str]) -> list[str]:
     """A line for each rank that took more than SLOW times the median (the lower one of an even number).
 
     Args:
-        seconds_R: each rank's own work over an interval, without what it waited for others: a step as a whole takes
-            equally long on all ranks.
-        hosts: their machines.
+        seconds_R: each rank's own work over an interval, without waiting for others.
+        hosts: the machine of each rank.
     """
     median = statistics.median_low(seconds_R)
     return [

@@ -1,8 +1,8 @@
-"""Where this process stands among the processes of a run, from what its launcher left in the environment.
+"""Reads rank, world size and threads of a process from the environment that its launcher set.
 
-torchrun and DeepSpeed's launcher set torch's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-themselves. Slurm has its own (https://slurm.schedmd.com/srun.html, "output environment variables"), of which torch's
-are made here. Nothing of torch is imported: it reads OMP_NUM_THREADS when it loads.
+torchrun and DeepSpeed's launcher set torch's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Slurm
+sets its own (https://slurm.schedmd.com/srun.html, "output environment variables"), which are translated here. torch is
+not imported: it reads OMP_NUM_THREADS when it loads.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from tasks.pretrain.job import TrainingError
 Launcher = Literal["local", "hostfile", "slurm"]
 TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(15000, 32000)
-"""Below what Linux gives out for outgoing connections."""
+"""Below those that Linux uses for outgoing connections."""
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
 _SEPARATOR = re.compile(r",(?![^\[]*\])")
 
 
-def adopt(environ: MutableMapping[str, str], *, launcher: Launcher, processes: int) -> None:
+def complete(environ: MutableMapping[str, str], *, launcher: Launcher, processes: int) -> None:
     """Complete `environ` with torch's variables and the number of threads, before torch is loaded.
 
     Args:
         environ: os.environ of a worker.
-        launcher, processes: the settings. A process that no launcher started stands alone.
+        launcher, processes: the settings. A process that no launcher started is alone in its run.
 
     Raises:
         TrainingError: Slurm's variables are missing, or the launcher started another number of processes.
     """
     if launcher == "slurm":
         environ.update(from_slurm(environ))
-    found = int(environ.get("WORLD_SIZE", "1"))
-    if found != processes:
+    started = int(environ.get("WORLD_SIZE", "1"))
+    if started != processes:
         raise TrainingError(
-            f"pretrain.processes = {processes}, and {found} were started (WORLD_SIZE); start the stage by "
+            f"pretrain.processes = {processes}, and {started} were started (WORLD_SIZE); start the stage by "
             "`python -m tasks.pretrain PIPELINE`, which starts as many as it says"
         )
     environ.setdefault("OMP_NUM_THREADS", str(threads(environ)))
@@ -45,16 +45,16 @@ def adopt(environ: MutableMapping[str, str], *, launcher: Launcher, processes: i
 
 
 def rank(environ: Mapping[str, str]) -> int:
-    """This process's number in the run, before `adopt` too."""
+    """This process's rank, before `complete` too."""
     return int(environ.get("RANK") or environ.get("SLURM_PROCID") or 0)
 
 
 def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     """torch's variables for a task of a Slurm step.
 
-    The first host of the step is the master. The port follows from the job's and the step's number, so that all tasks
-    find the same and two steps of one job different ones. A task that sees one GPU alone (--gpus-per-task) has the
-    local rank 0: it is the number of its device.
+    The first host of the step is the master. The port follows from the job's and the step's number: all tasks of a
+    step get the same. A task that sees a single GPU (--gpus-per-task) gets the local rank 0, which is the number of
+    its device.
 
     Raises:
         TrainingError: a variable that srun sets is missing.
@@ -97,14 +97,14 @@ def _expand(name: str) -> Iterator[str]:
 
 
 def threads(environ: Mapping[str, str]) -> int:
-    """Threads for this process: what Slurm gave the task, or its share of the cores that it may run on."""
+    """Threads for this process: the task's CPUs under Slurm, else its share of the cores that it may run on."""
     if "SLURM_CPUS_PER_TASK" in environ and "SLURM_PROCID" in environ:
         return int(environ["SLURM_CPUS_PER_TASK"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // beside(environ))
+    return max(1, cores // local_processes(environ))
 
 
-def beside(environ: Mapping[str, str]) -> int:
+def local_processes(environ: Mapping[str, str]) -> int:
     """Processes of the run on this machine: torchrun's LOCAL_WORLD_SIZE, DeepSpeed's LOCAL_SIZE, or Slurm's tasks."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if name in environ:

@@ -1,4 +1,4 @@
-"""Start the workers, stream what they print, leave none behind, and turn failed ones into one error.
+"""Starts the workers, streams their output, ends all of them, and reports failed ones as one error.
 
 `pretrain.launcher` says who starts the processes: torchrun on this machine, DeepSpeed's launcher on the machines of a
 hostfile, or srun in the Slurm job around the stage. All of them run the same module, `tasks.pretrain.launch.worker`.
@@ -29,7 +29,7 @@ _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)")
 _REPORTS = (b"torch/distributed/elastic/", b"torch.distributed.elastic")
 _CHATTER = (b"[launch.py:", b"[runner.py:", b"[real_accelerator.py:")
-_KINDS = ("told", "killed", "unexpected")
+_KINDS = ("error", "killed", "unexpected")
 
 
 class Interrupted(SystemExit):
@@ -43,10 +43,10 @@ def run(job: Job) -> None:
         TrainingError: they cannot be started, or one failed; the message is the worker's own.
         Interrupted: SIGTERM, SIGINT or SIGHUP came; the workers are gone.
     """
-    path = job.write()
+    job_file = job.write()
     for old in job.workspace.glob(supervise.FAILURES):
         old.unlink()
-    line = command(str(path), job.params, environ=os.environ)
+    line = command(str(job_file), job.params, environ=os.environ)
     with _interruptible():
         process = subprocess.Popen(
             line,
@@ -54,7 +54,7 @@ def run(job: Job) -> None:
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C reaches the stage alone, which then stops the workers
-            # pdsh doesn't pass the lifeline on to other machines; DeepSpeed's launcher ends them when it is told to
+            # pdsh does not pass the lifeline on to other machines; DeepSpeed's launcher ends them on SIGTERM
             preexec_fn=lambda: supervise.die_with_parent(signal.SIGTERM),
         )
         assert process.stdin is not None
@@ -66,7 +66,7 @@ def run(job: Job) -> None:
         finally:
             stop(process)
         pump.join(timeout=_GRACE)
-    failures = [json.loads(found.read_text()) for found in job.workspace.glob(supervise.FAILURES)]
+    failures = [json.loads(path.read_text()) for path in job.workspace.glob(supervise.FAILURES)]
     if code or failures:
         raise TrainingError(reason(code, failures, params=job.params))
     if not (job.workspace / "pretrain.json").exists():  # DeepSpeed's launcher gives 0 when a signal ended it
@@ -97,22 +97,22 @@ def torchrun(module: list[str], *, processes: int) -> list[str]:
 
 
 def slots(hostfile: Path) -> dict[str, int]:
-    """Host -> processes, of DeepSpeed's hostfile: a line `host slots=N` a machine; `#` begins a comment.
+    """Processes of each host in DeepSpeed's hostfile: a line `host slots=N` a machine; `#` begins a comment.
 
     Raises:
-        TrainingError: no such file, or a line that says something else.
+        TrainingError: there is no such file, or a line is something else.
     """
     if not hostfile.is_file():
         raise TrainingError(f"pretrain.hostfile: {hostfile} is not there; it has a line `host slots=N` a machine")
-    found: dict[str, int] = {}
+    hosts: dict[str, int] = {}
     for number, line in enumerate(hostfile.read_text().splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _SLOTS.match(line.strip())
-        if match is None or match[1] in found:
+        if match is None or match[1] in hosts:
             raise TrainingError(f"{hostfile}: line {number} ({line.strip()!r}) is not `host slots=N` of a new host")
-        found[match[1]] = int(match[2])
-    return found
+        hosts[match[1]] = int(match[2])
+    return hosts
 
 
 def _deepspeed(hostfile: Path, processes: int) -> list[str]:
@@ -166,7 +166,7 @@ def _free_port() -> int:
 def launcher_environment(params: Pretrain, environ: Mapping[str, str]) -> dict[str, str]:
     """The launcher's environment, without what an outer run may have left in it.
 
-    Every worker shares out the cores of its own machine (`environment.adopt`); torchrun would set one thread for each.
+    Every worker takes its share of its machine's cores (`environment.complete`); torchrun would set one thread each.
     """
     kept = {name: value for name, value in environ.items() if name not in environment.TORCH}
     if params.launcher == "local":
@@ -188,9 +188,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason(code: int, failures: list[dict[str, Any]], *, params: Pretrain) -> str:
-    """What the user reads: the failure that came first, of the kind that says most, with its rank and host.
+    """The message for the user: the first failure of the kind that says most, with its rank and host.
 
-    When one rank fails the others do too, by losing their peer or by the launcher's hand.
+    When one rank fails, the others lose their peer or are ended by the launcher.
 
     Args:
         code: exit status of the launcher, negative for a signal.
@@ -204,7 +204,7 @@ def reason(code: int, failures: list[dict[str, Any]], *, params: Pretrain) -> st
         return f"a training process {how}; its own report stands above. {again}"
     first = min(failures, key=lambda failure: (_KINDS.index(failure["kind"]), failure["time"]))
     which = f"rank {first['rank']} on {first['host']}"
-    if first["kind"] == "told":
+    if first["kind"] == "error":
         alike = [failure for failure in failures if failure["message"] == first["message"]]
         return str(first["message"]) if len(alike) == params.processes else f"{first['message']} ({which})"
     if first["kind"] == "killed":

@@ -1,4 +1,4 @@
-"""Memory that ran out, told as the settings that need less."""
+"""Turns running out of memory into a list of settings that need less."""
 
 from __future__ import annotations
 
@@ -11,59 +11,61 @@ _DEVICE = ("CUDA", "HIP", "cuda", "CUBLAS")
 
 
 def explain(error: BaseException, params: Pretrain) -> str | None:
-    """What to change, the cheapest first, if `error` or its cause says that memory ran out; None if not.
+    """The message for `error` if it, or its cause, says that memory ran out; None if not.
 
-    Known: torch's OutOfMemoryError, CUDA's own errors, torch's CPU allocator's, MemoryError (and numpy's), ENOMEM.
+    Recognised: errors of torch's allocators and of CUDA, MemoryError (numpy's too) and ENOMEM.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if place := _where(cause):
+        if owner := _owner(cause):
             first = str(cause).strip().splitlines()
-            said = f" ({first[0][:200]})" if first else ""
-            on = "the accelerator's" if place == "device" else "the machine's"
-            mend = _mend(params, device=place == "device")
-            return f"{on} memory ran out in training{said}. {mend}. The last checkpoint is kept; run again to go on"
+            details = f" ({first[0][:200]})" if first else ""
+            fix = _fix(params, device=owner == "accelerator")
+            return (
+                f"the {owner}'s memory ran out in training{details}. {fix}. The last checkpoint is kept; run again to "
+                "go on"
+            )
         cause = cause.__cause__
     return None
 
 
 def killed(params: Pretrain) -> str:
-    """The message for a process that signal 9 ended: all that a process killed for the machine's memory leaves."""
+    """The message for a process that signal 9 ended, as the kernel does when the machine's memory runs out."""
     return (
         "a training process was killed by signal 9: by hand, or because the machine's memory ran out. In that case: "
-        f"{_mend(params, device=False)}"
+        f"{_fix(params, device=False)}"
     )
 
 
 def settings(params: Pretrain, *, device: bool) -> list[str]:
-    """What would need less memory, the cheapest first, each with its value now; only what still helps.
+    """Settings that would need less memory, the cheapest first, each with its value now; only those that still help.
 
     Args:
-        params: as they are.
-        device: it's the accelerator's memory that ran out, not the machine's.
+        params: the run's.
+        device: the accelerator's memory ran out, not the machine's.
     """
-    found = []
+    changes = []
     windows = params.batch // params.processes  # of a process in a step; micro_batch divides it
     smaller = [size for size in range(1, params.micro_batch) if windows % size == 0]
     if smaller:
-        found.append(f"pretrain.micro_batch: {smaller[-1]} (now {params.micro_batch})")
+        changes.append(f"pretrain.micro_batch: {smaller[-1]} (now {params.micro_batch})")
     if not params.gradient_checkpointing:
-        found.append("gradient_checkpointing: true (now false)")
+        changes.append("gradient_checkpointing: true (now false)")
     distill = params.distill
     if distill and distill.top_n is None and not distill.hidden and not params.dynamic:
-        found.append("distill.top_n: 64 (now absent, and the parent in memory)")
+        changes.append("distill.top_n: 64 (now absent, and the parent in memory)")
     if params.processes > 1 and params.zero_stage < 3:  # one process has nobody to share with
-        found.append(f"zero_stage: {params.zero_stage + 1} (now {params.zero_stage})")
+        changes.append(f"zero_stage: {params.zero_stage + 1} (now {params.zero_stage})")
     if device:
         if not params.offload:
             needs = "" if params.zero_stage else ", with zero_stage: 1"
-            found.append(f"offload: true (now false){needs}")
+            changes.append(f"offload: true (now false){needs}")
         more = [n for n in range(params.processes + 1, params.batch // params.micro_batch + 1) if _fits(n, params)]
         if more and params.zero_stage:
-            found.append(f"processes: {more[0]} (now {params.processes}), each with an accelerator")
+            changes.append(f"processes: {more[0]} (now {params.processes}), each with an accelerator")
     elif params.launcher == "local" and (fewer := [n for n in range(1, params.processes) if _fits(n, params)]):
-        found.append(f"processes: {fewer[-1]} (now {params.processes}), which share this machine's memory")
-    return found
+        changes.append(f"processes: {fewer[-1]} (now {params.processes}), which share this machine's memory")
+    return changes
 
 
 def _fits(processes: int, params: Pretrain) -> bool:
@@ -71,13 +73,15 @@ def _fits(processes: int, params: Pretrain) -> bool:
     return params.batch % (params.micro_batch * processes) == 0 and processes % params.expert_parallel == 0
 
 
-def _mend(params: Pretrain, *, device: bool) -> str:
-    found = settings(params, device=device)
-    return f"Set {'; or '.join(found)}" if found else "No setting is left that needs less: shorten pretrain.seq_len"
+def _fix(params: Pretrain, *, device: bool) -> str:
+    changes = settings(params, device=device)
+    return (
+        f"Set {'; or '.join(changes)}" if changes else "No setting is left that needs less: shorten pretrain.seq_len"
+    )
 
 
-def _where(error: BaseException) -> str | None:
-    """`device` or `machine` if the error says that its memory ran out."""
+def _owner(error: BaseException) -> str | None:
+    """`accelerator` or `machine` if the error says that its memory ran out."""
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "machine"
@@ -86,5 +90,5 @@ def _where(error: BaseException) -> str | None:
     if any(mark in text for mark in _CPU) and "memory" in text:
         return "machine"
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text:
-        return "device" if any(mark in text for mark in _DEVICE) else "machine"
+        return "accelerator" if any(mark in text for mark in _DEVICE) else "machine"
     return None

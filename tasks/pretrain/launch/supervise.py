@@ -1,8 +1,8 @@
-"""What surrounds a training process: its lifeline, and the report of how it ended.
+"""Supervises a training process: ends it with its launcher, and reports how it failed.
 
 The process forks before anything heavy is loaded. The child trains; the parent, which is small, waits for it. So a
-child that the kernel kills for its memory is told of too, with rank and host, whatever launched it: DeepSpeed's
-launcher and srun do not say whose process died.
+child that the kernel kills for its memory is reported too, with rank and host: DeepSpeed's launcher and srun do not
+say which process died.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
     """Train in a child process, write down how it failed if it did, and return its exit status.
 
     Args:
-        train: TrainingError, ValueError and OSError of it are for the user to read; others are printed whole.
-        workspace: gets `failure-<rank>.json`: kind (`told`, `killed`, `unexpected`), message, rank, host, time, and of
-            one that was killed the signal.
-        lifeline: end as soon as standard input closes: whoever started the run holds the other end.
+        train: its TrainingError, ValueError and OSError are messages for the user; others get a traceback.
+        workspace: gets `failure-<rank>.json`: kind (`error`, `killed`, `unexpected`), message, rank, host, time, and
+            the signal if killed.
+        lifeline: end as soon as standard input closes, whose other end the launcher holds.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)  # until they can be forwarded
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
         die_with_parent(signal.SIGKILL)
         if lifeline:
             _end_with_input()
@@ -52,6 +54,7 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
 
     for number in _ASKED:
         signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for number in _ASKED:  # the launcher ends all ranks when one fails, and this report must still be written
         signal.signal(number, signal.SIG_IGN)
@@ -64,7 +67,7 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
 
 
 def report(workspace: Path, *, kind: str, message: str, **more: Any) -> None:
-    """Write workspace/failure-<rank>.json; a full disk loses it, and the launcher's words remain."""
+    """Write workspace/failure-<rank>.json; on a full disk only the launcher's own message remains."""
     rank = environment.rank(os.environ)
     record = {"kind": kind, "message": message, "rank": rank, "host": socket.gethostname(), "time": time.time()}
     try:
@@ -83,8 +86,8 @@ def _train(train: Callable[[], None], *, workspace: Path, quiet: bool) -> int:
     try:
         train()
     except (TrainingError, ValueError, OSError) as error:
-        report(workspace, kind="told", message=str(error))
-        if not quiet:  # the stage says it otherwise
+        report(workspace, kind="error", message=str(error))
+        if not quiet:  # else the stage prints it
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:

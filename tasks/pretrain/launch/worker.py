@@ -2,8 +2,8 @@
 
     python -m tasks.pretrain.launch.worker .scratch/pretrain-<pipeline>/<fingerprint>/job.json
 
-The stage starts it (`launch`). With `--lifeline` it dies as soon as its standard input closes: the
-stage holds the other end, so no worker outlives it, not even after kill -9.
+The stage starts it (`launcher`). With `--lifeline` it ends as soon as its standard input closes: the stage holds the
+other end, so no worker outlives it, not even after kill -9.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> int:
     job = Job.read(arguments.job)
 
     def train() -> None:
-        environment.adopt(os.environ, launcher=job.params.launcher, processes=job.params.processes)
+        environment.complete(os.environ, launcher=job.params.launcher, processes=job.params.processes)
         run(job)
 
     return supervise.run(train, workspace=job.workspace, lifeline=arguments.lifeline)

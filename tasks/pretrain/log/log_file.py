@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, cut back to the checkpoint on resume, and the same numbers to trackers.
+"""The log of a run: JSON lines, cut back to the checkpoint on resume. Trackers get the same numbers.
 
 Records, by `kind`:
 
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tasks.pretrain.log.trackers import Run, Tracker, start
 Record = dict[str, Any]
 
 LOG = "log.jsonl"
+SENT = "told.json"  # how many records trackers got, and which trackers: the log may have been cut since
 
 _HAS_NUMBERS = re.compile(rb'"kind": "(step|validation)".*\n')  # a whole line of log.jsonl
 ROWS = 2000  # of a CSV file, which git keeps: log.jsonl has every record
@@ -49,16 +50,17 @@ class LogFile:
         step: int,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Go on after `offset` bytes of run.folder/log.jsonl and after step `step`; what lies behind is dropped.
+        """Continue after `offset` bytes of run.folder/log.jsonl and after step `step`; the rest is cut off.
 
-        Training does it again and writes the same numbers. Trackers that can't drop them get none of them twice.
+        Training repeats the steps that were cut off and writes the same numbers. Trackers that cannot rewind get
+        none of them twice.
 
         Args:
             names: of the trackers.
-            say: tells a person that a tracker has failed; training goes on without it.
+            say: reports a tracker that failed; training goes on without it.
 
         Raises:
-            TrainingError: the log is shorter than `offset`, or a tracker can't start.
+            TrainingError: the log is shorter than `offset`, or a tracker cannot start.
         """
         run.folder.mkdir(parents=True, exist_ok=True)
         path = run.folder / LOG
@@ -68,13 +70,16 @@ class LogFile:
                 f"{path} has {path.stat().st_size} bytes, but was {offset} long when the checkpoint was written; "
                 f"delete {run.folder.parent} to start over"
             )
-        self._told = run.folder / "told.json"
+        self._sent = run.folder / SENT
         try:
-            told = scratch.read_sealed(self._told)
+            sent = scratch.read_sealed(self._sent)
         except (FileNotFoundError, ValueError):
-            told = {}
-        known = told.get("trackers", [])
-        self._repeated = self._count(path, offset, told=told.get("records", 0), trackers=known)
+            sent = {}
+        known = sent.get("trackers", [])
+        kept, written = _count(path, offset)
+        records = max(sent.get("records", 0), written)
+        scratch.write_sealed(self._sent, {"records": records, "trackers": known})  # before the log is cut
+        self._repeated = records - kept
         os.truncate(path, offset)
         self._file = path.open("ab")
         self._hash = _digest(path)
@@ -83,9 +88,9 @@ class LogFile:
         self._trackers = start([name for name in names if name not in new], run, step=step)
         self._new = start(new, run, step=0) if new else []
         self._trackers += self._new
-        self._replay(path)
+        self._send_history(path)
         self._names = sorted({*names, *known})
-        scratch.write_sealed(self._told, {**scratch.read_sealed(self._told), "trackers": self._names})
+        scratch.write_sealed(self._sent, {"records": records, "trackers": self._names})
 
     def write(self, record: Record) -> None:
         """Append a record."""
@@ -97,67 +102,66 @@ class LogFile:
             return
         again, self._repeated = self._repeated > 0, max(0, self._repeated - 1)
         for tracker in list(self._trackers):
-            if tracker.forgets or not again or tracker in self._new:
-                self._tell_of(record, tracker)
+            if tracker.rewinds or not again or tracker in self._new:
+                self._send(record, tracker)
 
     def rewind(self, *, offset: int, step: int) -> None:
-        """Drop what lies behind `offset` bytes and step `step`: training was rolled back and takes another course."""
+        """Cut off what follows `offset` bytes and step `step`: training was rolled back and takes another course."""
         os.ftruncate(self._file.fileno(), offset)
         self._hash = _digest(Path(self._file.name))
         self._repeated = 0
-        scratch.write_sealed(self._told, {"records": 0, "trackers": self._names})
-        for tracker in list(self._trackers):
-            self._tell(tracker, lambda it: it.rewind(step))
+        scratch.write_sealed(self._sent, {"records": 0, "trackers": self._names})
+        self._call_all(lambda tracker: tracker.rewind(step))
 
     def sync(self) -> dict[str, Any]:
         """Bring everything to the disk; returns {bytes, xxh3_128} of log.jsonl."""
         os.fsync(self._file.fileno())
-        for tracker in list(self._trackers):
-            self._tell(tracker, lambda it: it.flush())
+        self._call_all(lambda tracker: tracker.flush())
         return {"bytes": os.fstat(self._file.fileno()).st_size, "xxh3_128": self._hash.hexdigest()}
 
     def close(self, *, failed: bool = False) -> None:
         """`failed`: training ends by an error, which trackers show of the run."""
         self.sync()
         self._file.close()
-        for tracker in list(self._trackers):
-            self._tell(tracker, lambda it: it.close(failed=failed))
+        self._call_all(lambda tracker: tracker.close(failed=failed))
 
-    def _replay(self, path: Path) -> None:
-        """Tell trackers that are new to a run what was before them."""
+    def _send_history(self, path: Path) -> None:
+        """Send trackers that are new to a run what was logged before."""
         for line in path.open("rb") if self._new else ():
             if _HAS_NUMBERS.search(line):
                 record = json.loads(line)
                 for tracker in self._new:
                     if tracker in self._trackers:
-                        self._tell_of(record, tracker)
+                        self._send(record, tracker)
 
-    def _count(self, path: Path, offset: int, *, told: int, trackers: list[str]) -> int:
-        """How many records after `offset` the trackers have been told, by this log or by one that was cut off it."""
-        kept = there = 0
-        at = 0
-        with path.open("rb") as file:
-            for line in file:
-                at += len(line)
-                if _HAS_NUMBERS.search(line):
-                    there += 1
-                    kept += at <= offset
-        told = max(told, there)
-        scratch.write_sealed(self._told, {"records": told, "trackers": trackers})  # before they go
-        return told - kept
+    def _send(self, record: Record, tracker: Tracker) -> None:
+        self._call(tracker, lambda it: it.write(record["step"], dict(numbers(record))))
 
-    def _tell_of(self, record: Record, tracker: Tracker) -> None:
-        self._tell(tracker, lambda it: it.write(record["step"], dict(numbers(record))))
+    def _call_all(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            self._call(tracker, call)
 
-    def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+    def _call(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
         try:
             call(tracker)
-        except Exception as error:  # a server that is gone, say: no reason to lose the run
+        except Exception as error:  # such as a server that is gone: no reason to lose the run
             self._trackers.remove(tracker)
             self._say(
                 f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); training goes on without it, "
                 "and log.jsonl has every number"
             )
+
+
+def _count(path: Path, offset: int) -> tuple[int, int]:
+    """How many records with numbers are in the log's first `offset` bytes, and in all of it."""
+    kept = written = position = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            if _HAS_NUMBERS.search(line):
+                written += 1
+                kept += position <= offset
+    return kept, written
 
 
 def _digest(path: Path) -> Any:
@@ -172,19 +176,18 @@ def read(path: Path, kind: str) -> list[Record]:
 
 
 def loss_csv(records: list[Record]) -> str:
-    """The step records as CSV: step,tokens,loss, the parts of the loss that there are, grad_norm,lr, the other rates.
+    """The step records as CSV: step,tokens,loss, the parts of the loss, total,grad_norm,lr, other rates.
 
     Losses are in nats per token, parts as they enter the total.
     """
-    parts = _keys(record.get("parts", {}) for record in records)
+    parts = _keys(record["parts"] for record in records)
     rates = _keys(record.get("rates", {}) for record in records)
-    more = [key for key in ("total",) if any(key in record for record in records)]
-    columns = ["step", "tokens", "loss", *parts, *more, "grad_norm", "lr", *(f"lr_{part}" for part in rates)]
+    columns = ["step", "tokens", "loss", *parts, "total", "grad_norm", "lr", *(f"lr_{part}" for part in rates)]
     rows = [
         [
             *(record[key] for key in ("step", "tokens", "loss")),
-            *(record.get("parts", {}).get(part) for part in parts),
-            *(record.get(key) for key in (*more, "grad_norm", "lr")),
+            *(record["parts"].get(part) for part in parts),
+            *(record[key] for key in ("total", "grad_norm", "lr")),
             *(record.get("rates", {}).get(part) for part in rates),
         ]
         for record in records
@@ -204,18 +207,16 @@ def numbers(record: Record) -> list[tuple[str, float]]:
     return [(f"{record['kind']}/{name}", value) for name, value in _flat(record) if math.isfinite(value)]
 
 
-def _flat(value: Record, prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def _flat(value: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
     for key, item in value.items():
         if not prefix and key in _NOT_CURVES:
             continue
         if isinstance(item, list):
             item = {} if item and isinstance(item[0], list) else {str(i): entry for i, entry in enumerate(item)}
         if isinstance(item, dict):
-            found += _flat(item, f"{prefix}{key}/")
+            yield from _flat(item, f"{prefix}{key}/")
         elif isinstance(item, int | float):
-            found.append((prefix + key, item))
-    return found
+            yield prefix + key, item
 
 
 def _finite(value: Any) -> Any:
@@ -227,8 +228,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keys(found: Iterable[Record]) -> list[str]:
-    return list(dict.fromkeys(key for record in found for key in record))
+def _keys(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record))
 
 
 def _csv(columns: list[str], rows: list[list[Any]]) -> str:

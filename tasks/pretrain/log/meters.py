@@ -1,7 +1,7 @@
-"""Figures of a step: load of the experts, memory, FLOP/s and the share of the machine's peak (MFU).
+"""Measures a step: load of the experts, memory, FLOP/s and model FLOPs utilization (MFU).
 
-MFU counts what training on a token needs with the parameters that are active for it, no more: what gradient
-checkpointing computes twice, padded rows, and the passes of a teacher are not in it, though they take their time.
+MFU counts what training on a token needs with its active parameters. Recomputation under gradient checkpointing,
+padded rows and a teacher's passes take time and are not counted.
 
 L = sparse layers, E = experts of a layer.
 """
@@ -44,7 +44,7 @@ BF16_PEAKS = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
-"""Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets; the first name that a card's has as a word."""
+"""Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets. The first name that is in the card's counts."""
 _DIGITS = 4  # of the shares in the log: 30 layers a step add up
 
 
@@ -53,13 +53,13 @@ def expert_load(load_LE: np.ndarray, *, detailed: bool) -> dict[str, Any]:
 
     Args:
         load_LE: tokens per sparse layer and expert, over all ranks.
-        detailed: the counts too.
+        detailed: return the counts too.
 
     Returns:
-        used: share of the experts that got tokens; entropy: of the experts' shares of the tokens, over ln E (1: an
-        even spread); peak: the busiest expert's share; each the mean over the layers. dead: experts without tokens, in
-        all layers. layers: {used, entropy, peak}, each a number a layer, in the order of the sparse layers. tokens:
-        load_LE as lists, if `detailed`. An empty dict for a dense model.
+        used (share of the experts with tokens), entropy (of the experts' shares of the tokens, over ln E: 1 is even),
+        peak (the busiest expert's share), all means over the layers; dead (experts without tokens in all layers);
+        layers {used, entropy, peak: a number a sparse layer}; tokens (load_LE as lists), if `detailed`. An empty dict
+        for a dense model.
     """
     if not load_LE.size:
         return {}
@@ -70,12 +70,12 @@ def expert_load(load_LE: np.ndarray, *, detailed: bool) -> dict[str, Any]:
         "entropy": surprise_LE.sum(1) / np.log(max(load_LE.shape[1], 2)),
         "peak": share_LE.max(1),
     }
-    found: dict[str, Any] = {name: round(float(values.mean()), _DIGITS) for name, values in layers.items()}
-    found["dead"] = int((load_LE == 0).sum())
-    found["layers"] = {name: values.round(_DIGITS).tolist() for name, values in layers.items()}
+    result: dict[str, Any] = {name: round(float(values.mean()), _DIGITS) for name, values in layers.items()}
+    result["dead"] = int((load_LE == 0).sum())
+    result["layers"] = {name: values.round(_DIGITS).tolist() for name, values in layers.items()}
     if detailed:
-        found["tokens"] = load_LE.tolist()
-    return found
+        result["tokens"] = load_LE.tolist()
+    return result
 
 
 def memory(device: torch.device) -> dict[str, int]:
@@ -83,12 +83,12 @@ def memory(device: torch.device) -> dict[str, int]:
     import torch
 
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    found = {name: int(fields[key].split()[0]) << 10 for name, key in (("rss", "VmRSS"), ("rss_peak", "VmHWM"))}
+    used = {name: int(fields[key].split()[0]) << 10 for name, key in (("rss", "VmRSS"), ("rss_peak", "VmHWM"))}
     if device.type == "cuda":
-        found["allocated"] = torch.cuda.memory_allocated(device)
-        found["allocated_peak"] = torch.cuda.max_memory_allocated(device)
-        found["reserved_peak"] = torch.cuda.max_memory_reserved(device)
-    return found
+        used["allocated"] = torch.cuda.memory_allocated(device)
+        used["allocated_peak"] = torch.cuda.max_memory_allocated(device)
+        used["reserved_peak"] = torch.cuda.max_memory_reserved(device)
+    return used
 
 
 def flops(config: Any, *, seq_len: int, what: What = "all") -> int:
@@ -99,8 +99,8 @@ def flops(config: Any, *, seq_len: int, what: What = "all") -> int:
 def peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, rounds: int = 5) -> float:
     """FLOP/s of one device that MFU is a share of.
 
-    Of a card in BF16_PEAKS, for bf16 and fp16, its data sheet's; else the best of `rounds` products of square matrices
-    of `size` (8 times that on CUDA) in `dtype`, with the threads that this process has.
+    The data sheet's for bf16 and fp16 on a card in BF16_PEAKS; else the best of `rounds` products of square matrices
+    of `size` (8 times that on CUDA) in `dtype`, with this process's threads.
     """
     import torch
 

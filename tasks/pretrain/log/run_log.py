@@ -1,4 +1,4 @@
-"""What rank 0 writes down and shows of a run; the other ranks have a run log that does nothing."""
+"""Makes the records of a run on rank 0; on other ranks the run log does nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STRAGGLERS_EVERY = 20  # steps over which the ranks' times are summed before th
 
 
 class RunLog:
-    """Makes the records of a run, for the log, the trackers and the display."""
+    """Writes the records of a run to the log, the trackers and the display."""
 
     def __init__(
         self, job: Job, *, engine: DeepSpeedEngine, process: Process, epoch_tokens: Mapping[str, int]
@@ -61,7 +61,7 @@ class RunLog:
                 self._display.close()
 
     def open(self, *, offset: int, step: int) -> None:
-        """Go on after `offset` bytes of the log and after `step`; what lies behind is dropped."""
+        """Continue after `offset` bytes of the log and after `step`; the rest of the log is cut off."""
         if self.process.rank:
             return
         if self._log:  # back to a checkpoint
@@ -78,32 +78,32 @@ class RunLog:
     def step(
         self,
         state: State,
-        found: StepResult,
+        result: StepResult,
         *,
         rates: Mapping[Part, float],
         norm: float,
         timing: dict[str, float],
         what: What,
     ) -> None:
-        """A sound step."""
+        """Log a step that the guard let pass."""
         if not self._log:
             return
         params = self.params
-        means = {name: found.mean(name) for name in found.losses}
+        means = {name: result.mean(name) for name in result.losses}
         loss = means.pop("loss")
         weight = params.distill.cross_entropy if params.distill else 1.0
         record: dict[str, Any] = {
             "kind": "step",
             "step": state.step,
             "tokens": state.step * params.step_tokens,
-            "predicted": found.predicted,
+            "predicted": result.predicted,
             "loss": loss,
             "parts": means,
             "total": weight * loss + sum(means.values()),
             "grad_norm": norm,
             "lr": max(rates.values()),
-            "domains": self._domains(state, found),
-            "experts": meters.expert_load(found.load_LE, detailed=params.expert_log == "detailed"),
+            "domains": self._domains(state, result),
+            "experts": meters.expert_load(result.load_LE, detailed=params.expert_log == "detailed"),
         }
         if len(set(rates.values())) > 1:
             record["rates"] = dict(rates)
@@ -118,9 +118,9 @@ class RunLog:
             device=self.process.device,
         )
         if self.process.world_size > 1:
-            record["timing"]["ranks"] = found.seconds_R
+            record["timing"]["ranks"] = result.seconds_R
         self._write(record)
-        self._compare_ranks(state.step, found)
+        self._compare_ranks(state.step, result)
 
     def validation(
         self,
@@ -132,7 +132,7 @@ class RunLog:
         load_LE: np.ndarray,
         seconds: float,
     ) -> None:
-        """An evaluation, with the domain weights that hold from here on."""
+        """Log an evaluation, with the domain weights that hold from here on."""
         record = {
             "kind": "validation",
             "step": state.step,
@@ -148,11 +148,11 @@ class RunLog:
         self._write(record | {"timing": {"seconds": seconds}})
 
     def event(self, step: int, *, what: str, message: str, **details: Any) -> None:
-        """Something that a person should know."""
+        """Log something that a person should know."""
         self._write({"kind": "event", "step": step, "what": what, "message": message, **details})
 
     def say(self, text: str) -> None:
-        """A line for the terminal alone."""
+        """Print a line, without logging it."""
         if self._display:
             self._display.say(text)
 
@@ -165,11 +165,11 @@ class RunLog:
             self._log.write(record)
             self._display.show(record)
 
-    def _domains(self, state: State, found: StepResult) -> dict[str, dict[str, float]]:
-        windows = found.windows_by_domain()
+    def _domains(self, state: State, result: StepResult) -> dict[str, dict[str, float]]:
+        windows = result.windows_by_domain()
         return {
             domain: {
-                "loss": found.of_domain(domain),
+                "loss": result.of_domain(domain),
                 "windows": windows[domain],
                 "epochs": state.windows_seen[domain] * self.params.seq_len / self._epoch_tokens[domain],
             }
@@ -177,8 +177,8 @@ class RunLog:
             if domain in windows
         }
 
-    def _compare_ranks(self, step: int, found: StepResult) -> None:
-        self._seconds_R += found.seconds_R
+    def _compare_ranks(self, step: int, result: StepResult) -> None:
+        self._seconds_R += result.seconds_R
         if step % _STRAGGLERS_EVERY == 0:
             for line in router_monitor.stragglers(self._seconds_R.tolist(), self.process.hosts):
                 self.say(line)

@@ -1,8 +1,8 @@
-"""Where the log goes besides log.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio.
+"""Sends the log's numbers to TensorBoard, Weights & Biases, MLflow and Trackio.
 
 Each keeps its files in a folder of its name beside the log, and sends nothing over a network unless the user's own
 variables say so: WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL. (Trackio asks the
-Hugging Face hub for the name that belongs to a stored token, if HF_HUB_OFFLINE doesn't forbid it.)
+Hugging Face hub for the name that belongs to a stored token, if HF_HUB_OFFLINE does not forbid it.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from tasks import scratch
 from tasks.pretrain.job import TrainingError
@@ -28,45 +28,46 @@ _TAG = "moeforge.run"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a tracker shows of a run, and by what it finds it again."""
+    """The run that a tracker shows."""
 
     folder: Path
     """The log's."""
     name: str
-    """What a person reads, such as the pipeline."""
+    """For people, such as the pipeline."""
     key: str
-    """What distinguishes it, such as the pipeline and its workspace's fingerprint: letters, digits, - and _."""
+    """Distinguishes it, such as the pipeline and its workspace's fingerprint: letters, digits, - and _."""
     config: Mapping[str, Any]
     """The settings to show beside the curves."""
 
     @property
     def id(self) -> str:
-        """The key with a number of this run's own, kept in run.json, for a finished run isn't to be gone on with."""
+        """The key and a random number, kept in run.json: a new run after a finished one gets another id."""
         path = self.folder / "run.json"
         if not path.exists():
             scratch.write_json(path, {"id": f"{self.key}-{uuid.uuid4().hex[:8]}"})
         return str(json.loads(path.read_text())["id"])
 
 
-class Tracker(Protocol):
+class Tracker:
     """Takes numbers by step. `write` may be called several times for a step, with other names."""
 
-    forgets: ClassVar[bool]
-    """`rewind` and a later start take back what was written. Otherwise what was written mustn't come again."""
+    rewinds: ClassVar[bool] = False
+    """`rewind` and a later start take back what was written. If not, the caller must not write a point twice."""
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
     def rewind(self, step: int) -> None:
-        """What was written for steps after `step` is void; training has gone back and writes them anew."""
+        """Training went back: what was written for steps after `step` is void, and will be written anew."""
 
     def flush(self) -> None: ...
 
     def close(self, *, failed: bool) -> None:
-        """End the run here; `failed`: by an error."""
+        """End the run; `failed`: by an error."""
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise TrainingError if a tracker's package isn't installed, saying how to get it."""
+    """Raise TrainingError if a tracker's package is not installed, saying how to get it."""
     missing = [name for name in names if not _installed(name)]
     if missing:
         raise TrainingError(
@@ -81,7 +82,7 @@ def _installed(package: str) -> bool:
 
 
 def start(names: Sequence[str], run: Run, *, step: int) -> list[Tracker]:
-    """Open a run with each tracker, the interrupted one if there is one, to go on after step `step`.
+    """Open a run with each tracker, or the interrupted one, to continue after step `step`.
 
     Raises:
         TrainingError: a package is missing, or its service refuses the run.
@@ -96,16 +97,16 @@ def start(names: Sequence[str], run: Run, *, step: int) -> list[Tracker]:
             for before in started:
                 before.close(failed=True)
             raise TrainingError(
-                f"pretrain.trackers: {name} cannot start ({type(error).__name__}: {error}); mend that, or take it "
+                f"pretrain.trackers: {name} cannot start ({type(error).__name__}: {error}); fix that, or take it "
                 "out of pretrain.trackers"
             ) from error
     return started
 
 
-class TensorBoard:
-    """Event files. A later file's purge_step hides what earlier ones have from that step on."""
+class TensorBoard(Tracker):
+    """Event files. A later file's purge_step hides what earlier files have from that step on."""
 
-    forgets: ClassVar[bool] = True
+    rewinds = True
 
     def __init__(self, run: Run, step: int) -> None:
         self._folder = run.folder / "tensorboard"
@@ -132,14 +133,12 @@ class TensorBoard:
         self._board.close()
 
 
-class WandB:
+class WandB(Tracker):
     """Weights & Biases, offline unless WANDB_MODE says otherwise; `wandb sync` sends the parts of a run in order.
 
-    Its own step counts calls, so curves are drawn over ours; a stretch that was rolled back stays beside the new one.
-    kill -9 may cost the points of the last second.
+    Its own step counts calls, so curves are drawn over ours. After a rollback both courses stay. kill -9 may cost the
+    points of the last second.
     """
-
-    forgets: ClassVar[bool] = False
 
     def __init__(self, run: Run, step: int) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
@@ -165,22 +164,15 @@ class WandB:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log({"step": step, **numbers})
 
-    def rewind(self, step: int) -> None: ...
-
-    def flush(self) -> None: ...
-
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
 
-class MLflow:
+class MLflow(Tracker):
     """MLflow, in an SQLite file beside the log unless MLFLOW_TRACKING_URI names a server.
 
-    Every point is written at once (10 to 20 ms for 100 numbers in SQLite) and stays, so a stretch that was rolled back
-    is there twice.
+    Every point is written at once (10 to 20 ms for 100 numbers in SQLite). After a rollback both courses stay.
     """
-
-    forgets: ClassVar[bool] = False
 
     def __init__(self, run: Run, step: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -189,14 +181,14 @@ class MLflow:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.folder / 'mlflow' / 'mlflow.db').resolve()}"
         self._client = MlflowClient(tracking_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        place = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        runs = self._client.search_runs([place], filter_string=f"tags.`{_TAG}` = '{run.id}'")
+        known = self._client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known else self._client.create_experiment(name)
+        runs = self._client.search_runs([experiment], filter_string=f"tags.`{_TAG}` = '{run.id}'")
         if runs:
             self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             return
-        self._id = self._client.create_run(place, run_name=run.name, tags={_TAG: run.id}).info.run_id
+        self._id = self._client.create_run(experiment, run_name=run.name, tags={_TAG: run.id}).info.run_id
         for key, value in run.config.items():
             self._client.log_param(self._id, key, value)
 
@@ -208,21 +200,15 @@ class MLflow:
         for first in range(0, len(metrics), 1000):  # what a server takes at once
             self._client.log_batch(self._id, metrics=metrics[first : first + 1000])
 
-    def rewind(self, step: int) -> None: ...
-
-    def flush(self) -> None: ...
-
     def close(self, *, failed: bool) -> None:
         self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
 
 
-class Trackio:
+class Trackio(Tracker):
     """Trackio, in an SQLite file beside the log unless TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set.
 
-    A stretch that was rolled back stays beside the new one; kill -9 may cost the points of the last half second.
+    After a rollback both courses stay. kill -9 may cost the points of the last half second.
     """
-
-    forgets: ClassVar[bool] = False
 
     def __init__(self, run: Run, step: int) -> None:
         os.environ.setdefault("TRACKIO_DIR", str((run.folder / "trackio").resolve()))  # read when trackio is imported
@@ -241,10 +227,6 @@ class Trackio:
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
-
-    def rewind(self, step: int) -> None: ...
-
-    def flush(self) -> None: ...
 
     def close(self, *, failed: bool) -> None:
         import trackio

@@ -1,12 +1,12 @@
-"""Losses that keep tokens spread over the experts, and the bias that does it without one.
+"""Load-balancing losses, and the selection bias that balances without a loss.
 
-Each is taken over the tokens of one micro-batch on one rank that are no padding. The loop adds them to the loss of the
-micro-batch, and DeepSpeed averages over micro-batches and ranks. Layers: `switch`, `global_batch` and the z-loss are
-means over the sparse layers, so that a coefficient does not depend on the depth; `mixtral` is one loss over all layers
-joined, as in transformers; `cv2` is the sum over the layers, as in LLaMA-MoE.
+Each is computed over the tokens of one micro-batch on one rank, without padding. DeepSpeed averages over micro-batches
+and ranks. `switch`, `global_batch` and the z-loss are means over the sparse layers, so coefficients do not depend on
+the depth; `mixtral` is one loss over all layers joined, as in transformers; `cv2` is the sum over the layers, as in
+LLaMA-MoE.
 
-transformers counts f in tokens (its f sums to K), so where all layers route alike `mixtral` is K times `switch`: the
-router_aux_loss_coef c of a stock config is the coefficient K * c here.
+In transformers f sums to K, so `mixtral` is K times `switch` where all layers route alike: the router_aux_loss_coef c
+of a stock config is the coefficient K * c here.
 
 Shapes: T tokens, K experts per token, E routed experts, L sparse layers, R ranks.
 """
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Balancer:
-    """The balance of one model through a run. Every rank has one and makes the same calls in order.
+    """Balances one model through a run. Every rank has one and makes the same calls in order.
 
-    Per optimizer step: `begin`, `losses` for each micro-batch, `end` after the optimizer has stepped. A step that is
-    given up has no `end`.
+    Per optimizer step: `begin`, `losses` for each micro-batch, `end` after the optimizer has stepped. A skipped step
+    has no `end`.
     """
 
     def __init__(self, params: Pretrain, model: nn.Module) -> None:
@@ -64,7 +64,7 @@ class Balancer:
             real_T: bool; False for padding. None where there is none.
 
         Returns:
-            `balance` and `z`, those that are asked for: fp32 scalars with gradients, times their coefficients.
+            `balance` and `z` if the settings ask for them: fp32 scalars with gradients, times their coefficients.
         """
         import torch
 
@@ -104,10 +104,10 @@ class Balancer:
                 return None
 
     def end(self) -> None:
-        """Move the biases, if this is how tokens are spread; all ranks must call it.
+        """Update the biases with the loss `bias`; all ranks must call it.
 
-        b += u sign(mean - count) with the counts of the whole step, u the coefficient (arXiv 2408.15664, algorithm 1);
-        then the mean of b over the experts is taken off, which changes no choice and keeps b from drifting.
+        b += u sign(mean - count) with the counts of the whole step, u the coefficient (arXiv 2408.15664, algorithm 1).
+        Then b is centred, which changes no choice and keeps b from drifting.
         """
         if self._settings.loss != "bias":
             return
@@ -120,7 +120,7 @@ class Balancer:
 
 
 def attach_routers(model: nn.Module, params: Pretrain) -> None:
-    """Give the routers of a sparse model the noise or the bias that the settings ask for; leave a dense one alone."""
+    """Attach the noise or the bias of the settings to the routers of a sparse model; leave a dense model alone."""
     if not counts.experts(model.config)["experts"]:
         return
     if params.noise:
@@ -138,10 +138,9 @@ def switch(
     experts, summed over the real tokens and divided by `tokens`. With the counts of one micro-batch and its tokens
     this is Switch's loss.
 
-    With the counts of a whole batch, on every rank, and the mean number of its tokens on a rank, the mean over the
-    ranks is the loss of the batch (arXiv 2501.11873), whatever each rank's padding. Counts accumulate over the
-    micro-batches of a step: the last one has the counts of the whole step, those before it have what was there by
-    then. So a step of one micro-batch a rank has exactly the loss of its batch, and one of several approaches it.
+    With the counts of the global batch and its mean number of tokens on a rank, the mean over the ranks is the loss of
+    the global batch (arXiv 2501.11873), whatever each rank's padding. Counts accumulate over the micro-batches of a
+    step, so this is exact with one micro-batch a rank, and an approximation with several, of which the last has all.
     """
     import torch
 
@@ -172,12 +171,12 @@ def cv2(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) -
 
 
 def load(routed: Routed, count_E: torch.Tensor, *, real_T: torch.Tensor | None) -> torch.Tensor:
-    """Expected tokens of each expert were the noise of that one logit drawn again (arXiv 1701.06538, eq. 8 to 10).
+    """Expected tokens of each expert if the noise of that one logit were drawn again (arXiv 1701.06538, eq. 8 to 10).
 
-    The sum over tokens of Phi((clean - threshold) / std), the threshold being the k-th largest of the other noisy
-    logits: the k+1-th of all for an expert that was chosen, the k-th for another. LLaMA-MoE's code compares the noise
-    instead of the noisy logits with the threshold to tell which, and so often takes the wrong one. Without noise, or
-    where all experts are chosen, it is the count.
+    The sum over tokens of Phi((clean - threshold) / std). The threshold is the k-th largest of the other noisy logits:
+    the k+1-th of all for an expert that was chosen, the k-th for another. LLaMA-MoE's code compares the noise instead
+    of the noisy logits with it, and so often takes the wrong one. Without noise, or if all experts are chosen, the
+    result is the count.
     """
     import torch
 
@@ -199,7 +198,7 @@ def _cv2(value_E: torch.Tensor) -> torch.Tensor:
 
 
 def _count(chosen_TK: torch.Tensor, experts: int, real_T: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of each expert, int64 [E]; without a wait for the device, as bincount would need."""
+    """Tokens of each expert, int64 [E]; bincount would wait for the device."""
     import torch
 
     ones_TK = torch.ones_like(chosen_TK) if real_T is None else real_T[:, None].expand_as(chosen_TK).long()

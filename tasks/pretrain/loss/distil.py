@@ -1,4 +1,4 @@
-"""Distillation from the dense parent: what the student's distributions and states differ from the parent's by.
+"""Distillation losses: the distance of the student's distributions and hidden states from the dense parent's.
 
 Shapes: B windows of one forward pass, L tokens of a window, V vocabulary, D hidden.
 """
@@ -15,35 +15,35 @@ from tasks.settings.pretrain import Distill
 if TYPE_CHECKING:
     import torch
 
-    from tasks.pretrain.loss.teacher_cache import Cache
+    from tasks.pretrain.loss.teacher_cache import TeacherCache
 
 
 class Distiller:
     """The distillation losses of one run."""
 
-    def __init__(self, settings: Distill, parent: teacher.Teacher | Cache) -> None:
+    def __init__(self, settings: Distill, parent: teacher.Teacher | TeacherCache) -> None:
         self._settings, self._parent = settings, parent
 
     @classmethod
     def load(cls, job: Job, *, device: torch.device, dtype: torch.dtype) -> Self | None:
-        """Load the parent, or with `top_n` what is kept of it, after making what is missing. None without `distill`.
+        """Load the parent, or with `top_n` its cache, which is completed first. None without `distill`.
 
         All ranks must call it together.
 
         Args:
-            dtype: the training dtype, in which the parent computes as well.
+            dtype: the training dtype, in which the parent computes too.
 
         Raises:
             TrainingError: the parent's vocabulary, hidden size or number of layers isn't the student's; the disk is
                 full.
         """
-        from tasks.pretrain.loss.teacher_cache import Cache
+        from tasks.pretrain.loss.teacher_cache import TeacherCache
 
         settings = job.params.distill
         if settings is None:
             return None
         teacher.check(job)
-        kind = teacher.Teacher.load if settings.top_n is None else Cache
+        kind = teacher.Teacher.load if settings.top_n is None else TeacherCache
         return cls(settings, kind(job, device=device, dtype=dtype))
 
     @property
@@ -54,8 +54,7 @@ class Distiller:
     def losses(self, batch: Batch, *, rows: slice, out: Any, target_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses of the windows `rows` of a batch by name, fp32 [B], without the coefficients of the settings.
 
-        Each is the sum over the window's predicted tokens, 0 where there are none; so it doesn't depend on how
-        windows are grouped.
+        Each is the sum over the window's predicted tokens, so it does not depend on how windows are grouped.
 
         Args:
             out: the student's output: `logits` [B, L, V] and, if `needs_hidden`, `hidden_states`.
@@ -66,7 +65,7 @@ class Distiller:
             "cross_entropy", in nats, and
             "kl": temperature ** 2 * KL(parent | student) in nats at that temperature (arXiv 1503.02531);
             with `top_n`, of the kept tokens and all others as one.
-            They must enter the sum to be differentiated with the coefficients of the settings (`divergence.losses`).
+            They must be weighted by the coefficients of the settings before backward (`divergence.losses`).
 
             With a coefficient `hidden` above 0,
             "hidden": |h - h_parent|^2 / |h_parent|^2, the mean over the layers asked for: of the state before the
@@ -76,17 +75,17 @@ class Distiller:
         from tasks.pretrain.loss import divergence
 
         settings, source = self._settings, self._parent
-        found = {}
+        losses = {}
         if isinstance(source, teacher.Teacher):
             states = source.states(batch, rows=rows, every_layer=self.needs_hidden and settings.layers == "all")
-            parent: divergence.Parent = divergence.Whole(
+            parent: divergence.Parent = divergence.Resident(
                 states[-1].flatten(0, 1), source.logits, temperature=settings.temperature
             )
         else:
             states = ()
             parent = source.kept(batch, rows=rows)
         if settings.logits:
-            found["cross_entropy"], found["kl"] = divergence.losses(
+            losses["cross_entropy"], losses["kl"] = divergence.losses(
                 out.logits,
                 target_BL,
                 parent,
@@ -96,8 +95,8 @@ class Distiller:
             )
         if self.needs_hidden:
             own = teacher.layers(out.hidden_states)[-len(states) :]
-            found["hidden"] = _relative(own, states, target_BL != IGNORED)
-        return found
+            losses["hidden"] = _relative(own, states, target_BL != IGNORED)
+        return losses
 
 
 def _relative(

@@ -1,8 +1,8 @@
 """Cross-entropy and KL divergence from a parent in one pass over the student's logits.
 
-Both gradients are differences of softmaxes. Their weighted sum is computed in forward, where the softmaxes are at
-hand, a few tokens at a time in fp32, and kept in the dtype of the logits: one tensor as large as they are, which
-backward scales. torch's own formulas hold eight of twice the size, and read them again and again.
+Both gradients are differences of softmaxes. Their weighted sum is computed in forward, a few tokens at a time in fp32,
+and kept in the dtype of the logits: one tensor of their size, which backward scales. torch's own formulas hold eight
+of twice the size.
 
 Shapes: B windows, L tokens of a window, T = B * L, C tokens at a time, V vocabulary, D hidden.
 """
@@ -16,8 +16,8 @@ import torch
 
 from tasks.corpus.sampling.loader import IGNORED
 
-_CACHE = 1 << 18  # elements that are worked on at once on a CPU: 1 MiB in fp32, so that a few such stay near a core
-_LAUNCH = 1 << 24  # and on a device, where a launch has to pay
+_CACHE = 1 << 18  # elements processed at once on a CPU: 1 MiB in fp32, so that a few such tensors stay in its cache
+_LAUNCH = 1 << 24  # and on a device, where each launch has a cost
 _PRODUCT = 512  # tokens that share one reading of the head's weight, which oneDNN repacks each time
 
 
@@ -54,15 +54,15 @@ def losses(
         logits_BLV: the student's; they get the gradient.
         target_BL: int64, IGNORED where a token doesn't count.
         parent: at the same temperature.
-        cross_entropy, kl: what the caller multiplies the two with, at least 0 and kl above. Backward raises
-            RuntimeError if it did so in other proportions, because one gradient is kept and not two.
+        cross_entropy, kl: the coefficients by which the caller multiplies the two, >= 0 and > 0. Backward raises
+            RuntimeError for other proportions, because only their joint gradient is kept.
     """
     nats_B, kl_B = _Losses.apply(logits_BLV, target_BL, parent, (cross_entropy, kl), temperature)
     return nats_B, kl_B
 
 
-class Whole:
-    """A parent that is in memory: its logits are made a few tokens at a time.
+class Resident:
+    """A parent in memory; its logits are computed a few tokens at a time.
 
     Args:
         hidden_TD: its states before the head.
@@ -95,10 +95,10 @@ class Whole:
 
 
 class Kept:
-    """A parent of which each token's N most likely successors are known, and the probability of all others together.
+    """A parent of which each token's N most likely successors are kept, and the probability of all others together.
 
-    Its divergence is that of N + 1 outcomes: at most the whole one, and equal to it at N = V. Within the others the
-    student stays as it is.
+    The divergence is that of N + 1 outcomes: at most the full one, and equal to it at N = V. How the student spreads
+    its probability over the others is left alone.
 
     Args:
         ids_TN: the successors, int64.
@@ -187,8 +187,8 @@ class _Losses(torch.autograd.Function):
 
 def _scaled(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
     """A copy in fp32, over the temperature."""
-    found = logits_CV.to(torch.float32, copy=True)
-    return found if temperature == 1.0 else found.div_(temperature)
+    scaled = logits_CV.to(torch.float32, copy=True)
+    return scaled if temperature == 1.0 else scaled.div_(temperature)
 
 
 def _norm(logits_CV: torch.Tensor, softmax_CV: torch.Tensor) -> torch.Tensor:

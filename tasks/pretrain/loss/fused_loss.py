@@ -1,9 +1,8 @@
-"""Token losses without the logits of a whole pass: Liger's fused linear cross-entropy, on CUDA where it is installed.
+"""Liger's fused linear cross-entropy on CUDA: token losses without the logits of all tokens in memory.
 
 The logits of all tokens are the largest tensor of a training step (4 GB in fp32 at 8192 tokens and a vocabulary of
-128k); the fused loss makes them a chunk at a time, in forward and again in backward.
-
-The output head itself is asked for the losses: its hooks run, so ZeRO-3 gathers and releases its weight as ever.
+128k); the fused loss computes them a chunk at a time, in forward and again in backward. It replaces the output head's
+forward, so the head's hooks run and ZeRO-3 gathers and releases its weight.
 
 Shapes: B windows, L tokens of a window, D hidden, V vocabulary.
 """

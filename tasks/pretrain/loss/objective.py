@@ -1,4 +1,4 @@
-"""What a step minimises: cross-entropy over packed windows, balance of the experts, distillation from the parent.
+"""The training loss: cross-entropy over packed windows, load balance, distillation from the parent.
 
 Cross-entropy and distillation are means over the N predicted tokens of the whole step, all micro-batches and ranks
 together: every token weighs the same, whatever its window, and the sum doesn't depend on who computes which window. N
@@ -41,14 +41,14 @@ class Losses:
     nats_B: torch.Tensor
     """The cross-entropy of each window, fp32, the sum over its predicted tokens."""
     parts: dict[str, torch.Tensor]
-    """What else is in `total`, multiplied by its coefficient: [B], sums over a window's predicted tokens as well, or
-    a scalar where it belongs to the micro-batch."""
+    """The other terms of `total`, times their coefficients: [B], sums over a window's predicted tokens, or a scalar
+    for the whole micro-batch."""
     total: torch.Tensor
     """To be differentiated: the micro-batch's share of the step, times the number of micro-batches (see above)."""
 
 
 class Objective:
-    """The loss of a run, as its settings compose it."""
+    """The loss of a run, composed by its settings."""
 
     def __init__(
         self, params: Pretrain, model: nn.Module, *, balancer: Balancer | None, distiller: Distiller | None
@@ -91,9 +91,9 @@ class Objective:
                 output_hidden_states=bool(distiller and distiller.needs_hidden),
                 **batches.documents(batch, rows, device),
             )
-        found = distiller.losses(batch, rows=rows, out=out, target_BL=target_BL) if distiller else {}
-        if "cross_entropy" in found:  # computed along with the divergence, in one pass over the logits
-            nats_B = found.pop("cross_entropy")
+        distilled = distiller.losses(batch, rows=rows, out=out, target_BL=target_BL) if distiller else {}
+        if "cross_entropy" in distilled:  # computed along with the divergence, in one pass over the logits
+            nats_B = distilled.pop("cross_entropy")
         else:
             nats_B = _per_window(out.logits, target_BL, fused=fused)
         scale = self.params.batch / self.params.micro_batch / max(batch.step_targets, 1)
@@ -103,7 +103,7 @@ class Objective:
             parts |= self.balancer.losses(routed, real_T=_real(batch.labels[rows], device))
         if distill:
             share = {"kl": distill.logits, "hidden": distill.hidden}
-            parts |= {name: share[name] * value_B for name, value_B in found.items()}
+            parts |= {name: share[name] * value_B for name, value_B in distilled.items()}
         for value in parts.values():
             total = total + (scale * value.sum() if value.ndim else value)
         return Losses(nats_B=nats_B, parts=parts, total=total)

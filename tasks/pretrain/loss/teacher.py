@@ -1,4 +1,4 @@
-"""The dense parent as a teacher, whole in every process's memory.
+"""The dense parent as a teacher, in the memory of every process.
 
 Shapes: B windows of one forward pass, L tokens of a window, V vocabulary, D hidden, N decoder layers.
 """

@@ -20,7 +20,7 @@ def even(tokens: int, *, experts: int, top_k: int, rng: np.random.Generator) -> 
 
 
 def seen(looked: RouterMonitor, loads: Sequence[np.ndarray]) -> list[tuple[int, Event]]:
-    return [(step, event) for step, load in enumerate(loads, 1) for event in looked.see(load, step=step)]
+    return [(step, event) for step, load in enumerate(loads, 1) for event in looked.check(load, step=step)]
 
 
 @pytest.mark.parametrize(("experts", "top_k", "tokens"), [(8, 2, 32), (8, 1, 64), (144, 48, 128), (16, 4, 512)])
@@ -113,7 +113,7 @@ def test_dense_models_and_layers_that_use_every_expert_have_nothing_to_collapse(
 
 def test_a_load_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4\); needed: \(1, 8\)"):
-        RouterMonitor(layers=[0], experts=8, top_k=2).see(np.ones((1, 4), dtype=np.int64), step=1)
+        RouterMonitor(layers=[0], experts=8, top_k=2).check(np.ones((1, 4), dtype=np.int64), step=1)
 
 
 @settings(deadline=None, max_examples=50)
@@ -132,7 +132,7 @@ def test_a_watch_restored_from_json_sees_what_the_one_that_was_never_interrupted
             state = json.loads(json.dumps(looked.state()))
             looked = RouterMonitor(layers=[0, 1], experts=4, top_k=1)
             looked.restore(state)
-        found += [(step, event) for event in looked.see(load, step=step)]
+        found += [(step, event) for event in looked.check(load, step=step)]
     assert found == through
 
 

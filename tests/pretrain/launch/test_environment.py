@@ -28,7 +28,7 @@ STEP = {
 
 def test_a_slurm_task_gets_torchs_variables_from_its_step() -> None:
     environ = dict(STEP)
-    environment.adopt(environ, launcher="slurm", processes=16)
+    environment.complete(environ, launcher="slurm", processes=16)
     assert {name: environ[name] for name in environment.TORCH[:4]} == {
         "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu07"
     }  # fmt: skip
@@ -50,7 +50,7 @@ def test_a_task_that_sees_one_gpu_alone_uses_that_one() -> None:
 
 def test_slurms_variables_are_left_alone_where_another_launcher_is_set() -> None:
     environ = STEP | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    environment.adopt(environ, launcher="local", processes=2)
+    environment.complete(environ, launcher="local", processes=2)
     assert (environ["RANK"], environ["WORLD_SIZE"]) == ("1", "2")
     assert "MASTER_ADDR" not in environ
 
@@ -65,7 +65,7 @@ def test_a_worker_outside_a_step_is_told_what_is_missing(missing: str) -> None:
 @pytest.mark.parametrize("environ", [{"WORLD_SIZE": "4"}, {}])
 def test_another_number_of_processes_than_the_settings_say_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(TrainingError, match=rf"processes = 2, and {environ.get('WORLD_SIZE', 1)} were started"):
-        environment.adopt(dict(environ), launcher="local", processes=2)
+        environment.complete(dict(environ), launcher="local", processes=2)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_any_folded_node_list_expands_to_the_names_it_was_folded_from(groups: li
     ],
 )
 def test_the_processes_beside_this_one_are_those_of_its_machine(environ: dict[str, str], count: int) -> None:
-    assert environment.beside(environ) == count
+    assert environment.local_processes(environ) == count
     cores = len(os.sched_getaffinity(0))
     assert environment.threads(environ) == max(1, cores // count)
 
@@ -118,5 +118,5 @@ def test_the_processes_beside_this_one_are_those_of_its_machine(environ: dict[st
 def test_threads_are_those_that_slurm_gave_a_task_and_never_override_the_users() -> None:
     assert environment.threads(STEP | {"SLURM_CPUS_PER_TASK": "12"}) == 12
     environ = STEP | {"OMP_NUM_THREADS": "3"}
-    environment.adopt(environ, launcher="slurm", processes=16)
+    environment.complete(environ, launcher="slurm", processes=16)
     assert environ["OMP_NUM_THREADS"] == "3"

@@ -104,7 +104,7 @@ def test_the_ranks_meet_whoever_starts_them_and_one_that_is_killed_is_told_with_
 
 
 def test_an_error_of_a_rank_that_is_not_the_first_reaches_the_user_and_no_old_one_does(folder: Path) -> None:
-    old = {"kind": "told", "message": "old", "rank": 0, "host": HOST, "time": 0.0}
+    old = {"kind": "error", "message": "old", "rank": 0, "host": HOST, "time": 0.0}
     Path("work/failure-0.json").write_text(json.dumps(old))
     with pytest.raises(TrainingError, match=rf"^domain `web` has no windows left \(rank 1 on {HOST}\)$"):
         launcher.run(job("tell"))
@@ -235,7 +235,7 @@ def test_srun_gets_the_cores_that_the_job_has_for_a_task(folder: Path) -> None:
     assert {"--ntasks=2", "--cpus-per-task=6", "--input=all"} <= set(line)
 
 
-def failure(rank: int, *, kind: str = "told", message: str = "no", **fields: Any) -> dict[str, Any]:
+def failure(rank: int, *, kind: str = "error", message: str = "no", **fields: Any) -> dict[str, Any]:
     return {"rank": rank, "host": f"host{rank}", "kind": kind, "message": message, "time": float(rank)} | fields
 
 

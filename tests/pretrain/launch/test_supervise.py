@@ -42,8 +42,8 @@ def failures(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("body", "kind", "message", "status"),
     [
-        ("raise TrainingError('no room')", "told", "no room", 1),
-        ("raise OSError(28, 'No space left', 'x')", "told", "[Errno 28] No space left: 'x'", 1),
+        ("raise TrainingError('no room')", "error", "no room", 1),
+        ("raise OSError(28, 'No space left', 'x')", "error", "[Errno 28] No space left: 'x'", 1),
         ("raise RuntimeError('lost a peer')", "unexpected", "RuntimeError: lost a peer", 1),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed", "killed by signal 9 (SIGKILL)", 137),
         ("os.abort()", "killed", "killed by signal 6 (SIGABRT)", 134),

@@ -17,14 +17,14 @@ from tasks.pretrain.job import TrainingError
 from tasks.pretrain.log import log_file, trackers
 
 
-class Told:
-    """A tracker that remembers, for all its runs together; the forgetful kind as TensorBoard, the other as MLflow."""
+class Remembering:
+    """A tracker that remembers all its runs together, as MLflow does; its subclass rewinds, as TensorBoard does."""
 
-    forgets = False
+    rewinds = False
 
     def __init__(self, points: list[tuple[int, dict[str, float]]], step: int) -> None:
         self.points = points
-        if self.forgets:
+        if self.rewinds:
             self._drop(step or -1)  # from the start, the evaluation before the first step comes again too
 
     def _drop(self, step: int) -> None:
@@ -34,7 +34,7 @@ class Told:
         self.points.append((step, dict(numbers)))
 
     def rewind(self, step: int) -> None:
-        if self.forgets:
+        if self.rewinds:
             self._drop(step)
 
     def flush(self) -> None: ...
@@ -42,15 +42,15 @@ class Told:
     def close(self, *, failed: bool) -> None: ...
 
 
-class Forgetful(Told):
-    forgets = True
+class Rewinding(Remembering):
+    rewinds = True
 
 
 def a_run(folder: Path) -> trackers.Run:
     return trackers.Run(folder=folder, name="demo", key="demo-1", config={})
 
 
-def opened(folder: Path, *, offset: int = 0, step: int = 0) -> log_file.Log:
+def opened(folder: Path, *, offset: int = 0, step: int = 0) -> log_file.LogFile:
     return log_file.LogFile(a_run(folder), names=[], offset=offset, step=step)
 
 
@@ -134,8 +134,7 @@ def test_the_csv_of_a_long_run_stays_small_enough_for_git() -> None:
 
 
 def test_csv_columns_are_step_tokens_loss_and_then_what_there_is() -> None:
-    plain = {"step": 3, "tokens": 24, "loss": 1.5, "grad_norm": 0.5, "lr": 0.001}
-    assert log_file.loss_csv([plain]) == "step,tokens,loss,grad_norm,lr\n3,24,1.5,0.5,0.001\n"
+    assert log_file.loss_csv([{**step(3), "parts": {}}]).splitlines()[0] == "step,tokens,loss,total,grad_norm,lr"
     more = {**step(4), "parts": {"balance": 0.25, "kl": 0.5}, "rates": {"router": 0.002}, "grad_norm": None}
     assert log_file.loss_csv([step(3), more]) == (
         "step,tokens,loss,balance,kl,total,grad_norm,lr,lr_router\n"
@@ -152,11 +151,11 @@ AFTER = {0: 0, 2: 4, 4: 8}  # step of a checkpoint -> records before it
 @given(
     kills=st.lists(st.integers(0, len(COURSE)), max_size=4),
     torn=st.booleans(),
-    kind=st.sampled_from([Told, Forgetful]),
+    kind=st.sampled_from([Remembering, Rewinding]),
 )
 @settings(max_examples=80, deadline=None)
 def test_however_often_a_run_is_killed_a_tracker_has_every_point_once(
-    kills: list[int], torn: bool, kind: type[Told], tmp_path_factory: pytest.TempPathFactory
+    kills: list[int], torn: bool, kind: type[Remembering], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
     points: list[tuple[int, dict[str, float]]] = []
@@ -178,9 +177,9 @@ def test_however_often_a_run_is_killed_a_tracker_has_every_point_once(
     ]
 
 
-@pytest.mark.parametrize("kind", [Told, Forgetful])
+@pytest.mark.parametrize("kind", [Remembering, Rewinding])
 def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_least_that(
-    kind: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Remembering], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points: list[tuple[int, dict[str, float]]] = []
     monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [kind(points, step)])
@@ -196,24 +195,24 @@ def test_after_a_rollback_the_log_has_the_new_course_alone_and_a_tracker_at_leas
     current.close()
     assert [record["loss"] for record in log_file.read(tmp_path / "log.jsonl", "step")] == [1.5, 1.5, 1.0]
     course = [curves["step/loss"] for at, curves in points if at == 3]
-    assert course == ([1.0] if kind.forgets else [99.0, 1.0])
+    assert course == ([1.0] if kind.rewinds else [99.0, 1.0])
     again = opened(tmp_path, offset=offset, step=2)  # killed after the rollback, which is not forgotten
     again.write(step(3, loss=1.0))
     again.write(step(4))
     again.close()
-    assert [at for at, _ in points] == ([0, 1, 2, 3, 4] if kind.forgets else [0, 1, 2, 3, 3, 4])
+    assert [at for at, _ in points] == ([0, 1, 2, 3, 4] if kind.rewinds else [0, 1, 2, 3, 3, 4])
 
 
 def test_a_tracker_that_fails_is_left_out_with_a_word_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Gone(Told):
+    class Gone(Remembering):
         def write(self, step: int, numbers: Mapping[str, float]) -> None:
             raise ConnectionError("the server has gone")
 
     points: list[tuple[int, dict[str, float]]] = []
     said: list[Any] = []
-    monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [Gone([], 0), Told(points, 0)])
+    monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [Gone([], 0), Remembering(points, 0)])
     current = log_file.LogFile(a_run(tmp_path), names=[], offset=0, step=0, say=said.append)
     current.write(step(1))
     current.write(step(2))
@@ -224,9 +223,9 @@ def test_a_tracker_that_fails_is_left_out_with_a_word_and_training_goes_on(
     assert "Gone failed (ConnectionError: the server has gone); training goes on without it" in said[0]
 
 
-@pytest.mark.parametrize("kind", [Told, Forgetful])
+@pytest.mark.parametrize("kind", [Remembering, Rewinding])
 def test_a_tracker_that_is_new_to_a_run_is_told_it_from_its_start(
-    kind: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Remembering], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points: dict[str, list[tuple[int, dict[str, float]]]] = {"a": [], "b": []}
     monkeypatch.setattr(log_file, "start", lambda names, run, *, step: [kind(points[name], step) for name in names])

@@ -64,7 +64,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(
     logits, target, states, linear = problem(0, scale, torch.float32)
     exact = logits.detach().double().requires_grad_()
     wanted = plain(exact, target, linear(states).double().view(B, L, V), temperature)
-    parent = divergence.Whole(states, linear, temperature=temperature)
+    parent = divergence.Resident(states, linear, temperature=temperature)
     ce, kl = coefficients
     found = divergence.losses(logits, target, parent, cross_entropy=ce, kl=kl, temperature=temperature)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -82,7 +82,7 @@ def test_the_divergence_is_not_negative_and_its_gradient_sums_to_nothing(
     seed: int, scale: float, temperature: float
 ) -> None:
     logits, target, states, linear = problem(seed, scale, torch.float32)
-    parent = divergence.Whole(states, linear, temperature=temperature)
+    parent = divergence.Resident(states, linear, temperature=temperature)
     _, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.0, kl=1.0, temperature=temperature)
     assert (kl_B > -1e-5 * L * temperature**2).all()
     kl_B.sum().backward()
@@ -96,7 +96,7 @@ def test_a_student_equal_to_its_parent_has_no_divergence_and_no_gradient(
     dtype: torch.dtype, temperature: float
 ) -> None:
     logits, target, _, _ = problem(1, 2.0, dtype)
-    parent = divergence.Whole(logits.detach().flatten(0, 1), lambda states: states, temperature=temperature)
+    parent = divergence.Resident(logits.detach().flatten(0, 1), lambda states: states, temperature=temperature)
     _, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.0, kl=1.0, temperature=temperature)
     kl_B.sum().backward()
     assert logits.grad is not None
@@ -108,7 +108,7 @@ def test_in_bfloat16_the_gradient_is_rounded_twice_and_the_losses_are_computed_i
     logits, target, states, linear = problem(2, 2.0, torch.bfloat16)
     exact = logits.detach().double().requires_grad_()
     wanted = plain(exact, target, linear(states).double().view(B, L, V), 1.0)
-    parent = divergence.Whole(states, linear, temperature=1.0)
+    parent = divergence.Resident(states, linear, temperature=1.0)
     found = divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == torch.float32
@@ -122,7 +122,7 @@ def test_in_bfloat16_the_gradient_is_rounded_twice_and_the_losses_are_computed_i
 
 def test_ignored_tokens_get_no_gradient() -> None:
     logits, target, states, linear = problem(3, 1.0, torch.float32)
-    parent = divergence.Whole(states, linear, temperature=1.0)
+    parent = divergence.Resident(states, linear, temperature=1.0)
     nats_B, kl_B = divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)
     assert nats_B[2] == kl_B[2] == 0
     (nats_B + kl_B).sum().backward()
@@ -132,7 +132,7 @@ def test_ignored_tokens_get_no_gradient() -> None:
 
 def test_other_proportions_than_announced_are_refused() -> None:
     logits, target, states, linear = problem(4, 1.0, torch.float32)
-    parent = divergence.Whole(states, linear, temperature=1.0)
+    parent = divergence.Resident(states, linear, temperature=1.0)
     nats_B, kl_B = divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)
     with pytest.raises(RuntimeError, match=r"weighted as 1\.0 to 1\.0"):
         (nats_B + 2 * kl_B).sum().backward()
@@ -140,7 +140,7 @@ def test_other_proportions_than_announced_are_refused() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     logits, target, states, linear = problem(5, 1.0, torch.float32)
-    parent = divergence.Whole(states, linear, temperature=1.0)
+    parent = divergence.Resident(states, linear, temperature=1.0)
     total = torch.stack(divergence.losses(logits, target, parent, cross_entropy=1.0, kl=1.0)).sum()
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second"):
@@ -189,7 +189,9 @@ def test_with_all_logits_kept_the_divergence_and_its_gradient_are_the_whole_ones
     results = []
     for kind in ("whole", "kept"):
         logits, target, states, linear = problem(7, 2.0, torch.float32)
-        parent = divergence.Whole(states, linear, temperature=1.5) if kind == "whole" else kept(states, linear, V, 1.5)
+        parent = (
+            divergence.Resident(states, linear, temperature=1.5) if kind == "whole" else kept(states, linear, V, 1.5)
+        )
         nats_B, kl_B = divergence.losses(logits, target, parent, cross_entropy=0.5, kl=1.0, temperature=1.5)
         (0.5 * nats_B + kl_B).sum().backward()
         results.append((kl_B.detach(), logits.grad))
@@ -204,7 +206,7 @@ def test_the_more_logits_are_kept_the_more_of_the_divergence_is_seen(
     logits, target, states, linear = problem(seed, scale, torch.float32)
     few, more = sorted(data.draw(st.tuples(st.integers(1, V), st.integers(1, V))))
     parents = [kept(states, linear, few, 1.0), kept(states, linear, more, 1.0)]
-    every: list[divergence.Parent] = [*parents, divergence.Whole(states, linear, temperature=1.0)]
+    every: list[divergence.Parent] = [*parents, divergence.Resident(states, linear, temperature=1.0)]
     seen = [divergence.losses(logits, target, p, cross_entropy=0.0, kl=1.0)[1] for p in every]
     slack = 1e-5 * (L + seen[2])
     assert (seen[0] > -slack).all()

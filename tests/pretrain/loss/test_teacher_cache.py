@@ -24,7 +24,7 @@ from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.loss import teacher_cache
 from tasks.pretrain.loss.distil import Distiller
 from tasks.pretrain.loss.teacher import Teacher
-from tasks.pretrain.loss.teacher_cache import Cache
+from tasks.pretrain.loss.teacher_cache import TeacherCache
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Distill
 from tests.corpus.handmade import corpus
@@ -83,8 +83,8 @@ def other(job: Job, *, distill: dict[str, Any] | None = None, **params: Any) -> 
     return replace(job, params=found)
 
 
-def made_by(job: Job) -> Cache:
-    return Cache(job, device=CPU, dtype=torch.float32)
+def made_by(job: Job) -> TeacherCache:
+    return TeacherCache(job, device=CPU, dtype=torch.float32)
 
 
 def drawn(job: Job) -> Iterator[Any]:
@@ -104,13 +104,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The windows that a parent has read."""
     seen: list[Any] = []
-    ask = Cache._ask
+    ask = TeacherCache._compute_row
 
-    def noted(self: Cache, slot: Any) -> Any:
+    def noted(self: TeacherCache, slot: Any) -> Any:
         seen.append(slot)
         return ask(self, slot)
 
-    monkeypatch.setattr(Cache, "_ask", noted)
+    monkeypatch.setattr(TeacherCache, "_compute_row", noted)
     return seen
 
 
@@ -311,16 +311,16 @@ def _rank(rank: int, job: Job) -> None:
     meet = f"file://{job.workspace / 'meet'}"
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     teacher_cache._SHARD = 3 * LENGTH
-    compute = Cache._compute
+    compute = TeacherCache._compute
 
-    def full(self: Cache, missing: list[Any]) -> None:
+    def full(self: TeacherCache, missing: list[Any]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if rank == 1:
-        Cache._compute = full  # type: ignore[method-assign]
+        TeacherCache._compute = full  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="Make room"):
         made_by(job)
-    Cache._compute = compute  # type: ignore[method-assign]
+    TeacherCache._compute = compute  # type: ignore[method-assign]
     folder = made_by(job).folder
     torch.distributed.barrier()
     if rank == 0:
