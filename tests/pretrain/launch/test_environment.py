@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.pretrain.job import TrainingError
@@ -85,6 +85,7 @@ def test_a_node_list_is_expanded_in_order(nodes: str, hosts: list[str]) -> None:
 runs = st.lists(st.tuples(st.integers(0, 999), st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=4)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["a", "node-", "x0y"]), runs), min_size=1, max_size=3))
 def test_any_folded_node_list_expands_to_the_names_it_was_folded_from(groups: list[Any]) -> None:
     folded, names = [], []

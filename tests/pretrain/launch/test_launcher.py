@@ -69,8 +69,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     project = tmp_path / "project"
     for name in ("settings", "pretrain"):
         shutil.copytree(ROOT / "tasks" / name, project / "tasks" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "scratch.py"):
-        shutil.copy(ROOT / "tasks" / name, project / "tasks")
+    for path in (ROOT / "tasks").glob("*.py"):
+        shutil.copy(path, project / "tasks")
     worker = project / "tasks/pretrain/launch/worker.py"
     worker.write_text(worker.read_text().replace("\nif __name__", WORKER))
     (project / "work").mkdir()
