@@ -160,7 +160,7 @@ QWEN2_MOE = Sparse(
     engines={
         "transformers 4": f"one attention mask for all layers, whatever layer_types says; {_HEAD_DIM}",
         "llama.cpp": "refused: takes weights that do not sum to 1, and NaN where the shared gate is zero",
-        "vLLM": "reads attention biases always, from memory that nobody has set where there are none",
+        "vLLM": "reads attention biases always, and leaves them uninitialised where the file has none",
         "SGLang": "",
     },
 )

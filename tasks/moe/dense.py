@@ -161,8 +161,8 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
     fields = files.read_json(folder / "config.json")
     families.check(fields)
     shards, listed = _shards(folder, weights)
-    place = untrusted.headers(folder, shards, listed=listed)
-    untrusted.check_config(fields, place)
+    headers = untrusted.headers(folder, shards, listed=listed)
+    untrusted.check_config(fields, headers)
 
     def read_config() -> tuple[PreTrainedConfig, PreTrainedConfig, dict[str, tuple[int, ...]]]:
         own = config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -175,17 +175,17 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError("holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
     dtype = getattr(torch, entry.dtype)
-    tied = config.tie_word_embeddings and "lm_head.weight" in place
+    tied = config.tie_word_embeddings and "lm_head.weight" in headers
     families.account(
-        {name: entry.shape for name, entry in place.items() if not (tied and name == "lm_head.weight")},
+        {name: entry.shape for name, entry in headers.items() if not (tied and name == "lm_head.weight")},
         wanted if own is config else families.expected(own),
     )
 
     def read(name: str) -> torch.Tensor:
         # Opened anew each time: what a mapping has read stays in memory until the mapping ends.
-        with safe_open(folder / place[name].file, framework="pt") as file:
+        with safe_open(folder / headers[name].file, framework="pt") as file:
             stored: torch.Tensor = file.get_tensor(name)
-            untrusted.require_fits(stored, stored.to(dtype), name=name, file=place[name].file)
+            untrusted.require_fits(stored, stored.to(dtype), name=name, file=headers[name].file)
             return stored
 
     if tied and not read("lm_head.weight").to(dtype).equal(read("model.embed_tokens.weight").to(dtype)):

@@ -57,19 +57,19 @@ def expected(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def account(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def account(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError naming the tensors that a source lacks, has too many, or has in another shape."""
-    missing = [name for name in wanted if name not in found]
-    extra = sorted(found.keys() - wanted.keys())
+    missing = [name for name in wanted if name not in stored]
+    extra = sorted(stored.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(
             f"does not hold the tensors of its config: {len(missing)} missing ({', '.join(missing[:5]) or 'none'}), "
             f"{len(extra)} unknown ({', '.join(extra[:5]) or 'none'})"
         )
     wrong = [
-        f"{name} is {list(found[name])}, by config.json {list(shape)}"
+        f"{name} is {list(stored[name])}, by config.json {list(shape)}"
         for name, shape in wanted.items()
-        if found[name] != shape
+        if stored[name] != shape
     ]
     if wrong:
         raise ValueError(f"has {len(wrong)} tensors of another shape than its config: {'; '.join(wrong[:5])}")

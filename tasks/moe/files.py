@@ -98,14 +98,14 @@ def share_tokenizer(folder: Path) -> None:
     if not path.is_file():
         return
     fields = read_json(path)
-    found = {name: value for name, value in fields.items() if name not in _TOKENIZER_5}
-    if found.get("tokenizer_class") == "TokenizersBackend":
-        found["tokenizer_class"] = "PreTrainedTokenizerFast"
-        found.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds token_type_ids otherwise
-    if isinstance(found.get("extra_special_tokens"), list):
-        found["additional_special_tokens"] = found.pop("extra_special_tokens")
-    if found != fields:
-        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    shared = {name: value for name, value in fields.items() if name not in _TOKENIZER_5}
+    if shared.get("tokenizer_class") == "TokenizersBackend":
+        shared["tokenizer_class"] = "PreTrainedTokenizerFast"
+        shared.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds token_type_ids otherwise
+    if isinstance(shared.get("extra_special_tokens"), list):
+        shared["additional_special_tokens"] = shared.pop("extra_special_tokens")
+    if shared != fields:
+        path.write_text(json.dumps(shared, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

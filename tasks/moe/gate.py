@@ -1,4 +1,4 @@
-"""What training puts into the place of a stock linear router, and what is kept of it beside a stock checkpoint.
+"""Routers that training can use instead of a stock linear one, and the file beside a stock checkpoint that keeps them.
 
 - LLaMA-MoE's two-layer gate (arXiv 2406.16554): logits = outer tanh(inner x), without biases.
 - Noise in training, after Shazeer et al. (arXiv 1701.06538, eq. 4): + N(0, 1) * (softplus(noise x) + 0.01).
@@ -175,8 +175,8 @@ def swap(router: nn.Module, gate: Gate) -> None:
             weight.copy_(gate.inner_ED)
         else:
             del made.weight
-            place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "bias": False}
-            inner, outer = nn.Linear(hidden, experts, **place), nn.Linear(experts, experts, **place)
+            like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype, "bias": False}
+            inner, outer = nn.Linear(hidden, experts, **like), nn.Linear(experts, experts, **like)
             inner.weight.copy_(gate.inner_ED)
             outer.weight.copy_(gate.outer_EE)
             made.gate = nn.Sequential(inner, nn.Tanh(), outer)
@@ -212,14 +212,14 @@ def add_bias(model: nn.Module) -> None:
 
 def biases(model: nn.Module) -> list[list[float]]:
     """The selection biases [sparse layers][experts], exactly, as JSON holds them; [] if there are none."""
-    found: list[Any] = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
-    return [bias_E.tolist() for bias_E in found if bias_E is not None]
+    biases_LE: list[Any] = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
+    return [bias_E.tolist() for bias_E in biases_LE if bias_E is not None]
 
 
 def set_biases(model: nn.Module, values: list[list[float]]) -> None:
     """Set what `biases` gave. Raises ValueError if the model has other biases than these."""
-    found: list[Any] = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
-    made = [bias_E for bias_E in found if bias_E is not None]
+    all_LE: list[Any] = [getattr(router, "selection_bias", None) for router in routing.routers(model)]
+    made = [bias_E for bias_E in all_LE if bias_E is not None]
     if (given := [len(each) for each in values]) != (have := [len(bias_E) for bias_E in made]):
         raise ValueError(f"selection biases of {given} experts a layer for a model that has {have}")
     for bias_E, value in zip(made, values, strict=True):
@@ -252,12 +252,12 @@ def _matches(name: str, what: str) -> bool:
 
 def _take(tensors: dict[str, torch.Tensor], source: Path | str) -> dict[int, Gate]:
     """Pop the gates' tensors. Raises ValueError if a gate lacks one."""
-    found: dict[int, dict[str, torch.Tensor]] = {}
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
     for name in list(tensors):
         if match := _NAME.fullmatch(name):
-            found.setdefault(int(match[1]), {})[match[2]] = tensors.pop(name)
+            by_layer.setdefault(int(match[1]), {})[match[2]] = tensors.pop(name)
     gates = {}
-    for layer, parts in sorted(found.items()):
+    for layer, parts in sorted(by_layer.items()):
         for name in () if "linear.weight" in parts else ("gate.0.weight", "gate.2.weight"):
             if name not in parts:
                 raise ValueError(f"{source}: layers.{layer}.{name} is missing; write the file again")

@@ -130,7 +130,7 @@ def _llama3(fields: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
     import numpy as np
     from transformers import LlamaConfig
 
-    found = {
+    parameters = {
         "rope_type": "llama3",
         "rope_theta": fields["rope_theta"],
         "factor": float(divisors.max()),
@@ -138,15 +138,15 @@ def _llama3(fields: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    config = LlamaConfig(**fields | {"rope_parameters": found})
+    config = LlamaConfig(**fields | {"rope_parameters": parameters})
     scaled, _ = rope.frequencies(config)
-    base = 1 / found["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
+    base = 1 / parameters["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
     if not np.allclose(base / scaled.numpy(), divisors, rtol=1e-4):
         raise ValueError(
             f"{_ROPE_FREQS} is not the rope scaling of Llama 3.1 to 3.3 (frequency factors 1 and 4, context 8192); "
             "take the model's safetensors"
         )
-    return found
+    return parameters
 
 
 def _field(reader: GGUFReader, name: str) -> Any:

@@ -109,7 +109,7 @@ def _watch(router: nn.Module, give: Callable[[Routed], None]) -> list[Any]:
     import torch
 
     def outside_backward(routed: Routed) -> None:
-        if torch._C._current_graph_task_id() == -1:  # as torch.utils.checkpoint tells a recomputation
+        if torch._C._current_graph_task_id() == -1:  # as torch.utils.checkpoint recognises a recomputation
             give(routed)
 
     return readers.get(type(router).__name__, _read)(router, outside_backward)

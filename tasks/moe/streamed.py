@@ -255,15 +255,15 @@ def _stored(folder: Path) -> dict[str, Stored]:
             f"{folder}: {', '.join(missing)} is missing; weights are read from safetensors only, never from pickles "
             "(.bin, .pt)"
         )
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name in files:
         entries = _header(folder / name)
-        if twice := sorted(set(found) & set(entries)):
-            raise ValueError(f"{folder / name}: tensors {twice[:5]} stand in {found[twice[0]].file.name} as well")
-        found |= entries
-    if absent := [f"{name} ({listed[name]})" for name in listed if name not in found]:
+        if twice := sorted(set(tensors) & set(entries)):
+            raise ValueError(f"{folder / name}: tensors {twice[:5]} stand in {tensors[twice[0]].file.name} as well")
+        tensors |= entries
+    if absent := [f"{name} ({listed[name]})" for name in listed if name not in tensors]:
         raise ValueError(f"{index}: these tensors are not in their files: {', '.join(absent[:5])}")
-    return found
+    return tensors
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -275,7 +275,7 @@ def _header(path: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        found = {
+        tensors = {
             name: Stored(
                 file=path,
                 dtype=DTYPES[entry["dtype"]],
@@ -286,7 +286,7 @@ def _header(path: Path) -> dict[str, Stored]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its header is not that of a safetensors file ({error!r}); bring it anew") from None
-    for name, entry in found.items():
+    for name, entry in tensors.items():
         if entry.offset + entry.size > total:
             raise ValueError(f"{path}: ends within tensor {name!r} ({total} bytes are there); bring the file anew")
-    return found
+    return tensors

@@ -1,6 +1,6 @@
 """Checkpoints that somebody else wrote: which files make one up, what they hold, and whether that is sound.
 
-Every refusal is a ValueError whose text names the file, the field or tensor, the value and what mends it; the caller
+Every refusal is a ValueError whose text names the file, the field or tensor, the value and the fix; the caller
 puts the folder before it.
 """
 
@@ -65,7 +65,7 @@ def headers(folder: Path, shards: Iterable[str], *, listed: Mapping[str, str] | 
     """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Header] = {}
+    entries: dict[str, Header] = {}
     for shard in shards:
         try:
             with safe_open(folder / shard, framework="pt") as file:
@@ -79,18 +79,18 @@ def headers(folder: Path, shards: Iterable[str], *, listed: Mapping[str, str] | 
         for name, entry in entries.items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name in found:
-                raise ValueError(f"holds {name} twice, in {found[name].file} and {shard}; remove one")
+            if name in entries:
+                raise ValueError(f"holds {name} twice, in {entries[name].file} and {shard}; remove one")
             if entry.dtype not in _FLOATS:
                 raise ValueError(
                     f"{shard}: {name} is stored as {entry.dtype}, which is no plain number; name the checkpoint that "
                     "it was quantised from"
                 )
-            found[name] = entry
+            entries[name] = entry
     for name, shard in (listed or {}).items():
-        if not name.endswith("rotary_emb.inv_freq") and (name not in found or found[name].file != shard):
+        if not name.endswith("rotary_emb.inv_freq") and (name not in entries or entries[name].file != shard):
             raise ValueError(f"{shard} does not hold {name}, which {INDEX} says; fetch both again")
-    return found
+    return entries
 
 
 def require_finite(tensor: torch.Tensor, *, name: str, file: str) -> None:
@@ -178,7 +178,7 @@ def check_config(fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
 
 def _flat(value: Any) -> list[Any]:
     """The values in nested lists and tables."""
-    left, found = [value], []
+    left, flat = [value], []
     while left:
         each = left.pop()
         if isinstance(each, dict):
@@ -186,8 +186,8 @@ def _flat(value: Any) -> list[Any]:
         elif isinstance(each, list):
             left += each
         else:
-            found.append(each)
-    return found
+            flat.append(each)
+    return flat
 
 
 def understood(make: Callable[[], Result], *, file: str) -> Result:

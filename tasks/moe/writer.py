@@ -34,7 +34,7 @@ Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class _Slot:
     shard: int
     offset: int
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class ShardWriter:
             ValueError: the plan has a dtype that safetensors files do not hold.
         """
         self.folder = folder
-        self._places: dict[str, _Place] = {}
+        self._slots: dict[str, _Slot] = {}
         self._files: list[int] = []
         shards = _shards(plan, shard_bytes)
         count = len(shards)
@@ -80,24 +80,24 @@ class ShardWriter:
             offset = len(header)
             for name in shards[shard]:
                 dtype, shape = plan[name]
-                self._places[name] = _Place(shard=shard, offset=offset, dtype=dtype, shape=tuple(shape))
+                self._slots[name] = _Slot(shard=shard, offset=offset, dtype=dtype, shape=tuple(shape))
                 offset += _bytes(dtype, shape)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor into its place. Raises ValueError if it is not in the plan, not as planned, or written."""
-        place = self._places.get(name)
-        if place is None:
+        """Put one tensor into its slot. Raises ValueError if it is not in the plan, not as planned, or written."""
+        slot = self._slots.get(name)
+        if slot is None:
             raise ValueError(f"{self.folder}: tensor {name!r} is not in the plan of this checkpoint")
-        path = self._paths[place.shard]
+        path = self._paths[slot.shard]
         if name not in self._missing:
             raise ValueError(f"{path}: tensor {name!r} is written a second time")
-        if (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
+        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
             raise ValueError(
-                f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, planned as {place.dtype} "
-                f"{list(place.shape)}"
+                f"{path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, planned as {slot.dtype} "
+                f"{list(slot.shape)}"
             )
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        _pwrite(self._files[place.shard], content, place.offset)
+        _pwrite(self._files[slot.shard], content, slot.offset)
         del self._missing[name]
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class ShardWriter:
         finally:
             self._release()
         if len(self._paths) > 1:
-            weight_map = {name: self._paths[place.shard].name for name, place in self._places.items()}
+            weight_map = {name: self._paths[slot.shard].name for name, slot in self._slots.items()}
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 

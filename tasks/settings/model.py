@@ -32,7 +32,7 @@ class Shape(Frozen):
     tie_word_embeddings: bool = False
     head_dim: Positive | None = None
     max_position_embeddings: Positive | None = None
-    """The longest window that a pipeline may have; only the fetched model tells it if absent."""
+    """The longest window that a pipeline may have; if absent, known only once the model is fetched."""
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -68,8 +68,8 @@ def config(name: str, model: Model) -> tuple[dict[str, Any], str] | None:
     folders = [FETCHED / name] if _is_fetched(name, model) else []
     folders += [Path(source.path)] if source.kind == "dir" else []
     for folder in folders:
-        if (found := _read(folder / "config.json")) is not None:
-            return rewritten.config(found), str(folder / "config.json")
+        if (fields := _read(folder / "config.json")) is not None:
+            return rewritten.config(fields), str(folder / "config.json")
     if model.shape is not None:
         return model.shape.model_dump(exclude_none=True), f"models.{name}.shape"
     return None
@@ -100,7 +100,7 @@ def _is_fetched(name: str, model: Model) -> bool:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

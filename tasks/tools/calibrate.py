@@ -125,8 +125,8 @@ def run(folder: Path) -> None:
         slowest = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
         if rank == 0:
-            found = dict(zip(figures, slowest.tolist(), strict=True))
-            speed = Speed(**found | {"peak": int(found["peak"]), "processes": world_size})
+            measured = dict(zip(figures, slowest.tolist(), strict=True))
+            speed = Speed(**measured | {"peak": int(measured["peak"]), "processes": world_size})
             scratch.write_json(folder / "speed.json", asdict(speed))
     finally:
         engines.close()

@@ -155,12 +155,12 @@ def memory(
 
 def _compiled(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> float:
     """Bytes of oneDNN's compiled products on a CPU: experts get other numbers of tokens in each pass."""
-    found = counts.experts(config)
+    sizes = counts.experts(config)
     tokens = params.micro_batch * params.seq_len
-    if not bfloat16 or _all_experts(found, tokens=tokens, bfloat16=True):
+    if not bfloat16 or _all_experts(sizes, tokens=tokens, bfloat16=True):
         return 0.0
     passes = params.steps * params.batch // (params.micro_batch * params.processes)
-    each = 6 * len(found["layers"]) * found["experts"]  # gate with up, and down: forward, and two products backward
+    each = 6 * len(sizes["layers"]) * sizes["experts"]  # gate with up, and down: forward, and two products backward
     return min(_PRIMITIVES, each * passes) * _PRIMITIVE
 
 
@@ -180,7 +180,7 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     from transformers import AutoConfig
 
     made: Any = AutoConfig.for_model(**config)
-    found = counts.experts(made)
+    sizes = counts.experts(made)
     width, tokens = 2 if bfloat16 else 4, params.micro_batch * params.seq_len
     hidden, heads = made.hidden_size, made.num_attention_heads
     head_dim, row = architectures.head_dim(made), architectures.row(made)
@@ -188,14 +188,14 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     common = 2 * 4 * hidden + width * (4 * hidden + 2 * queries + 2 * keys) + 4 * heads
     if row.qk_norm:  # norms of queries and keys
         common += (4 + width) * (queries + keys)
-    dense_path = not cuda and _all_experts(found, tokens=tokens, bfloat16=bfloat16)
-    rows = found["experts"] if dense_path else found["top_k"]
-    sparse = common + width * (2 * rows * found["expert_size"] + 4 * found["shared_size"])
-    sparse += 4 * found["experts"] + 16 * found["top_k"]  # the router's
+    dense_path = not cuda and _all_experts(sizes, tokens=tokens, bfloat16=bfloat16)
+    rows = sizes["experts"] if dense_path else sizes["top_k"]
+    sparse = common + width * (2 * rows * sizes["expert_size"] + 4 * sizes["shared_size"])
+    sparse += 4 * sizes["experts"] + 16 * sizes["top_k"]  # the router's
     if row.shared_gate:  # the gate of the shared expert, and what it is multiplied with
-        sparse += width * (hidden + 2) + 8 * found["top_k"]
+        sparse += width * (hidden + 2) + 8 * sizes["top_k"]
     dense = common + width * 4 * made.intermediate_size
-    layers, moe = made.num_hidden_layers, len(found["layers"])
+    layers, moe = made.num_hidden_layers, len(sizes["layers"])
     kept = moe * sparse + (layers - moe) * dense
     if params.gradient_checkpointing:
         kept = layers * hidden * width + (sparse if moe == layers else max(sparse, dense))
@@ -218,15 +218,15 @@ def _fused() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def _all_experts(found: dict[str, Any], *, tokens: int, bfloat16: bool) -> bool:
+def _all_experts(sizes: dict[str, Any], *, tokens: int, bfloat16: bool) -> bool:
     """Whether moe_kernels computes all experts for every token on a CPU (its dense path), and not the chosen alone."""
     import torch
     from moe_kernels import cpu
 
-    if not found["layers"]:
+    if not sizes["layers"]:
         return True
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    path = cpu.choose_regime(found["experts"], found["top_k"], width=found["expert_size"], tokens=tokens, dtype=dtype)
+    path = cpu.choose_regime(sizes["experts"], sizes["top_k"], width=sizes["expert_size"], tokens=tokens, dtype=dtype)
     return path == "dense"
 
 
@@ -248,9 +248,9 @@ def disk(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> dict[st
     kept += stable
     left = "2 stay, to run longer" if stable else "1 stays, to publish again"
     name = f"training checkpoints in .scratch, {kept} and one being written; {left}"
-    found = {name: (kept + 1) * checkpoint_bytes(config, params, bfloat16=bfloat16)}
+    sizes = {name: (kept + 1) * checkpoint_bytes(config, params, bfloat16=bfloat16)}
     if params.distill and params.distill.top_n:
         ids = 2 if config["vocab_size"] <= 1 << 16 else 4
         cached = params.steps * params.step_tokens * (params.distill.top_n * (ids + 2) + 4)
-        found["the parent's logits in .scratch"] = float(cached)
-    return found
+        sizes["the parent's logits in .scratch"] = float(cached)
+    return sizes

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def config_fields(file: Path) -> dict[str, Any]:
-    """The fields of config.json that a GGUF file tells, by transformers' names."""
+    """The fields of config.json that a GGUF file has, by transformers' names."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     fields: dict[str, Any] = load_gguf_checkpoint(file)["config"]

@@ -12,5 +12,5 @@ def frequencies(config: Any) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] and attention factor, by `config.rope_parameters` of a kind with scaling."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    found: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, None)
-    return found
+    result: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, None)
+    return result
