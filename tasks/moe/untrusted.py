@@ -65,7 +65,7 @@ def headers(folder: Path, shards: Iterable[str], *, listed: Mapping[str, str] | 
     """
     from safetensors import SafetensorError, safe_open
 
-    entries: dict[str, Header] = {}
+    tensors: dict[str, Header] = {}
     for shard in shards:
         try:
             with safe_open(folder / shard, framework="pt") as file:
@@ -79,18 +79,18 @@ def headers(folder: Path, shards: Iterable[str], *, listed: Mapping[str, str] | 
         for name, entry in entries.items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name in entries:
-                raise ValueError(f"holds {name} twice, in {entries[name].file} and {shard}; remove one")
+            if name in tensors:
+                raise ValueError(f"holds {name} twice, in {tensors[name].file} and {shard}; remove one")
             if entry.dtype not in _FLOATS:
                 raise ValueError(
                     f"{shard}: {name} is stored as {entry.dtype}, which is no plain number; name the checkpoint that "
                     "it was quantised from"
                 )
-            entries[name] = entry
+            tensors[name] = entry
     for name, shard in (listed or {}).items():
-        if not name.endswith("rotary_emb.inv_freq") and (name not in entries or entries[name].file != shard):
+        if not name.endswith("rotary_emb.inv_freq") and (name not in tensors or tensors[name].file != shard):
             raise ValueError(f"{shard} does not hold {name}, which {INDEX} says; fetch both again")
-    return entries
+    return tensors
 
 
 def require_finite(tensor: torch.Tensor, *, name: str, file: str) -> None:

@@ -50,7 +50,7 @@ def _configs(sizes, moe, *, bias=False, shared=24, head_dim=8, places=None):
 
 
 @given(_SIZES, _MOE, st.booleans(), st.sampled_from([0, 24]), st.sampled_from([8, 24]), _PLACES)
-@hypothesis_settings(max_examples=12, deadline=None)
+@hypothesis_settings(max_examples=6, deadline=None)
 def test_total_is_the_number_of_elements_of_the_built_model(sizes, moe, bias, shared, head_dim, places):
     configs = _configs(sizes, moe, bias=bias, shared=shared, head_dim=head_dim, places=places)
     for kind, config in configs.items():
@@ -71,7 +71,7 @@ def test_total_is_the_number_of_elements_of_the_built_model(sizes, moe, bias, sh
 
 
 @given(_SIZES, _MOE, st.sampled_from([0, 24]), _PLACES)
-@hypothesis_settings(max_examples=8, deadline=None)
+@hypothesis_settings(max_examples=4, deadline=None)
 def test_experts_are_those_of_the_built_model_under_whatever_names_its_config_has(sizes, moe, shared, places):
     for kind, config in _configs(sizes, moe, shared=shared, places=places).items():
         with torch.device("meta"):
@@ -94,7 +94,7 @@ def test_experts_are_those_of_the_built_model_under_whatever_names_its_config_ha
 
 
 @given(_SIZES, _MOE, _PLACES)
-@hypothesis_settings(max_examples=6, deadline=None)
+@hypothesis_settings(max_examples=3, deadline=None)
 def test_a_model_that_chooses_all_experts_has_all_its_parameters_active(sizes, moe, places):
     for kind, config in _configs(sizes, {**moe, "top_k": moe["experts"]}, places=places).items():
         found = counts.parameters(config)

@@ -27,6 +27,7 @@ CLASSES = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"head_dim": 12},
+    "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2},
     "mixtral": EXPERTS | {"sliding_window": 8, "head_dim": 12},
     "granitemoe": EXPERTS,
     "granitemoeshared": EXPERTS | {"shared_intermediate_size": 12},
@@ -53,7 +54,8 @@ ROPES = {
     "longrope, without a factor": {"rope_theta": 500.0, "original_max_position_embeddings": 32} | FACTORS,
     "longrope, without a length": {"rope_theta": 500.0, "factor": 3.0, "attention_factor": 1.4} | FACTORS,
 }  # fmt: skip
-CASES = [(kind, rope) for kind in CLASSES for rope in ROPES]
+EVERY = [(kind, rope) for kind in CLASSES for rope in ROPES]
+CASES = [case for case in EVERY if case[0] == "qwen3_moe" or case[1] in ("default", "yarn, all of it", "longrope")]
 LENGTH = 40
 
 
@@ -186,7 +188,7 @@ def test_transformers_4_itself_gives_the_logits_and_the_ids(tmp_path):
     ids = torch.arange(80).view(2, LENGTH) * 7 % 64
     (tmp_path / "models").mkdir()
     expected = {}
-    for number, (kind, rope) in enumerate(CASES):
+    for number, (kind, rope) in enumerate(EVERY):
         torch.manual_seed(0)
         folder = tmp_path / "models" / f"{number:03}"
         AutoModelForCausalLM.from_config(config(kind, rope)).save_pretrained(folder)
@@ -200,7 +202,7 @@ def test_transformers_4_itself_gives_the_logits_and_the_ids(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(made("to be <|user|> or not")["input_ids"])
-    for number, (kind, rope) in enumerate(CASES):
+    for number, (kind, rope) in enumerate(EVERY):
         found = torch.load(tmp_path / f"models/{number:03}.4.pt")
         error = (found - expected[number]).abs().max() / expected[number].abs().max()
         assert error <= 1e-5, (kind, rope)

@@ -65,12 +65,11 @@ PARENTS = {
 }
 LLAMA_LIKE = [name for name in PARENTS if name.startswith(("llama", "mistral")) and "bias" not in name]
 FULL = [name for name in PARENTS if not name.startswith("qwen3") and not name.endswith(("sliding", ", window"))]
-NO_BIAS_ON_O = [name for name in PARENTS if not name.startswith(("qwen3", "granite")) and name != "llama, biases"]
 EXPRESSED = {
     "mixtral": LLAMA_LIKE,
-    "granitemoe": FULL,
+    "granitemoe": ["llama", "llama, biases", "qwen2", "granite"],
     "granitemoeshared": FULL,
-    "qwen2_moe": NO_BIAS_ON_O,
+    "qwen2_moe": ["llama", "llama, tied", "llama, head_dim", "mistral, window", "qwen2", "qwen2, sliding"],
     "qwen3_moe": ["qwen3", "qwen3, biases, window"],
 }
 CASES = [(parent, target) for target, parents in EXPRESSED.items() for parent in parents]
