@@ -40,13 +40,15 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], *, new: int) -> tuple[lis
         the new ids without the one that ends the text, and the seconds of each step after the prompt was read.
     """
     import torch
+    from transformers import DynamicCache
 
     config: Any = model.generation_config or model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     found: list[int] = []
     seconds: list[float] = []
     with torch.inference_mode():
-        out: Any = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True)
+        cache = DynamicCache(config=model.config)  # fourth argument of every class; its name has changed in 5.23
+        out: Any = model(torch.tensor([list(ids)], device=model.device), None, None, cache, use_cache=True)
         chosen = int(out.logits[0, -1].argmax())
         while chosen not in ends:
             found.append(chosen)
@@ -54,7 +56,7 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], *, new: int) -> tuple[lis
                 break
             start = time.perf_counter()
             step = torch.tensor([[chosen]], device=model.device)
-            out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(step, None, None, cache, use_cache=True)
             chosen = int(out.logits[0, -1].argmax())  # waits for the device
             seconds.append(time.perf_counter() - start)
     return found, seconds

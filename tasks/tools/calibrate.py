@@ -79,6 +79,7 @@ def run(folder: Path) -> None:
 
     from tasks.architectures import is_moe
     from tasks.moe import allocator
+    from tasks.moe.internals import layers
     from tasks.pretrain.engine import interface as engines
     from tasks.pretrain.log import meters
     from tasks.pretrain.loss import balance
@@ -94,7 +95,7 @@ def run(folder: Path) -> None:
         sparse = is_moe(ask["config"])
         balance.attach_routers(model, params)
         if params.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            layers.recompute_activations(model)
         settings = engines.configuration(
             params, world_size=world_size, dtype=dtype, model_type=model.config.model_type
         )

@@ -137,6 +137,7 @@ import os, sys
 import torch, deepspeed, deepspeed.ops
 from deepspeed.utils import safe_get_full_grad
 from moe_kernels.autoep import use_in_deepspeed
+from tasks.pretrain.engine.output_recorders import keyed_by_class_name
 from transformers import MixtralConfig, MixtralForCausalLM
 
 rank, world, stage = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(sys.argv[2])
@@ -150,11 +151,12 @@ def two_steps(ours):
     config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=24, num_local_experts=4,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     model = MixtralForCausalLM(config)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
-        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
-        "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "steps_per_print": 1 << 30,
-        "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
-        "expert_parallel": {"enabled": True, "autoep_size": world, "preset_model": "mixtral"}})
+    with keyed_by_class_name():
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
+            "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+            "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "steps_per_print": 1 << 30,
+            "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+            "expert_parallel": {"enabled": True, "autoep_size": world, "preset_model": "mixtral"}})
     if ours:
         assert use_in_deepspeed(engine) == 2
     found = {}

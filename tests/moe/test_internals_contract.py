@@ -18,6 +18,7 @@ from tasks.moe.internals import layers, rope
 from tasks.moe.internals.training_router import extend
 
 X_TD = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3))
+CACHE = ("cache", "past_key_values")  # from transformers 5.23 on; until then
 KINDS = [*CONFIGS, *UNNORMALISED]
 
 
@@ -153,6 +154,26 @@ def test_masks_are_none_for_causal_attention_and_true_where_a_sliding_one_sees()
         layers.attention_mask(config, X_TD[None], sliding=False) is None,
         "Streamed.attention, which lets sdpa's causal path run,",
         "Nothing is wrong if it is a mask now, but attention takes longer.",
+    )
+
+
+def test_activations_are_recomputed_in_every_layer_and_nobody_is_warned(recwarn):
+    model = build("mixtral")
+    layers.recompute_activations(model)
+    needs(
+        all(layer.gradient_checkpointing for layer in layers.decoder_layers(model)) and not recwarn,
+        "layers.recompute_activations",
+        f"Call what takes its place; warned of: {[str(each.message) for each in recwarn]}.",
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fourth_argument_of_every_class_is_the_cache(kind):
+    names = list(inspect.signature(type(build(kind)).forward).parameters)
+    needs(
+        names[:5] in (["self", "input_ids", "attention_mask", "position_ids", cache] for cache in CACHE),
+        "generation.greedy, which gives it by position,",
+        f"The arguments are {names}.",
     )
 
 

@@ -6,6 +6,7 @@ from sparse_models import CONFIGS, TOP_K, UNNORMALISED, build, lively
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tasks.moe import gate, routing
+from tasks.moe.internals import layers
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -62,14 +63,14 @@ def test_of_a_noisy_gate_it_tells_the_clean_logits_from_those_that_chose_and_giv
 
 def test_a_recomputation_under_gradient_checkpointing_is_neither_recorded_nor_counted_and_draws_the_same_noise():
     plain, checkpointed = build().train(), build().train()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    layers.recompute_activations(checkpointed)
     gradients = []
     for model in (plain, checkpointed):
         gate.swap_in(model, {0: lively()})
         gate.add_noise(model)
         torch.manual_seed(3)
         runs = []
-        model.model.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         with routing.record(model) as routed, routing.expert_load(model) as load_LE:
             out = model(input_ids=IDS, labels=IDS, use_cache=False)
             (out.loss + sum(each.std_TE.mean() + each.logits_TE.square().mean() for each in routed)).backward()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 
@@ -61,5 +61,11 @@ def rotary(model: Any, config: PreTrainedConfig) -> nn.Module:
 def attention_mask(config: PreTrainedConfig, hidden_BLD: Tensor, *, sliding: bool) -> Tensor | None:
     """The mask of a layer's attention, bool [1, 1, L, L]; None where plain causal attention is meant."""
     make: Any = create_sliding_window_causal_mask if sliding else create_causal_mask
-    mask: Tensor | None = make(config=config, inputs_embeds=hidden_BLD, attention_mask=None, past_key_values=None)
+    mask: Tensor | None = make(config, hidden_BLD, None, None)  # the last one's name has changed in 5.23
     return mask
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep the input of each layer alone, and compute the layer again in the backward pass."""
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)  # from 5.23 on, which warns of the old name
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

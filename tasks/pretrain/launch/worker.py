@@ -47,6 +47,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
 
     from tasks.architectures import is_moe
     from tasks.moe import checkpoint, gate
+    from tasks.moe.internals import layers
     from tasks.pretrain import outputs
     from tasks.pretrain.engine import interface as engines
     from tasks.pretrain.launch.process import Process
@@ -65,7 +66,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     balance.attach_routers(model, params)
     model.train()
     if params.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers.recompute_activations(model)
     config = engines.configuration(params, world_size=world_size, dtype=dtype, model_type=model.config.model_type)
     engine = engines.build(model, params, config=config)
     objective = Objective(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
+from tasks.moe.internals import layers
 from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints import manager
 from tasks.pretrain.engine import interface as engine
@@ -67,7 +68,7 @@ def build(name: str, params: Pretrain, *, world_size: int, **block: Any) -> engi
     """An engine whose Adam has so large an eps that a gradient of the wrong size moves its weights wrongly."""
     model, dtype = stock(name), CASES[name][1]
     if params.zero_stage == 3:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers.recompute_activations(model)
     config = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
     config["optimizer"]["params"]["eps"] = 1.0
     if block:

@@ -9,6 +9,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
+from tasks.moe.internals import layers
 from tasks.pretrain.engine import interface as engine
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
@@ -40,7 +41,7 @@ def train(
     else:
         gate.add_bias(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers.recompute_activations(model)
     built = engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
     balancer = Balancer(params, built)
     torch.manual_seed(1)
