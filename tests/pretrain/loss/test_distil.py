@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     GraniteMoeSharedConfig,
     GraniteMoeSharedForCausalLM,
     LlamaConfig,
@@ -263,3 +265,13 @@ def test_a_parent_of_another_size_is_refused_by_the_name_of_both(field: str, par
     (run.model / "config.json").write_text(json.dumps({**SIZES, field: 128}))
     with pytest.raises(TrainingError, match=rf"{parent} has {field} = {SIZES[field]}, {run.model} has 128"):
         Distiller.load(run, device=CPU, dtype=torch.float32)
+
+
+def test_a_granite_teachers_logits_are_scaled_as_its_own() -> None:
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**SIZES, intermediate_size=48, logits_scaling=4.0)).eval()
+    ids = torch.arange(LENGTH)[None]
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        expected = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(Teacher(model).logits(hidden), expected)
