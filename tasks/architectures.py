@@ -191,15 +191,15 @@ SPARSE: Mapping[str, Sparse] = {
 ALL: Mapping[str, Dense | Sparse] = {**DENSE, **SPARSE}
 
 _GEGLU = "its FFN is GeGLU, and moe_kernels, llama.cpp, vLLM and SGLang compute SwiGLU in every class written here"
-_POST_NORM = "it normalises behind the FFN, and experts are fitted to what the FFN adds to the residual"
+_POST_NORM = "it normalises behind the FFN, and experts are fitted here to what the FFN adds to the residual"
 _NO_GATE = "its FFN has two matrices and no gate"
 _SPARSE = "it is sparse already"
 REFUSED: Mapping[str, str] = {
-    "gemma": _GEGLU,
+    "gemma": _GEGLU + ", GraniteMoe included, which holds it in transformers alone",
     "gemma2": _GEGLU,
     "gemma3_text": _GEGLU,
     "glm4": _POST_NORM,
-    "olmo2": _POST_NORM,
+    "olmo2": _POST_NORM + "; FlexOlmo would hold it",
     "olmo3": _POST_NORM,
     "cohere": "attention and FFN run side by side behind one LayerNorm",
     "stablelm": "it has LayerNorm and a partial rotary embedding",
