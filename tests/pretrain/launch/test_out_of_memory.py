@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
-import textwrap
+import resource
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tasks.pretrain.launch import out_of_memory
 from tasks.settings import Pretrain
+from tests import warm_processes
 
 
 def params(**fields: Any) -> Pretrain:
@@ -18,26 +19,21 @@ def params(**fields: Any) -> Pretrain:
     return Pretrain(**{**given, **fields})
 
 
+def allocate_too_much() -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (512 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    for ask in (
+        lambda: torch.zeros(1 << 28), lambda: bytearray(1 << 30), lambda: np.ones(1 << 30, np.uint8),
+        lambda: torch.zeros(1 << 22).expand(128, 1 << 22).contiguous(),
+    ):  # fmt: skip
+        try:
+            ask()
+        except Exception as error:
+            print(type(error).__name__, out_of_memory.explain(error, params(zero_stage=0)))
+
+
 def test_a_real_allocation_that_fails_under_a_limit_is_explained_whichever_library_asked_for_it() -> None:
-    code = """
-        import resource
-        import numpy as np
-        import torch
-        from tasks.pretrain.launch import out_of_memory
-        from tasks.settings import Pretrain
-        params = Pretrain(tokens=65536, seq_len=64, batch=8, micro_batch=4, learning_rate=1e-3)
-        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (512 << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        for ask in (
-            lambda: torch.zeros(1 << 28), lambda: bytearray(1 << 30), lambda: np.ones(1 << 30, np.uint8),
-            lambda: torch.zeros(1 << 22).expand(128, 1 << 22).contiguous(),
-        ):
-            try:
-                ask()
-            except Exception as error:
-                print(type(error).__name__, out_of_memory.explain(error, params))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = warm_processes.run(allocate_too_much)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         "RuntimeError",
@@ -74,12 +70,12 @@ def test_a_real_allocation_that_fails_under_a_limit_is_explained_whichever_libra
     ],
 )
 def test_every_kind_of_memory_error_is_known(error: BaseException, whose: str) -> None:
-    found = out_of_memory.explain(error, params())
-    assert found is not None
-    assert found.startswith(whose)
+    message = out_of_memory.explain(error, params())
+    assert message is not None
+    assert message.startswith(whose)
     around = RuntimeError("a hook failed")
     around.__cause__ = error
-    assert out_of_memory.explain(around, params()) == found
+    assert out_of_memory.explain(around, params()) == message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A recipe's pipeline on a tiny model and corpus, by four processes, through a kill -9."""
+"""A recipe's pipeline on a tiny model and corpus, by two processes, through a kill -9."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.pretrain.projects import stage, start, timeless, wait_for, workers
 pytestmark = pytest.mark.e2e
 
 NAME = "llama-3-2-1b-shared"
-STEPS, STEP_TOKENS = 8, 32 * 64
+STEPS, STEP_TOKENS = 4, 32 * 64
 SCALED = {  # what depends on the sizes; every other setting of the recipe stays
-    "tokens": STEPS * STEP_TOKENS, "seq_len": 64, "batch": 32, "processes": 4, "warmup_tokens": STEP_TOKENS,
+    "tokens": STEPS * STEP_TOKENS, "seq_len": 64, "batch": 32, "processes": 2, "warmup_tokens": STEP_TOKENS,
     "eval_tokens": 2 * STEP_TOKENS, "eval_windows": 2, "save_every": 2,
 }  # fmt: skip
 STAGES = """
@@ -79,10 +79,10 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
     return folder
 
 
-def test_a_recipe_trains_with_four_processes_and_goes_on_after_kill_9(project: Path) -> None:
+def test_a_recipe_trains_with_two_processes_and_goes_on_after_kill_9(project: Path) -> None:
     with start("tasks.pretrain", NAME, cwd=project) as process:
         wait_for(lambda: any(project.glob(".scratch/pretrain-*/*/checkpoints/latest.json")))
-        assert len(workers(project)) >= 4
+        assert len(workers(project)) >= 2
         process.send_signal(signal.SIGKILL)
     wait_for(lambda: not workers(project), seconds=20)
     done = stage("tasks.pretrain", NAME, cwd=project)
@@ -95,7 +95,7 @@ def test_a_recipe_trains_with_four_processes_and_goes_on_after_kill_9(project: P
         found = params[name]
         assert {k: found[k] for k in value} == value if isinstance(value, dict) else found == value, name
     metrics = json.loads((run / "pretrain.json").read_text())
-    assert (metrics["processes"], metrics["precision"], metrics["steps"]) == (4, "bfloat16", STEPS)
+    assert (metrics["processes"], metrics["precision"], metrics["steps"]) == (2, "bfloat16", STEPS)
     assert metrics["resumed_from"]["step"] > 0
     log = timeless(run / "training/log.jsonl")
     steps = [record for record in log if record["kind"] == "step"]
@@ -104,7 +104,7 @@ def test_a_recipe_trains_with_four_processes_and_goes_on_after_kill_9(project: P
         assert sum(domain["windows"] for domain in record["domains"].values()) == 32
         assert math.isfinite(record["loss"])
     validation = [record for record in log if record["kind"] == "validation"]
-    assert [record["step"] for record in validation] == [0, 2, 4, 6, 8]
+    assert [record["step"] for record in validation] == [0, 2, 4]
     assert validation[-1]["mean"] < validation[0]["mean"]
     weights = yaml_of_the_recipe()["mixture"]["weights"]
     for record in validation[:-1]:  # Sheared LLaMA's rule as in its paper

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from tasks import architectures
 from tasks.pretrain import trainable
 from tasks.pretrain.log import meters
 from tasks.settings.pretrain import What
+from tests import warm_processes
 
 CPU = torch.device("cpu")
 TOKENS = 48
@@ -108,15 +106,16 @@ def test_a_dense_model_has_no_load() -> None:
     assert meters.expert_load(np.zeros((0, 0), dtype=np.int64), detailed=True) == {}
 
 
+def hold_memory() -> None:
+    before = meters.memory(CPU)
+    block = np.ones(1 << 25)
+    during = meters.memory(CPU)
+    del block
+    print(*(memory[name] for memory in (before, during, meters.memory(CPU)) for name in ("rss", "rss_peak")))
+
+
 def test_memory_is_what_this_process_has_and_its_peak_outlives_it() -> None:
-    code = (
-        "import numpy, torch; from tasks.pretrain.log import meters; cpu = torch.device('cpu'); "
-        "before = meters.memory(cpu); block = numpy.ones(1 << 25); during = meters.memory(cpu); del block; "
-        "after = meters.memory(cpu); print(*(f[k] for f in (before, during, after) for k in ('rss', 'rss_peak')))"
-    )
-    paths = {"PYTHONPATH": str(Path(meters.__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, check=True)
-    before, _, during, during_peak, after, after_peak = map(int, done.stdout.split())
+    before, _, during, during_peak, after, after_peak = map(int, warm_processes.run(hold_memory).stdout.split())
     block = 8 << 25
     assert during - before == pytest.approx(block, rel=0.05)
     assert during - after == pytest.approx(block, rel=0.05)

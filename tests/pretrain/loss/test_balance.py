@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
@@ -27,6 +26,7 @@ from tests.pretrain.loss.balance_problems import (
     real,
     run_rank,
 )
+from tests.warm_processes import spawn
 
 
 def mixtral() -> MixtralForCausalLM:
@@ -237,7 +237,7 @@ def test_global_batch_takes_the_shares_of_all_micro_batches_so_far_and_begins_an
 def test_over_two_processes_the_mean_is_the_loss_of_the_whole_batch_and_both_move_the_biases_alike(
     tmp_path: Path,
 ) -> None:
-    multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    spawn(run_rank, (str(tmp_path),))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["reductions"].tolist() == [[LAYERS, EXPERTS]] * 2  # all layers of a micro-batch at once
     assert one["reductions of the bias"].tolist() == [[LAYERS, EXPERTS]]  # and once for all micro-batches

@@ -48,9 +48,9 @@ def plain(
     return nats_BL.sum(1), kl_BL.sum(1)
 
 
-@pytest.fixture(params=[1, 4 * V, 1 << 18], autouse=True)
+@pytest.fixture(params=[1, 4 * V], autouse=True)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token at a time, some, all; of the parent's logits, five."""
+    """One token at a time, or four; of the parent's logits, five."""
     monkeypatch.setattr(divergence, "_CACHE", request.param)
     monkeypatch.setattr(divergence, "_PRODUCT", 5)
 
@@ -76,7 +76,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7 * L)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1 << 30), scale=st.floats(0.01, 20), temperature=st.floats(0.3, 8))
 def test_the_divergence_is_not_negative_and_its_gradient_sums_to_nothing(
     seed: int, scale: float, temperature: float
@@ -198,7 +198,7 @@ def test_with_all_logits_kept_the_divergence_and_its_gradient_are_the_whole_ones
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1 << 30), scale=st.floats(0.01, 10), data=st.data())
 def test_the_more_logits_are_kept_the_more_of_the_divergence_is_seen(
     seed: int, scale: float, data: st.DataObject

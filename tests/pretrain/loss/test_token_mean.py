@@ -26,6 +26,7 @@ from tasks.pretrain.loss import objective
 from tasks.pretrain.loss.distil import Distiller
 from tasks.pretrain.loss.teacher import Teacher
 from tasks.settings import Pretrain
+from tests.warm_processes import spawn
 
 WINDOWS, LENGTH, DOMAINS = 12, 24, ["a", "b", "c"]
 TARGETS = [0, 0, 0, 0, 23, 1, 2, 23, 5, 0, 11, 3]
@@ -34,7 +35,7 @@ DISTILL = {
     "logits": {"cross_entropy": 0.7, "logits": 0.4, "hidden": 0.3, "layers": "all", "temperature": 1.5},
     "hidden": {"cross_entropy": 0.5, "logits": 0.0, "hidden": 2.0},
 }
-CASES = list(itertools.product([0, 2], [1, 2, 3], DISTILL))
+CASES = list(itertools.product([0, 2], [1, 3], DISTILL))
 
 
 def build(seed: int, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -154,7 +155,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, list
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(member, (folder, port), nprocs=2, start_method="spawn")
+    spawn(member, (folder, port))
     pair = [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
     made: dict[Any, list[dict[str, Any]]] = {(2, *case): [rank[i] for rank in pair] for i, case in enumerate(CASES)}
     engine.initialise(folder)
@@ -164,15 +165,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, list
 
 
 @pytest.mark.parametrize("distill", DISTILL)
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-@pytest.mark.parametrize("zero", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_step_is_the_mean_over_its_tokens_however_its_windows_are_shared_out(
-    results: Any, world_size: int, zero: int, accumulation: int, distill: str
-) -> None:
+def test_a_step_is_the_mean_over_its_tokens_however_its_windows_are_shared_out(results: Any, distill: str) -> None:
     wanted = plain(distill)
     assert wanted["predicted"] == sum(TARGETS)
-    for got in results[world_size, zero, accumulation, distill]:
+    for got in itertools.chain(*(ranks for case, ranks in results.items() if case[-1] == distill)):
         assert got["predicted"] == wanted["predicted"]
         assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert got["domains"] == pytest.approx(wanted["domains"], rel=1e-5)
