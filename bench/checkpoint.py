@@ -23,7 +23,7 @@ def build(params: Any, *, layers: int, hidden: int) -> Any:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tasks.pretrain.engine import interface as engine
+    from tasks.pretrain.engine import interface
 
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -32,21 +32,18 @@ def build(params: Any, *, layers: int, hidden: int) -> Any:
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     torch.nn.Module.to(model, torch.bfloat16)
-    made = engine.configuration(params, world_size=1, dtype=torch.bfloat16, model_type="mixtral")
-    return engine.build(model, params, config=made)
+    return interface.build(model, params)
 
 
 def step(built: Any, params: Any) -> None:
     import torch
 
-    from tasks.pretrain.engine import interface as engine
-
     for _ in range(params.batch // params.micro_batch):
         ids = torch.randint(4096, (params.micro_batch, params.seq_len))
         built.backward(built(input_ids=ids, labels=ids).loss)
-        if not built.is_gradient_accumulation_boundary():
-            built.step()
-    engine.finish_step(built)
+        if not built.deepspeed.is_gradient_accumulation_boundary():
+            built.next_micro_batch()
+    built.finish_step()
 
 
 def synchronous(built: Any, folder: Path) -> Callable[[int], float]:
@@ -56,8 +53,9 @@ def synchronous(built: Any, folder: Path) -> Callable[[int], float]:
     def save(number: int) -> float:
         begun = time.perf_counter()
         shutil.rmtree(folder, ignore_errors=True)
-        built.checkpoint_engine = TorchCheckpointEngine()
-        built.save_checkpoint(str(folder), tag=str(number), save_latest=False)
+        ours, built.deepspeed.checkpoint_engine = built.deepspeed.checkpoint_engine, TorchCheckpointEngine()
+        built.deepspeed.save_checkpoint(str(folder), tag=str(number), save_latest=False)
+        built.deepspeed.checkpoint_engine = ours
         for path in folder.rglob("*.pt"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -77,12 +75,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from tasks.pretrain.checkpoints.manager import CheckpointManager
-    from tasks.pretrain.engine import interface as engine
+    from tasks.pretrain.engine import distributed
     from tasks.settings import Pretrain
 
     arguments.folder.mkdir(parents=True)
     try:
-        engine.initialise(arguments.folder)
+        distributed.join(arguments.folder)
         params = Pretrain(
             tokens=1 << 20, seq_len=arguments.seq_len, batch=arguments.batch, micro_batch=1, learning_rate=1e-4, keep=1
         )
@@ -117,7 +115,7 @@ def main() -> None:
             )
         print(f"blocked, ratio: {blocked[OURS] / blocked[OWN]:.3f}")
     finally:
-        engine.close()
+        distributed.leave()
         shutil.rmtree(arguments.folder)
 
 

@@ -141,9 +141,9 @@ def _compiler() -> Check:
 def _processor() -> Iterator[Check]:
     import torch
 
-    from tasks.pretrain.engine.interface import cpu_has_bfloat16
+    from tasks.moe.device import cpu_has_bfloat16
 
-    fast = cpu_has_bfloat16(Path("/proc/cpuinfo"))
+    fast = cpu_has_bfloat16()
     yield Check(
         name="bfloat16 on the CPU", ok=fast, found="yes" if fast else "no", needed=False,
         mend="none needed: training on this CPU uses float32, at about half the speed",

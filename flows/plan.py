@@ -14,6 +14,7 @@ from typing import Any
 
 from tasks import scratch
 from tasks.moe import counts, families
+from tasks.moe import device as devices
 from tasks.pretrain.checkpoints import branch
 from tasks.pretrain.log import meters
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
@@ -270,7 +271,7 @@ def matrix_speed(*, bfloat16: bool, seconds: float = 0.5) -> tuple[float, str]:
     """Measure this machine's matrix products: (FLOP/s, what was measured), on one GPU or on all CPU threads."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = devices.default()
     size = 8192 if device == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows import dag, plan
@@ -55,13 +54,13 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     """
     import torch
 
-    from tasks.pretrain.engine.interface import cpu_has_bfloat16
+    from tasks.moe.device import cpu_has_bfloat16
     from tasks.tools import calibrate
 
     pipeline = settings.pipeline(name)
     train = pipeline.pretrain
     cuda = tflops is not None or torch.cuda.is_available()
-    cost = plan.plan(settings, name, bfloat16=cuda or cpu_has_bfloat16(Path("/proc/cpuinfo")), cuda=cuda)
+    cost = plan.plan(settings, name, bfloat16=cuda or cpu_has_bfloat16(), cuda=cuda)
     speed = None
     if calibrated:
         dense = plan.dense_config(settings, pipeline.model)

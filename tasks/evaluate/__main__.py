@@ -90,10 +90,10 @@ def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, st
     import torch
     from transformers import AutoTokenizer
 
-    from tasks.moe import checkpoint, counts
+    from tasks.moe import checkpoint, counts, device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = checkpoint.load(path, dtype=torch.float32, device=device)
+    here = device.default()
+    model = checkpoint.load(path, dtype=torch.float32, device=here)
     start = time.perf_counter()
 
     def progress(domain: str, nats: float) -> None:
@@ -124,7 +124,7 @@ def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, st
         "texts": written["texts"],
         "speed": speed,
         "seconds": round(time.perf_counter() - start, 1),
-        "machine": machine(device),
+        "machine": machine(here),
     }
 
 

@@ -153,11 +153,9 @@ def run(
 
 def precision_of(model: PreTrainedModel) -> str:
     """bfloat16 where the model's device multiplies in it, else float32."""
-    import torch
+    from tasks.moe import device
 
-    if model.device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    return "bfloat16" if device.has_bfloat16(model.device.type) else "float32"
 
 
 def _scores(task: Task, results: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tasks import architectures
+from tasks.moe import device
 from tasks.moe import gate as gates
 from tasks.moe.gate import Gate
 from tasks.moe.streamed import Streamed
@@ -132,7 +133,7 @@ def refit(
     Returns:
         inputs (`text` or `gaussian`), tokens; per layer and as mean what `fit` reports.
     """
-    model = Streamed(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = Streamed(folder, device=device.default())
     how: dict[str, Any] = {
         "top_k": model.config.num_experts_per_tok,
         "normalised": getattr(model.config, "norm_topk_prob", True),

@@ -54,7 +54,7 @@ def run(pipeline: str) -> dict[str, Any]:
 def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Path) -> dict[str, Any]:
     from tasks.corpus.sampling import windows
     from tasks.display import Progress
-    from tasks.moe import counts
+    from tasks.moe import counts, device
     from tasks.moe.streamed import Streamed
     from tasks.partition.construct import construct
 
@@ -72,8 +72,10 @@ def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Pat
             report=progress.advance,
         )
     started = time.perf_counter()
-    moe = Streamed(work / "moe", device=_device())
-    dense_losses, moe_losses = (_losses(model, validation) for model in (Streamed(model_dir, device=_device()), moe))
+    moe = Streamed(work / "moe", device=device.default())
+    dense_losses, moe_losses = (
+        _losses(model, validation) for model in (Streamed(model_dir, device=device.default()), moe)
+    )
     made["seconds"]["validation loss"] = round(time.perf_counter() - started, 1)
     width = dense.config.intermediate_size
     active = (partition.top_k + partition.shared_experts) * partition.check_width(width) / width
@@ -87,12 +89,6 @@ def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Pat
         "sparse_layers": sparse_layers,
         "ffn_active": active,
     }
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _losses(model: Streamed, validation: dict[str, np.ndarray]) -> dict[str, float]:

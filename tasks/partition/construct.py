@@ -19,8 +19,8 @@ import torch
 
 from tasks import scratch
 from tasks.display import Progress
+from tasks.moe import device, linear
 from tasks.moe import gate as gates
-from tasks.moe import linear
 from tasks.moe.gate import Gate
 from tasks.moe.streamed import Streamed
 from tasks.partition import calibration, convert, exporters, fitting, gradients, identity, index, methods, router_init
@@ -66,7 +66,7 @@ def construct(
     def lap(name: str) -> None:
         laps[name] = round(time.perf_counter() - started - sum(laps.values()), 1)
 
-    parent = Streamed(model_dir, device="cuda" if torch.cuda.is_available() else "cpu")
+    parent = Streamed(model_dir, device=device.default())
     exporter = exporters.choose(parent.config, partition)
     sizes = Sizes.of(partition, parent.config.intermediate_size)
     meta: dict[str, Any] = {

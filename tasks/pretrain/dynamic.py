@@ -18,15 +18,13 @@ _EVALUATIONS = 20_000
 
 
 class Reweighter:
-    """Moves the domain weights at evaluations, and keeps what was decided on what grounds.
+    """Moves the domain weights at evaluations.
 
     Every rank has one and comes to the same weights, because the validation losses are the same on all.
     """
 
     def __init__(self, references: Mapping[str, float], *, rule: domain_weights.Rule) -> None:
         self.references, self.rule = dict(references), rule
-        self.history: list[dict[str, Any]] = []
-        """A record an evaluation, as JSON values: step, weights from there on, losses, references."""
 
     @classmethod
     def load(cls, job: Job, *, validation: Validation) -> Reweighter | None:
@@ -54,31 +52,14 @@ class Reweighter:
             references = given
         return cls({domain: references[domain] for domain in validation.windows}, rule=dynamic.rule)
 
-    def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
-        """The weights after an evaluation (`tasks.corpus.sampling.weights.update`), noted in the history.
+    def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float]) -> dict[str, float]:
+        """The weights after an evaluation (`tasks.corpus.sampling.weights.update`).
 
         Args:
             weights: those in use.
             losses: validation losses of this evaluation, nats per token.
-            step: after which step it was.
         """
-        new = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
-        self.note(new, losses=losses, step=step)
-        return new
-
-    def note(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> None:
-        """Note an evaluation that moves no weights: the last one, after which no batch is drawn."""
-        self.history.append(
-            {"step": step, "weights": dict(weights), "losses": dict(losses), "references": self.references}
-        )
-
-    def state(self) -> dict[str, Any]:
-        """All that `restore` needs, as JSON values."""
-        return {"history": list(self.history)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the reweighter that gave `state`."""
-        self.history = list(state["history"])
+        return domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
 
 
 def predict(losses: Iterable[float], *, sizes: Iterable[int], size: int, domain: str) -> float:

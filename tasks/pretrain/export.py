@@ -10,11 +10,8 @@ Without --step, the newest. The weights are the fp32 masters in the split model'
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,6 +22,7 @@ import numpy as np
 
 from tasks import scratch
 from tasks.pretrain.checkpoints import finished, resume, store
+from tasks.pretrain.engine import checkpoint_weights
 from tasks.pretrain.job import JOB, Job, TrainingError
 from tasks.settings import Pretrain
 
@@ -69,7 +67,7 @@ def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tu
                 sampler.restore(state["sampler"])
                 return next_windows(loader)
 
-        weights = masters(linked / state["tag"], params=params, model=job.model)
+        weights = checkpoint_weights.read(linked / state["tag"], params=params, model=job.model)
         made = folder / "made"
         shutil.rmtree(made, ignore_errors=True)
         fit = write(made, weights, model=job.model, biases=state.get("biases"), windows=windows)
@@ -146,98 +144,6 @@ def source_dtype(model: Path) -> str:
     """The dtype that a checkpoint's config.json states, such as `float32`."""
     config = json.loads((model / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def masters(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
-    """Every parameter of a checkpoint, whole and in fp32: what engine.full_weights gave at that step.
-
-    Args:
-        path: a checkpoint that this machine wrote; parts of it are read with pickle.
-        params: the settings that it was written with.
-        model: the split model's folder.
-    """
-    from tasks.pretrain.engine import checkpoint_writer
-
-    if params.expert_parallel > 1:
-        found = _of_experts(path, model=model)
-    elif params.zero_stage == 3:
-        found = _of_zero_3(path)
-    else:
-        state = checkpoint_writer.load(path / "mp_rank_00_model_states.pt")
-        found = {name: tensor.float() for name, tensor in state["module"].items()}  # of what is never trained, too
-        if params.zero_stage:
-            found |= {name: flat.view(found[name].shape) for name, flat in _of_zero_1_and_2(path).items()}
-        elif "fp32_groups" in state["optimizer"]:  # bfloat16
-            found |= _of_zero_0(state["optimizer"]["fp32_groups"], params=params, model=model)
-    if json.loads((model / "config.json").read_text()).get("tie_word_embeddings"):
-        found.pop("lm_head.weight", None)
-    return found
-
-
-def _of_zero_3(path: Path) -> dict[str, torch.Tensor]:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
-    return found
-
-
-def _of_zero_1_and_2(path: Path) -> dict[str, torch.Tensor]:
-    """The masters, flat: each rank has a piece of every group, and says which parameters' parts stand where in it."""
-    import torch
-
-    from tasks.pretrain.engine import checkpoint_writer
-
-    pieces: dict[str, list[torch.Tensor]] = {}
-    ranks = {int(re.findall(r"pp_rank_(\d+)", file.name)[0]): file for file in path.glob("*_optim_states.pt")}
-    for _, file in sorted(ranks.items()):
-        shard = checkpoint_writer.load(file)["optimizer_state_dict"]
-        for flat, places in zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True):
-            for name, place in places.items():
-                pieces.setdefault(name, []).append(flat.narrow(0, place.start, place.numel))
-    return {name: torch.cat(parts) for name, parts in pieces.items()}
-
-
-def _of_zero_0(groups: Any, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor]:
-    """Masters beside bfloat16 weights, in the order of the optimizer's groups."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tasks.moe import gate
-    from tasks.pretrain import trainable
-
-    with torch.device("meta"):
-        like = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True))
-    gate.swap_in(like, gate.read(model))
-    if params.noise:
-        gate.add_noise(like)
-    names = {id(parameter): name for name, parameter in like.named_parameters()}
-    found = {}
-    for group, tensors in zip(trainable.groups(like, params), groups, strict=True):
-        for parameter, master in zip(group["params"], tensors, strict=True):
-            found[names[id(parameter)]] = master
-    return found
-
-
-def _of_experts(path: Path, *, model: Path) -> dict[str, torch.Tensor]:
-    """Of a checkpoint whose experts are spread over processes."""
-    import torch
-    from transformers import AutoConfig
-
-    from tasks.moe import families
-    from tasks.pretrain.engine import expert_parallel, universal
-
-    converted = path.with_name("universal")
-    universal.convert(path, converted)
-    found = {}
-    for file in (converted / "zero").glob("*/fp32.pt"):
-        saved = torch.load(file, weights_only=True)
-        found[file.parent.name] = saved["param"] if isinstance(saved, dict) else saved
-    shutil.rmtree(converted)
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
-    shapes = families.expected(config)
-    whole = expert_parallel.stock(found, model_type=config.model_type)
-    return {name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in whole.items()}  # ZeRO-3's are flat
 
 
 def _hold(source: Path, target: Path, *, step: int | None) -> dict[str, Any]:

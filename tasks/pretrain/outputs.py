@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from tasks import scratch
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import finished
-from tasks.pretrain.engine import interface as engines
 from tasks.pretrain.job import JOB, Job
 from tasks.pretrain.log import log_file
 
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from tasks.pretrain.loop import Trainer
 
 
-def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
+def write(trainer: Trainer) -> None:
     """Write workspace/{trained,training/…,pretrain.json,loss.csv,validation.csv}; all ranks must call it."""
     from tasks.moe import gate
 
     job = trainer.job
-    weights = engines.full_weights(trainer.engine)
+    weights = trainer.engine.full_weights()
     if weights is None:
         return
     folder = job.workspace / "trained"
@@ -36,7 +35,7 @@ def write(trainer: Trainer, *, config: dict[str, Any]) -> None:
         windows=lambda: export.next_windows(trainer.loader),
     )
     training = job.workspace / "training"
-    scratch.write_json(training / "deepspeed.json", config)
+    scratch.write_json(training / "deepspeed.json", trainer.engine.config)
     scratch.write_json(
         training / "expert_load.json", {"before": trainer.state.load_before, "after": trainer.state.load_after}
     )
@@ -72,7 +71,6 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, An
     tokens = params.steps * params.step_tokens
     speed = tokens / trainer.state.seconds["steps"]
     flops = counts.flops_per_token(config, seq_len=params.seq_len)["train"] * speed
-    dtype = next(trainer.engine.module.parameters()).dtype
     corpus = manifest.load(job.corpus)
     seen = {domain: windows * params.seq_len for domain, windows in trainer.state.windows_seen.items()}
     return {
@@ -87,7 +85,7 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, An
         "active_parameters": counts.parameters(config)["active"],
         "seconds": trainer.state.seconds["total"],
         "seconds_saving": trainer.state.seconds["saving"],
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": str(trainer.engine.dtype).removeprefix("torch."),
         "processes": trainer.process.world_size,
         "validation_before": validation[0]["losses"],
         "validation_after": validation[-1]["losses"],

@@ -1,4 +1,4 @@
-"""What is trained: the parts of a model, their optimizer groups and rates, and phases that train some parts alone.
+"""The parts of a model, which of them are trained, and their optimizer groups.
 
 A part is decided by the module that a parameter stands in (its class, and what stands around it), not by its name, so
 that it is the same for every class of tasks/moe and for the modules that DeepSpeed's AutoEP puts in their place.
@@ -6,18 +6,15 @@ that it is the same for every class of tasks/moe and for the modules that DeepSp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from tasks.pretrain import schedule
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Part, What
 
 if TYPE_CHECKING:
     import torch
-    from deepspeed import DeepSpeedEngine
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -132,102 +129,16 @@ def groups(model: PreTrainedModel, params: Pretrain) -> list[dict[str, Any]]:
 
 
 def freeze(model: PreTrainedModel, params: Pretrain) -> None:
-    """Let only what some phase trains require gradients. To be called before the engine is built."""
-    _require(model, _trained(params))
-
-
-def activate(engine_or_model: DeepSpeedEngine | PreTrainedModel, what: What) -> None:
-    """Train the parts of `what` alone from the next forward pass on; an engine's optimizer leaves the others out.
-
-    `what` must be one of the phases that the engine was built for.
-    """
-    given: Any = engine_or_model
-    model = getattr(given, "module", given)
-    _require(model, TRAINED[what])
-    if model is not given:
-        for group in given.optimizer.param_groups:
-            group["active"] = group["part"] in TRAINED[what]
-
-
-@contextmanager
-def all_phases(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Let what any phase trains require gradients within the block, in which DeepSpeed saves or loads.
-
-    Else it keeps what the phase leaves out apart, where loading in another phase doesn't find it, and with ZeRO-3 and
-    expert parallelism it refuses to save experts that a phase leaves out.
-    """
-    model: Any = engine.module
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    _require(model, {group["part"] for group in engine.optimizer.param_groups})
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-
-def set_rates(engine: DeepSpeedEngine, *, step: int, params: Pretrain) -> dict[Part, float]:
-    """Set the learning rates of optimizer step `step` (from 1), and what it trains. To be called before its forward.
-
-    Returns:
-        The rate of each part that the optimizer has; 0 where the phase leaves the part out.
-    """
-    what = next(what for last, what in params.phases if step <= last)
-    if len(params.phases) > 1:
-        activate(engine, what)
-    share = schedule.share(step, params)
-    rates: dict[Part, float] = {}
-    for group in engine.optimizer.param_groups:
-        part: Part = group["part"]
-        peak = params.learning_rates.get(part, params.learning_rate)
-        rates[part] = group["lr"] = peak * share if part in TRAINED[what] else 0.0
-    return rates
-
-
-def prepare(optimizer: torch.optim.Optimizer) -> None:
-    """Start AdamW's moments, and let its step pass over groups that are not active: neither weights nor moments move.
-
-    A rate of 0 would still move the moments. Every ZeRO stage steps its own flat tensors through this optimizer, so
-    here is the one place to hold all of them back. The moments are there from the start because DeepSpeed links them
-    to its parameters once, after the first step of the first group, and misses those that come later.
-    """
-    held: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
-
-    def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            if not group["active"]:
-                held.append((group, group["params"]))
-                group["params"] = []
-                _start(optimizer, held[-1][1])  # stage 3 shows its tensors in the step alone
-
-    def after(*_: Any) -> None:
-        while held:
-            group, parameters = held.pop()
-            group["params"] = parameters
-
-    for group in optimizer.param_groups:
-        _start(optimizer, group["params"])
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
-
-
-def _start(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
-    """Give AdamW's state before its first step to what has none."""
-    import torch
-
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+    """Let only what some phase trains require gradients. Call it before the engine is built."""
+    require(model, _trained(params))
 
 
 def _trained(params: Pretrain) -> set[Part]:
     return {part for _, what in params.phases for part in TRAINED[what]}
 
 
-def _require(model: PreTrainedModel, trained: Sequence[Part] | set[Part]) -> None:
+def require(model: PreTrainedModel, trained: Collection[Part]) -> None:
+    """Let the parts in `trained` alone require gradients."""
     by_name = dict(model.named_parameters())
     for name, part in parts(model).items():
         by_name[name].requires_grad_(part in trained)

@@ -12,6 +12,8 @@ from tasks.pretrain.job import Job, TrainingError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tasks.pretrain.launch.process import Process
+
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
@@ -53,6 +55,22 @@ class Validation:
             windows={domain: ids[chosen[domain]] for domain, ids in found.items()},
             references={domain: float(np.mean([losses[domain][i] for i in chosen[domain]])) for domain in found},
         )
+
+    def measure(self, model: PreTrainedModel, *, batch: int, process: Process) -> tuple[dict[str, float], np.ndarray]:
+        """What `evaluate` gives, and tokens per sparse layer and expert, int64 [L, E]; the same on every rank.
+
+        Args:
+            batch: windows per forward pass.
+        """
+        import torch
+
+        from tasks.moe.routing import expert_load
+
+        with expert_load(model) as load_LE:
+            losses = self.evaluate(model, batch=batch, rank=process.rank, world_size=process.world_size)
+        load = torch.from_numpy(load_LE).to(process.device)
+        torch.distributed.all_reduce(load)
+        return losses, load.cpu().numpy()
 
     def evaluate(self, model: PreTrainedModel, *, batch: int, rank: int, world_size: int) -> dict[str, float]:
         """Loss per domain in nats per predicted token, without any auxiliary loss; the same on every rank.

@@ -191,6 +191,10 @@ class Pretrain(Frozen):
             ends.append((at, phase.what))
         return ends
 
+    def phase(self, step: int) -> What:
+        """What is trained in a step, from 1."""
+        return next(what for last, what in self.phases if step <= last)
+
     @model_validator(mode="after")
     def _batch(self) -> Self:
         step = self.micro_batch * self.processes

@@ -77,35 +77,20 @@ def run(folder: Path) -> None:
     """One process of the calibration; rank 0 writes folder/speed.json."""
     import torch
 
-    from tasks.architectures import is_moe
     from tasks.moe import allocator
-    from tasks.moe.internals import layers
-    from tasks.pretrain.engine import interface as engines
+    from tasks.pretrain import assembly
+    from tasks.pretrain.engine import distributed
     from tasks.pretrain.log import meters
-    from tasks.pretrain.loss import balance
-    from tasks.pretrain.loss.objective import Objective
 
     ask = json.loads((folder / "ask.json").read_text())
     params = Pretrain(**ask["params"])
-    rank, world_size, device = engines.initialise(folder)
+    rank, world_size, device = distributed.join(folder)
     try:
         allocator.keep_buffers()
-        dtype = engines.precision(params.precision, device)
-        model = random_model(ask["config"], dtype=dtype, device=device).train()
-        sparse = is_moe(ask["config"])
-        balance.attach_routers(model, params)
-        if params.gradient_checkpointing:
-            layers.recompute_activations(model)
-        settings = engines.configuration(
-            params, world_size=world_size, dtype=dtype, model_type=model.config.model_type
-        )
-        engine = engines.build(model, params, config=settings)
-        objective = Objective(
-            params,
-            engine,
-            balancer=balance.Balancer(params, engine.module) if sparse else None,
-            distiller=_distiller(ask["parent"], params, dtype=dtype, device=device),
-        )
+        dtype = assembly.precision(params, device)
+        model = random_model(ask["config"], dtype=dtype, device=device)
+        distiller = _distiller(ask["parent"], params, dtype=dtype, device=device)
+        engine, objective = assembly.build(model, params, distiller=distiller)
         start = time.time() - ask["begun"]
         batch = random_batch(params, rows=params.batch // world_size, vocabulary=model.config.vocab_size)
         seconds = _steps(engine, objective, batch, params, device=device)
@@ -130,7 +115,7 @@ def run(folder: Path) -> None:
             speed = Speed(**measured | {"peak": int(measured["peak"]), "processes": world_size})
             scratch.write_json(folder / "speed.json", asdict(speed))
     finally:
-        engines.close()
+        distributed.leave()
 
 
 def random_model(config: dict[str, Any], *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -186,8 +171,6 @@ def _distiller(
 
 def _steps(engine: Any, objective: Any, batch: Batch, params: Pretrain, *, device: torch.device) -> dict[str, Any]:
     """Seconds of each timed micro-batch (forward and backward) and of each timed optimizer step."""
-    from tasks.pretrain.engine import interface as engines
-
     seconds: dict[str, list[float]] = {"micro_batch": [], "optimizer": []}
     rows = range(0, len(batch.input_ids), params.micro_batch)
     for step in range(WARM_UP + TIMED):
@@ -199,12 +182,12 @@ def _steps(engine: Any, objective: Any, batch: Batch, params: Pretrain, *, devic
                 losses = objective(batch, rows=slice(start, start + params.micro_batch), device=device)
                 engine.backward(losses.total)
                 if start != rows[-1]:
-                    engine.step()
+                    engine.next_micro_batch()
 
             took = _time(pass_through, device)
             if step >= WARM_UP:
                 seconds["micro_batch"].append(took)
-        took = _time(lambda: engines.finish_step(engine), device)
+        took = _time(engine.finish_step, device)
         if step >= WARM_UP:
             seconds["optimizer"].append(took)
     return seconds

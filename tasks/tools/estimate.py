@@ -13,7 +13,7 @@ from typing import Any
 from tasks import architectures
 from tasks.moe import counts
 from tasks.pretrain import schedule
-from tasks.pretrain.engine.interface import BUCKET
+from tasks.pretrain.engine.configuration import BUCKET
 from tasks.settings import Pretrain
 
 PROCESS = 0.65e9

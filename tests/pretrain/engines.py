@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tasks.pretrain import trainable
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import interface
+from tasks.pretrain.engine.interface import Engine
 from tasks.settings import Pretrain
 
 BATCH, SEQ_LEN = 4, 16
@@ -27,17 +27,16 @@ def config() -> MixtralConfig:
     )  # fmt: skip
 
 
-def build(params: Pretrain, *, world_size: int = 1, dtype: torch.dtype = torch.float32) -> engine.DeepSpeedEngine:
+def build(params: Pretrain, *, world_size: int = 1, dtype: torch.dtype = torch.float32) -> Engine:
     """The same weights in every call."""
     torch.manual_seed(0)
     model = MixtralForCausalLM(config())
     torch.nn.Module.to(model, dtype)
-    made = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
-    return engine.build(model, params, config=made)
+    return interface.build(model, params)
 
 
 def train(
-    built: engine.DeepSpeedEngine, steps: range, *, params: Pretrain | None = None, rank: int = 0, world_size: int = 1
+    built: Engine, steps: range, *, params: Pretrain | None = None, rank: int = 0, world_size: int = 1
 ) -> list[float]:
     """Train on a batch of each step, the same at every world size; returns the losses of this rank's windows.
 
@@ -46,25 +45,25 @@ def train(
     losses = []
     for step in steps:
         if params:
-            trainable.set_rates(built, step=step + 1, params=params)
+            built.set_rates(step=step + 1, params=params)
         ids = torch.randint(64, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(step))[rank::world_size]
-        for part in ids.split(built.train_micro_batch_size_per_gpu()):
+        for part in ids.split(built.deepspeed.train_micro_batch_size_per_gpu()):
             loss = built(input_ids=part, labels=part).loss
             built.backward(loss)
             losses.append(loss.item())
-            if len(losses) % built.gradient_accumulation_steps():
-                built.step()
-        engine.finish_step(built)
+            if len(losses) % built.deepspeed.gradient_accumulation_steps():
+                built.next_micro_batch()
+        built.finish_step()
     return losses
 
 
-def states(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+def states(built: Engine) -> dict[str, torch.Tensor]:
     """Every master and Adam moment, whole, by name; all ranks must call it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     found = {}
     for name, parameter in built.module.named_parameters():
-        if built.zero_optimization():
+        if built.deepspeed.zero_optimization():
             wanted = parameter.requires_grad
             parameter.requires_grad_(True)  # stage 3 denies that others have a master
             found[name] = safe_get_full_fp32_param(parameter).clone()
@@ -74,5 +73,5 @@ def states(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
         else:
             found[name] = parameter.detach().clone()
             for moment in ("exp_avg", "exp_avg_sq"):
-                found[f"{name} {moment}"] = built.optimizer.state[parameter][moment].clone()
+                found[f"{name} {moment}"] = built.deepspeed.optimizer.state[parameter][moment].clone()
     return found

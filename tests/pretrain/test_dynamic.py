@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -116,19 +115,6 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
         Reweighter.load(job(fit), validation=validation("cc", "wiki"))
 
 
-def test_the_history_survives_json_exactly() -> None:
-    first = Reweighter({"a": 1.0, "b": 0.1 + 0.2}, rule="paper")
-    weights = first.update({"a": 0.5, "b": 0.5}, losses={"a": 1.5, "b": 0.3}, step=0)
-    assert weights == pytest.approx({"a": math.exp(0.5) / (1 + math.exp(0.5)), "b": 1 / (1 + math.exp(0.5))})
-    second = Reweighter(first.references, rule="paper")
-    second.restore(json.loads(json.dumps(first.state())))
-    for reweighter in (first, second):
-        reweighter.note(weights, losses={"a": 1.25, "b": 0.25}, step=4)
-    assert second.state() == first.state()
-    first.update(weights, losses={"a": 1.0, "b": 1.0}, step=8)
-    assert len(second.history) == 2
-
-
 @pytest.mark.parametrize("rule", ["paper", "code"])
 def test_domains_end_nearer_to_their_references_together_than_with_weights_that_stand_still(rule: Any) -> None:
     """Three made-up learning curves, one of which falls slowly: the spread of loss - reference at the end."""
@@ -139,10 +125,10 @@ def test_domains_end_nearer_to_their_references_together_than_with_weights_that_
         reweighter = Reweighter(references, rule=rule)
         weights, served = dict.fromkeys(references, 1 / 3), dict.fromkeys(references, 0.0)
         losses: dict[str, float] = {}
-        for step in range(40):
+        for _ in range(40):
             losses = {d: references[d] + 2.0 * math.exp(-served[d] / scale[d]) for d in references}
             if moving:
-                weights = reweighter.update(weights, losses=losses, step=step)
+                weights = reweighter.update(weights, losses=losses)
             served = {d: served[d] + 8 * weights[d] for d in references}
         return float(np.std([losses[d] - references[d] for d in references]))
 

@@ -22,7 +22,8 @@ from tasks.moe import gate
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import checkpoint_weights, distributed, interface
+from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -42,9 +43,9 @@ assert not {"tasks", "moe_kernels", "deepspeed"} & set(sys.modules)
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
 def split(folder: Path, *, gated: bool) -> MixtralForCausalLM:
@@ -62,20 +63,19 @@ def split(folder: Path, *, gated: bool) -> MixtralForCausalLM:
 
 def trained(
     root: Path, params: Pretrain, dtype: torch.dtype, *, gated: bool
-) -> tuple[engine.DeepSpeedEngine, dict[str, torch.Tensor]]:
+) -> tuple[Engine, dict[str, torch.Tensor]]:
     """An engine after three steps, with its checkpoint in root/checkpoints, and its masters."""
     model = split(root / "moe", gated=gated)
     torch.nn.Module.to(model, dtype)
     if params.noise:
         gate.add_noise(model)
     model.train()
-    made = engine.configuration(params, world_size=1, dtype=dtype, model_type="mixtral")
-    built = engine.build(model, params, config=made)
+    built = interface.build(model, params)
     train(built, range(3))
     checkpoints = CheckpointManager(root / "checkpoints", params=params, rank=0, world_size=1)
     checkpoints.save(built, state={"step": 3})
     checkpoints.finish()
-    weights = engine.full_weights(built)
+    weights = built.full_weights()
     assert weights is not None
     return built, weights
 
@@ -100,7 +100,7 @@ def test_the_masters_of_a_checkpoint_are_those_of_its_engine(
 ) -> None:
     params = settings(zero_stage=stage, **fields)
     _, expected = trained(tmp_path, params, dtype, gated=gated)
-    found = export.masters(tmp_path / "checkpoints/step-00000003", params=params, model=tmp_path / "moe")
+    found = checkpoint_weights.read(tmp_path / "checkpoints/step-00000003", params=params, model=tmp_path / "moe")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == torch.float32

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tasks.moe import gate
 from tasks.pretrain import schedule, trainable
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import configuration, distributed, interface, optimizer
+from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import What
@@ -136,9 +137,9 @@ def test_a_phase_or_a_rate_for_what_the_model_lacks_is_refused(
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
 PHASES: list[What] = ["router", "router", "experts", "experts", "all", "all"]
@@ -156,32 +157,32 @@ def loss(model: Any, step: int, micro: int) -> torch.Tensor:
     return found
 
 
-def train_step(built: engine.DeepSpeedEngine, step: int) -> float:
+def train_step(built: Engine, step: int) -> float:
     for micro in range(2):
         built.backward(loss(built, step, micro))
         if micro == 0:
-            built.step()
-    return engine.finish_step(built)
+            built.next_micro_batch()
+    return built.finish_step()
 
 
-def moments(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+def moments(built: Engine) -> dict[str, torch.Tensor]:
     """Adam's moments by parameter, zeros where there are none yet."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     found = {}
-    masters = getattr(built.optimizer, "fp32_groups", None)
+    masters = getattr(built.deepspeed.optimizer, "fp32_groups", None)
     keys = {id(p): p for p in built.module.parameters()}
     if masters:
-        for low, high in zip(built.optimizer.fp16_groups, masters, strict=True):
+        for low, high in zip(built.deepspeed.optimizer.fp16_groups, masters, strict=True):
             keys |= {id(p): master for p, master in zip(low, high, strict=True)}
     for name, parameter in built.module.named_parameters():
         for kind in ("exp_avg", "exp_avg_sq"):
-            if not built.global_steps:
+            if not built.deepspeed.global_steps:
                 value = None
-            elif built.zero_optimization():
+            elif built.deepspeed.zero_optimization():
                 value = safe_get_full_optimizer_state(parameter, kind)
             else:
-                value = built.optimizer.state[keys[id(parameter)]].get(kind)
+                value = built.deepspeed.optimizer.state[keys[id(parameter)]].get(kind)
             shape = getattr(parameter, "ds_shape", parameter.shape)
             found[f"{name} {kind}"] = torch.zeros(shape) if value is None else value.detach().clone()
     return found
@@ -223,17 +224,16 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
     stage: int, offload: bool, dtype: torch.dtype
 ) -> None:
     params = settings(**PHASED, zero_stage=stage, offload=offload)
-    config = engine.configuration(params, world_size=1, dtype=dtype, model_type="mixtral")
-    built = engine.build(tiny("mixtral", dtype, layers=1), params, config=config)
+    built = interface.build(tiny("mixtral", dtype, layers=1), params)
     part_of = trainable.parts(built.module)
-    norms, after = [], engine.full_weights(built)
+    norms, after = [], built.full_weights()
     for step, what in enumerate(PHASES, start=1):
         before, moments_before = after, moments(built)
-        rates = trainable.set_rates(built, step=step, params=params)
+        rates = built.set_rates(step=step, params=params)
         assert {part for part, rate in rates.items() if rate} == set(trainable.TRAINED[what]) & set(part_of.values())
         assert rates["router"] == pytest.approx(3e-2 * schedule.share(step, params))
         norms.append(train_step(built, step))
-        after, moments_after = engine.full_weights(built), moments(built)
+        after, moments_after = built.full_weights(), moments(built)
         assert before
         assert after
         for name, part in part_of.items():
@@ -243,8 +243,8 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
                 key = f"{name} {kind}"
                 assert torch.equal(moments_before[key], moments_after[key]) == inactive, key
     assert after is not None
-    trainable.activate(built, "router")
-    assert_equal(engine.full_weights(built), after)  # the masters of what is left out too
+    optimizer.activate(built.deepspeed, "router")
+    assert_equal(built.full_weights(), after)  # the masters of what is left out too
     expected, expected_norms = in_torch(params)
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     assert norms == pytest.approx(expected_norms, rel=tolerance)
@@ -257,14 +257,13 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_what_no_phase_trains_is_frozen_and_takes_no_place_in_the_optimizer(stage: int) -> None:
     params = settings(train="experts", zero_stage=stage)
-    config = engine.configuration(params, world_size=1, dtype=torch.float32)
     model = tiny("mixtral")
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    built = engine.build(model, params, config=config)
-    assert {group["part"] for group in built.optimizer.param_groups} == {"router", "experts"}
-    trainable.set_rates(built, step=1, params=params)
+    built = interface.build(model, params)
+    assert {group["part"] for group in built.deepspeed.optimizer.param_groups} == {"router", "experts"}
+    built.set_rates(step=1, params=params)
     train_step(built, 1)
-    weights = engine.full_weights(built)
+    weights = built.full_weights()
     assert weights is not None
     for name, part in trainable.parts(built.module).items():
         assert built.module.get_parameter(name).requires_grad == (part in ("router", "experts"))
@@ -281,13 +280,15 @@ def sizes(model: PreTrainedModel) -> Counter[str]:
 @pytest.mark.usefixtures("process_group")
 def test_the_modules_that_autoep_puts_in_place_are_in_the_same_parts_and_groups() -> None:
     params = settings()
-    config = engine.configuration(params, world_size=1, dtype=torch.float32)
+    config = configuration.of(params, dtype=torch.float32)
     config["expert_parallel"] = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
     model = tiny("mixtral")
     expected = sizes(model)
-    built = engine.build(model, params, config=config)
+    built = interface.build(model, params, config=config)
     assert sizes(built.module) == expected
     grouped: Counter[str] = Counter()
-    for group, flat in zip(built.optimizer.param_groups, built.optimizer.bit16_groups, strict=True):
+    for group, flat in zip(
+        built.deepspeed.optimizer.param_groups, built.deepspeed.optimizer.bit16_groups, strict=True
+    ):
         grouped[group["part"]] += sum(parameter.numel() for parameter in flat)
     assert grouped == expected

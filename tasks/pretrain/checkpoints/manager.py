@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
-from tasks.pretrain import schedule, trainable
+from tasks.pretrain import schedule
 from tasks.pretrain.checkpoints import random_state, store
 from tasks.pretrain.checkpoints.store import find, steps, tag
 from tasks.pretrain.job import TrainingError
@@ -23,9 +23,8 @@ from tasks.pretrain.log.log_file import LOG
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
     from tasks.pretrain.engine.checkpoint_writer import Write
+    from tasks.pretrain.engine.interface import Engine
 
 _POLL = 0.02  # seconds between looks for other ranks' markers
 
@@ -42,14 +41,12 @@ class CheckpointManager:
         self._write: Write | None = None
         self._step = 0
         self._stop = threading.Event()
-        self._engine: DeepSpeedEngine | None = None
+        self._engine: Engine | None = None
 
     @property
     def blocked(self) -> float:
         """Seconds that training stood still for checkpoints, so far."""
-        from tasks.pretrain.engine.checkpoint_writer import BackgroundEngine
-
-        return self._blocked + (BackgroundEngine.of(self._engine).waited if self._engine else 0.0)
+        return self._blocked + (self._engine.waited if self._engine else 0.0)
 
     def latest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, with its `tag`; deletes what a crash left, and damaged newer ones.
@@ -76,7 +73,7 @@ class CheckpointManager:
         mine = store.damage(path, log=log, rank=self.rank, world_size=self.world_size)
         return next(filter(None, self._gathered(mine)), None)
 
-    def save(self, engine: DeepSpeedEngine, *, state: dict[str, Any]) -> None:
+    def save(self, engine: Engine, *, state: dict[str, Any]) -> None:
         """Begin the checkpoint of `state["step"]`; returns when training may go on, before it is on the disk.
 
         Waits for the checkpoint before it, if that is still on its way.
@@ -87,24 +84,12 @@ class CheckpointManager:
         Raises:
             TrainingError: that one, or the beginning of this one, could not be written; the last whole one is kept.
         """
-        from tasks.pretrain.engine.checkpoint_writer import BackgroundEngine
-
         self._settle()
         begun = time.perf_counter()
         self._engine, self._step = engine, state["step"]
         staging = self.folder / f".tmp-{tag(self._step)}"
-        client: dict[str, Any] = {}
-        if self.params.zero_stage in (1, 2) and self.params.expert_parallel == 1:  # AutoEP adds it itself
-            client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         state = {**state, **self._form(engine), "params": self.params.model_dump(mode="json")}
-        writer = BackgroundEngine.of(engine)
-        try:
-            with trainable.all_phases(engine):
-                engine.save_checkpoint(str(self.folder), tag=staging.name, client_state=client, save_latest=False)
-        except OSError as error:
-            raise self._failure(error) from error
-        self._stop = threading.Event()
-        stop = self._stop
+        stop = self._stop = threading.Event()
 
         def then(written: dict[str, dict[str, Any]]) -> None:
             scratch.write_json(_marker(staging, self.rank), written)
@@ -112,7 +97,10 @@ class CheckpointManager:
                 self._commit(staging, state)
 
         texts = {staging / f"rng-{self.rank}.json": json.dumps(random_state.save())}
-        self._write = writer.start(texts, then=then)
+        try:
+            self._write = engine.save(staging, texts=texts, then=then)
+        except OSError as error:
+            raise self._failure(error) from error
         self._blocked += time.perf_counter() - begun
 
     def finish(self) -> None:
@@ -124,7 +112,7 @@ class CheckpointManager:
         if self._write is not None and self._write.error is not None:
             raise self._failure(self._write.error)
 
-    def restore(self, engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
+    def restore(self, engine: Engine, state: dict[str, Any]) -> None:
         """Load what `latest` returned: weights, optimizer, random states.
 
         At the world size that wrote it, bit for bit. At another the weights and the optimizer are, and the random
@@ -133,33 +121,27 @@ class CheckpointManager:
         Raises:
             TrainingError: it cannot be loaded here, and why.
         """
-        from tasks.pretrain.engine import universal
-        from tasks.pretrain.engine.checkpoint_writer import BackgroundEngine
-
         self._settle()
-        BackgroundEngine.of(engine)  # which reads without unpickling code
         form = self._form(engine)
         if state["dtype"] != form["dtype"]:
             raise TrainingError(
                 f"the checkpoint of step {state['step']} was written in {state['dtype']}, and pretrain.precision = "
                 f"{self.params.precision} is {form['dtype']} on this machine; set precision: {state['dtype']}"
             )
-        if self.params.zero_stage and any(state[name] != value for name, value in form.items()):
-            universal.across(engine, self.folder, state=state, rank=self.rank)
-        else:
-            universal.load(engine, self.folder, name=state["tag"], universal=False)
+        other = any(state[name] != value for name, value in form.items())
+        engine.load(self.folder / state["tag"], convert=self.params.zero_stage > 0 and other)
         if state["world_size"] == self.world_size:
             random_state.restore(json.loads((self.folder / state["tag"] / f"rng-{self.rank}.json").read_text()))
         else:
             random_state.reseed(self.params.seed, step=state["step"], rank=self.rank)
 
-    def _form(self, engine: DeepSpeedEngine) -> dict[str, Any]:
+    def _form(self, engine: Engine) -> dict[str, Any]:
         """What DeepSpeed's files can be read back by; others read them converted.
 
         Its optimizer for ZeRO-1 in bfloat16 is another one with gradient accumulation than without.
         """
-        dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-        return {"world_size": self.world_size, "optimizer": type(engine.optimizer).__name__, "dtype": dtype}
+        dtype = str(engine.dtype).removeprefix("torch.")
+        return {"world_size": self.world_size, "optimizer": engine.optimizer_name, "dtype": dtype}
 
     def _settle(self) -> None:
         """Wait for the checkpoint on its way; every rank raises if any failed."""

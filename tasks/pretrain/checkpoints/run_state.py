@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tasks.pretrain.step_result import StepResult
 
 
 @dataclass(kw_only=True)
-class State:
+class RunState:
     """JSON-able, the same on every rank."""
 
     weights: dict[str, float]
@@ -27,7 +30,14 @@ class State:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> Self:
-        """The state in what a checkpoint holds; its other entries are left."""
-        return cls(**{name: saved[name] for name in cls.__dataclass_fields__})
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Become the state in what a checkpoint holds; its other entries are left."""
+        for entry in fields(self):
+            setattr(self, entry.name, saved[entry.name])
+
+    def add(self, result: StepResult, *, seconds: float) -> None:
+        """Count a step that was taken or left out."""
+        for domain, count in result.windows_by_domain().items():
+            self.windows_seen[domain] += count
+        self.predicted += result.predicted
+        self.seconds["steps"] += seconds

@@ -1,7 +1,7 @@
 """Writing a checkpoint while training goes on.
 
-DeepSpeed hands what a checkpoint holds to its checkpoint engine, file by file. `BackgroundEngine` notes the tensors,
-and a `Write` copies them into the CPU's memory, writes the files and brings them to the disk, all in one thread.
+DeepSpeed hands what a checkpoint holds to its checkpoint engine, file by file. `CheckpointCollector` notes the
+tensors. A `Write` copies them into the CPU's memory, writes the files and brings them to the disk, in one thread.
 Weights and optimizer states stay as they are until the next optimizer step, which waits for the copies: forward and
 backward passes run beside the copying, and all of training beside the writing. The copies take the checkpoint's size
 in memory until they are written.
@@ -75,25 +75,24 @@ class Copies:
         self._pairs.clear()
 
 
-class BackgroundEngine(CheckpointEngine):
-    """DeepSpeed's checkpoint engine that only collects."""
+class CheckpointCollector(CheckpointEngine):
+    """A checkpoint engine for DeepSpeed that only collects what is to be written."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name = type(self).__name__
         self._files: list[tuple[Path, Any]] = []
         self._copies: Copies | None = None
-        self.write: Write | None = None
+        self._write: Write | None = None
         self.waited = 0.0
         """Seconds that optimizer steps waited for copies."""
 
     @classmethod
-    def of(cls, engine: DeepSpeedEngine) -> BackgroundEngine:
-        """The one of this engine, installed at the first call."""
-        if not isinstance(engine.checkpoint_engine, cls):
-            engine.checkpoint_engine = made = cls()
-            engine.basic_optimizer.register_step_pre_hook(lambda *_: made.wait_for_copies())
-        return engine.checkpoint_engine
+    def install(cls, engine: DeepSpeedEngine) -> Self:
+        """Put a new one into an engine, whose optimizer steps then wait for the copies."""
+        engine.checkpoint_engine = collector = cls()
+        engine.basic_optimizer.register_step_pre_hook(lambda *_: collector._wait_for_copies())
+        return collector
 
     def create(self, info: CheckpointCommitInfo) -> None:
         self._files, self._copies = [], Copies()
@@ -111,17 +110,17 @@ class BackgroundEngine(CheckpointEngine):
     def preserves_storage_sharing(self) -> bool:
         return False  # a view is copied alone, without the buffer that it is cut from
 
-    def start(self, texts: dict[Path, str], *, then: Callable[[dict[str, dict[str, Any]]], None]) -> Write:
-        """Write what was collected, and `texts`; see Write."""
+    def write(self, texts: dict[Path, str], *, then: Callable[[dict[str, dict[str, Any]]], None]) -> Write:
+        """Begin to write what was collected, and `texts`; see Write."""
         assert self._copies is not None
-        self.write = Write(self._files, self._copies, texts, then=then)
+        self._write = Write(self._files, self._copies, texts, then=then)
         self._files, self._copies = [], None
-        return self.write
+        return self._write
 
-    def wait_for_copies(self) -> None:
-        if self.write is not None and not self.write.copied.is_set():
+    def _wait_for_copies(self) -> None:
+        if self._write is not None and not self._write.copied.is_set():
             begun = time.perf_counter()
-            self.write.copied.wait()
+            self._write.copied.wait()
             self.waited += time.perf_counter() - begun
 
 

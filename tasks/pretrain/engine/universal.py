@@ -10,26 +10,29 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.pretrain import trainable
+from tasks.pretrain.engine import optimizer
 from tasks.pretrain.job import TrainingError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+"""What a checkpoint of ZeRO 1 or 2 must hold to be converted."""
 
-def load(engine: DeepSpeedEngine, folder: Path, *, name: str, universal: bool) -> None:
-    """Load folder/name into the engine. Raises TrainingError if DeepSpeed finds nothing there."""
+
+def load(engine: DeepSpeedEngine, folder: Path, *, is_universal: bool) -> None:
+    """Load a checkpoint into the engine. Raises TrainingError if DeepSpeed finds nothing there."""
     # The configuration says how the first is read; a later one, after a rollback, may be of this world size.
-    engine._config.load_universal_checkpoint = universal
+    engine._config.load_universal_checkpoint = is_universal
     groups = [_hyperparameters(group) for group in engine.basic_optimizer.param_groups]
-    with trainable.all_phases(engine):
-        path, _ = engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
+    with optimizer.all_phases(engine):
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if path is None:
-        raise TrainingError(f"{folder / name}: DeepSpeed cannot load this checkpoint")
-    if universal and engine.zero_optimization_partition_weights():
+        raise TrainingError(f"{folder}: DeepSpeed cannot load this checkpoint")
+    if is_universal and engine.zero_optimization_partition_weights():
         for group, own in zip(engine.basic_optimizer.param_groups, groups, strict=True):
             group.update(own)
-        _count_steps(engine.optimizer, Path(folder / name / "zero/optimizer_state.pt"))
+        _count_steps(engine.optimizer, folder / "zero/optimizer_state.pt")
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
@@ -50,21 +53,22 @@ def _count_steps(optimizer: Any, path: Path) -> None:
         optimizer.optimizer.state[flat]["step"] = steps[optimizer.sub_group_to_group_id[part]].clone()
 
 
-def across(engine: DeepSpeedEngine, folder: Path, *, state: dict[str, Any], rank: int) -> None:
+def load_converted(engine: DeepSpeedEngine, folder: Path) -> None:
     """Load a checkpoint that another number of processes, or another optimizer, wrote; all ranks must call it.
 
-    Rank 0 converts it; the masters and the Adam moments come out bit for bit.
+    Rank 0 converts it; the fp32 weights and the Adam moments come out bit for bit.
     """
     import torch
 
-    target = folder / f".tmp-universal-{state['tag']}"
-    if rank == 0:
-        convert(folder / state["tag"], target)
+    first = torch.distributed.get_rank() == 0
+    target = folder.with_name(f".tmp-universal-{folder.name}")
+    if first:
+        convert(folder, target)
     while not target.exists():  # longer than a collective may wait
         time.sleep(0.1)
-    load(engine, folder, name=target.name, universal=True)
+    load(engine, target, is_universal=True)
     torch.distributed.barrier()
-    if rank == 0:
+    if first:
         shutil.rmtree(target)
 
 
@@ -85,9 +89,9 @@ def convert(source: Path, target: Path) -> None:
         input_folder=str(source), output_folder=str(staging), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=False,
     )  # fmt: skip
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             ds_to_universal.main(arguments)
     except (OSError, RuntimeError, AssertionError) as error:
         shutil.rmtree(staging, ignore_errors=True)

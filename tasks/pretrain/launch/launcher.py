@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from tasks.pretrain.engine import deepspeed_launcher
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.launch import environment, out_of_memory, supervise
 from tasks.settings import Pretrain
@@ -28,7 +29,6 @@ from tasks.settings import Pretrain
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)")
 _REPORTS = (b"torch/distributed/elastic/", b"torch.distributed.elastic")
-_CHATTER = (b"[launch.py:", b"[runner.py:", b"[real_accelerator.py:")
 _KINDS = ("error", "killed", "unexpected")
 
 
@@ -123,18 +123,13 @@ def _deepspeed(hostfile: Path, processes: int) -> list[str]:
             f"pretrain.processes = {processes}, and {hostfile} has {sum(machines.values())} slots ({listed}); "
             "make them equal"
         )
-    where = ["--hostfile", str(hostfile), "--master_port", str(_free_port())]
-    if set(machines) <= {"localhost", "127.0.0.1", socket.gethostname()}:
-        where += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
-    elif shutil.which("pdsh") is None:
+    local = set(machines) <= {"localhost", "127.0.0.1", socket.gethostname()}
+    if not local and shutil.which("pdsh") is None:
         raise TrainingError(
             f"pretrain.launcher: hostfile reaches {', '.join(machines)} by pdsh, and it is not installed here; "
             "install it (Debian: apt-get install pdsh), or set launcher: slurm in a Slurm job"
         )
-    else:
-        where += ["--force_multi"]  # else a single machine of the file would be taken for this one
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    return [*runner, *where, "--no_local_rank", "--module"]
+    return deepspeed_launcher.command(hostfile, port=_free_port(), local=local)
 
 
 def _srun(processes: int, environ: Mapping[str, str]) -> list[str]:
@@ -218,7 +213,7 @@ def _pump(stream: IO[bytes]) -> None:
     torchrun = False
     for line in iter(stream.readline, b""):
         torchrun = torchrun or any(sign in line for sign in _REPORTS)
-        if not torchrun and not any(sign in line for sign in _CHATTER):
+        if not torchrun and not any(sign in line for sign in deepspeed_launcher.CHATTER):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
 

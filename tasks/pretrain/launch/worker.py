@@ -29,9 +29,9 @@ def run(job: Job) -> None:
     Raises:
         TrainingError, ValueError, OSError: for the user to read; memory that ran out among them.
     """
-    from tasks.pretrain.engine import interface as engines
+    from tasks.pretrain.engine import distributed
 
-    rank, world_size, device = engines.initialise(job.workspace)
+    rank, world_size, device = distributed.join(job.workspace)
     try:
         _train(job, rank=rank, world_size=world_size, device=device)
     except (RuntimeError, MemoryError) as error:
@@ -39,48 +39,32 @@ def run(job: Job) -> None:
             raise TrainingError(message) from error
         raise
     finally:
-        engines.close()
+        distributed.leave()
 
 
 def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> None:
     import torch
 
-    from tasks.architectures import is_moe
     from tasks.moe import checkpoint, gate
-    from tasks.moe.internals import layers
-    from tasks.pretrain import outputs
-    from tasks.pretrain.engine import interface as engines
+    from tasks.pretrain import assembly, outputs
     from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loop import Trainer
-    from tasks.pretrain.loss import balance
     from tasks.pretrain.loss.distil import Distiller
-    from tasks.pretrain.loss.objective import Objective
 
     params = job.params
     hosts: list[str] = [""] * world_size
     torch.distributed.all_gather_object(hosts, socket.gethostname())
-    dtype = engines.precision(params.precision, device)
+    dtype = assembly.precision(params, device)
     distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)
     gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
-    balance.attach_routers(model, params)
-    model.train()
-    if params.gradient_checkpointing:
-        layers.recompute_activations(model)
-    config = engines.configuration(params, world_size=world_size, dtype=dtype, model_type=model.config.model_type)
-    engine = engines.build(model, params, config=config)
-    objective = Objective(
-        params,
-        engine,
-        balancer=balance.Balancer(params, engine.module) if is_moe(model.config) else None,
-        distiller=distiller,
-    )
+    engine, objective = assembly.build(model, params, distiller=distiller)
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
     process = Process(rank=rank, world_size=world_size, device=device, hosts=hosts)
     trainer = Trainer(job, engine=engine, objective=objective, process=process)
     with trainer.loader:
         trainer.run()
-        outputs.write(trainer, config=config)
+        outputs.write(trainer)
     torch.distributed.barrier()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from tasks.moe import counts
-from tasks.pretrain.checkpoints.run_state import State
+from tasks.pretrain.checkpoints.run_state import RunState
 from tasks.pretrain.health import router_monitor
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch.process import Process
@@ -20,8 +20,7 @@ from tasks.pretrain.log.training_display import TrainingDisplay
 from tasks.pretrain.step_result import StepResult
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
+    from tasks.pretrain.engine.interface import Engine
     from tasks.settings.pretrain import Part, What
 
 _STRAGGLERS_EVERY = 20  # steps over which the ranks' times are summed before they are compared
@@ -30,17 +29,14 @@ _STRAGGLERS_EVERY = 20  # steps over which the ranks' times are summed before th
 class RunLog:
     """Writes the records of a run to the log, the trackers and the display."""
 
-    def __init__(
-        self, job: Job, *, engine: DeepSpeedEngine, process: Process, epoch_tokens: Mapping[str, int]
-    ) -> None:
+    def __init__(self, job: Job, *, engine: Engine, process: Process, epoch_tokens: Mapping[str, int]) -> None:
         """`epoch_tokens`: training tokens of each domain of the corpus."""
         self.job, self.params, self.process = job, job.params, process
         self._epoch_tokens = epoch_tokens
         self._log: LogFile | None = None
         self._display = TrainingDisplay(self.params.steps) if process.rank == 0 else None
         self._config: Any = engine.module.config
-        parameter = next(engine.module.parameters())
-        self.peak = meters.peak(process.device, parameter.dtype) * process.world_size
+        self.peak = meters.peak(process.device, engine.dtype) * process.world_size
         self._seconds_R = np.zeros(process.world_size)
         self._teacher_flops = 0
         if self.params.distill and self.params.distill.top_n is None:
@@ -77,7 +73,7 @@ class RunLog:
 
     def step(
         self,
-        state: State,
+        state: RunState,
         result: StepResult,
         *,
         rates: Mapping[Part, float],
@@ -124,7 +120,7 @@ class RunLog:
 
     def validation(
         self,
-        state: State,
+        state: RunState,
         losses: Mapping[str, float],
         *,
         references: Mapping[str, float] | None,
@@ -165,7 +161,7 @@ class RunLog:
             self._log.write(record)
             self._display.show(record)
 
-    def _domains(self, state: State, result: StepResult) -> dict[str, dict[str, float]]:
+    def _domains(self, state: RunState, result: StepResult) -> dict[str, dict[str, float]]:
         windows = result.windows_by_domain()
         return {
             domain: {

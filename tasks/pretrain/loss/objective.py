@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from tasks.pretrain.engine.interface import Engine
     from tasks.pretrain.loss.balance import Balancer
     from tasks.pretrain.loss.distil import Distiller
 
@@ -51,7 +52,7 @@ class Objective:
     """The loss of a run, composed by its settings."""
 
     def __init__(
-        self, params: Pretrain, model: nn.Module, *, balancer: Balancer | None, distiller: Distiller | None
+        self, params: Pretrain, model: nn.Module | Engine, *, balancer: Balancer | None, distiller: Distiller | None
     ) -> None:
         """`model`: a stock causal language model, or the engine around it; without a balancer if it is dense."""
         self.params, self.model = params, model

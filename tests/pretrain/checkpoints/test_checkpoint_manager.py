@@ -18,21 +18,21 @@ import xxhash
 from tasks import scratch
 from tasks.pretrain.checkpoints import random_state, store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_writer
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import checkpoint_writer, distributed
+from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tests.pretrain.engines import build, settings, train
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")
-def built() -> engine.DeepSpeedEngine:
+def built() -> Engine:
     return build(settings())
 
 
@@ -243,9 +243,7 @@ def test_with_all_checkpoints_damaged_nothing_is_deleted_and_the_error_names_the
     assert names(folder) == ["latest.json", "step-00000002", "step-00000004"]
 
 
-def test_a_flipped_byte_in_any_of_deepspeeds_files_is_found_with_its_record(
-    tmp_path: Path, built: engine.DeepSpeedEngine
-) -> None:
+def test_a_flipped_byte_in_any_of_deepspeeds_files_is_found_with_its_record(tmp_path: Path, built: Engine) -> None:
     train(built, range(1))
     checkpoints = make(tmp_path)
     checkpoints.save(built, state={"step": 1})
@@ -271,10 +269,10 @@ def test_a_flipped_byte_in_any_of_deepspeeds_files_is_found_with_its_record(
 
 
 def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_step(
-    tmp_path: Path, built: engine.DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, built: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(built, range(2))
-    expected, release = engine.full_weights(built), threading.Event()
+    expected, release = built.full_weights(), threading.Event()
     assert expected is not None
     save = torch.save
     monkeypatch.setattr(
@@ -292,7 +290,7 @@ def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_s
     found = make(tmp_path).latest()
     assert found is not None
     make(tmp_path).restore(other, found)
-    restored = engine.full_weights(other)
+    restored = other.full_weights()
     assert restored is not None
     assert all(torch.equal(tensor, restored[name]) for name, tensor in expected.items())
     assert train(other, range(2, 5)) == later
@@ -301,7 +299,7 @@ def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_s
 
 
 def test_the_optimizer_step_waits_until_all_is_copied(
-    tmp_path: Path, built: engine.DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, built: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     backward = threading.Event()
@@ -313,7 +311,7 @@ def test_the_optimizer_step_waits_until_all_is_copied(
         events.append("copied")
 
     monkeypatch.setattr(checkpoint_writer.Copies, "fill", slow)
-    handle = built.basic_optimizer.register_step_post_hook(lambda *_: events.append("stepped"))
+    handle = built.deepspeed.basic_optimizer.register_step_post_hook(lambda *_: events.append("stepped"))
     checkpoints = make(tmp_path)
     checkpoints.save(built, state={"step": 2})
     done = built.backward
@@ -332,7 +330,7 @@ def test_the_optimizer_step_waits_until_all_is_copied(
 
 @pytest.mark.parametrize("surfaces", ["check", "save", "finish", "latest"])
 def test_a_full_disk_is_told_at_the_next_call_and_leaves_nothing_half(
-    tmp_path: Path, built: engine.DeepSpeedEngine, monkeypatch: pytest.MonkeyPatch, surfaces: str
+    tmp_path: Path, built: Engine, monkeypatch: pytest.MonkeyPatch, surfaces: str
 ) -> None:
     checkpoints = make(tmp_path)
     checkpoints.save(built, state={"step": 2})

@@ -20,9 +20,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
 from tasks.moe.internals import layers
-from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints import manager
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import configuration, distributed, interface
+from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Balance, Phase
@@ -64,16 +64,16 @@ def stock(name: str) -> Any:
     return model.to(CASES[name][1]).train()
 
 
-def build(name: str, params: Pretrain, *, world_size: int, **block: Any) -> engine.DeepSpeedEngine:
+def build(name: str, params: Pretrain, *, world_size: int, **block: Any) -> Engine:
     """An engine whose Adam has so large an eps that a gradient of the wrong size moves its weights wrongly."""
     model, dtype = stock(name), CASES[name][1]
     if params.zero_stage == 3:
         layers.recompute_activations(model)
-    config = engine.configuration(params, world_size=world_size, dtype=dtype, model_type="mixtral")
+    config = configuration.of(params, dtype=dtype, model_type="mixtral")
     config["optimizer"]["params"]["eps"] = 1.0
     if block:
         config["expert_parallel"] = block
-    return engine.build(model, params, config=config)
+    return interface.build(model, params, config=config)
 
 
 def windows(step: int) -> torch.Tensor:
@@ -83,17 +83,17 @@ def windows(step: int) -> torch.Tensor:
 
 def loss(model: Any, ids_BL: torch.Tensor, balancer: Balancer) -> torch.Tensor:
     """What training minimises on one micro-batch."""
-    with routing.record(model) as routed:
+    with routing.record(getattr(model, "module", model)) as routed:  # an engine's
         cross_entropy = model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss
     return cross_entropy + sum(balancer.losses(routed, real_T=None).values())
 
 
-def train(built: engine.DeepSpeedEngine, params: Pretrain, steps: range) -> list[list[float]]:
+def train(built: Engine, params: Pretrain, steps: range) -> list[list[float]]:
     """Each step's loss, gradient norm and tokens per layer and expert; every rank has its share of the windows."""
     balancer, seen = Balancer(params, built.module), []
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for step in steps:
-        trainable.set_rates(built, step=step, params=params)
+        built.set_rates(step=step, params=params)
         balancer.begin()
         total = torch.zeros(())
         for i in range(rank, WINDOWS, world_size):
@@ -101,8 +101,8 @@ def train(built: engine.DeepSpeedEngine, params: Pretrain, steps: range) -> list
             built.backward(part)
             total += part.detach().float()
             if i + world_size < WINDOWS:
-                built.step()
-        norm, load = engine.finish_step(built), torch.from_numpy(balancer.load_LE)
+                built.next_micro_batch()
+        norm, load = built.finish_step(), torch.from_numpy(balancer.load_LE)
         balancer.end()
         torch.distributed.all_reduce(total)
         torch.distributed.all_reduce(load)
@@ -110,17 +110,17 @@ def train(built: engine.DeepSpeedEngine, params: Pretrain, steps: range) -> list
     return seen
 
 
-def spoil(built: engine.DeepSpeedEngine, params: Pretrain) -> None:
+def spoil(built: Engine, params: Pretrain) -> None:
     """A step that is given up after its first micro-batch, then one with a NaN on one rank."""
     balancer = Balancer(params, built.module)
-    trainable.set_rates(built, step=LAST, params=params)
+    built.set_rates(step=LAST, params=params)
     built.backward(loss(built, windows(0)[:1], balancer))
-    engine.discard_step(built)
+    built.discard_step()
     built.backward(loss(built, windows(0)[:1], balancer))
-    built.step()
+    built.next_micro_batch()
     wrong = float("nan") if torch.distributed.get_rank() == 1 else 1.0
     built.backward(wrong * loss(built, windows(0)[:1], balancer))
-    assert not math.isfinite(engine.finish_step(built))
+    assert not math.isfinite(built.finish_step())
 
 
 def routed(model: Any) -> dict[str, torch.Tensor]:
@@ -139,36 +139,36 @@ def routed(model: Any) -> dict[str, torch.Tensor]:
 
 def main(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    engine.initialise(folder)
+    distributed.join(folder)
     for name in CASES:
         params, seen = settings(name), {}
         checkpoints = manager.CheckpointManager(folder / name, params=params, rank=rank, world_size=2)
         built = build(name, params, world_size=2)
-        choice = routed(built)
+        choice = routed(built.module)
         seen["before"] = train(built, params, range(1, SAVED + 1))
-        checkpoints.save(built, state={"step": SAVED, "biases": gate.biases(built)})
-        saved = engine.full_weights(built)
+        checkpoints.save(built, state={"step": SAVED, "biases": gate.biases(built.module)})
+        saved = built.full_weights()
         seen["after"] = train(built, params, range(SAVED + 1, LAST + 1))
         checkpoints.finish()
-        last = engine.full_weights(built)
-        built.destroy()
+        last = built.full_weights()
+        built.deepspeed.destroy()
         other = build(name, params, world_size=2)
         checkpoints = manager.CheckpointManager(folder / name, params=params, rank=rank, world_size=2)
         state = checkpoints.latest()
         assert state is not None
-        trainable.set_rates(other, step=1, params=params)  # as in a rollback
+        other.set_rates(step=1, params=params)  # as in a rollback
         checkpoints.restore(other, state)
-        gate.set_biases(other, state["biases"])
+        gate.set_biases(other.module, state["biases"])
         spoil(other, params)
         seen["resumed"] = train(other, params, range(SAVED + 1, LAST + 1))
-        resumed = engine.full_weights(other)
-        other.destroy()
+        resumed = other.full_weights()
+        other.deepspeed.destroy()
         assert (rank == 0) == (saved is not None)
         if saved is not None and last is not None and resumed is not None:
             for kind, weights in (("choice", choice), ("saved", saved), ("last", last), ("resumed", resumed)):
                 save_file(weights, folder / f"{name}-{kind}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(seen))
-    engine.close()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from packaging.version import Version
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import output_capturing
 
-from tasks.pretrain.engine import expert_parallel, interface, output_recorders
+from tasks.pretrain.engine import configuration, distributed, expert_parallel, interface, output_recorders
 from tasks.pretrain.job import TrainingError
 from tests.pretrain import engines
 
@@ -27,9 +27,9 @@ BLOCK = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    interface.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    interface.close()
+    distributed.leave()
 
 
 def model(**fields: Any) -> MixtralForCausalLM:
@@ -39,8 +39,8 @@ def model(**fields: Any) -> MixtralForCausalLM:
 
 def convert() -> Any:
     params = engines.settings()
-    config = interface.configuration(params, world_size=1, dtype=torch.float32) | {"expert_parallel": BLOCK}
-    return interface.build(model(), params, config=config)
+    config = configuration.of(params, dtype=torch.float32) | {"expert_parallel": BLOCK}
+    return interface.build(model(), params, config=config).deepspeed
 
 
 def test_router_logits_of_a_stock_model_are_recorded_after_a_conversion_too() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ import torch.utils.cpp_extension  # here, before any test: setuptools, which it 
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import configuration, distributed, interface
+from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -35,9 +35,9 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
 def tiny(dtype: torch.dtype) -> MixtralForCausalLM:
@@ -56,8 +56,8 @@ def settings(stage: int, *, offload: bool = False, **fields: Any) -> Pretrain:
     return Pretrain.model_validate(common | fields | {"zero_stage": stage, "offload": offload})
 
 
-def build(params: Pretrain, dtype: torch.dtype) -> engine.DeepSpeedEngine:
-    return engine.build(tiny(dtype), params, config=engine.configuration(params, world_size=1, dtype=dtype))
+def build(params: Pretrain, dtype: torch.dtype) -> Engine:
+    return interface.build(tiny(dtype), params)
 
 
 def loss(model: Any, step: int, micro: int) -> torch.Tensor:
@@ -66,20 +66,20 @@ def loss(model: Any, step: int, micro: int) -> torch.Tensor:
     return found
 
 
-def train_step(built: engine.DeepSpeedEngine, step: int, *, factor: float = 1.0) -> tuple[list[float], float]:
+def train_step(built: Engine, step: int, *, factor: float = 1.0) -> tuple[list[float], float]:
     losses = []
     for micro in range(2):
         losses.append(loss(built, step, micro))
         built.backward(losses[-1] * (factor if micro == 1 else 1.0))
         if micro == 0:
-            built.step()
-    return [value.item() for value in losses], engine.finish_step(built)
+            built.next_micro_batch()
+    return [value.item() for value in losses], built.finish_step()
 
 
-def state(built: engine.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+def state(built: Engine) -> dict[str, torch.Tensor]:
     """Weights, masters and everything that AdamW keeps, bit by bit."""
-    found = {f"weight {name}": tensor for name, tensor in (engine.full_weights(built) or {}).items()}
-    for i, each in enumerate(built.basic_optimizer.state.values()):
+    found = {f"weight {name}": tensor for name, tensor in (built.full_weights() or {}).items()}
+    for i, each in enumerate(built.deepspeed.basic_optimizer.state.values()):
         found |= {f"{name} {i}": value.clone() for name, value in each.items() if torch.is_tensor(value)}
     return found
 
@@ -115,9 +115,9 @@ def test_a_discarded_step_leaves_no_trace(stage: int, offload: bool, dtype: torc
         for factors in discarded:  # of a loss, for each micro-batch of a step that is given up
             for micro, factor in enumerate(factors):
                 if micro:
-                    disturbed.step()
+                    disturbed.next_micro_batch()
                 disturbed.backward(loss(disturbed, 50, micro) * factor)
-            engine.discard_step(disturbed)
+            disturbed.discard_step()
         assert train_step(plain, step) == train_step(disturbed, step)
     assert same(state(plain), state(disturbed))
 
@@ -152,7 +152,7 @@ def in_torch(params: Pretrain, dtype: torch.dtype, steps: int) -> tuple[dict[str
 def test_steps_and_gradient_norms_are_those_of_plain_torch(stage: int, offload: bool, dtype: torch.dtype) -> None:
     params = settings(stage, offload=offload, weight_decay=0.5)
     built = build(params, dtype)
-    weights = engine.full_weights(built)
+    weights = built.full_weights()
     assert weights is not None
     for name, parameter in tiny(dtype).named_parameters():
         assert torch.equal(weights[name], parameter.detach().float()), f"{name} has moved before the first step"
@@ -160,33 +160,16 @@ def test_steps_and_gradient_norms_are_those_of_plain_torch(stage: int, offload: 
     expected, expected_norms = in_torch(params, dtype, 3)
     fp32 = dtype == torch.float32
     assert norms == pytest.approx(expected_norms, rel=1e-5 if fp32 else 2e-3)
-    weights = engine.full_weights(built)
+    weights = built.full_weights()
     assert weights is not None
     for name, master in expected.items():
         off = (weights[name] - master).abs().mean()  # of up to 0.03 by which a weight moves
         assert off < (1e-6 if fp32 else 1e-3), name
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("flags\t\t: fpu avx2 avx512_bf16", True),
-        ("flags\t\t: fpu amx_bf16 amx_tile", True),
-        ("Features\t: fp asimd bf16", True),
-        ("flags\t\t: fpu avx2 avx512f", False),
-    ],
-)
-def test_bfloat16_is_chosen_where_the_processor_multiplies_it(tmp_path: Path, flags: str, expected: bool) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor\t: 0\n{flags}\n")
-    assert engine.cpu_has_bfloat16(cpuinfo) is expected
-    assert not engine.cpu_has_bfloat16(tmp_path / "absent")
-    assert engine.precision("float32", torch.device("cpu")) == torch.float32
-
-
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 def test_the_global_batch_stays_and_sums_of_micro_batches_are_kept_in_fp32(world_size: int, accumulation: int) -> None:
-    config = engine.configuration(PARAMS, world_size=world_size, dtype=torch.bfloat16)
+    config = configuration.of(PARAMS.model_copy(update={"processes": world_size}), dtype=torch.bfloat16)
     assert config["train_batch_size"] == 8
     assert config["gradient_accumulation_steps"] == accumulation
     assert config["gradient_clipping"] == PARAMS.clip
@@ -195,7 +178,7 @@ def test_the_global_batch_stays_and_sums_of_micro_batches_are_kept_in_fp32(world
 
 def test_the_configuration_is_json_and_names_the_optimizer_that_trains() -> None:
     params = settings(3, offload=True, betas=(0.8, 0.99), weight_decay=0.05)
-    config = engine.configuration(params, world_size=1, dtype=torch.float32)
+    config = configuration.of(params, dtype=torch.float32)
     assert json.loads(json.dumps(config)) == config
     assert config["optimizer"]["params"].items() >= {"lr": 1e-2, "betas": [0.8, 0.99], "weight_decay": 0.05}.items()
     assert {name for name in config["zero_optimization"] if "offload" in name} == {
@@ -207,11 +190,11 @@ def test_the_configuration_is_json_and_names_the_optimizer_that_trains() -> None
 
 def test_offload_without_zero_is_refused_with_the_mend() -> None:
     with pytest.raises(TrainingError, match=r"pretrain\.offload: true needs zero_stage 1, 2 or 3"):
-        engine.configuration(settings(0, offload=True), world_size=1, dtype=torch.float32)
+        configuration.of(settings(0, offload=True), dtype=torch.float32)
 
 
 def test_a_failed_operator_build_names_the_mend_and_other_errors_are_left_alone() -> None:
-    message = engine.needs_compiler(RuntimeError("Ninja is required to load C++ extensions"))
+    message = interface.needs_compiler(RuntimeError("Ninja is required to load C++ extensions"))
     assert message is not None
     assert "apt-get install g++ ninja-build" in message
-    assert engine.needs_compiler(RuntimeError("size mismatch for lm_head")) is None
+    assert interface.needs_compiler(RuntimeError("size mismatch for lm_head")) is None

@@ -10,20 +10,20 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate
-from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import distributed, interface
+from tasks.pretrain.engine.interface import Engine
 from tasks.settings import Pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
-def build(params: Pretrain, dtype: torch.dtype, *, gated: bool) -> engine.DeepSpeedEngine:
+def build(params: Pretrain, dtype: torch.dtype, *, gated: bool) -> Engine:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -34,21 +34,21 @@ def build(params: Pretrain, dtype: torch.dtype, *, gated: bool) -> engine.DeepSp
     if gated:
         gate.swap_in(model, {layer: gate.start(4, 16, seed=0, layer=layer) for layer in range(2)})
         model.train()  # with noise
-    return engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
+    return interface.build(model, params)
 
 
-def train(built: engine.DeepSpeedEngine, steps: range, *, params: Pretrain) -> list[float]:
+def train(built: Engine, steps: range, *, params: Pretrain) -> list[float]:
     losses = []
     for step in steps:
-        trainable.set_rates(built, step=step + 1, params=params)
+        built.set_rates(step=step + 1, params=params)
         for micro in range(2):
             ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
             loss = built(input_ids=ids, labels=ids).loss
             built.backward(loss)
             if micro == 0:
-                built.step()
+                built.next_micro_batch()
             else:
-                assert 0 < engine.finish_step(built) < 100
+                assert 0 < built.finish_step() < 100
             losses.append(loss.item())
     return losses
 
@@ -73,15 +73,15 @@ def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
     checkpoints.save(built, state={"step": 2})
     checkpoints.finish()
     expected = train(built, range(2, 5), params=params)
-    masters = engine.full_weights(built)
+    masters = built.full_weights()
 
     other = build(params, dtype, gated=gated)
     found = checkpoints.latest()
     assert found is not None
     checkpoints.restore(other, found)
     assert train(other, range(2, 5), params=params) == expected
-    restored = engine.full_weights(other)
-    engine.discard_step(built)
+    restored = other.full_weights()
+    built.discard_step()
     checkpoints.restore(built, found)  # as a rollback does, from another phase
     assert train(built, range(2, 5), params=params) == expected
     assert masters is not None

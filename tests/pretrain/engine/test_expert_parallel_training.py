@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import families, gate
-from tasks.pretrain import export, trainable
+from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import expert_parallel
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import checkpoint_weights, configuration, distributed, expert_parallel, interface
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.loss.balance import Balancer
 from tests.pretrain.engine import expert_parallel_ranks as ranks
@@ -56,9 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
 def reference(name: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
@@ -70,7 +69,7 @@ def reference(name: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     balancer, seen = Balancer(params, model), []
     for step in range(1, ranks.LAST + 1):
         what = next(what for last, what in params.phases if step <= last)
-        trainable.activate(model, what)
+        trainable.require(model, trainable.TRAINED[what])
         balancer.begin()
         losses = [ranks.loss(model, ids_L[None], balancer) for ids_L in ranks.windows(step)]
         optimizer.zero_grad()
@@ -154,8 +153,8 @@ def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> 
     state = checkpoints.latest()
     assert state is not None
     checkpoints.restore(built, state)
-    gate.set_biases(built, state["biases"])
-    weights = engine.full_weights(built)
+    gate.set_biases(built.module, state["biases"])
+    weights = built.full_weights()
     assert weights is not None
     for key, tensor in load_file(folder / f"{name}-saved.safetensors").items():
         assert torch.equal(tensor, weights[key]), key
@@ -163,8 +162,8 @@ def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> 
     expected = torch.tensor(json.loads((folder / f"{name}.json").read_text())["after"])
     torch.testing.assert_close(seen, expected, rtol=2e-6, atol=0)
     last = load_file(folder / f"{name}-last.safetensors")
-    torch.testing.assert_close(engine.full_weights(built), last, rtol=1e-5, atol=1e-6)
-    built.destroy()
+    torch.testing.assert_close(built.full_weights(), last, rtol=1e-5, atol=1e-6)
+    built.deepspeed.destroy()
 
 
 @pytest.mark.e2e
@@ -173,7 +172,7 @@ def test_a_checkpoint_gives_the_weights_that_the_engine_handed_out(name: str, fo
     ranks.stock(name).config.save_pretrained(tmp_path)
     path = tmp_path / "checkpoint"
     shutil.copytree(folder / name / f"step-{ranks.SAVED:08}", path)
-    found = export.masters(path, params=ranks.settings(name), model=tmp_path)
+    found = checkpoint_weights.read(path, params=ranks.settings(name), model=tmp_path)
     expected = load_file(folder / f"{name}-saved.safetensors")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -211,14 +210,14 @@ def test_every_class_computes_the_same_and_comes_back_under_its_own_names(
     expected, before = model(**asked), {key: parameter.clone() for key, parameter in model.named_parameters()}
     block = expert_parallel.configuration(spread, model_type=kind) | {"autoep_size": 1}
     params = ranks.settings("zero-1", processes=1, expert_parallel=1)
-    config = engine.configuration(params, world_size=1, dtype=torch.float32) | {"expert_parallel": block}
-    built = engine.build(model, params, config=config)
-    assert expert_parallel.prepare(built, biases=[]) == (1 if kind == "qwen2_moe" else 2)
-    assert expert_parallel.active(built)
+    config = configuration.of(params, dtype=torch.float32) | {"expert_parallel": block}
+    built = interface.build(model, params, config=config)
+    assert expert_parallel.prepare(built.deepspeed, biases=[]) == (1 if kind == "qwen2_moe" else 2)
+    assert expert_parallel.active(built.deepspeed)
     out = built(**asked)
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
-    weights = engine.full_weights(built)
+    weights = built.full_weights()
     assert weights is not None
     assert weights.keys() == before.keys()
     for key, tensor in weights.items():
@@ -227,8 +226,8 @@ def test_every_class_computes_the_same_and_comes_back_under_its_own_names(
     stock = families.expected(model.config)
     monkeypatch.setattr(families, "expected", lambda _: stock | {"model.layers.1.mlp.extra": (4,)})
     with pytest.raises(TrainingError, match=r"1 missing \(model\.layers\.1\.mlp\.extra\)"):
-        engine.full_weights(built)
-    built.destroy()
+        built.full_weights()
+    built.deepspeed.destroy()
 
 
 @pytest.mark.parametrize(

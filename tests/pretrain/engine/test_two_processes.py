@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.pretrain import trainable
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import distributed
 from tasks.settings import Pretrain
 from tests.pretrain.engines import build
 from tests.pretrain.engines import settings as any_settings
@@ -35,29 +34,29 @@ def run(stage: int, *, rank: int, world_size: int) -> dict[str, Any]:
     built = build(params, world_size=world_size)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
-        trainable.set_rates(built, step=step, params=params)
+        built.set_rates(step=step, params=params)
         ids = torch.randint(64, (params.batch, params.seq_len), generator=torch.Generator().manual_seed(step))
         if step == 3:  # given up by both, after the first of its micro-batches
             built.backward(built(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss)
-            engine.discard_step(built)
+            built.discard_step()
         for window in ids[rank::world_size].split(1):
             loss = built(input_ids=window, labels=window).loss
             built.backward(loss)
             losses.append(loss.item())
-            if len(losses) % built.gradient_accumulation_steps():
-                built.step()
-        norms.append(engine.finish_step(built))
-    return {"losses": losses, "norms": norms, "weights": engine.full_weights(built)}
+            if len(losses) % built.deepspeed.gradient_accumulation_steps():
+                built.next_micro_batch()
+        norms.append(built.finish_step())
+    return {"losses": losses, "norms": norms, "weights": built.full_weights()}
 
 
 def member(rank: int, folder: Path, port: int) -> None:
     """One of two processes: all stages, one after the other."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    engine.initialise(folder)
+    distributed.join(folder)
     for stage in STAGES:
         torch.save(run(stage, rank=rank, world_size=2), folder / f"zero-{stage}-rank-{rank}.pt")
-    engine.close()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +73,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, dict[str, Any]]]:
     """What one process does, by stage."""
-    engine.initialise(tmp_path_factory.mktemp("alone"))
+    distributed.join(tmp_path_factory.mktemp("alone"))
     yield {stage: run(stage, rank=0, world_size=1) for stage in STAGES}
-    engine.close()
+    distributed.leave()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -17,8 +17,8 @@ import torch
 
 from tasks.pretrain.checkpoints import manager
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_writer, universal
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import checkpoint_writer, distributed, universal
+from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.scratch import write_json
 from tasks.settings import Pretrain
@@ -54,12 +54,12 @@ def take_up(root: Path, case: str, *, written_by: int, rank: int, world_size: in
     found = checkpoints.latest()
     assert found is not None
     assert found["world_size"] == written_by
-    assert (found["optimizer"] == type(built.optimizer).__name__) == (case != "zero-1-bf16")
+    assert (found["optimizer"] == type(built.deepspeed.optimizer).__name__) == (case != "zero-1-bf16")
     checkpoints.restore(built, found)
     return built, found
 
 
-def save(built: engine.DeepSpeedEngine, root: Path, *, case: str, step: int, rank: int, world_size: int) -> None:
+def save(built: Engine, root: Path, *, case: str, step: int, rank: int, world_size: int) -> None:
     params = settings(case, processes=world_size)
     checkpoints = CheckpointManager(
         folder(root, case, written_by=world_size), params=params, rank=rank, world_size=world_size
@@ -75,7 +75,7 @@ def second(rank: int, root: Path, port: int) -> None:
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    engine.initialise(root)
+    distributed.join(root)
     for case in CASES:
         built, _ = take_up(root, case, written_by=1, rank=rank, world_size=2)
         drawn = torch.rand(1).item()
@@ -85,10 +85,10 @@ def second(rank: int, root: Path, port: int) -> None:
         torch.save(found, root / f"{case}-rank-{rank}.pt")
         save(built, root, case=case, step=4, rank=rank, world_size=2)
     torch.save(failure(built, root, rank=rank), root / f"failure-{rank}.pt")
-    engine.close()
+    distributed.leave()
 
 
-def failure(built: engine.DeepSpeedEngine, root: Path, *, rank: int) -> dict[str, Any]:
+def failure(built: Engine, root: Path, *, rank: int) -> dict[str, Any]:
     """What each rank is told when the disk of one is full, and what is left."""
     checkpoints = CheckpointManager(root / "full", params=settings("zero-1", processes=2), rank=rank, world_size=2)
     checkpoints.save(built, state={"step": 2})
@@ -121,7 +121,7 @@ def slow(path: Path, content: Any) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
     """By case: what the run saw at the two changes, beside one that never changed."""
     root = tmp_path_factory.mktemp("reshape")
-    engine.initialise(root)
+    distributed.join(root)
     found: dict[str, dict[str, Any]] = {}
     for case in CASES:
         params = settings(case)
@@ -145,7 +145,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[st
         }
         found[case]["last"] = train(built, range(4, 6), params=settings(case))
     yield found
-    engine.close()
+    distributed.leave()
 
 
 @pytest.mark.parametrize("case", list(CASES)[1:])

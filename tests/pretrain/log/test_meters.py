@@ -59,7 +59,7 @@ def test_flops_of_a_training_step_agree_with_pytorchs_counter_within_2_percent(k
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SIZES, **OWN[kind], experts_implementation="eager")
     model = AutoModelForCausalLM.from_config(config)
-    trainable.activate(model, what)
+    trainable.require(model, trainable.TRAINED[what])
     ids = torch.randint(config.vocab_size, (2, TOKENS // 2))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -10,16 +10,16 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
 from tasks.moe.internals import layers
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import distributed, interface
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    engine.initialise(tmp_path_factory.mktemp("group"))
+    distributed.join(tmp_path_factory.mktemp("group"))
     yield
-    engine.close()
+    distributed.leave()
 
 
 def train(
@@ -42,27 +42,27 @@ def train(
         gate.add_bias(model)
     if checkpointing:
         layers.recompute_activations(model)
-    built = engine.build(model, params, config=engine.configuration(params, world_size=1, dtype=dtype))
-    balancer = Balancer(params, built)
+    built = interface.build(model, params)
+    balancer = Balancer(params, built.module)
     torch.manual_seed(1)
     losses = []
     for step in range(3):
         balancer.begin()
         for micro in range(2):
             ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
-            with routing.record(built) as routed:
+            with routing.record(built.module) as routed:
                 loss = built(input_ids=ids, labels=ids, use_cache=False).loss
             parts = balancer.losses(routed, real_T=None)
             losses.append([loss.item(), *(part.item() for part in parts.values())])
             built.backward(loss + sum(parts.values()))
             if micro == 0:
-                built.step()
-        assert engine.finish_step(built) > 0
+                built.next_micro_batch()
+        assert built.finish_step() > 0
         balancer.end()
         assert (balancer.load_LE.sum(1) == 2 * 32 * 2).all()
-    weights = engine.full_weights(built)
+    weights = built.full_weights()
     assert weights is not None
-    return losses, weights, gate.biases(built)
+    return losses, weights, gate.biases(built.module)
 
 
 BALANCES = [

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tasks.corpus.sampling.loader import IGNORED, Batch
 from tasks.pretrain import step_result
-from tasks.pretrain.engine import interface as engine
+from tasks.pretrain.engine import distributed, interface
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.loss import objective
 from tasks.pretrain.loss.distil import Distiller
@@ -74,9 +74,7 @@ def step(zero: int, accumulation: int, distill: str, *, rank: int, world_size: i
         processes=world_size, learning_rate=1.0, zero_stage=zero, clip=1e9, distill=DISTILL[distill],
     )  # fmt: skip
     model = build(0)
-    built = engine.build(
-        model, params, config=engine.configuration(params, world_size=world_size, dtype=torch.float32)
-    )
+    built = interface.build(model, params)
     distiller = Distiller(params.distill, Teacher(build(1))) if params.distill else None
     compute = objective.Objective(params, built, balancer=None, distiller=distiller)
     mine, losses, cpu = batch(rank, world_size), [], torch.device("cpu")
@@ -84,7 +82,7 @@ def step(zero: int, accumulation: int, distill: str, *, rank: int, world_size: i
         losses.append(compute(mine, rows=slice(start, start + params.micro_batch), device=cpu))
         built.backward(losses[-1].total)
         if start + params.micro_batch < len(mine.input_ids):
-            built.step()
+            built.next_micro_batch()
     process = Process(rank=rank, world_size=world_size, device=cpu, hosts=[])
     seen = step_result.collect(
         mine, losses, names=compute.parts, domains=DOMAINS, load_LE=np.zeros((0, 0)), seconds=0.0, slots=WINDOWS,
@@ -94,7 +92,7 @@ def step(zero: int, accumulation: int, distill: str, *, rank: int, world_size: i
 
     weights = dict(model.named_parameters())
     gradients = {name: (safe_get_full_grad(w) if zero else w.grad).clone() for name, w in weights.items()}
-    engine.discard_step(built)
+    built.discard_step()
     return {
         "gradients": gradients,
         "losses": {name: seen.mean(name) for name in seen.losses},
@@ -143,9 +141,9 @@ def member(rank: int, folder: Path, port: int) -> None:
     """One of two processes: all cases, one after the other."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    engine.initialise(folder)
+    distributed.join(folder)
     torch.save([step(*case, rank=rank, world_size=2) for case in CASES], folder / f"rank-{rank}.pt")
-    engine.close()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +156,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, list
     spawn(member, (folder, port))
     pair = [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
     made: dict[Any, list[dict[str, Any]]] = {(2, *case): [rank[i] for rank in pair] for i, case in enumerate(CASES)}
-    engine.initialise(folder)
+    distributed.join(folder)
     made |= {(1, *case): [step(*case, rank=0, world_size=1)] for case in CASES}
     yield made
-    engine.close()
+    distributed.leave()
 
 
 @pytest.mark.parametrize("distill", DISTILL)
