@@ -1,12 +1,11 @@
-"""Judge the dense parent, the MoE right after the split and the MoE after training on the same test windows.
+"""Evaluate the dense parent, the MoE right after the split and the MoE after training on the same test windows.
 
     python -m tasks.evaluate PIPELINE
 
 Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}. Writes runs/PIPELINE/evaluation.json (the figures),
-routing.json (tokens per domain, layer and expert), samples.json (what each model makes of a few prompts), heldout.json
-(the very windows judged, {domain: [[ids]]}) and windows.json (each model's nats on each of them, by which another
-evaluation is compared with this one).
-A model that is done stays done: an evaluation that is killed goes on with the next model.
+routing.json (tokens per domain, layer and expert), samples.json (each model's continuations of a few prompts),
+heldout.json (the evaluated windows, {domain: [[ids]]}) and windows.json (each model's nats on each window, to compare
+two evaluations by). Results are kept model by model: after a kill, the evaluation continues with the next model.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from tasks import code, scratch, settings
 from tasks.evaluate import accuracy, generation, likelihood, routing_balance
 
 MODELS = {"dense": "dense parent", "split": "MoE before training", "trained": "MoE after training"}
-LEAST_COST = 1e-3
-"""Nats per token below which a split cost nothing that training could win back: copies of the FFN, say."""
+LEAST_ADDED_LOSS = 1e-3
+"""Nats per token. A split that adds less, such as copies of the FFN, leaves nothing for training to recover."""
 
 
 def evaluate(name: str) -> None:
@@ -61,13 +60,13 @@ def evaluate(name: str) -> None:
             result = folder / f"{key}.json"
             try:
                 done[key] = scratch.read_sealed(result)
-                print(f"{MODELS[key]}: already judged, kept", flush=True)
+                print(f"{MODELS[key]}: already evaluated, kept", flush=True)
             except (FileNotFoundError, ValueError) as error:
                 if result.exists():
-                    print(f"{result} is damaged ({error}); judging again", flush=True)
+                    print(f"{result} is damaged ({error}); evaluating again", flush=True)
                 print(f"{MODELS[key]}: {path}", flush=True)
-                judged = _judge(path, ids, knobs=knobs, prepared=prepared, stock=key == "trained")
-                scratch.write_sealed(result, judged)
+                measured = _evaluate(path, ids, knobs=knobs, prepared=prepared, stock=key == "trained")
+                scratch.write_sealed(result, measured)
                 done[key] = scratch.read_sealed(result)
         counted = likelihood.counts(ids, token_bytes=token_bytes)
         outs = {
@@ -81,12 +80,12 @@ def evaluate(name: str) -> None:
         for out, content in outs.items():
             (folder / f"{out}.json").write_text(json.dumps(content))
             scratch.publish(folder / f"{out}.json", run / f"{out}.json")
-        found = summarise(done, test=counted, knobs=knobs, method=pipeline.partition.method)
-        scratch.write_json(run / "evaluation.json", found)
+        evaluation = summarise(done, test=counted, knobs=knobs, method=pipeline.partition.method)
+        scratch.write_json(run / "evaluation.json", evaluation)
         shutil.rmtree(folder)
 
 
-def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, stock: bool) -> dict[str, Any]:
+def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, stock: bool) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
@@ -109,8 +108,8 @@ def _judge(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, st
         as_loaded = generation.stock_speed(model, tokenizer, ids, batch=knobs.batch)
         speed[as_loaded.pop("engine")] = as_loaded
     for name, rates in speed.items():
-        rates_said = ", ".join(f"{what} {rate:,.0f}" for what, rate in rates.items() if rate)
-        print(f"  tokens/s, {name}: {rates_said} ({time.perf_counter() - start:.0f} s)", flush=True)
+        shown = ", ".join(f"{what} {rate:,.0f}" for what, rate in rates.items() if rate)
+        print(f"  tokens/s, {name}: {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
     scored = accuracy.run(model, tokenizer, tasks=knobs.tasks, prepared=prepared, batch=knobs.batch)
     for task, entry in scored.items():
         figures = ", ".join(f"{m} {v:.4f}" for m, v in entry.items() if isinstance(v, float))
@@ -141,17 +140,17 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
     """The content of evaluation.json.
 
     Args:
-        done: {dense, split, trained: what was measured}.
+        done: {dense, split, trained: the measurements}.
         test: likelihood.counts.
         knobs: the settings of the evaluation.
-        method: by which the experts were made.
+        method: the method that made the experts.
 
     Returns:
         dense, split, trained: {loss, perplexity, bits_per_byte: {domain, mean}, parameters {total, active},
         flops_per_token, tokens_per_second, tasks, seconds of its evaluation, speed {engine: {forward, decode}} in
         tokens per second}; test: {domains: {windows, tokens, bytes}, seq_len, batch}; difference: {trained_dense,
-        trained_split, split_dense: {loss, stderr}}, first minus second; recovery: the share of the loss that the split
-        cost which training won back, absent if the split cost nothing that can be told from noise; routing: {experts,
+        trained_split, split_dense: {loss, stderr}}, first minus second; recovery: the share of the loss
+        added by the split that training recovered, absent if the split added no more than noise; routing: {experts,
         top_k, split, trained: routing_balance.balance}; method; machine.
     """
     summary: dict[str, Any] = {"method": method}
@@ -163,9 +162,9 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
     nats = {key: result["nats"] for key, result in done.items()}
     pairs = (("trained", "dense"), ("trained", "split"), ("split", "dense"))
     summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs}
-    cost = summary["difference"]["split_dense"]
-    if cost["loss"] > max(2 * cost.get("stderr", 0.0), LEAST_COST):
-        summary["recovery"] = -summary["difference"]["trained_split"]["loss"] / cost["loss"]
+    added = summary["difference"]["split_dense"]
+    if added["loss"] > max(2 * added.get("stderr", 0.0), LEAST_ADDED_LOSS):
+        summary["recovery"] = -summary["difference"]["trained_split"]["loss"] / added["loss"]
     summary["routing"] = {field: done["trained"]["experts"][field] for field in ("experts", "top_k")}
     for key in ("split", "trained"):
         experts = done[key]["experts"]
@@ -177,7 +176,7 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The processor that measured, its cores, and the threads that torch used."""
+    """The processor, its cores, and the threads that torch used."""
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -185,10 +184,15 @@ def machine(device: str) -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0] if names else processor
-    found = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
+    description = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
     if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def main() -> int:

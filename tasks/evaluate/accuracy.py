@@ -1,4 +1,4 @@
-"""Downstream tasks by lm-eval's Python API: a task of the hub by its name, or harness/NAME.yaml over a local file."""
+"""Scores downstream tasks with lm-eval: a task of the hub by its name, or harness/NAME.yaml over a local file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ if TYPE_CHECKING:
 
 HARNESS = Path(__file__).parent / "harness"
 _BOOTSTRAP = 1000  # draws, for metrics without a closed-form stderr; lm-eval draws none for means
-
-
 CACHE = scratch.ROOT / "sources"
 
 
 def versions(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
-    """What the files of local tasks hold, {task: {file: version}}. Raises sources.SourceError as `prepare`."""
-    found = {}
+    """The versions of the files of local tasks, {task: {file: version}}. Raises sources.SourceError as `prepare`."""
+    by_task = {}
     for task in tasks:
         if task.source is not None:
-            found[task.name] = sources.fetch(task.source, CACHE, sha256=task.sha256).versions()
-    return found
+            by_task[task.name] = sources.fetch(task.source, CACHE, sha256=task.sha256).versions()
+    return by_task
 
 
 def prepare(tasks: Sequence[Task], folder: Path, *, versions: dict[str, dict[str, str]] | None = None) -> Path:
@@ -41,7 +39,7 @@ def prepare(tasks: Sequence[Task], folder: Path, *, versions: dict[str, dict[str
     Args:
         tasks: those of pipelines.yaml.
         folder: where their files and descriptions go.
-        versions: what the files must hold, so that all models are judged by the same ones.
+        versions: the expected versions of the files, so that all models are scored on the same ones.
 
     Returns:
         the folder to give to `run`.
@@ -92,8 +90,8 @@ def run(
     Args:
         model: float32 weights; on a processor with bfloat16 the forward pass runs under bfloat16 autocast.
         tokenizer: the model's.
-        tasks: what pipelines.yaml asks for.
-        prepared: what `prepare` returned.
+        tasks: those of pipelines.yaml.
+        prepared: the folder that `prepare` returned.
         batch: sequences per forward pass.
 
     Raises:
@@ -102,8 +100,8 @@ def run(
 
     Returns:
         {task: {metric: score, metric_stderr: its standard error, n, num_fewshot, harness, dtype, version, chance}}. A
-        metric whose stderr lm-eval does not know has none. chance: the accuracy of a blind guess, where the task is a
-        choice among given answers.
+        metric whose stderr lm-eval does not know has none. chance: the accuracy of random guessing, of multiple-choice
+        tasks only.
     """
     if not tasks:
         return {}
@@ -175,7 +173,7 @@ def _scores(task: Task, results: Any) -> dict[str, Any]:
 
 
 def _chance(results: Any) -> float | None:
-    """Accuracy of a blind guess: one over the number of answers, averaged over the items; None where none is known.
+    """Accuracy of random guessing: one over the number of answers, averaged over the items; None if not known.
 
     Known for multiple choice that lm-eval scores itself: a request per answer, two where acc_mutual_info is asked for.
     """

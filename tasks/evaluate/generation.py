@@ -1,4 +1,4 @@
-"""What a model writes, and how fast: greedy decoding with a KV cache, one sequence at a time."""
+"""Text samples and their speed: greedy decoding with a KV cache, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def greedy(model: PreTrainedModel, ids: Sequence[int], *, new: int) -> tuple[lis
 
     config: Any = model.generation_config or model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    found: list[int] = []
+    new_ids: list[int] = []
     seconds: list[float] = []
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)  # fourth argument of every class; its name has changed in 5.23
         out: Any = model(torch.tensor([list(ids)], device=model.device), None, None, cache, use_cache=True)
         chosen = int(out.logits[0, -1].argmax())
         while chosen not in ends:
-            found.append(chosen)
-            if len(found) == new:
+            new_ids.append(chosen)
+            if len(new_ids) == new:
                 break
             start = time.perf_counter()
             step = torch.tensor([[chosen]], device=model.device)
             out = model(step, None, None, cache, use_cache=True)
             chosen = int(out.logits[0, -1].argmax())  # waits for the device
             seconds.append(time.perf_counter() - start)
-    return found, seconds
+    return new_ids, seconds
 
 
 def stock_speed(
@@ -91,7 +91,7 @@ def stock_speed(
 
 
 def _first_pass(model: PreTrainedModel, ids_BL: np.ndarray, *, engine: str) -> str:
-    """Set what later passes find set up; returns the implementation that ran.
+    """A warm-up pass with `engine`, or with eager if that fails; returns the implementation that ran.
 
     grouped_mm wants rows of a multiple of 16 bytes, and raises RuntimeError for other widths of experts.
     """

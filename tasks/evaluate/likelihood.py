@@ -63,7 +63,7 @@ def predicted(ids_BL: np.ndarray) -> int:
 
 
 def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dict[str, dict[str, int]]:
-    """What a figure rests on, per domain: windows, predicted tokens, and the UTF-8 bytes these tokens stand for.
+    """Per domain: windows, predicted tokens, and the UTF-8 bytes that these tokens stand for.
 
     Args:
         windows: {domain: int64 [B, L]}.
@@ -82,7 +82,7 @@ def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dic
 def by_window(
     windows: Mapping[str, np.ndarray], nats: Mapping[str, Mapping[str, list[float]]], *, token_bytes: np.ndarray
 ) -> dict[str, dict[str, list[Any]]]:
-    """What two evaluations need to be compared window by window, whatever each of them was judged on.
+    """The content of windows.json, by which two evaluations are compared on the windows that they share.
 
     Args:
         windows: {domain: int64 [B, L]}.
@@ -96,14 +96,14 @@ def by_window(
         domain: {
             "windows": [hashlib.sha256(ids_L.astype("<i8").tobytes()).hexdigest()[:16] for ids_L in ids_BL],
             "bytes": token_bytes[ids_BL[:, 1:]].sum(1).tolist(),
-            **{model: [round(value, 4) for value in found[domain]] for model, found in nats.items()},
+            **{model: [round(value, 4) for value in by_domain[domain]] for model, by_domain in nats.items()},
         }
         for domain, ids_BL in windows.items()
     }
 
 
 def scores(nats: Mapping[str, list[float]], test: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
-    """Turn summed nats into the three figures, each {domain: …, mean: …}.
+    """Turn summed nats into loss, perplexity and bits per byte, each {domain: …, mean: …}.
 
     loss is in nats per predicted token. The mean is over domains, each counting the same whatever its size;
     the mean perplexity is the exponential of the mean loss.

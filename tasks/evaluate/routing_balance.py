@@ -1,4 +1,4 @@
-"""How the routers spread the tokens, layer by layer: an average over the layers hides the one that has collapsed.
+"""Balance of the routing, layer by layer, because an average over the layers hides a single collapsed one.
 
 Shapes: L sparse layers, E routed experts of a layer, of which a token passes K.
 """

@@ -21,15 +21,19 @@ ENGINES = {
     "eager": "stock transformers (eager)",
     "transformers": "stock transformers",
 }
-"""What a way to compute experts is called in the tables."""
+"""Names of the experts implementations in the tables."""
 
 
 def read(pipeline: str) -> dict[str, Any]:
     """The content of runs/PIPELINE/evaluation.json. Raises FileNotFoundError saying how to get it."""
-    path = Path("runs") / pipeline / "evaluation.json"
+    path = _path(pipeline)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there yet; `moeforge run {pipeline}` writes it")
+        raise FileNotFoundError(f"{path} does not exist; `moeforge run {pipeline}` writes it")
     return json.loads(path.read_text())
+
+
+def _path(pipeline: str) -> Path:
+    return Path("runs") / pipeline / "evaluation.json"
 
 
 def titles(evaluation: dict[str, Any]) -> list[str]:
@@ -38,12 +42,12 @@ def titles(evaluation: dict[str, Any]) -> list[str]:
 
 
 def conversion(evaluation: dict[str, Any]) -> str:
-    """What made experts of the FFN, in words: copies are not cut out of it."""
+    """What made the experts, in words: `copying`, or `the split` for all other methods."""
     return "copying" if evaluation.get("method") == "copy" else "the split"
 
 
 def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """The table's rows: (what with its unit, a value per model)."""
+    """The table's rows: (label with unit, a value per model)."""
     models = [evaluation[key] for key in MODELS]
     domains = list(evaluation["test"]["domains"])
     table: list[tuple[str, list[str]]] = []
@@ -77,56 +81,74 @@ def speeds(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     table = []
     for engine in dict.fromkeys(engine for model in sparse for engine in model) or dense:
         for what in ("forward", "decode"):
-            found = [plain.get(what), *(model.get(engine, {}).get(what) for model in sparse)]
+            rates = [plain.get(what), *(model.get(engine, {}).get(what) for model in sparse)]
             label = f"tokens/s, {what}: {ENGINES.get(engine, engine)}"
-            table.append((label, [f"{rate:,.0f}" if rate else "–" for rate in found]))
+            table.append((label, [f"{rate:,.0f}" if rate else "–" for rate in rates]))
     return table
 
 
 def table(pipeline: str) -> Table:
-    """`rows` of a finished pipeline for the terminal, with what the figures rest on as caption."""
+    """`rows` of a finished pipeline for the terminal, with `notes` as caption.
+
+    Raises:
+        FileNotFoundError: as `read`.
+        ValueError: evaluation.json is not JSON, or lacks a key; the message names the file, the key and the fix.
+    """
     from rich.table import Table
 
-    evaluation = read(pipeline)
-    result = Table(title=pipeline, caption="\n".join(notes(evaluation)), caption_justify="left")
+    try:
+        evaluation = read(pipeline)
+        caption, columns, body = notes(evaluation), titles(evaluation), rows(evaluation)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{_path(pipeline)} is not JSON ({error}); `moeforge run {pipeline}` writes it anew"
+        ) from error
+    except KeyError as error:
+        raise ValueError(
+            f"{_path(pipeline)} lacks the key {error}; another version wrote it: remove it, and `moeforge run "
+            f"{pipeline}` writes it anew"
+        ) from error
+    result = Table(title=pipeline, caption="\n".join(caption), caption_justify="left")
     result.add_column("")
-    for title in titles(evaluation):
+    for title in columns:
         result.add_column(title, justify="right", no_wrap=True)
-    for label, values in rows(evaluation):
+    for label, values in body:
         result.add_row(label, *values, end_section=label.endswith(": mean"))
     return result
 
 
 def notes(evaluation: dict[str, Any]) -> list[str]:
-    """What the table rests on and what it means, a line each, a warning first; what does not apply is left out."""
-    found = [basis(evaluation), change(evaluation), chance(evaluation), speed_basis(evaluation), routing(evaluation)]
+    """One line each on the data, the change in loss, chance, speed and routing, a warning first; none if not known."""
+    lines = [basis(evaluation), change(evaluation), chance(evaluation), speed_basis(evaluation), routing(evaluation)]
     if collapsed(evaluation):
-        found.insert(0, found.pop())
-    return [note for note in found if note]
+        lines.insert(0, lines.pop())
+    return [line for line in lines if line]
 
 
 def basis(evaluation: dict[str, Any]) -> str:
-    """How many windows, tokens and bytes the figures rest on."""
+    """The number of windows, tokens and bytes that were evaluated."""
     domains = evaluation["test"]["domains"].values()
     sums = {key: sum(domain[key] for domain in domains) for key in ("windows", "tokens", "bytes")}
     return (
-        f"{sums['windows']} test windows of {evaluation['test']['seq_len']} tokens: {sums['tokens']:,} tokens "
-        f"predicted, {sums['bytes']:,} bytes, float32; mean: over domains, each counting the same."
+        f"Evaluated in float32 on {sums['windows']} test windows of {evaluation['test']['seq_len']} tokens "
+        f"({sums['tokens']:,} predicted tokens, {sums['bytes']:,} bytes). The mean gives each domain the same weight."
     )
 
 
 def change(evaluation: dict[str, Any]) -> str:
-    """The trained model's mean loss beside the other two, with paired standard errors, and what training won back."""
-    found = evaluation.get("difference", {})
+    """The trained model's mean loss minus those of the other two, with paired standard errors, and the recovery."""
+    differences = evaluation.get("difference", {})
     others = (("dense", "the dense parent"), ("split", f"the model after {conversion(evaluation)}"))
     parts = [
-        f"{signed(found[f'trained_{key}'])} against {title}" for key, title in others if f"trained_{key}" in found
+        f"{signed(differences[f'trained_{key}'])} compared with {title}"
+        for key, title in others
+        if f"trained_{key}" in differences
     ]
     if not parts:
         return ""
-    text = f"Mean loss after training, nats/token, paired by window: {'; '.join(parts)}."
+    text = f"Mean loss after training, in nats/token and paired by window: {', '.join(parts)}."
     if "recovery" in evaluation:
-        text += f" Training won back {evaluation['recovery']:.0%} of the loss that {conversion(evaluation)} cost."
+        text += f" Training recovered {evaluation['recovery']:.0%} of the loss that {conversion(evaluation)} added."
     return text
 
 
@@ -137,11 +159,11 @@ def signed(delta: dict[str, float]) -> str:
 
 
 def chance(evaluation: dict[str, Any]) -> str:
-    """For each choice task the accuracy of a blind guess, and which scores cannot be told from it.
+    """For each multiple-choice task the accuracy of random guessing, and the scores within two standard errors of it.
 
-    A guess of accuracy c on n items has the standard error sqrt(c (1 - c) / n); a score within two of it may be one.
+    Guessing with accuracy c on n items has the standard error sqrt(c (1 - c) / n).
     """
-    said = []
+    sentences = []
     for task, first in evaluation["dense"]["tasks"].items():
         if "chance" not in first:
             continue
@@ -153,28 +175,32 @@ def chance(evaluation: dict[str, Any]) -> str:
             for key, title in zip(MODELS, titles(evaluation), strict=True)
             if abs(evaluation[key]["tasks"][task][metric] - guess) <= 2 * error
         ]
-        told = f"cannot be told from it: {', '.join(near)}" if near else "every score is more than two errors off"
-        said.append(f"{task}: a blind guess scores {guess:.3f} ± {error:.3f}; {told}.")
-    return " ".join(said)
+        within = (
+            f"within two standard errors of it: {', '.join(near)}" if near else "no score is within two of its errors"
+        )
+        sentences.append(f"{task}: random guessing scores {guess:.3f} ± {error:.3f}; {within}.")
+    return " ".join(sentences)
 
 
 def speed_basis(evaluation: dict[str, Any]) -> str:
-    """What the speeds were measured with."""
+    """The conditions under which the speeds were measured."""
     if not speeds(evaluation):
         return ""
     machine = evaluation["machine"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores used"
     text = (
-        f"tokens/s: float32 on {where}; forward: {evaluation['test']['batch']} windows of "
-        f"{evaluation['test']['seq_len']} tokens a batch, with the loss; decode: one sequence, greedy, KV cache."
+        f"tokens/s in float32 on {where}. Forward: batches of {evaluation['test']['batch']} windows of "
+        f"{evaluation['test']['seq_len']} tokens, with the loss. Decode: one sequence, greedy, with a KV cache."
     )
     if any("moe_kernels" in evaluation[key]["speed"] for key in MODELS):
         text += (
-            " moe_kernels is this project's package for the experts; AutoModelForCausalLM alone gives stock "
-            "transformers, which the dense parent runs in every row."
+            " moe_kernels is this project's package for the experts. AutoModelForCausalLM without it runs stock "
+            "transformers, as the dense parent does in every row."
         )
     if any("eager" in evaluation[key]["speed"] for key in MODELS):
-        text += " Its default, grouped_mm, cannot run these experts: load with experts_implementation='eager'."
+        text += (
+            " Its default, grouped_mm, cannot run these experts: load the model with experts_implementation='eager'."
+        )
     return text
 
 
@@ -184,19 +210,20 @@ def collapsed(evaluation: dict[str, Any]) -> bool:
 
 
 def routing(evaluation: dict[str, Any]) -> str:
-    """The trained model's most uneven layer, and a warning where layers count as collapsed."""
-    found = evaluation.get("routing", {}).get("trained")
-    if not found or "worst" not in found:
+    """The trained model's most uneven layer, and a warning if layers count as collapsed."""
+    trained = evaluation.get("routing", {}).get("trained")
+    if not trained or "worst" not in trained:
         return ""
-    experts, top_k, worst = evaluation["routing"]["experts"], evaluation["routing"]["top_k"], found["worst"]
+    experts, top_k, worst = evaluation["routing"]["experts"], evaluation["routing"]["top_k"], trained["worst"]
     text = (
         f"Most uneven routing: layer {worst['layer']}, where {top_k} of {experts} experts take {worst['busiest']:.0%} "
-        f"of the load (even: {found['even']:.0%}; always the same {top_k}: 100%), and {worst['unused']} get no token."
+        f"of the load (if even, {trained['even']:.0%}; if always the same {top_k}, 100%) and {worst['unused']} get no "
+        "token."
     )
     if collapsed(evaluation):
         text = (
-            f"Warning: collapsed routing in {found['collapsed']} of {len(found['layers']['layer'])} sparse layers "
-            f"(limit: {found['limit']:.0%} of the load on the {top_k} busiest). {text}"
+            f"Warning: collapsed routing in {trained['collapsed']} of {len(trained['layers']['layer'])} sparse layers "
+            f"(limit: {trained['limit']:.0%} of the load on the {top_k} busiest). {text}"
         )
     return text
 
@@ -218,8 +245,8 @@ def main() -> int:
         return 2
     try:
         Console().print(table(sys.argv[1]))
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"summary: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -41,19 +41,19 @@ def run(pipeline: str) -> Path:
     )
     started = time.perf_counter()
     with scratch.workspace("mixture", pipeline):
-        found = methods.estimate(entry.mixture.method, problem)
+        estimate = methods.estimate(entry.mixture.method, problem)
         evidence = {
             "tokens": tokens,
             "uniform": methods.normalise(methods.uniform(problem).weights),
             "proportional": methods.normalise(methods.proportional(problem).weights),
-            "epochs_per_million_tokens": {name: found.weights[name] * 1e6 / tokens[name] for name in tokens},
-            **found.evidence,
+            "epochs_per_million_tokens": {name: estimate.weights[name] * 1e6 / tokens[name] for name in tokens},
+            **estimate.evidence,
         }
         target = Path("runs") / pipeline / "mixture.json"
-        scratch.write_json(target, {"weights": found.weights, "method": entry.mixture.method, "evidence": evidence})
+        scratch.write_json(target, {"weights": estimate.weights, "method": entry.mixture.method, "evidence": evidence})
         taken = round(time.perf_counter() - started, 1)
         scratch.write_json(target.with_name("mixture.time.json"), {"seconds": taken})
-    for name, weight in found.weights.items():
+    for name, weight in estimate.weights.items():
         print(f"{name}: weight {weight:.4f} (proportional {evidence['proportional'][name]:.4f})")
     return target
 

@@ -1,6 +1,6 @@
 """The estimators of domain weights, by name.
 
-Adding one: a function from `Problem` to `Estimate` under `@estimator("name")`, and its name in settings.Mixture.
+To add one: a function from `Problem` to `Estimate` under `@estimator("name")`, and its name in settings.Mixture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What an estimator may look at."""
+    """The inputs of an estimator."""
 
     tokens: dict[str, int]
     """Training tokens of each domain of the corpus."""
@@ -52,14 +52,14 @@ def estimate(method: str, problem: Problem) -> Estimate:
     """Run one estimator and normalise its weights to sum 1.
 
     Raises:
-        ValueError: `weights` do not name exactly the corpus's domains, or no method is called so.
+        ValueError: `weights` do not name exactly the domains of the corpus, or the method is not known.
     """
     if method not in ESTIMATORS:
         raise ValueError(f"mixture.method = {method!r} is not known; known: {', '.join(ESTIMATORS)}")
     if problem.weights is not None:
         _same_domains(problem.weights, problem.tokens)
-    found = ESTIMATORS[method](problem)
-    return Estimate(weights=normalise(found.weights), evidence=found.evidence)
+    raw = ESTIMATORS[method](problem)
+    return Estimate(weights=normalise(raw.weights), evidence=raw.evidence)
 
 
 def normalise(weights: dict[str, float]) -> dict[str, float]:
@@ -76,7 +76,7 @@ def uniform(problem: Problem) -> Estimate:
 
 @estimator("proportional")
 def proportional(problem: Problem) -> Estimate:
-    """Shares as the training tokens: every domain passes equally often."""
+    """Shares proportional to the training tokens, so that all domains are repeated equally often."""
     return Estimate(weights={domain: float(tokens) for domain, tokens in problem.tokens.items()})
 
 

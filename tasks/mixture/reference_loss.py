@@ -1,4 +1,4 @@
-"""Reference losses: what the dense parent makes of every domain's validation text."""
+"""Reference losses: the loss of the dense parent on the validation text of every domain."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_dat
 def judgement(project: Path) -> dict[str, Any]:
     """evaluation.json after a run that died at the third model and one that went on."""
     judged: list[str] = []
-    real = stage._judge
+    real = stage._evaluate
 
     def counted(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         judged.append(path.name)
@@ -114,7 +114,7 @@ def judgement(project: Path) -> dict[str, Any]:
         return real(path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_judge", counted)
+        patch.setattr(stage, "_evaluate", counted)
         with pytest.raises(KeyboardInterrupt):
             stage.evaluate("tiny")
         assert not (project / "runs" / "tiny" / "evaluation.json").exists()

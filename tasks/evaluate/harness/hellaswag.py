@@ -1,4 +1,4 @@
-"""HellaSwag items with one `ctx` field, brought to the prompt of lm-eval's own `hellaswag` task (version 1.0)."""
+"""Formats HellaSwag items with one `ctx` field like the prompt of lm-eval's own `hellaswag` task (version 1.0)."""
 
 from __future__ import annotations
 

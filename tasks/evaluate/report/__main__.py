@@ -2,8 +2,8 @@
 
     python -m tasks.evaluate.report PIPELINE
 
-Reads the metrics in runs/PIPELINE/ and data/corpora/, loads no model. Writes runs/PIPELINE/report/index.html, one file
-that opens anywhere, and runs/PIPELINE/model/, the checkpoint to ship.
+Reads the metrics in runs/PIPELINE/ and data/corpora/ and loads no model. Writes runs/PIPELINE/report/index.html, which
+needs no other file, and runs/PIPELINE/model/, the checkpoint to ship.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tasks.evaluate.report import card, page, results
 def report(name: str) -> Path:
     """Write both folders of pipeline `name`; returns the page's path. Raises FileNotFoundError."""
     run = Path("runs") / name
-    found = results.read(name)
+    contents = results.read(name)
     with scratch.workspace("report", name) as folder:
         for part in ("report", "model"):
             shutil.rmtree(folder / part, ignore_errors=True)
             (folder / part).mkdir()
-        (folder / "report" / "index.html").write_text(page.render(found))
-        card.write(folder / "model", found, trained=run / "trained", heldout=run / "heldout.json")
+        (folder / "report" / "index.html").write_text(page.render(contents))
+        card.write(folder / "model", contents, trained=run / "trained", heldout=run / "heldout.json")
         for part in ("report", "model"):
             scratch.publish(folder / part, run / part)
     return run / "report" / "index.html"

@@ -1,4 +1,4 @@
-"""The checkpoint to ship: hard links of the trained one, the judged windows, and a model card to check them by."""
+"""Writes the checkpoint to ship: hard links to the trained one, the evaluated windows, and the model card."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ print(f"mean: perplexity {math.exp(sum(losses.values()) / len(losses)):.2f}")
 def write(folder: Path, results: Results, *, trained: Path, heldout: Path) -> None:
     """Fill the empty `folder` with links to the files of `trained` and to `heldout`, and write README.md beside them.
 
-    Links, because the weights need no second place on the disk; README.md is a file of its own, so that nothing is
-    ever written into a file that `trained` shares.
+    Links keep the weights on the disk once. README.md is a file of its own: nothing may be written into a file that
+    `trained` shares.
     """
     for path in sorted(trained.rglob("*")):
         target = folder / path.relative_to(trained)
@@ -71,7 +71,7 @@ def text(results: Results) -> str:
 
 
 def samples(results: Results) -> list[dict[str, Any]]:
-    """For each prompt: {prompt, texts: [(column, what that model made of it)]}."""
+    """For each prompt: {prompt, texts: [(column, the continuation by that model)]}."""
     columns = list(zip(summary.MODELS, summary.titles(results.evaluation), strict=True))
     return [
         {"prompt": entry["prompt"], "texts": [(title, entry[key]) for key, title in columns]}
@@ -80,7 +80,7 @@ def samples(results: Results) -> list[dict[str, Any]]:
 
 
 def domain(results: Results, name: str) -> dict[str, str]:
-    """A row of the card's table: what training read of a domain, and under which licence."""
+    """A row of the card's table: the tokens that training read of a domain, and its licence."""
     entry, ran = results.corpus_metrics["domains"][name], results.pretrain
     return {
         "name": name,
@@ -93,7 +93,7 @@ def domain(results: Results, name: str) -> dict[str, str]:
 
 
 def shape(results: Results) -> str:
-    """How the experts came about, and what a token passes, in a sentence each."""
+    """One sentence on how the experts were made, one on what is active for a token."""
     partition, model = results.pipeline.partition, results.pipeline.model
     sparse, layers = counts.experts(results.config), results.config["num_hidden_layers"]
     sizes = results.evaluation["trained"]["parameters"]
@@ -106,24 +106,24 @@ def shape(results: Results) -> str:
     if partition.method == "copy":
         made = f"is copied, whole or in slices, into {routed}"
     elif partition.may_overlap:
-        made = f"gives its neurons to {routed}, which may share some"
+        made = f"is divided into {routed}, which may share neurons"
     else:
-        made = f"is cut into {routed}"
+        made = f"is split into {routed}"
     if partition.shared_experts:
         made += f" beside {partition.shared_experts} shared ones"
     return (
-        f"{where} {made} (method {partition.method}). A token passes {sparse['top_k']} of the routed ones, "
+        f"{where} {made} (method {partition.method}). Each token uses {sparse['top_k']} of the routed experts, and "
         f"{summary.count(sizes['active'])} of {summary.count(sizes['total'])} parameters "
         f"({results.config['architectures'][0]})."
     )
 
 
 def printable(text: str) -> str:
-    """What a model wrote, with line feeds for every line break and a mark for what no screen shows."""
+    """A model's text with line feeds for all line breaks and U+FFFD for unprintable characters."""
     lines = text.splitlines()
     return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(4)) for line in lines)
 
 
 def _code(text: str) -> str:
-    """An indented block of Markdown: nothing in it is markup, whatever a model wrote."""
+    """An indented code block of Markdown, in which nothing is markup."""
     return "\n".join(f"    {line}" for line in printable(text).split("\n"))

@@ -1,4 +1,4 @@
-"""The report's corpus section: domains, what was dropped from each and why, and two charts."""
+"""The report's corpus section: domains, dropped records by rule, and two charts."""
 
 from __future__ import annotations
 
@@ -69,22 +69,22 @@ def figures(results: Results) -> list[dict[str, Any]]:
         {
             "title": "Tokens per domain",
             "chart": Markup(charts.bars(tokens, label="tokens; 1k = 1,000")),
-            "caption": "Before the domain weights, which say how much of each a training batch holds.",
+            "caption": "Before domain weights, which set the share of each domain in a training batch.",
         },
         {
             "title": "Document lengths",
             "chart": Markup(charts.histograms(results.lengths, label="tokens per document; 1k = 1,024")),
-            "caption": "A bar covers lengths from a power of two up to the next; its height is the share of the "
-            "domain's documents, on one scale for all domains.",
+            "caption": "A bar covers lengths from one power of two to the next. Its height is the share of the "
+            "domain's documents, on the same scale for all domains.",
         },
     ]
 
 
-def encoder(found: dict[str, Any]) -> str:
-    """Which tokenizer implementation made the ids, and how it was checked."""
+def encoder(made: dict[str, Any]) -> str:
+    """Names the tokenizer implementation that made the ids, and how it was checked."""
     return (
-        f"Tokenised by {found['backend']}, compared with the reference tokenizer on {found['probed']:,} probes and "
-        f"{found['sampled']:,} documents of the corpus."
+        f"Tokenised by {made['backend']}, compared with the reference tokenizer on {made['probed']:,} probes and "
+        f"{made['sampled']:,} documents of the corpus."
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's experts section: how well each layer was rebuilt, how evenly it routes, and who routes where."""
+"""The report's experts section: reconstruction error, balance and specialisation of each layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.evaluate import summary
 from tasks.evaluate.report import charts
 from tasks.evaluate.report.results import Results
 
-HEAT_TOP = 3.0  # times the even share at which the heat map's colour is full
+HEAT_TOP = 3.0  # multiple of the even share with the strongest colour
 
 
 def section(results: Results) -> dict[str, Any]:
@@ -19,9 +19,7 @@ def section(results: Results) -> dict[str, Any]:
         "note": summary.routing(results.evaluation),
         "heat_maps": heat_maps(results),
         "figures": [*busiest(results), *reconstruction(results), *specialisation(results)],
-        "error": ""
-        if results.partition["layer_error"]
-        else "No error per layer: the experts were made without reading text.",
+        "error": "" if results.partition["layer_error"] else "No error per layer: the method reads no text.",
     }
 
 
@@ -29,29 +27,29 @@ def heat_maps(results: Results) -> list[dict[str, Any]]:
     """Expert load per layer, before and after training; none without sparse layers."""
     import numpy as np
 
-    found = []
-    for key, title in _moments(results):
+    maps = []
+    for key, title in _sparse_models(results):
         figures = results.evaluation["routing"][key]
         load_LE = np.sum([np.asarray(load) for load in results.routing[key].values()], axis=0)
         share_LE = np.sort(load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12), axis=1)[:, ::-1]
         chart = charts.heat_map(share_LE.tolist(), top=HEAT_TOP, label=f"expert load per layer, {title}")
-        found.append(
+        maps.append(
             {
                 "title": title.capitalize(),
                 "chart": Markup(chart),
                 "top": f"{HEAT_TOP:g}",
                 "caption": f"{load_LE.shape[0]} sparse layers × {load_LE.shape[1]} experts. The busiest expert of a "
                 f"layer gets {figures['peak']:.1f} times the even share on average; {figures['unused']:.1%} of the "
-                "experts got no token.",
+                "experts get no token.",
             }
         )
-    return found
+    return maps
 
 
 def busiest(results: Results) -> list[dict[str, Any]]:
     """The load of each layer's top_k busiest experts."""
     curves, limit = {}, 0.0
-    for key, title in _moments(results):
+    for key, title in _sparse_models(results):
         figures = results.evaluation["routing"][key]
         layers, limit = figures["layers"], figures["limit"]
         curves[title] = list(zip(layers["layer"], layers["busiest"], strict=True))
@@ -60,8 +58,8 @@ def busiest(results: Results) -> list[dict[str, Any]]:
     top_k, title = results.evaluation["routing"]["top_k"], "after training"
     chart = charts.lines(curves, x_label="layer", y_label="share of the load", zero=True, levels={title: limit})
     caption = (
-        f"What the {top_k} busiest experts of each layer take; 1: the router always chooses the same {top_k}. "
-        f"Dashed: {limit:.2f}, above which a layer counts as collapsed (half-way from an even load to 1)."
+        f"Share of the load on the {top_k} busiest experts of each layer. At 1 the router always chooses the same "
+        f"{top_k}. Dashed: {limit:.2f}, half-way from an even load to 1; a layer above it counts as collapsed."
     )
     return [{"title": f"Load of the {top_k} busiest experts", "chart": Markup(chart), "caption": caption}]
 
@@ -74,8 +72,9 @@ def reconstruction(results: Results) -> list[dict[str, Any]]:
     chart = charts.lines({"error": sorted(points)}, x_label="layer", y_label="share of the output lost", zero=True)
     worst, error = max(points, key=lambda point: point[1])
     caption = (
-        "Squared difference between the dense FFN's output and its experts', over the squared output of the dense "
-        f"FFN, on calibration text that passed the converted layers below. Largest: {error:.1%} in layer {worst:.0f}."
+        "Squared difference between the outputs of the dense FFN and of its experts, divided by the squared output of "
+        "the dense FFN, on calibration text that went through the converted layers below. "
+        f"Largest: {error:.1%} in layer {worst:.0f}."
     )
     return [
         {
@@ -90,8 +89,8 @@ def specialisation(results: Results) -> list[dict[str, Any]]:
     """Total variation distance between a domain's routing and that of all domains, per layer; none for one domain."""
     import numpy as np
 
-    found = []
-    for key, title in _moments(results):
+    shown = []
+    for key, title in _sparse_models(results):
         loads = {domain: np.asarray(load, dtype=float) for domain, load in results.routing[key].items()}
         if len(loads) < 2:
             return []
@@ -104,14 +103,14 @@ def specialisation(results: Results) -> list[dict[str, Any]]:
         }
         chart = charts.lines(curves, x_label="layer", y_label="distance from the mean routing", zero=True)
         caption = (
-            "The share of a domain's routed tokens that would have to move to other experts to spread like the "
-            "average domain's (total variation distance)."
+            "Total variation distance: the share of a domain's routed tokens that would have to change experts to "
+            "match the routing of the average domain."
         )
-        found.append({"title": f"Specialisation {title}", "chart": Markup(chart), "caption": caption})
-    return found
+        shown.append({"title": f"Specialisation {title}", "chart": Markup(chart), "caption": caption})
+    return shown
 
 
-def _moments(results: Results) -> list[tuple[str, str]]:
+def _sparse_models(results: Results) -> list[tuple[str, str]]:
     """(key in evaluation.json, title) of the models whose routing is known."""
     pairs = list(zip(summary.MODELS, summary.titles(results.evaluation), strict=True))[1:]
     return [(key, title) for key, title in pairs if results.evaluation["routing"][key]]

@@ -1,4 +1,4 @@
-"""The model card's front matter, in the Hub's own terms: ids of licences, models and datasets, or nothing."""
+"""The model card's front matter, with the Hub's ids of licences, models and datasets."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def front_matter(results: Results) -> str:
 
 
 def licence(text: str, *, file: str | None) -> dict[str, Any]:
-    """The Hub's id of a licence; for one that it doesn't know `other`, its name, and its file in the checkpoint."""
+    """The Hub's id of a licence; if it has none, `other` with the name and the file in the checkpoint."""
     name = re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")
     if match := _LLAMA.fullmatch(text.lower().strip()):
         name = f"llama{match[1]}"
     known = {name, name.removesuffix("-only").removesuffix("-or-later"), re.sub(r"^(odc-by|odbl)-1\.0$", r"\1", name)}
-    if found := known & LICENCES:
-        return {"license": min(found)}
+    if ids := known & LICENCES:
+        return {"license": min(ids)}
     return {"license": "other", "license_name": name} | ({"license_link": file} if file else {})
 
 
 def base_model(results: Results) -> str | None:
-    """The Hub's id of the dense parent, of its source or `hub_id` in pipelines.yaml; None without."""
+    """The Hub's id of the dense parent, from its source or from `hub_id` in pipelines.yaml; None if it has none."""
     if results.model.source.startswith("hub:"):
         return results.model.source.removeprefix("hub:").partition("@")[0]
     return results.model.hub_id
 
 
 def datasets(results: Results) -> list[str]:
-    """Ids of the domains' sources that are datasets of the Hub; what comes from elsewhere has none."""
+    """The Hub's ids of the datasets that the domains come from; other sources are left out."""
     matches = [_DATASET.fullmatch(domain.source) for domain in results.corpus.domains.values()]
     return list(dict.fromkeys(match[1] for match in matches if match))

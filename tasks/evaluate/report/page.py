@@ -1,4 +1,4 @@
-"""The report page: what each figure of report.html.j2 says, from the results of a pipeline."""
+"""Fills the report page, report.html.j2, from the results of a pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def render(results: Results) -> str:
 
 
 def code(text: str) -> Markup:
-    """Text in which `backticks` stand for code, as markup."""
+    """Markup of a text whose `backticks` mark code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -86,7 +86,7 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
     dense, split, trained = (evaluation[key] for key in summary.MODELS)
     sizes = trained["parameters"]
     ratio = [model["perplexity"]["mean"] / dense["perplexity"]["mean"] for model in (split, trained)]
-    found = [
+    shown = [
         {
             "label": "Bits per byte after training",
             "value": f"{trained['bits_per_byte']['mean']:.3f}",
@@ -99,31 +99,31 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
             "note": f"{ratio[0]:.2f}× right after {summary.conversion(evaluation)}",
         },
         {
-            "label": "Parameters a token passes",
+            "label": "Active parameters",
             "value": f"{sizes['active'] / sizes['total']:.0%}",
             "note": f"{summary.count(sizes['active'])} of {summary.count(sizes['total'])}; forward FLOPs "
             f"{trained['flops_per_token'] / dense['flops_per_token']:.0%} of the dense parent's",
         },
     ]
     if rows := summary.speeds(evaluation):
-        shown = [(label.partition(": ")[2], values) for label, values in rows if ", forward:" in label]
+        forward = [(label.partition(": ")[2], values) for label, values in rows if ", forward:" in label]
         tile = {
-            "label": f"Tokens/s, forward, {shown[0][0]}",
-            "value": shown[0][1][2],
+            "label": f"Tokens/s, forward, {forward[0][0]}",
+            "value": forward[0][1][2],
             "note": "; ".join(
-                [f"dense parent {shown[0][1][0]}", *(f"{name} {values[2]}" for name, values in shown[1:])]
+                [f"dense parent {forward[0][1][0]}", *(f"{name} {values[2]}" for name, values in forward[1:])]
             ),
         }
-        found.append(tile)
+        shown.append(tile)
     if "recovery" in evaluation:
         share = {
-            "label": "Loss won back by training",
+            "label": "Loss recovered by training",
             "value": f"{evaluation['recovery']:.0%}",
             "note": f"of the {split['loss']['mean'] - dense['loss']['mean']:.3f} nats/token that "
-            f"{summary.conversion(evaluation)} cost",
+            f"{summary.conversion(evaluation)} added",
         }
-        found.insert(1, share)
-    return found
+        shown.insert(1, share)
+    return shown
 
 
 def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def mixture(results: Results) -> str:
-    """How the starting weights came about."""
+    """The method of the starting weights, and the reference losses if there are any."""
     references = results.mixture.get("evidence", {}).get("reference_losses") or {}
     text = f"Starting weights by method {results.mixture['method']}."
     if references:
@@ -181,7 +181,7 @@ def mixture(results: Results) -> str:
 
 
 def licences(results: Results) -> list[dict[str, str]]:
-    """Model and local tasks with their licences and sources; those of the domains stand in the corpus section."""
+    """Licences and sources of the model and the tasks; the corpus section has those of the domains."""
     rows = [{"what": results.pipeline.model, "license": results.model.license, "source": results.model.source}]
     rows += [
         {"what": f"task: {task.name}", "license": task.license or "as on the hub", "source": task.source or "hub"}
@@ -191,10 +191,10 @@ def licences(results: Results) -> list[dict[str, str]]:
 
 
 def times(results: Results) -> list[tuple[str, str]]:
-    """How long each stage took, as its own metrics file says."""
+    """The time of each stage, from its metrics file."""
     domains = results.corpus_metrics["domains"].values()
     seconds = {
-        "corpus, all processes together": sum(domain["seconds"] for domain in domains),
+        "corpus, sum over processes": sum(domain["seconds"] for domain in domains),
         "mixture": results.mixture_seconds,
         "partition": sum(results.partition["seconds"].values()),
         "pretrain": results.pretrain["seconds"],
@@ -213,17 +213,17 @@ def duration(seconds: float) -> str:
 
 def versions(results: Results) -> list[tuple[str, str]]:
     """Interpreter, packages, code and machine."""
-    found = [("Python", platform.python_version())]
+    rows = [("Python", platform.python_version())]
     for package in PACKAGES:
         try:
-            found.append((package, metadata.version(package)))
+            rows.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
-            found.append((package, "not installed as a package"))
-    found.append(("code (git)", code_version()))
+            rows.append((package, "not installed as a package"))
+    rows.append(("code (git)", code_version()))
     machine = results.evaluation["machine"]
-    found.append(("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"))
-    found.append(("evaluated on", machine.get("gpu", machine["device"])))
-    return found
+    rows.append(("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"))
+    rows.append(("evaluated on", machine.get("gpu", machine["device"])))
+    return rows
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Everything a finished pipeline left in runs/ that its report needs, read once."""
+"""Reads the files of a finished pipeline that its report needs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Results:
     """Norm of the gradient before it is clipped."""
     validation: dict[str, Points]
     weights: dict[str, Points]
-    """Domain weights during training; empty where they stood still."""
+    """Domain weights during training; empty if they never changed."""
     references: dict[str, float]
-    """Losses of the dense parent on the windows of `validation`; empty where it wasn't judged on them."""
+    """Losses of the dense parent on the windows of `validation`; empty if it was not evaluated on them."""
     events: list[dict[str, Any]]
-    """What training reported: step, what, message."""
+    """Events that training reported: step, what, message."""
     lengths: dict[str, dict[int, int]]
     """{domain: {k: documents of 2^k to 2^(k+1) - 1 tokens}}."""
 
@@ -58,7 +58,7 @@ def read(name: str) -> Results:
 
     def load(path: Path, stage: str, parse: Callable[[str], Any] = json.loads) -> Any:
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: not there; the {stage} stage writes it: `moeforge run {name}`")
+            raise FileNotFoundError(f"{path} does not exist; the {stage} stage writes it: `moeforge run {name}`")
         return parse(path.read_text())
 
     corpora = Path("data/corpora")

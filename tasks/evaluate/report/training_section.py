@@ -1,4 +1,4 @@
-"""The report's training section: what was trained, its curves, how much of the gap it closed, what it reported."""
+"""The report's training section: a summary, curves, the gap to the dense parent, and events."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ EVENTS = 40  # rows of the table of what training reported
 
 def section(results: Results) -> dict[str, Any]:
     """The template's variables."""
-    return {"what": what(results), "figures": figures(results), "gap": gap(results), "events": events(results)}
+    return {"summary": summary(results), "figures": figures(results), "gap": gap(results), "events": events(results)}
 
 
-def what(results: Results) -> str:
-    """What was trained and how fast, in two sentences."""
+def summary(results: Results) -> str:
+    """The settings and the speed of training, in two sentences."""
     knobs, ran = results.pipeline.pretrain, results.pretrain
     decay = {"cosine": "cosine decay", "wsd": "a decay at the end (WSD)", "linear": "linear decay"}
-    trained = [] if knobs.train == "all" else [f"trained: {', then '.join(what for _, what in knobs.phases)}"]
+    trained = [] if knobs.train == "all" else [f"trained: {', then '.join(part for _, part in knobs.phases)}"]
     balance = (
         [f"balance `{knobs.balance.loss}` × {knobs.balance.coefficient:g}"] if knobs.balance.loss != "none" else []
     )
@@ -47,11 +47,11 @@ def figures(results: Results) -> list[dict[str, Any]]:
     domains = [series for series in results.validation if series != "mean"]
     curves = {domain: results.validation[domain] for domain in domains} | {"training batches": results.loss}
     caption = (
-        f"Validation loss per domain on {results.pipeline.pretrain.eval_windows} windows each, as training measured "
-        "it, and the loss of the training batches (whose domains differ from batch to batch)."
+        f"Validation loss on {results.pipeline.pretrain.eval_windows} windows per domain, and the loss of the "
+        "training batches, whose domains vary."
     )
     if results.references:
-        caption += " Dashed: the dense parent's on the same windows."
+        caption += " Dashed: the dense parent on the same windows."
     chart = charts.lines(
         curves,
         x_label="training tokens",
@@ -59,7 +59,7 @@ def figures(results: Results) -> list[dict[str, Any]]:
         faint="training batches",
         levels=results.references,
     )
-    found = [{"title": "Loss", "chart": Markup(chart), "caption": caption}]
+    charts_shown = [{"title": "Loss", "chart": Markup(chart), "caption": caption}]
     knobs = results.pipeline.pretrain
     own = ", ".join(f"{part} {rate:g}" for part, rate in knobs.learning_rates.items())
     of_steps = (
@@ -67,26 +67,26 @@ def figures(results: Results) -> list[dict[str, Any]]:
             "Learning rate",
             "learning rate",
             results.rate,
-            f"Peaks of their own, on the same curve: {own}." if own else "",
+            f"Parts with other peaks, on the same curve: {own}." if own else "",
         ),
-        ("Gradient norm", "norm before clipping", results.gradient, f"Steps above {knobs.clip:g} are clipped to it."),
+        ("Gradient norm", "norm before clipping", results.gradient, f"Larger norms are clipped to {knobs.clip:g}."),
     )
     for title, y_label, points, caption in of_steps:
         if chart := charts.lines({title.lower(): points}, x_label="training tokens", y_label=y_label, zero=True):
-            found.append({"title": title, "chart": Markup(chart), "caption": caption})
+            charts_shown.append({"title": title, "chart": Markup(chart), "caption": caption})
     if results.weights:
         ordered = {domain: results.weights[domain] for domain in domains if domain in results.weights}
         chart = charts.lines(ordered, x_label="training tokens", y_label="share of the batches", zero=True)
-        caption = "Dynamic batch loading: domains above their reference loss gain weight."
-        found.append({"title": "Domain weights", "chart": Markup(chart), "caption": caption})
-    return found
+        caption = "Dynamic batch loading: a domain above its reference loss gains weight."
+        charts_shown.append({"title": "Domain weights", "chart": Markup(chart), "caption": caption})
+    return charts_shown
 
 
 def gap(results: Results) -> list[tuple[str, list[str]]]:
-    """How much of what the split lost training won back, per domain: (domain, [split, trained, dense, share]).
+    """The share of the loss added by the split that training recovered: (domain, [split, trained, dense, share]).
 
-    (split - trained) / (split - dense) on the windows of the evaluation, whose mean is the `recovery` of
-    evaluation.json. A domain in which the split lost nothing has no gap; without recovery there is no table.
+    (split - trained) / (split - dense) on the windows of the evaluation; its mean is `recovery` in evaluation.json. A
+    domain in which the split added no loss has no share; without `recovery` there is no table.
     """
     evaluation = results.evaluation
     if "recovery" not in evaluation:
@@ -100,8 +100,8 @@ def gap(results: Results) -> list[tuple[str, list[str]]]:
 
 
 def events(results: Results) -> list[dict[str, Any]]:
-    """What training reported, the first EVENTS of it."""
+    """The first EVENTS events that training reported."""
     shown = [{"step": event["step"], "message": event["message"]} for event in results.events[:EVENTS]]
     if (more := len(results.events) - len(shown)) > 0:
-        shown.append({"step": "", "message": f"and {more:,} more, in training/log.jsonl"})
+        shown.append({"step": "", "message": f"{more:,} more in training/log.jsonl"})
     return shown

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,7 +26,7 @@ VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):
-    """Collects text and attributes, and fails on a tag that is closed out of turn."""
+    """Collects text and attributes, and fails on tags that are not nested."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -91,16 +91,16 @@ def test_text_from_the_files_is_escaped(finished: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in html
 
 
-def test_weights_that_stood_still_get_no_chart(finished: Path) -> None:
+def test_weights_that_never_change_get_no_chart(finished: Path) -> None:
     log = Path("runs/demo/training/log.jsonl")
     records = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "weights"}) + "\n" for r in records))
     html = page.render(results_module.read("demo"))
     assert "Domain weights" not in html
-    assert "Validation loss per domain" in html
+    assert "Validation loss on" in html
 
 
-def test_what_training_won_back_is_one_number_per_domain_and_everywhere_the_same(finished: Path) -> None:
+def test_the_recovered_loss_is_one_number_per_domain_and_the_same_everywhere(finished: Path) -> None:
     path = Path("runs/demo/evaluation.json")
     evaluation = json.loads(path.read_text())
     evaluation["split"]["loss"]["code"] = evaluation["dense"]["loss"]["code"]  # the split lost nothing here
@@ -108,24 +108,24 @@ def test_what_training_won_back_is_one_number_per_domain_and_everywhere_the_same
         evaluation["split"]["loss"]["legal"] + 0.074
     )  # and training made this worse
     path.write_text(json.dumps(evaluation))
-    found = results_module.read("demo")
-    share = f"{found.evaluation['recovery']:.0%}"
+    contents = results_module.read("demo")
+    share = f"{contents.evaluation['recovery']:.0%}"
     assert share == "34%"
-    html = page.render(found)
+    html = page.render(contents)
     text = " ".join(re.sub("<[^>]*>", " ", html.split("Gap closed")[1].split("<h2>")[0]).split())
     assert re.search(r"books [\d.]+ [\d.]+ [\d.]+ 34%", text)
     assert re.search(r"code [\d.]+ [\d.]+ [\d.]+ – ", text)
     assert re.search(r"legal [\d.]+ [\d.]+ [\d.]+ −10%", text)
-    said = set(
-        re.findall(r"(?:Training won back|mean [\d.]+ [\d.]+ [\d.]+) (\d+%)", " ".join(Page(html).text.split()))
-    )
-    said |= set(re.findall(r"won back (\d+%)", card.text(found)))
-    assert said == {share}
+    pattern = r"(?:Training recovered|mean [\d.]+ [\d.]+ [\d.]+) (\d+%)"
+    stated = re.findall(pattern, " ".join(re.sub("<[^>]*>", " ", html).split()))
+    stated += re.findall(r"recovered (\d+%)", card.text(contents))
+    assert len(stated) == 3
+    assert set(stated) == {share}
     assert "moving domain weights" in html
-    for name in found.corpus.domains:
-        start, end = found.mixture["weights"][name], found.pretrain["final_weights"][name]
+    for name in contents.corpus.domains:
+        start, end = contents.mixture["weights"][name], contents.pretrain["final_weights"][name]
         assert f"{start:.3f} → {end:.3f}" in html
-        assert f"| {start:.3f} → {end:.3f} |" in card.text(found)
+        assert f"| {start:.3f} → {end:.3f} |" in card.text(contents)
 
 
 def test_training_lists_what_it_reported_and_draws_the_parents_losses(results: Results) -> None:
@@ -134,7 +134,7 @@ def test_training_lists_what_it_reported_and_draws_the_parents_losses(results: R
     assert html.count('<path class="level s') == len(results.corpus.domains) + 1  # and the limit of the routing
     assert "Dashed: the dense parent" in html
     many = dataclasses.replace(results, events=results.events * 100)
-    assert training_section.events(many)[-1] == {"step": "", "message": "and 60 more, in training/log.jsonl"}
+    assert training_section.events(many)[-1] == {"step": "", "message": "60 more in training/log.jsonl"}
 
 
 def test_a_run_without_references_or_events_shows_neither(finished: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_run_without_references_or_events_shows_neither(finished: Path) -> Non
 def test_the_sentence_on_training_names_what_was_trained_and_how(results: Results) -> None:
     settings = results.pipeline.pretrain.model_copy(update={"schedule": "wsd", "train": "router", "dynamic": None})
     pipeline = results.pipeline.model_copy(update={"pretrain": settings})
-    sentence = training_section.what(dataclasses.replace(results, pipeline=pipeline))
+    sentence = training_section.summary(dataclasses.replace(results, pipeline=pipeline))
     assert "with a decay at the end (WSD)" in sentence
     assert "fixed domain weights, trained: router, balance `switch`" in sentence
     assert "187 tokens/s, 31% MFU on active parameters, 5.0 minutes" in sentence
@@ -170,12 +170,12 @@ def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finish
     path.write_text(json.dumps(evaluation))
     text = Page(page.render(results_module.read("demo"))).text
     assert "hellaswag_100" not in text.split("Other sources and licences")[0]
-    assert "won back" not in text
+    assert "recovered" not in text
 
 
 def test_a_missing_file_is_named_with_what_writes_it(finished: Path) -> None:
     Path("runs/demo/validation.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"runs/demo/validation\.csv: not there; the pretrain stage"):
+    with pytest.raises(FileNotFoundError, match=r"runs/demo/validation\.csv does not exist; the pretrain stage"):
         results_module.read("demo")
 
 
@@ -260,17 +260,17 @@ def test_the_card_counts_the_tokens_that_were_trained_on(results: Results) -> No
 @pytest.mark.parametrize(
     ("partition", "config", "words"),
     [
-        ({}, {}, "Each FFN of smollm2-135m-q4 is cut into 96 routed experts of 12 neurons beside 48 shared ones"),
+        ({}, {}, "Each FFN of smollm2-135m-q4 is split into 96 routed experts of 12 neurons beside 48 shared ones"),
         ({"method": "copy", "shared_experts": 0}, {}, "is copied, whole or in slices, into 96 routed experts"),
         (
             {"method": "moebert", "shared_experts": 0},
             {},
-            "gives its neurons to 96 routed experts of 12 neurons, which",
+            "is divided into 96 routed experts of 12 neurons, which may share neurons",
         ),
         (
             {"method": "random", "shared_experts": 0},
             {"model_type": "qwen3_moe", "num_experts": 96, "moe_intermediate_size": 12, "mlp_only_layers": [0, 2]},
-            "Each FFN of smollm2-135m-q4 in 28 of its 30 layers is cut into 96 routed experts of 12 neurons (method",
+            "Each FFN of smollm2-135m-q4 in 28 of its 30 layers is split into 96 routed experts of 12 neurons (method",
         ),
     ],
 )
@@ -288,17 +288,18 @@ def test_the_words_follow_the_method(
         assert ("after copying" in text) == (knobs.method == "copy")
 
 
-def test_chance_is_computed_and_only_scores_that_may_be_a_guess_are_called_so(results: Results) -> None:
+def test_only_scores_within_two_errors_of_random_guessing_are_listed_as_such(results: Results) -> None:
     # 0.25 ± 0.0433: up to 0.3366 may be a guess
-    said = summary.chance(results.evaluation)
-    assert said.startswith("hellaswag_100: a blind guess scores 0.250 ± 0.043; cannot be told from it: ")
-    assert "acc 0.320 (dense parent)" in said
-    assert "acc_norm 0.390" not in said
-    assert "acc_norm 0.316 (after the split)" in said
+    sentence = summary.chance(results.evaluation)
+    start = "hellaswag_100: random guessing scores 0.250 ± 0.043; within two standard errors of it: "
+    assert sentence.startswith(start)
+    assert "acc 0.320 (dense parent)" in sentence
+    assert "acc_norm 0.390" not in sentence
+    assert "acc_norm 0.316 (after the split)" in sentence
     evaluation = json.loads(json.dumps(results.evaluation))
     for key in summary.MODELS:
         evaluation[key]["tasks"]["hellaswag_100"].update(acc=0.62, acc_norm=0.05)
-    assert summary.chance(evaluation).endswith("; every score is more than two errors off.")
+    assert summary.chance(evaluation).endswith("; no score is within two of its errors.")
     for key in summary.MODELS:
         del evaluation[key]["tasks"]["hellaswag_100"]["chance"]
     assert summary.chance(evaluation) == ""
@@ -316,7 +317,7 @@ def test_speeds_name_the_engine_and_what_the_user_gets_stands_beside_ours(result
         "tokens/s, decode: stock transformers (grouped_mm)": ["20", "6", "6"],
     }
     basis = summary.speed_basis(results.evaluation)
-    for label in ("float32", "AMD EPYC, 2 of 2 cores used", "4 windows of 512 tokens a batch", "one sequence"):
+    for label in ("float32", "AMD EPYC, 2 of 2 cores used", "batches of 4 windows of 512 tokens", "one sequence"):
         assert label in basis
 
 
@@ -324,7 +325,7 @@ def test_experts_that_the_default_cannot_run_are_said_to_need_another_implementa
     assert "experts_implementation='eager'" not in summary.speed_basis(results.evaluation)
     evaluation = json.loads(json.dumps(results.evaluation))
     evaluation["trained"]["speed"]["eager"] = evaluation["trained"]["speed"].pop("grouped_mm")
-    assert "load with experts_implementation='eager'" in summary.speed_basis(evaluation)
+    assert "load the model with experts_implementation='eager'" in summary.speed_basis(evaluation)
 
 
 def test_a_collapsed_layer_is_named_with_a_warning_everywhere(finished: Path) -> None:
@@ -340,20 +341,13 @@ def test_a_collapsed_layer_is_named_with_a_warning_everywhere(finished: Path) ->
     evaluation["routing"]["trained"] = routing_balance.balance(loads, layers=range(30), top_k=32)
     path.write_text(json.dumps(evaluation))
     assert np.isclose(evaluation["routing"]["trained"]["worst"]["busiest"], 29 / 32, atol=1e-4)
-    found = results_module.read("demo")
+    contents = results_module.read("demo")
     warning = (
         "Warning: collapsed routing in 1 of 30 sparse layers (limit: 67% of the load on the 32 busiest). Most uneven "
-        "routing: layer 11, where 32 of 96 experts take 91% of the load (even: 33%; always the same 32: 100%), and 4 "
-        "get no token."
+        "routing: layer 11, where 32 of 96 experts take 91% of the load (if even, 33%; if always the same 32, 100%) "
+        "and 4 get no token."
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks.evaluate.summary", "demo"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-    )
-    for text in (Page(page.render(found)).text, card.text(found), done.stdout):
+    for text in (Page(page.render(contents)).text, card.text(contents)):
         assert warning in " ".join(text.split())
     assert summary.notes(evaluation)[0] == warning
 
@@ -373,12 +367,12 @@ def test_the_page_draws_errors_rates_and_gradients_and_says_how_long_each_stage_
         assert f"<figure><h3>{title}" in html
     text = " ".join(re.sub("<[^>]*>", " ", html).split())
     assert "Largest: 7.9% in layer 29." in text
-    assert "Peaks of their own, on the same curve: router 4e-07." in text
+    assert "Parts with other peaks, on the same curve: router 4e-07." in text
     assert (
-        "corpus, all processes together 30.0 s mixture 12.3 s partition 3.4 minutes pretrain 5.0 minutes "
+        "corpus, sum over processes 30.0 s mixture 12.3 s partition 3.4 minutes pretrain 5.0 minutes "
         "evaluate 1.6 minutes" in text
     )
-    assert re.search(r"nats/token, paired by window: \+0\.\d+ ± 0\.\d+ against the dense parent; −0\.\d+ ±", text)
+    assert re.search(r"paired by window: \+0\.\d+ ± 0\.\d+ compared with the dense parent, −0\.\d+ ±", text)
 
 
 def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(finished: Path) -> None:
@@ -393,12 +387,12 @@ def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(fin
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     partition = json.loads((run / "partition.json").read_text()) | {"layer_error": {}}
     (run / "partition.json").write_text(json.dumps(partition))
-    found = results_module.read("demo")
-    text = " ".join(Page(page.render(found)).text.split())
-    assert "No error per layer: the experts were made without reading text." in text
+    contents = results_module.read("demo")
+    text = " ".join(Page(page.render(contents)).text.split())
+    assert "No error per layer: the method reads no text." in text
     assert "Specialisation" not in text
     assert "layer 7, where 32 of 96" in text
-    assert "layer 7, where 32 of 96" in card.text(found)
+    assert "layer 7, where 32 of 96" in card.text(contents)
 
 
 def test_a_model_that_stayed_dense_gives_a_page_and_a_card(finished: Path) -> None:
@@ -411,8 +405,8 @@ def test_a_model_that_stayed_dense_gives_a_page_and_a_card(finished: Path) -> No
     (run / "routing.json").write_text(json.dumps({"split": {}, "trained": {}}))
     dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30}
     (run / "trained" / "config.json").write_text(json.dumps(dense))
-    found = results_module.read("demo")
-    for text in (Page(page.render(found)).text, card.text(found)):
+    contents = results_module.read("demo")
+    for text in (Page(page.render(contents)).text, card.text(contents)):
         assert "All 30 layers of smollm2-135m-q4 stay dense (LlamaForCausalLM)." in " ".join(text.split())
         assert "moe_kernels" not in text
         assert "routing" not in text
@@ -420,19 +414,48 @@ def test_a_model_that_stayed_dense_gives_a_page_and_a_card(finished: Path) -> No
 
 def test_the_table_for_the_terminal_needs_no_heavy_import(finished: Path) -> None:
     code = (
-        "import sys; from tasks.evaluate import summary; from rich.console import Console; "
-        "Console(width=120).print(summary.table('demo')); "
+        "import runpy, sys; sys.argv = ['summary', 'demo']\n"
+        "try: runpy.run_module('tasks.evaluate.summary', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'lm_eval', 'numpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "0.390 ± 0.049" in done.stdout
     assert "32 test windows of 512 tokens" in done.stdout
 
 
-def test_a_table_before_the_evaluation_says_how_to_get_one(finished: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`moeforge run other` writes it"):
-        summary.read("other")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: None, "runs/demo/evaluation.json does not exist; `moeforge run demo` writes it"),
+        (lambda text: text[:-9], "runs/demo/evaluation.json is not JSON ("),
+        (
+            lambda text: text.replace('"bits_per_byte"', '"bpb"'),
+            "runs/demo/evaluation.json lacks the key 'bits_per_byte'",
+        ),
+    ],
+    ids=["missing", "cut", "another version's"],
+)
+def test_without_a_whole_evaluation_the_table_is_one_line_with_the_file_and_the_fix(
+    finished: Path,
+    change: Callable[[str], str | None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path("runs/demo/evaluation.json")
+    changed = change(path.read_text())
+    path.unlink()
+    if changed is not None:
+        path.write_text(changed)
+    monkeypatch.setattr(sys, "argv", ["summary", "demo"])
+    assert summary.main() == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"summary: {message}")
+    assert "`moeforge run demo` writes it" in printed
+    assert printed.count("\n") == 1
 
 
 def test_the_corpus_section_shows_each_domain_what_it_lost_and_two_charts(results: Results) -> None:
