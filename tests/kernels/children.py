@@ -1,4 +1,4 @@
-"""Runs Python in a process of its own, with this checkout's ``moe_kernels`` whether or not it is installed."""
+"""Runs Python in a process of its own, with this checkout's ``moe_kernels`` and ``bench``, installed or not."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import moe_kernels
 
 HERE = Path(__file__).parent
-KERNELS = Path(moe_kernels.__file__).parents[1]
+PATHS = [str(Path(moe_kernels.__file__).parents[1]), str(HERE.parents[1])]
 
 
 def run_python(*args: str, cwd: Path = HERE, **environment: str) -> str:
     """What it printed; fails with the end of its output unless it exits with 0. TRITON_INTERPRET isn't inherited."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(KERNELS), *filter(None, [inherited.get("PYTHONPATH")])])
+    path = os.pathsep.join([*PATHS, *filter(None, [inherited.get("PYTHONPATH")])])
     ran = subprocess.run(
         [sys.executable, *args],
         cwd=cwd,

@@ -140,7 +140,7 @@ from moe_kernels.autoep import use_in_deepspeed
 from tasks.pretrain.engine.output_recorders import keyed_by_class_name
 from transformers import MixtralConfig, MixtralForCausalLM
 
-rank, world, stage = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(sys.argv[2])
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=world)
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -155,19 +155,19 @@ def two_steps(ours):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
             "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
             "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "steps_per_print": 1 << 30,
-            "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True,
             "expert_parallel": {"enabled": True, "autoep_size": world, "preset_model": "mixtral"}})
     if ours:
         assert use_in_deepspeed(engine) == 2
-    found = {}
+    results = {}
     for step in range(2):
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
-        found[f"{step} loss"] = loss.detach().clone()
-        found |= {f"{step} {name}": safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
+        results[f"{step} loss"] = loss.detach().clone()
+        results |= {f"{step} {name}": safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
         engine.step()
     engine.destroy()
-    return found
+    return results
 
 expected, got = two_steps(False), two_steps(True)
 assert any(".experts.w3" in name for name in got), list(got)
@@ -179,13 +179,10 @@ print("agree on", len(got))
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 3)])
-def test_steps_of_a_mixtral_under_autoep_and_zero_have_the_same_losses_and_gradients(
-    world: int, stage: int, tmp_path: Path
-) -> None:
+def test_steps_of_a_mixtral_under_autoep_and_zero3_have_the_same_losses_and_gradients(tmp_path: Path) -> None:
     def rank(number: int) -> str:
-        environment = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
-        return run_python("-c", STEP, str(tmp_path / "store"), str(stage), DS_ACCELERATOR="cpu", **environment)
+        environment = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        return run_python("-c", STEP, str(tmp_path / "store"), DS_ACCELERATOR="cpu", **environment)
 
-    with ThreadPoolExecutor(world) as pool:
-        assert all("agree on" in printed for printed in pool.map(rank, range(world)))
+    with ThreadPoolExecutor(2) as pool:
+        assert all("agree on" in printed for printed in pool.map(rank, range(2)))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_kernels import config
@@ -120,7 +119,7 @@ def test_a_table_survives_writing_and_does_not_depend_on_the_order_of_its_rows(t
         ({"colour": "red"}, "row 0: fields"),
     ],
 )
-def test_a_broken_row_is_named_with_its_file_field_value_and_mend(
+def test_a_broken_row_is_named_with_its_file_field_value_and_fix(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "tiles.json"
@@ -134,15 +133,6 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
         (tmp_path / "tiles.json").write_text(text)
         with pytest.raises(ValueError, match="not a tile table"):
             config.load(tmp_path / "tiles.json")
-
-
-def test_tiles_for_a_named_card_need_no_triton() -> None:
-    run_python(
-        "-c",
-        "import sys; sys.modules['triton'] = None\n"
-        "from moe_kernels.config import tile\n"
-        "assert tile('up', rows_per_expert=1, columns=1, depth=1, itemsize=2, arch=90)",
-    )
 
 
 def test_the_key_of_a_row_is_what_the_host_code_asks_for() -> None:
