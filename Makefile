@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check versions setup clean
 
 demo: setup
 	@moeforge run demo
@@ -17,6 +17,10 @@ check: setup
 	@ruff check .
 	@ruff format --check .
 	@mypy
+
+versions: setup # the lowest and the newest versions that pyproject.toml allows; half an hour
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@python -m bench.versions
 
 setup: $(VENV)/.installed
 

@@ -31,8 +31,6 @@ PACKAGES = (
     "dvc",
     "lm-eval",
     "datasets",
-    "fastapi",
-    "sqlalchemy",
 )
 EXTRAS = {
     "fast": "without it, tokenising a corpus takes several times as long",

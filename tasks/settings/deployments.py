@@ -90,7 +90,7 @@ class Schedule(Frozen):
 
 
 class Deployment(Frozen):
-    """An entry of Prefect's; the keys are those that Prefect 3.8 reads."""
+    """An entry of Prefect's; the keys are those that Prefect 3 reads."""
 
     name: str = Field(min_length=1)
     entrypoint: str = Field(min_length=1)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from prefect.artifacts import Artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import FlowRun, StateType
 
 from tests.flows.conftest import alive, ran, until
 
@@ -44,6 +47,11 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr * code
 
+    def next_runs() -> list[FlowRun]:
+        scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+        with get_client(sync_client=True) as client:
+            return client.read_flow_runs(flow_run_filter=scheduled)
+
     with (done_toy / "pipelines.yaml").open("a") as file:
         file.write(DEPLOYMENTS)
     prefect("work-pool", "create", "local", "--type", "process")
@@ -72,6 +80,8 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
         page = Artifact.get("upcycle-toy").data
         assert f"`{done_toy}/runs/toy/report/index.html`" in page
         assert "file://" not in page
+
+        until(next_runs, seconds=60, otherwise=log.read_text)  # of the schedule
 
         (done_toy / "sleep" / "partition").touch()
         started = prefect("deployment", "run", "upcycle/toy", "--param", 'force=["partition"]')
