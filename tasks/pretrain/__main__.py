@@ -28,7 +28,7 @@ def run(pipeline: str) -> Path:
     """Train `pipeline` and return runs/<pipeline>/trained.
 
     Raises:
-        SettingsError, TrainingError, scratch.BusyError: with a message that says what mends it.
+        SettingsError, TrainingError, scratch.BusyError: with a message that says how to fix it.
     """
     entry = settings.load().pipeline(pipeline)
     root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus

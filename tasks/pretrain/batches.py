@@ -1,6 +1,6 @@
-"""The batches of a run: the corpus's sampler and loader, as the settings want them, and what a model is told of them.
+"""The batches of a run: the corpus's sampler and loader for the settings, and the model's arguments for a batch.
 
-With masked documents a window is several sequences. Stock attention is told in the two ways it knows: position ids
+With masked documents a window is several sequences. Stock attention takes that in two ways: position ids
 that start again at each document, from which transformers builds the masks of eager, SDPA and flex attention
 (`masking_utils.find_packed_sequence_indices`; only without an attention mask and a cache), and cumulative lengths,
 with which flash attention takes its variable-length path at any B (`modeling_flash_attention_utils`; from position

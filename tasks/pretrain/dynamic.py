@@ -85,16 +85,16 @@ def predict(losses: Iterable[float], *, sizes: Iterable[int], size: int, domain:
         return a / n**b + c
 
     where = f"pretrain.dynamic.references: the fit of {domain}'s losses {[*losses]} at {[*sizes]} parameters"
-    mend = "give references by domain, or `parent`, or losses of other sizes"
+    remedy = "give references by domain, or `parent`, or losses of other sizes"
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore", OptimizeWarning)  # three points leave no covariance
-            found, _ = curve_fit(f, np.array([*sizes], float), np.array([*losses]), p0=_START, maxfev=_EVALUATIONS)
-            value = float(f(float(size), *found))
+            fit, _ = curve_fit(f, np.array([*sizes], float), np.array([*losses]), p0=_START, maxfev=_EVALUATIONS)
+            value = float(f(float(size), *fit))
     except RuntimeError as error:
-        raise TrainingError(f"{where} doesn't converge; {mend}") from error
+        raise TrainingError(f"{where} doesn't converge; {remedy}") from error
     if not (math.isfinite(value) and value > 0):
-        raise TrainingError(f"{where} predicts {value:.4g} for {size} parameters, which is no loss; {mend}")
+        raise TrainingError(f"{where} predicts {value:.4g} for {size} parameters, which is no loss; {remedy}")
     return value
 
 

@@ -3,7 +3,7 @@
     python -m tasks.pretrain.export PIPELINE [--step N] [--to DIR]
 
 Reads .scratch/pretrain-<pipeline>/, or finished-<pipeline>/; writes DIR, or runs/<pipeline>/exported/step-<N>/.
-Without --step, the newest. The weights are the fp32 masters in the split model's dtype, and load with
+Without --step, the newest. The weights are the optimizer's fp32 weights in the split model's dtype, and load with
 `AutoModelForCausalLM` and none of this code.
 """
 
@@ -135,9 +135,9 @@ def write(
 
 def next_windows(loader: Loader) -> np.ndarray:
     """What training would read next: windows [B, L] of FIT_TOKENS or more."""
-    found = [loader.next().input_ids]
-    found += [loader.next().input_ids for _ in range(FIT_TOKENS // found[0].size)]
-    return np.concatenate(found)
+    windows = [loader.next().input_ids]
+    windows += [loader.next().input_ids for _ in range(FIT_TOKENS // windows[0].size)]
+    return np.concatenate(windows)
 
 
 def source_dtype(model: Path) -> str:

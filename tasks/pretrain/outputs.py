@@ -1,4 +1,4 @@
-"""What a finished run leaves: the checkpoint to judge, the log, the metrics. Only the metrics know the clock."""
+"""The results of a finished run: the checkpoint, the log, the metrics. Only the metrics depend on the clock."""
 
 from __future__ import annotations
 

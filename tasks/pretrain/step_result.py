@@ -1,4 +1,4 @@
-"""What all ranks together found in one step, exchanged in a single reduction.
+"""The losses, loads and times of one step on all ranks, exchanged in a single reduction.
 
 S slots of the global batch, of which rank r of R has r, r + R, …; L sparse layers, E experts of a layer.
 """
@@ -79,7 +79,7 @@ def collect(
     slots: int,
     process: Process,
 ) -> StepResult:
-    """Exchange what this rank found with the others; every rank must call it.
+    """Exchange the results of this rank with the others; every rank must call it.
 
     Args:
         batch: this rank's slots.
@@ -107,9 +107,9 @@ def collect(
     every = torch.cat([own.flatten(), seconds_R, load]).to(process.device)
     torch.distributed.all_reduce(every)
     table, seconds_R, load = every.cpu().split([own.numel(), len(seconds_R), len(load)])
-    domain, window, predicted, *found = table.view_as(own).numpy()
+    domain, window, predicted, *rows = table.view_as(own).numpy()
     return StepResult(
-        losses=dict(zip(["loss", *names], found, strict=True)),
+        losses=dict(zip(["loss", *names], rows, strict=True)),
         of_batches=frozenset(name for name in names if not losses[0].parts[name].ndim),
         domains=[domains[int(number)] for number in domain],
         windows=window.astype(int).tolist(),

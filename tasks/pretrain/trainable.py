@@ -37,7 +37,7 @@ def parts(model: PreTrainedModel) -> dict[str, Part]:
         TrainingError: a parameter stands in no module that is known here.
     """
     head = model.get_output_embeddings()
-    found: dict[str, Part] = {}
+    part_of: dict[str, Part] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, prefix: str, around: Part | None) -> None:
@@ -51,12 +51,12 @@ def parts(model: PreTrainedModel) -> dict[str, Part]:
                     f"{', '.join(get_args(Part))}; add its class to tasks/pretrain/trainable.py"
                 )
             seen.add(id(parameter))
-            found[prefix + name] = part
+            part_of[prefix + name] = part
         for name, child in module.named_children():
             visit(child, f"{prefix}{name}.", part)
 
     visit(model, "", None)
-    return found
+    return part_of
 
 
 def _part(module: nn.Module, *, head: nn.Module | None, around: Part | None) -> Part | None:
@@ -109,12 +109,12 @@ def groups(model: PreTrainedModel, params: Pretrain) -> list[dict[str, Any]]:
                 f"take it out (here: {', '.join(sorted(trained & set(part_of.values())))})"
             )
     tokens = model.get_input_embeddings().weight
-    found: dict[tuple[Part, bool], list[torch.Tensor]] = {}
+    members: dict[tuple[Part, bool], list[torch.Tensor]] = {}
     for name, part in part_of.items():
         if part in trained:
             parameter = by_name[name]
             decayed = parameter.ndim > 1 and part != "router" and parameter is not tokens
-            found.setdefault((part, decayed), []).append(parameter)
+            members.setdefault((part, decayed), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -124,7 +124,7 @@ def groups(model: PreTrainedModel, params: Pretrain) -> list[dict[str, Any]]:
             "lr": params.learning_rates.get(part, params.learning_rate),
             "weight_decay": params.weight_decay if decayed else 0.0,
         }
-        for (part, decayed), parameters in found.items()
+        for (part, decayed), parameters in members.items()
     ]
 
 

@@ -47,13 +47,13 @@ class Validation:
         if params.eval_windows > measured:
             if params.dynamic and params.dynamic.references == "parent":
                 raise TrainingError(_unmeasured(job, measured))
-            found = windows.validation(job.corpus, seq_len=params.seq_len, count=params.eval_windows)
-            return cls(windows=found, references=None)
-        found = windows.validation(job.corpus, seq_len=evidence["seq_len"], count=measured)
-        chosen = {domain: _spread(len(ids), params.eval_windows) for domain, ids in found.items()}
+            every = windows.validation(job.corpus, seq_len=params.seq_len, count=params.eval_windows)
+            return cls(windows=every, references=None)
+        every = windows.validation(job.corpus, seq_len=evidence["seq_len"], count=measured)
+        chosen = {domain: _spread(len(ids), params.eval_windows) for domain, ids in every.items()}
         return cls(
-            windows={domain: ids[chosen[domain]] for domain, ids in found.items()},
-            references={domain: float(np.mean([losses[domain][i] for i in chosen[domain]])) for domain in found},
+            windows={domain: ids[chosen[domain]] for domain, ids in every.items()},
+            references={domain: float(np.mean([losses[domain][i] for i in chosen[domain]])) for domain in every},
         )
 
     def measure(self, model: PreTrainedModel, *, batch: int, process: Process) -> tuple[dict[str, float], np.ndarray]:

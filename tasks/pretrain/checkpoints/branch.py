@@ -28,10 +28,12 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
         before = resume.read_inputs(sources[-1])
         named = ", ".join(text for key, text in resume.NAMES.items() if before.get(key) != inputs[key])
         raise TrainingError(f"{pipeline} cannot begin from {other}: {named} of the two are not the same")
-    found = sorted(((at, source) for source in fitting for at in store.steps(source / "checkpoints")), reverse=True)
-    some = [each for each in found if step in (None, each[0])]
+    candidates = sorted(
+        ((at, source) for source in fitting for at in store.steps(source / "checkpoints")), reverse=True
+    )
+    some = [each for each in candidates if step in (None, each[0])]
     if not some:
-        kept = ", ".join(str(at) for at, _ in reversed(found))
+        kept = ", ".join(str(at) for at, _ in reversed(candidates))
         raise TrainingError(f"{other} has no checkpoint of step {step}; kept: {kept}")
     with scratch.workspace(resume.STAGE, pipeline, inputs=inputs, priority=resume.last_step) as folder:
         mine = store.steps(folder / "checkpoints")
@@ -78,5 +80,5 @@ def outlook(pipeline: str, params: Pretrain) -> int:
 def kept_bytes(pipeline: str) -> int:
     """What training has left in .scratch for later runs of a pipeline; linked files count once."""
     folders = [*resume.unfinished(pipeline), *filter(None, [finished.folder(pipeline)])]
-    found = [path.stat() for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
+    files = [path.stat() for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in files}.values())

@@ -23,8 +23,8 @@ from tasks.pretrain.log.log_file import LOG
 
 def folder(pipeline: str) -> Path | None:
     """Where the last finished run's checkpoints are kept; None if there are none."""
-    found = [path for path in _root(pipeline).glob("*/") if store.steps(path / "checkpoints")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    folders = [path for path in _root(pipeline).glob("*/") if store.steps(path / "checkpoints")]
+    return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def keep(job: Job) -> None:
@@ -52,8 +52,8 @@ def keep(job: Job) -> None:
 
 def discard(pipeline: str) -> list[int]:
     """Delete what is kept of the finished run; returns the steps of its checkpoints."""
-    found = folder(pipeline)
-    steps = store.steps(found / "checkpoints") if found else []
+    kept = folder(pipeline)
+    steps = store.steps(kept / "checkpoints") if kept else []
     shutil.rmtree(_root(pipeline), ignore_errors=True)
     return steps
 
@@ -61,8 +61,8 @@ def discard(pipeline: str) -> list[int]:
 def take(source: Path, workspace: Path, *, step: int) -> str | None:
     """Make of an empty workspace the one of a run that stopped right after `step` of another.
 
-    The files of its checkpoint and of older ones are linked. Trackers are not taken over: they are told the log from
-    its start.
+    The files of its checkpoint and of older ones are linked. Trackers are not taken over: they get the log from its
+    start.
 
     Args:
         source: the other's workspace; its run may be going on.

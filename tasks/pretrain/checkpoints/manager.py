@@ -62,10 +62,10 @@ class CheckpointManager:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = steps(self.folder)
         kept = self._gathered(kept)[0]
-        found, self.notes = store.newest(self.folder, kept, damage=self._damage)
+        newest, self.notes = store.newest(self.folder, kept, damage=self._damage)
         if self.rank == 0:
-            store.sweep(self.folder, found)
-        return self._gathered(found)[0]
+            store.sweep(self.folder, newest)
+        return self._gathered(newest)[0]
 
     def _damage(self, path: Path) -> str | None:
         """What any rank finds wrong with a checkpoint, the same on every rank."""

@@ -1,4 +1,4 @@
-"""Which work a start goes on with, and what it may change.
+"""Which unfinished work a start continues, and which settings it may change.
 
 Unfinished work belongs to its inputs: the split model, the mixture, the corpus. Other inputs are a new start. Other
 settings are taken over only if the run that goes on is the one that the new settings would have given from the start,
@@ -143,9 +143,9 @@ def admit(state: dict[str, Any], params: Pretrain, *, pipeline: str, older: int 
     Raises:
         TrainingError: not all are safe; it lists those that are not and says how to go on.
     """
-    found, refusal = compare(state, params)
+    changed, refusal = compare(state, params)
     if refusal:
-        ways = "Either set them back" if found else "Either go on with the code that wrote it"
+        ways = "Either set them back" if changed else "Either go on with the code that wrote it"
         if older is not None:
             ways += (
                 f", or go back to step {older}, from which they may change: `python -m tasks.pretrain {pipeline} "
@@ -155,7 +155,7 @@ def admit(state: dict[str, Any], params: Pretrain, *, pipeline: str, older: int 
             f"the unfinished run of {pipeline} (step {state['step']}) cannot go on with other settings: {refusal}. "
             f"{ways}, or give the work up: `python -m tasks.pretrain {pipeline} --discard`; then run again"
         )
-    return found
+    return changed
 
 
 def compare(state: dict[str, Any], params: Pretrain) -> tuple[list[Change], str]:
@@ -164,8 +164,8 @@ def compare(state: dict[str, Any], params: Pretrain) -> tuple[list[Change], str]
         old = Pretrain(**state["params"])
     except (KeyError, ValidationError) as error:
         return [], f"it was written by code with other settings ({_first(error)})"
-    found = changes(old, params)
-    return found, "; ".join(str(change) for change in found if not _safe(change, old, params, step=state["step"]))
+    changed = changes(old, params)
+    return changed, "; ".join(str(change) for change in changed if not _safe(change, old, params, step=state["step"]))
 
 
 def _goes_back(folder: Path, params: Pretrain) -> int | None:
@@ -197,17 +197,17 @@ def discard(pipeline: str) -> str:
     Raises:
         scratch.BusyError: it is being worked on.
     """
-    found = unfinished(pipeline)
+    runs = unfinished(pipeline)
     with scratch.workspace(STAGE, pipeline, inputs="discarded") as folder:  # which deletes all others
         folder.rmdir()
-        if not found and (steps := finished.discard(pipeline)):
+        if not runs and (steps := finished.discard(pipeline)):
             return f"deleted what was kept of the finished training of {pipeline}: step {', '.join(map(str, steps))}"
-    if not found:
+    if not runs:
         return f"{pipeline} has no unfinished training"
     more = ". The finished run's checkpoints are still kept; again with --discard, they go" * bool(
         finished.folder(pipeline)
     )
-    return f"deleted the unfinished training of {pipeline} up to step {max(found.values())}{more}"
+    return f"deleted the unfinished training of {pipeline} up to step {max(runs.values())}{more}"
 
 
 def unfinished(pipeline: str) -> dict[Path, int]:
@@ -250,10 +250,10 @@ def _aside(other: Path, step: int, inputs: dict[str, str]) -> str:
 def read_inputs(folder: Path) -> dict[str, str]:
     """Digests of what a workspace's run is trained from; {} if that is not known."""
     try:
-        found: dict[str, str] = json.loads((folder / INPUTS).read_text())
+        inputs: dict[str, str] = json.loads((folder / INPUTS).read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return inputs
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,8 +34,8 @@ def tag(step: int) -> str:
 
 def steps(folder: Path) -> list[int]:
     """The steps of the checkpoints, oldest first."""
-    found = [_NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir()]
-    return sorted(int(match[1]) for match in found if match)
+    matches = [_NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def find(folder: Path) -> dict[str, Any] | None:
@@ -96,9 +96,9 @@ def newest(
 
 def state(path: Path) -> dict[str, Any]:
     """The state in a whole checkpoint, with its `tag`."""
-    found = scratch.read_sealed(path / STATE)
-    del found["files"]
-    return {**found, "tag": path.name}
+    saved = scratch.read_sealed(path / STATE)
+    del saved["files"]
+    return {**saved, "tag": path.name}
 
 
 def damage(
@@ -143,12 +143,12 @@ def damage(
 
 def _differs(file: Path, entry: dict[str, Any]) -> bool:
     """Whether the first `bytes` of a file are other ones than those of an entry {bytes, xxh3_128}."""
-    found, left = xxhash.xxh3_128(), entry["bytes"]
+    digest, left = xxhash.xxh3_128(), entry["bytes"]
     with file.open("rb") as source:
         while piece := source.read(min(_PIECE, left)):
-            found.update(piece)
+            digest.update(piece)
             left -= len(piece)
-    return left > 0 or found.hexdigest() != entry["xxh3_128"]
+    return left > 0 or digest.hexdigest() != entry["xxh3_128"]
 
 
 def _record(file: Path) -> str:

@@ -22,6 +22,7 @@ KINDS = [
     pytest.param(stage, offload, dtype, id=f"zero{stage}-{'offload-' * offload}{name}")
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True))
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    if not offload or (stage, name) in {(1, "fp32"), (2, "bf16"), (3, "bf16")}
 ]
 
 
@@ -188,12 +189,12 @@ def test_the_configuration_is_json_and_names_the_optimizer_that_trains() -> None
     assert "expert_parallel" not in config
 
 
-def test_offload_without_zero_is_refused_with_the_mend() -> None:
+def test_offload_without_zero_is_refused_with_the_fix() -> None:
     with pytest.raises(TrainingError, match=r"pretrain\.offload: true needs zero_stage 1, 2 or 3"):
         configuration.of(settings(0, offload=True), dtype=torch.float32)
 
 
-def test_a_failed_operator_build_names_the_mend_and_other_errors_are_left_alone() -> None:
+def test_a_failed_operator_build_names_the_fix_and_other_errors_are_left_alone() -> None:
     message = interface.needs_compiler(RuntimeError("Ninja is required to load C++ extensions"))
     assert message is not None
     assert "apt-get install g++ ninja-build" in message

@@ -55,7 +55,7 @@ def train(built: Engine, steps: range, *, params: Pretrain) -> list[float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["linear", "tanh", "phased"])
+@pytest.mark.parametrize("kind", ["tanh", "phased"])
 def test_a_restored_engine_goes_on_bit_for_bit_and_hands_out_its_fp32_masters(
     tmp_path: Path, kind: str, stage: int, dtype: torch.dtype
 ) -> None:

@@ -145,7 +145,7 @@ def test_a_stock_model_with_the_weights_handed_out_has_the_engines_loss(name: st
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.usefixtures("alone")
-def test_one_process_takes_up_the_checkpoint_of_two(name: str, folder: Path) -> None:
+def test_one_process_resumes_the_checkpoint_of_two(name: str, folder: Path) -> None:
     params = ranks.settings(name, processes=1, expert_parallel=1)
     block = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
     built = ranks.build(name, params, world_size=1, **block)

@@ -44,7 +44,7 @@ def folder(root: Path, case: str, *, written_by: int) -> Path:
     return root / f"{case}-by-{written_by}"
 
 
-def take_up(root: Path, case: str, *, written_by: int, rank: int, world_size: int) -> tuple[Any, dict[str, Any]]:
+def resume(root: Path, case: str, *, written_by: int, rank: int, world_size: int) -> tuple[Any, dict[str, Any]]:
     """An engine of this world size that goes on from the checkpoint of the other one."""
     params = settings(case, processes=world_size)
     built = build(params, world_size=world_size, dtype=CASES[case][1])
@@ -77,9 +77,9 @@ def second(rank: int, root: Path, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     distributed.join(root)
     for case in CASES:
-        built, _ = take_up(root, case, written_by=1, rank=rank, world_size=2)
+        built, _ = resume(root, case, written_by=1, rank=rank, world_size=2)
         drawn = torch.rand(1).item()
-        found: dict[str, Any] = {"taken up": states(built) if case != "zero-0" else None, "drawn": drawn}
+        found: dict[str, Any] = {"resumed": states(built) if case != "zero-0" else None, "drawn": drawn}
         found["losses"] = train(built, range(2, 4), params=settings(case), rank=rank, world_size=2)
         found["left"] = states(built)
         torch.save(found, root / f"{case}-rank-{rank}.pt")
@@ -137,10 +137,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[st
     found["failure"] = {f"rank {rank}": torch.load(root / f"failure-{rank}.pt") for rank in range(2)}
     for case in CASES:
         ranks = [torch.load(root / f"{case}-rank-{rank}.pt") for rank in range(2)]
-        built, _ = take_up(root, case, written_by=2, rank=0, world_size=1)
+        built, _ = resume(root, case, written_by=2, rank=0, world_size=1)
         found[case] |= {
             "ranks": ranks,
-            "taken up by 1": states(built) if case != "zero-0" else None,
+            "resumed by 1": states(built) if case != "zero-0" else None,
             "drawn": torch.rand(1).item(),
         }
         found[case]["last"] = train(built, range(4, 6), params=settings(case))
@@ -152,8 +152,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[st
 def test_masters_and_moments_pass_both_changes_bit_for_bit(runs: dict[str, dict[str, Any]], case: str) -> None:
     run = runs[case]
     for before, after in [
-        (run["left by 1"], run["ranks"][0]["taken up"]),
-        (run["ranks"][0]["left"], run["taken up by 1"]),
+        (run["left by 1"], run["ranks"][0]["resumed"]),
+        (run["ranks"][0]["left"], run["resumed by 1"]),
     ]:
         assert before.keys() == after.keys()
         assert len(before) > 30
