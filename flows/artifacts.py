@@ -85,11 +85,11 @@ def verify(path: Path) -> list[str]:
 
 def repair(path: Path) -> list[str]:
     """Mend a corpus, saying what was done; returns what is wrong still. Raises ArtifactError for anything else."""
-    from tasks.tools.repair_corpus import repair as mend
+    from tasks.tools import repair_corpus
 
     if (what := kind(path)) != "corpus":
         raise ArtifactError(f"{path}: a {what} cannot be repaired, only a corpus; run the stage that made it again")
-    return mend(path)
+    return repair_corpus.repair(path)
 
 
 def _mixture(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Which documents a batch was made of: the sampler's way from slot to window, then on to shard, document and source.
+"""Trace a batch to its documents: from slot to window, shard, document and source.
 
-A sampler's state at or before a step is enough: the batches between are skipped without being drawn.
+Any state of the sampler at or before the step is enough: the batches between are skipped without being drawn.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tasks.corpus.sampling.windows import Origin, Windows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """What a window holds of one document: `origin` says which tokens, `at` where they begin in the window.
+class TracedDocument:
+    """The part of a document in a window: `origin` says which tokens, `at` where they begin in the window.
 
     `doc_id`, `source` and `row` are the document's columns in the shard; `row` is its row in the source.
     """
@@ -36,7 +36,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replayed:
+class TracedSlot:
     """A slot of a global batch, whatever the rank that took it.
 
     `epoch` counts from 0: how often the domain had been served whole before. `ids` int64 [seq_len]; the first `tokens`
@@ -49,12 +49,12 @@ class Replayed:
     epoch: int
     ids: NDArray[np.int64]
     tokens: int
-    documents: list[Stretch]
+    documents: list[TracedDocument]
 
 
 def batch(
     corpus_dir: Path, state: Mapping[str, Any], *, step: int, seq_len: int, packing: Packing = "concat"
-) -> list[Replayed]:
+) -> list[TracedSlot]:
     """The global batch of optimizer step `step` (from 1), slot by slot.
 
     Args:
@@ -79,11 +79,11 @@ def batch(
     while sampler.step < step - 1:
         sampler.skip()
     documents = _Documents(corpus_dir)
-    found = []
+    slots = []
     for slot, ((domain, window), epoch) in enumerate(zip(sampler.peek(), _epochs(sampler), strict=True)):
         row = windows[domain].window(window)
-        found.append(
-            Replayed(
+        slots.append(
+            TracedSlot(
                 slot=slot,
                 domain=domain,
                 window=window,
@@ -91,16 +91,16 @@ def batch(
                 ids=row.ids,
                 tokens=row.tokens,
                 documents=[
-                    documents.stretch(origin, at=at)
+                    documents.traced(origin, at=at)
                     for at, origin in zip(row.starts.tolist(), windows[domain].origins(window), strict=True)
                 ],
             )
         )
-    return found
+    return slots
 
 
 def describe(
-    slots: list[Replayed], *, decode: Callable[[list[int]], str] | None, characters: int | None
+    slots: list[TracedSlot], *, decode: Callable[[list[int]], str] | None, characters: int | None
 ) -> list[dict[str, Any]]:
     """Slots as JSON values.
 
@@ -111,11 +111,11 @@ def describe(
     return [_slot(slot, decode=decode, characters=characters) for slot in slots]
 
 
-def _slot(slot: Replayed, *, decode: Callable[[list[int]], str] | None, characters: int | None) -> dict[str, Any]:
+def _slot(slot: TracedSlot, *, decode: Callable[[list[int]], str] | None, characters: int | None) -> dict[str, Any]:
     documents = []
-    for stretch in slot.documents:
-        origin = stretch.origin
-        ids = slot.ids[stretch.at : stretch.at + origin.tokens].tolist()
+    for document in slot.documents:
+        origin = document.origin
+        ids = slot.ids[document.at : document.at + origin.tokens].tolist()
         text = decode(ids if characters is None else ids[:characters]) if decode else None
         if text is not None and characters is not None and (len(text) > characters or len(ids) > characters):
             text = f"{text[:characters]}…"
@@ -123,11 +123,11 @@ def _slot(slot: Replayed, *, decode: Callable[[list[int]], str] | None, characte
             {
                 "shard": origin.shard,
                 "document": origin.row,
-                "doc_id": stretch.doc_id,
-                "source": stretch.source,
-                "row": stretch.row,
+                "doc_id": document.doc_id,
+                "source": document.source,
+                "row": document.row,
                 "tokens": [origin.start, origin.start + origin.tokens],
-                "at": stretch.at,
+                "at": document.at,
                 "text": text,
             }
         )
@@ -149,13 +149,13 @@ class _Documents:
         self._corpus_dir = corpus_dir
         self._shards: dict[str, pa.RecordBatch] = {}
 
-    def stretch(self, origin: Origin, *, at: int) -> Stretch:
+    def traced(self, origin: Origin, *, at: int) -> TracedDocument:
         if origin.shard not in self._shards:
             self._shards[origin.shard] = shards.open_shard(self._corpus_dir / origin.shard)
         doc_id, source, row = (
             self._shards[origin.shard].column(name)[origin.row].as_py() for name in ("doc_id", "source", "row")
         )
-        return Stretch(at=at, origin=origin, doc_id=doc_id.hex(), source=source, row=row)
+        return TracedDocument(at=at, origin=origin, doc_id=doc_id.hex(), source=source, row=row)
 
 
 def _epochs(sampler: Sampler) -> list[int]:

@@ -150,7 +150,6 @@ def random_batch(params: Pretrain, *, rows: int, vocabulary: int) -> Batch:
         labels=ids,
         position_ids=np.tile(np.arange(params.seq_len), (rows, 1)) if params.mask_documents else None,
         cu_seqlens=np.arange(rows + 1, dtype=np.int32) * params.seq_len,
-        max_seqlen=params.seq_len,
         domains=["random"] * rows,
         windows=list(range(rows)),
         step_targets=params.batch * (params.seq_len - 1),

@@ -36,16 +36,16 @@ def export(corpus_dir: Path, out: Path, *, splits: tuple[manifest.Split, ...] = 
         CorpusError: a shard that isn't as its manifest says, or a document too long for Megatron's int32.
         ValueError: no corpus is there, or a shard cannot be read.
     """
-    found = manifest.load(corpus_dir)
+    corpus = manifest.load(corpus_dir)
     written = {}
-    for name, domain in found.domains.items():
+    for name, domain in corpus.domains.items():
         for split in splits:
             prefix = out / f"{name}_{split}"
             part = domain.splits[split]
             index = Path(f"{prefix}.idx")
             index.unlink(missing_ok=True)
             _write_ids(Path(f"{prefix}.bin"), corpus_dir, part)
-            _write_index(index, corpus_dir, part, dtype=np.dtype(found.dtype))
+            _write_index(index, corpus_dir, part, dtype=np.dtype(corpus.dtype))
             written[prefix.name] = part.tokens
     return written
 
@@ -57,7 +57,7 @@ def _write_ids(path: Path, corpus_dir: Path, part: manifest.SplitManifest) -> No
             if len(ids) != shard.tokens or int(ids.max()) > np.iinfo(np.int32).max:
                 raise CorpusError(
                     f"{corpus_dir / shard.path}: {len(ids)} ids up to {ids.max()}, the manifest says {shard.tokens} "
-                    f"up to {shard.max_id}; `python -m tasks.tools.repair_corpus {corpus_dir}`"
+                    f"up to {shard.max_id}; `moeforge repair {corpus_dir}`"
                 )
             for start in range(0, len(ids), BLOCK):
                 file.write(ids[start : start + BLOCK].astype(STORED[ids.dtype][1], copy=False).data)

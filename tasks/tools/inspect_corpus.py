@@ -1,14 +1,7 @@
-"""Look into shards and corpora.
-
-python -m tasks.tools.inspect_corpus data/corpora/NAME                         # counts, provenance, first tokens
-python -m tasks.tools.inspect_corpus data/corpora/NAME/DOMAIN/train/part-00000-000.arrow
-"""
+"""Describe shards and corpora, for `moeforge inspect`: counts, provenance, first tokens."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +47,10 @@ def describe_shard(path: Path, *, model_dir: Path | None = None) -> dict[str, An
 
 def describe_manifest(corpus_dir: Path, *, model_dir: Path | None = None) -> dict[str, Any]:
     """What a corpus holds: counts, rules, licence and source per domain, and the text of its first tokens."""
-    found = manifest.load(corpus_dir)
+    corpus = manifest.load(corpus_dir)
     model_dir = model_dir or _model_of(corpus_dir)
     domains = {}
-    for name, domain in found.domains.items():
+    for name, domain in corpus.domains.items():
         first = list(domain.train.shards[0].first_ids)
         domains[name] = {
             **{
@@ -69,20 +62,20 @@ def describe_manifest(corpus_dir: Path, *, model_dir: Path | None = None) -> dic
             "license": domain.license,
             "source": domain.source,
             "first_ids": first,
-            "first_text": _decode(first, model_dir, found.tokenizer),
+            "first_text": _decode(first, model_dir, corpus.tokenizer),
         }
     return {
         "path": str(corpus_dir),
-        "corpus": found.corpus,
-        "sha256": found.sha256,
-        "model": found.model,
-        "tokenizer": found.tokenizer,
-        "vocab_size": found.vocab_size,
-        "separators": found.separators,
-        "eos_token_id": found.eos_token_id,
-        "bos_token_id": found.bos_token_id,
-        "dtype": found.dtype,
-        "seed": found.seed,
+        "corpus": corpus.corpus,
+        "sha256": corpus.sha256,
+        "model": corpus.model,
+        "tokenizer": corpus.tokenizer,
+        "vocab_size": corpus.vocab_size,
+        "separators": corpus.separators,
+        "eos_token_id": corpus.eos_token_id,
+        "bos_token_id": corpus.bos_token_id,
+        "dtype": corpus.dtype,
+        "seed": corpus.seed,
         "domains": domains,
     }
 
@@ -99,21 +92,3 @@ def _decode(ids: list[int], model_dir: Path | None, tokenizer: str) -> str | Non
     opened = encoder.load_encoder(model_dir)
     is_same = opened.fingerprint.split("/")[0] == tokenizer.split("/")[0]  # separators don't matter here
     return opened.decode(ids) if is_same else None
-
-
-def main() -> int:
-    """Print a description as JSON; 1 if there is nothing to describe."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.tools.inspect_corpus", description=__doc__.split("\n")[0])
-    parser.add_argument("path", type=Path, help="a corpus directory or an .arrow shard")
-    path = parser.parse_args().path
-    try:
-        describe = describe_manifest if path.is_dir() else describe_shard
-        print(json.dumps(describe(path), indent=2, ensure_ascii=False))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,15 @@
-"""Mend a corpus: make broken shards and sidecars again, byte for byte, without making the rest of it.
+"""Make broken shards and sidecars of a corpus again, byte for byte, for `moeforge repair`.
 
-    python -m tasks.tools.repair_corpus data/corpora/NAME
-
-A shard is read again from its source, by its task's verdicts; it takes its place only if its sha256 is the manifest's.
-Files are replaced, never written in place: they may be links into DVC's cache, which has the same flaw then.
+The verdicts of a task say which records of its source belong to a shard. A new shard is used only if its sha256 is the
+manifest's. Files are replaced, never written in place: they may be links into DVC's cache, which is then broken too.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,69 +25,66 @@ from tasks.corpus.tokenizer import encoder
 from tasks.corpus.tokenizer.encoder import Encoder
 from tasks.tools import verify_corpus as verify
 
-LINKED = "; it was a link into a cache, whose file has the same flaw: `dvc commit` stores the mended one"
+LINKED = "; it was a link into a cache, whose file has the same flaw: `dvc commit` stores the repaired one"
 
 
-def repair(corpus_dir: Path, *, say: Callable[[str], None] = print) -> list[str]:
-    """Mend a corpus; returns what is wrong still, a line each with the mend; empty if it is whole.
+def repair(corpus_dir: Path, *, report: Callable[[str], None] = print) -> list[str]:
+    """Repair a corpus; returns the problems that are left, each with its fix.
 
     Deletes what killed writers left, writes sidecars again from the manifest, and makes broken shards again. Other
-    foreign files are only named. `say` is told what was done.
+    unlisted files are only named. `report` gets a line for each repair.
 
     Raises:
-        BusyError: the corpus is being made.
+        BusyError: the corpus is being corpus.
     """
-    found = list(verify.problems(corpus_dir))
-    if any(problem.kind == "manifest" for problem in found):
-        mend = f"nothing was changed. `dvc checkout --force {corpus_dir}` brings it back, or run the stage again"
-        return [f"{problem}; {mend}" for problem in found if problem.kind == "manifest"]
+    problems = list(verify.problems(corpus_dir))
+    if any(problem.kind == "manifest" for problem in problems):
+        fix = f"nothing was changed. `dvc checkout --force {corpus_dir}` brings it back, or run the stage again"
+        return [f"{problem}; {fix}" for problem in problems if problem.kind == "manifest"]
     with scratch.workspace("corpus", corpus_dir.resolve().name, inputs="repair", shared=True) as work:
-        work.rmdir()  # all that is wanted is that nobody makes the corpus meanwhile
-        return list(_mend(corpus_dir, found, say=say))
+        work.rmdir()  # only the lock is wanted: the stage must not run meanwhile
+        return list(_repair(corpus_dir, problems, report=report))
 
 
-def _mend(corpus_dir: Path, found: list[verify.Problem], *, say: Callable[[str], None]) -> Iterator[str]:
-    """Mend what can be; yields what is wrong still."""
-    made = manifest.load(corpus_dir)
-    again = f"`python -m tasks.corpus {made.corpus}`"
-    note = {problem.path: LINKED for problem in found if _is_link(problem.path)}
-    for problem in found:
-        if problem.kind == "foreign" and files.TMP in problem.path.name:
+def _repair(corpus_dir: Path, problems: list[verify.Problem], *, report: Callable[[str], None]) -> Iterator[str]:
+    """Repair what can be repaired; yields the problems that are left."""
+    corpus = manifest.load(corpus_dir)
+    stage_command = f"`python -m tasks.corpus {corpus.corpus}`"
+    note = {problem.path: LINKED for problem in problems if _is_link(problem.path)}
+    for problem in problems:
+        if problem.kind == "unlisted" and files.TMP in problem.path.name:
             problem.path.unlink(missing_ok=True)
-            say(f"{problem.path}: deleted; a writer that was killed left it")
-        elif problem.kind == "foreign":
-            yield f"{problem}; delete it if nobody misses it"
+            report(f"{problem.path}: deleted; a writer that was killed left it")
+        elif problem.kind == "unlisted":
+            yield f"{problem}; delete it if nobody needs it"
         elif problem.kind == "sidecar" and problem.shard:
             shards.write_sidecar(corpus_dir / problem.shard.path, dataclasses.asdict(problem.shard))
-            say(f"{problem.path}: written again from the manifest{note.get(problem.path, '')}")
+            report(f"{problem.path}: written again from the manifest{note.get(problem.path, '')}")
         elif problem.kind != "shard":
-            yield f"{problem}; only the stage can mend it: {again}"
-    broken = {problem.shard.path: problem.shard for problem in found if problem.kind == "shard" and problem.shard}
-    unread = {problem.path for problem in found if problem.kind == "records"}
-    for (domain, task), mine in _by_task(broken.values()).items():
+            yield f"{problem}; only the stage can fix it: {stage_command}"
+    broken: dict[tuple[str, int], list[manifest.Shard]] = {}
+    for problem in problems:
+        if problem.kind == "shard" and (shard := problem.shard):
+            mine = broken.setdefault((Path(shard.path).parts[0], verify.number_of(shard)[0]), [])
+            mine += [] if shard in mine else [shard]
+    unread = {problem.path for problem in problems if problem.kind == "records"}
+    for (domain, task), mine in broken.items():
         left = {shard.path for shard in mine}
         try:
-            for path in _remake(corpus_dir, made, domain=domain, task=task, broken=mine, unread=unread):
-                say(f"{corpus_dir / path}: made again{note.get(corpus_dir / path, '')}")
+            for path in _remake(corpus_dir, corpus, domain=domain, task=task, broken=mine, unread=unread):
+                report(f"{corpus_dir / path}: made again{note.get(corpus_dir / path, '')}")
                 left.remove(path)
         except stage.FAILURES as error:
             for path in sorted(left):
-                yield f"{corpus_dir / path}: cannot be made again ({error}); run the stage again: {again}"
+                yield f"{corpus_dir / path}: cannot be made again ({error}); run the stage again: {stage_command}"
 
 
 def _is_link(path: Path) -> bool:
     return path.is_symlink() or (path.exists() and path.stat().st_nlink > 1)
 
 
-def _by_task(broken: Iterable[manifest.Shard]) -> dict[tuple[str, int], list[manifest.Shard]]:
-    found: dict[tuple[str, int], list[manifest.Shard]] = {}
-    for shard in broken:
-        found.setdefault((Path(shard.path).parts[0], verify.number_of(shard)[0]), []).append(shard)
-    return found
-
-
 @dataclass
-class _Lost:
+class _BrokenShard:
     """A shard to make again: documents `begin` to `end` of those that its task gave to its split."""
 
     shard: manifest.Shard
@@ -128,7 +121,7 @@ class _Lost:
 
 def _remake(
     corpus_dir: Path,
-    made: manifest.Manifest,
+    corpus: manifest.Manifest,
     *,
     domain: str,
     task: int,
@@ -136,10 +129,12 @@ def _remake(
     unread: set[Path],
 ) -> Iterator[str]:
     """Make shards of one task again; yields the path of each once it is in its place. Raises stage.FAILURES."""
-    encode = encoder.load_encoder(stage.MODELS / made.model, separators=made.separators)
-    if not encoder.same_ids(encode.fingerprint, made.tokenizer):
-        raise CorpusError(f"{stage.MODELS / made.model}: its tokenizer is {encode.fingerprint}, not {made.tokenizer}")
-    corpus = settings.load().corpus(made.corpus)
+    encode = encoder.load_encoder(stage.MODELS / corpus.model, separators=corpus.separators)
+    if not encoder.same_ids(encode.fingerprint, corpus.tokenizer):
+        raise CorpusError(
+            f"{stage.MODELS / corpus.model}: its tokenizer is {encode.fingerprint}, not {corpus.tokenizer}"
+        )
+    entry = settings.load().corpus(corpus.corpus)
     path = corpus_dir / "verdicts" / domain / f"task-{task:05d}.arrow"
     if path in unread:
         raise CorpusError(f"it needs {path}, which is broken too")
@@ -147,21 +142,21 @@ def _remake(
         table = pa.ipc.open_file(source).read_all()
     verdicts, starts = table.column("verdict").combine_chunks(), json.loads(table.schema.metadata[b"starts"])
     codes, names = verdicts.indices.to_numpy(), verdicts.dictionary.to_pylist()
-    lost = list(_lost(made, domain=domain, task=task, broken=broken))
+    remaking = list(_broken_shards(corpus, domain=domain, task=task, broken=broken))
     seen: Counter[str] = Counter()
     number = 0
-    for number, (record, row) in enumerate(_records(corpus, domain=domain, task=task, starts=starts), start=1):
+    for number, (record, row) in enumerate(_records(entry, domain=domain, task=task, starts=starts), start=1):
         if number > len(codes):
             break
         split = names[codes[number - 1]]
-        for shard in lost:
+        for shard in remaking:
             if split != shard.split or not shard.begin <= seen[split] < shard.end:
                 continue
             if not isinstance(record, Document):
                 raise CorpusError(f"{record.source}, row {row}: {record.rule}, but it was a document; it changed")
             shard.add(scan.decoded(record, encode), row, encode=encode)
             if seen[split] == shard.end - 1:
-                _replace(corpus_dir, made, shard, encode=encode)
+                _replace(corpus_dir, corpus, shard, encode=encode)
                 yield shard.shard.path
                 shard.part = shards.Part()
         seen[split] += 1
@@ -169,20 +164,22 @@ def _remake(
         raise CorpusError(f"the source has other records than the {len(codes)} from which it was made")
 
 
-def _lost(made: manifest.Manifest, *, domain: str, task: int, broken: list[manifest.Shard]) -> Iterator[_Lost]:
-    for part in made.domains[domain].splits.values():
+def _broken_shards(
+    corpus: manifest.Manifest, *, domain: str, task: int, broken: list[manifest.Shard]
+) -> Iterator[_BrokenShard]:
+    for part in corpus.domains[domain].splits.values():
         begin = 0
         for shard in part.shards:
             if verify.number_of(shard)[0] == task:
                 if shard in broken:
-                    yield _Lost(shard, begin, begin + shard.documents)
+                    yield _BrokenShard(shard, begin, begin + shard.documents)
                 begin += shard.documents
 
 
-def _records(corpus: settings.Corpus, *, domain: str, task: int, starts: list[int]) -> Iterator[tuple[Record, int]]:
+def _records(entry: settings.Corpus, *, domain: str, task: int, starts: list[int]) -> Iterator[tuple[Record, int]]:
     """The records of a task, and the row of each in its file."""
-    reader = open_reader(corpus.domains[domain], planning.SOURCES, max_record_bytes=corpus.max_record_bytes)
-    tasks = reader.tasks(task_bytes=corpus.task_bytes)
+    reader = open_reader(entry.domains[domain], planning.SOURCES, max_record_bytes=entry.max_record_bytes)
+    tasks = reader.tasks(task_bytes=entry.task_bytes)
     if task >= len(tasks):
         raise CorpusError(f"the source gives {len(tasks)} tasks, there is no task {task} any more")
     if len(tasks[task]) != len(starts):
@@ -192,36 +189,16 @@ def _records(corpus: settings.Corpus, *, domain: str, task: int, starts: list[in
             yield record, start + record.row
 
 
-def _replace(corpus_dir: Path, made: manifest.Manifest, lost: _Lost, *, encode: Encoder) -> None:
+def _replace(corpus_dir: Path, corpus: manifest.Manifest, broken: _BrokenShard, *, encode: Encoder) -> None:
     """Write a shard and put it in its place, if it is what the manifest lists."""
-    shard, (domain, split, _) = lost.shard, Path(lost.shard.path).parts
+    shard, (domain, split, _) = broken.shard, Path(broken.shard.path).parts
     task, index = verify.number_of(shard)
     part = tokenise.PartId(domain=domain, split=split, task=task, index=index)
-    order, metadata = part.order(made.seed, lost.part.documents), part.metadata(encode, "")
-    batch = lost.part.batch(order, dtype=encode.dtype, metadata={**metadata, "task_key": shard.task_key})
+    order, metadata = part.order(corpus.seed, broken.part.documents), part.metadata(encode, "")
+    batch = broken.part.batch(order, dtype=encode.dtype, metadata={**metadata, "task_key": shard.task_key})
     with files.replacing(corpus_dir / shard.path) as file:
         sha256 = shards.write_batch(file, batch).sha256.hexdigest()
         if sha256 != shard.sha256:
             raise CorpusError(
                 f"made again, its sha256 is {sha256}, and not {shard.sha256}: source, settings or code changed"
             )
-
-
-def main() -> int:
-    """Mend the corpus named on the command line; 1 if something is wrong still."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.tools.repair_corpus", description=__doc__.split("\n")[0])
-    parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
-    corpus = parser.parse_args().corpus
-    try:
-        left = repair(corpus)
-    except scratch.BusyError as error:
-        left = [str(error)]
-    for problem in left:
-        print(problem, file=sys.stderr)
-    if not left:
-        print(f"{corpus}: whole")
-    return int(bool(left))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What is wrong with a shard: its file, its sidecar, what is in it; and with all shards together."""
+"""Checks of shards: the file, the sidecar, the contents, and documents that stand in two shards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sidecar_faults(path: Path, shard: manifest.Shard) -> Iterator[str]:
 
 
 def file_faults(path: Path, shard: manifest.Shard) -> list[str]:
-    """What is wrong with a shard's file, without a look at what is in it."""
+    """What is wrong with the size or the digests of a shard's file."""
     if text := missing(path):
         return [text]
     if (size := path.stat().st_size) != shard.size:
@@ -57,9 +57,9 @@ def file_faults(path: Path, shard: manifest.Shard) -> list[str]:
 
 
 def content_faults(
-    path: Path, shard: manifest.Shard, found: manifest.Manifest, *, place: tuple[str, str]
+    path: Path, shard: manifest.Shard, corpus: manifest.Manifest, *, place: tuple[str, str]
 ) -> Iterator[str]:
-    """What is wrong behind right hashes: then the code that wrote it was, or somebody wrote both.
+    """What is wrong with the contents of a shard whose digests are right.
 
     `place` is the domain and the split that the shard is of.
     """
@@ -74,7 +74,7 @@ def content_faults(
     if (offsets[0], offsets[-1]) != (0, len(ids)) or (np.diff(offsets) == 0).any():
         yield "documents don't cover its ids, or one has none"
         return
-    facts = {
+    actual = {
         "documents": batch.num_rows,
         "tokens": len(ids),
         "min_id": int(ids.min()),
@@ -83,34 +83,34 @@ def content_faults(
         "first_doc_id": doc_ids[0].tobytes().hex(),
         "last_doc_id": doc_ids[-1].tobytes().hex(),
     }
-    for name, value in facts.items():
+    for name, value in actual.items():
         if value != getattr(shard, name):
             yield f"{name} is {value}, the manifest says {getattr(shard, name)}"
-    if str(ids.dtype) != found.dtype:
-        yield f"ids are {ids.dtype}, the manifest says {found.dtype}"
-    if facts["max_id"] >= found.vocab_size:
-        yield f"id {facts['max_id']} is outside the vocabulary of {found.vocab_size}"
-    if "eos" in found.separators:
-        yield from _separator_faults(ids[offsets[1:] - 1], found.eos_token_id, where="end with EOS")
-    if "bos" in found.separators:
-        yield from _separator_faults(ids[offsets[:-1]], found.bos_token_id, where="begin with BOS")
+    if str(ids.dtype) != corpus.dtype:
+        yield f"ids are {ids.dtype}, the manifest says {corpus.dtype}"
+    if actual["max_id"] >= corpus.vocab_size:
+        yield f"id {actual['max_id']} is outside the vocabulary of {corpus.vocab_size}"
+    if "eos" in corpus.separators:
+        yield from _separator_faults(ids[offsets[1:] - 1], corpus.eos_token_id, where="end with EOS")
+    if "bos" in corpus.separators:
+        yield from _separator_faults(ids[offsets[:-1]], corpus.bos_token_id, where="begin with BOS")
     metadata = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
-    expected = {"tokenizer": found.tokenizer, "domain": place[0], "split": place[1], "task_key": shard.task_key}
+    expected = {"tokenizer": corpus.tokenizer, "domain": place[0], "split": place[1], "task_key": shard.task_key}
     for name, text in expected.items():
         if metadata[name] != text:
             yield f"{name} in its schema is {metadata[name]}, the manifest says {text}"
 
 
-def _separator_faults(found: NDArray[Any], token: int | None, *, where: str) -> Iterator[str]:
-    wrong = np.flatnonzero(found != token)
+def _separator_faults(ids: NDArray[Any], token: int | None, *, where: str) -> Iterator[str]:
+    wrong = np.flatnonzero(ids != token)
     if len(wrong):
         yield f"{len(wrong)} documents don't {where} ({token}), the first at row {wrong[0]}"
 
 
 def repeats(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Documents that stand twice: each shard that has one for the second time, and what is wrong with it.
+    """Documents that stand twice: each shard that holds one for the second time, and the message.
 
-    Ids are sorted a share at a time, so that memory doesn't grow with the corpus.
+    Sorts SORTED_AT_ONCE ids at a time, so that memory doesn't grow with the corpus.
     """
     sizes = [shards.open_shard(path).num_rows for path in paths]
     begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

@@ -1,17 +1,13 @@
-"""Check that a corpus is whole: every byte of it, against its manifest and against itself.
+"""Check every byte of a corpus against its manifest, for `moeforge verify`.
 
-    python -m tasks.tools.verify_corpus data/corpora/NAME      # a line for each fault; exit 1 if there is one
-
-The manifest holds the sha256 of all other files. It has none itself: it is held against the metrics beside the corpus
-(data/corpora/NAME.json, which git keeps), the sidecars, the verdicts and what the shards hold.
+The manifest holds the sha256 of all other files. It is itself compared with the metrics beside the corpus
+(data/corpora/NAME.json, which git keeps), the sidecars, the verdicts and the contents of the shards.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,8 +23,8 @@ from tasks.tools import shard_checks
 
 PART = re.compile(r"part-(\d{5,})-(\d{3,})\.arrow")
 
-Kind = Literal["manifest", "shard", "content", "sidecar", "records", "foreign"]
-"""shard: the file isn't the manifest's; content: it is, and yet wrong. records: verdicts or rejects."""
+Kind = Literal["manifest", "shard", "content", "sidecar", "records", "unlisted"]
+"""shard: size or digests are wrong; content: they are right, and the contents wrong. records: verdicts or rejects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +48,14 @@ def verify_corpus(corpus_dir: Path) -> list[str]:
 def verify_shard(path: Path) -> list[str]:
     """Everything that is wrong with one shard of a corpus and its sidecar; empty if nothing is."""
     corpus_dir = path.parent.parent.parent
-    found = _load(corpus_dir)
-    if isinstance(found, Problem):
-        return [str(found)]
-    listed = {corpus_dir / shard.path: (domain, split, shard) for domain, split, shard in _shards(found)}
+    corpus = _load(corpus_dir)
+    if isinstance(corpus, Problem):
+        return [str(corpus)]
+    listed = {corpus_dir / shard.path: (domain, split, shard) for domain, split, shard in _shards(corpus)}
     if path not in listed:
-        return [f"{path}: foreign file, the manifest doesn't list it"]
+        return [f"{path}: unlisted file, the manifest doesn't list it"]
     domain, split, shard = listed[path]
-    return [str(problem) for problem in _shard_problems(path, shard, found, place=(domain, split))]
+    return [str(problem) for problem in _shard_problems(path, shard, corpus, place=(domain, split))]
 
 
 def problems(corpus_dir: Path) -> Iterator[Problem]:
@@ -68,28 +64,28 @@ def problems(corpus_dir: Path) -> Iterator[Problem]:
     Reads every byte: hashes and sizes of all files, ids against the vocabulary, separators around each document,
     counts, documents that stand twice, and files that the manifest doesn't list. Memory doesn't grow with the corpus.
     """
-    found = _load(corpus_dir)
-    if isinstance(found, Problem):
-        yield found
+    corpus = _load(corpus_dir)
+    if isinstance(corpus, Problem):
+        yield corpus
         return
-    yield from _manifest_problems(corpus_dir, found)
+    yield from _manifest_problems(corpus_dir, corpus)
     expected = {corpus_dir / manifest.FILE}
     sound = []
-    for domain, split, shard in _shards(found):
+    for domain, split, shard in _shards(corpus):
         path = corpus_dir / shard.path
         expected |= {path, shards.sidecar_of(path)}
-        broken = list(_shard_problems(path, shard, found, place=(domain, split)))
+        broken = list(_shard_problems(path, shard, corpus, place=(domain, split)))
         yield from broken
         if all(problem.kind == "sidecar" for problem in broken):
             sound.append(path)
     for path, text in shard_checks.repeats(sound):
         yield Problem(kind="content", path=path, text=text)
-    for name, domain_entry in found.domains.items():
+    for name, domain_entry in corpus.domains.items():
         expected |= {corpus_dir / path for path in domain_entry.files}
         yield from _record_problems(corpus_dir, name, domain_entry)
     for path in sorted(corpus_dir.rglob("*")):
         if path not in expected and not path.is_dir():
-            yield Problem(kind="foreign", path=path, text="foreign file, the manifest doesn't list it")
+            yield Problem(kind="unlisted", path=path, text="unlisted file, the manifest doesn't list it")
 
 
 def number_of(shard: manifest.Shard) -> tuple[int, int]:
@@ -109,23 +105,23 @@ def _load(corpus_dir: Path) -> manifest.Manifest | Problem:
         return Problem(kind="manifest", path=path, text=text if isinstance(error, ValueError) else f"damaged: {text}")
 
 
-def _shards(found: manifest.Manifest) -> Iterator[tuple[str, str, manifest.Shard]]:
-    for name, domain in found.domains.items():
+def _shards(corpus: manifest.Manifest) -> Iterator[tuple[str, str, manifest.Shard]]:
+    for name, domain in corpus.domains.items():
         for split, part in domain.splits.items():
             for shard in part.shards:
                 yield name, split, shard
 
 
-def _manifest_problems(corpus_dir: Path, found: manifest.Manifest) -> Iterator[Problem]:
+def _manifest_problems(corpus_dir: Path, corpus: manifest.Manifest) -> Iterator[Problem]:
     path = corpus_dir / manifest.FILE
     metrics = corpus_dir.with_name(f"{corpus_dir.name}.json")
-    if metrics.exists() and (known := _sha256_in(metrics)) != found.sha256:
+    if metrics.exists() and (known := _sha256_in(metrics)) != corpus.sha256:
         yield Problem(
             kind="manifest",
             path=path,
-            text=f"sha256 is {found.sha256}, {metrics} says {known}; one of them is damaged or of another run",
+            text=f"sha256 is {corpus.sha256}, {metrics} says {known}; one of them is damaged or of another run",
         )
-    for name, domain in found.domains.items():
+    for name, domain in corpus.domains.items():
         for split, part in domain.splits.items():
             totals = tuple(sum(getattr(s, key) for s in part.shards) for key in ("documents", "tokens", "text_bytes"))
             if totals != (part.documents, part.tokens, part.bytes):
@@ -145,7 +141,7 @@ def _sha256_in(metrics: Path) -> str:
 
 
 def _shard_problems(
-    path: Path, shard: manifest.Shard, found: manifest.Manifest, *, place: tuple[str, str]
+    path: Path, shard: manifest.Shard, corpus: manifest.Manifest, *, place: tuple[str, str]
 ) -> Iterator[Problem]:
     """What is wrong with a shard and its sidecar; `place` is the domain and the split that list it."""
     if Path(shard.path).parts[:-1] != place or not PART.fullmatch(path.name):
@@ -155,7 +151,7 @@ def _shard_problems(
     for text in shard_checks.sidecar_faults(shards.sidecar_of(path), shard):
         yield Problem(kind="sidecar", path=shards.sidecar_of(path), text=text, shard=shard)
     texts = shard_checks.file_faults(path, shard)
-    for text in texts or shard_checks.content_faults(path, shard, found, place=place):
+    for text in texts or shard_checks.content_faults(path, shard, corpus, place=place):
         yield Problem(kind="shard" if texts else "content", path=path, text=text, shard=shard)
 
 
@@ -187,25 +183,3 @@ def _verdict_counts(path: Path) -> Counter[str]:
     with pa.memory_map(str(path)) as source:
         column = pa.ipc.open_file(source).read_all().column("verdict")
     return Counter({str(entry["values"]): entry["counts"] for entry in pc.value_counts(column).to_pylist()})
-
-
-def main() -> int:
-    """Print what is wrong; 1 if anything is."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.tools.verify_corpus", description=__doc__.split("\n")[0])
-    parser.add_argument("corpus", type=Path, help="a corpus directory, such as data/corpora/demo")
-    corpus = parser.parse_args().corpus
-    is_whole = True
-    try:
-        for problem in problems(corpus):
-            is_whole = False
-            print(problem, flush=True)
-    except OSError as error:  # of the machine: nothing is known of the corpus
-        print(error, file=sys.stderr)
-        return 1
-    if is_whole:
-        print(f"{corpus}: whole")
-    return int(not is_whole)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

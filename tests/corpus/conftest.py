@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,38 +52,59 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tokenizer, tmp_path_factory.mktemp("sentencepiece"), eos="</s>")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and fsync takes most of the time of many small files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+def write_project(root: Path, model_dir: Path, domains: dict[str, dict[str, Any]], **knobs: Any) -> None:
+    """Write the settings of a project with one corpus `tiny`, and its model."""
+    model = root / "data/models/small"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    if not model.exists():
+        model.symlink_to(model_dir)
+    for entry in domains.values():
+        entry.setdefault("format", "jsonl")
+        entry.setdefault("license", "CC0-1.0")
+    content = {
+        "models": {"small": {"source": f"dir:{model_dir}", "license": "CC0-1.0"}},
+        "corpora": {"tiny": {"model": "small", "heldout": 0.2, **knobs, "domains": domains}},
+        "pipelines": {},
+    }
+    (root / "pipelines.yaml").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def project(tmp_path: Path, byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Make a project with one corpus `tiny` and change into it: project(domains={name: {...}}, **corpus knobs)."""
 
     def make(domains: dict[str, dict[str, Any]], **knobs: Any) -> Path:
-        (tmp_path / "data/models").mkdir(parents=True, exist_ok=True)
-        model = tmp_path / "data/models/small"
-        if not model.exists():
-            model.symlink_to(byte_level)
-        for entry in domains.values():
-            entry.setdefault("format", "jsonl")
-            entry.setdefault("license", "CC0-1.0")
-        corpus = {"model": "small", "heldout": 0.2, **knobs, "domains": domains}
-        content = {
-            "models": {"small": {"source": f"dir:{byte_level}", "license": "CC0-1.0"}},
-            "corpora": {"tiny": corpus},
-            "pipelines": {},
-        }
-        (tmp_path / "pipelines.yaml").write_text(json.dumps(content))
+        write_project(tmp_path, byte_level, domains, **knobs)
         monkeypatch.chdir(tmp_path)
         return tmp_path
 
     return make
 
 
+@pytest.fixture(scope="session")
+def finished_project(tmp_path_factory: pytest.TempPathFactory, byte_level: Path) -> Path:
+    """A project whose corpus has two domains, several parts each. Tests take copies."""
+    root = tmp_path_factory.mktemp("finished")
+    two = {"prose": {"source": "dir:prose.jsonl", "license": "CC-BY-4.0"}, "code": {"source": "dir:code.jsonl"}}
+    for seed, (name, count) in enumerate({"prose": 300, "code": 200}.items(), start=1):
+        jsonl(root / f"{name}.jsonl", sentences(count, seed=seed))
+    write_project(root, byte_level, two, shard_tokens=3000)
+    with contextlib.chdir(root):
+        run()
+    return root
+
+
 @pytest.fixture
-def corpus(project: Callable[..., Path], tmp_path: Path) -> Path:
-    """Two domains, several parts each, made whole."""
-    two = {
-        "prose": {"source": jsonl(tmp_path / "prose.jsonl", sentences(300, seed=1)), "license": "CC-BY-4.0"},
-        "code": {"source": jsonl(tmp_path / "code.jsonl", sentences(200, seed=2))},
-    }
-    root = project(two, shard_tokens=3000)
-    run()
-    return root / "data/corpora/tiny"
+def corpus(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished project's corpus; the test runs in its project."""
+    shutil.copytree(finished_project, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "data/corpora/tiny"

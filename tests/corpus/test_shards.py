@@ -61,7 +61,7 @@ def reference(documents: list[Any], dtype: pa.DataType, facts: dict[str, str]) -
     return sink.getvalue().to_pybytes()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     documents=st.lists(DOCUMENT, min_size=1, max_size=12),
     cuts=st.lists(st.integers(0, 20), max_size=3),

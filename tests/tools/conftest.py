@@ -1,5 +1,12 @@
 """The corpora that the corpus tools look at, as in tests/corpus."""
 
-from tests.corpus.conftest import byte_level, corpus, project, sentencepiece
+from tests.corpus.conftest import (
+    _no_waiting_for_the_disk,
+    byte_level,
+    corpus,
+    finished_project,
+    project,
+    sentencepiece,
+)
 
-__all__ = ["byte_level", "corpus", "project", "sentencepiece"]
+__all__ = ["_no_waiting_for_the_disk", "byte_level", "corpus", "finished_project", "project", "sentencepiece"]

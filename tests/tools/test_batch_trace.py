@@ -1,4 +1,4 @@
-"""Replayed batches against those that loaders gave, and their provenance against the shards."""
+"""TracedSlot batches against those that loaders gave, and their provenance against the shards."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def consume(folder: Path, packing: Packing, changes: dict[int, dict[str, float]]
     return batches, states
 
 
-def check(found: list[batch_trace.Replayed], batches: list[Batch], served: Counter[tuple[str, int]]) -> None:
+def check(found: list[batch_trace.TracedSlot], batches: list[Batch], served: Counter[tuple[str, int]]) -> None:
     """Ids, windows and epochs of a replayed batch against the two ranks' own."""
     assert [slot.slot for slot in found] == list(range(BATCH))
     for slot in found:
@@ -88,7 +88,7 @@ def check(found: list[batch_trace.Replayed], batches: list[Batch], served: Count
 weights = st.fixed_dictionaries({"prose": st.floats(0.0, 1.0), "code": st.floats(0.05, 1.0)})
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(packing=st.sampled_from(PACKINGS), changes=st.dictionaries(st.integers(0, 19), weights, max_size=4))
 def test_every_step_is_replayed_as_all_ranks_saw_it_from_the_state_at_the_last_change_of_weights(
     made: Path, packing: Packing, changes: dict[int, dict[str, float]]
@@ -109,17 +109,17 @@ def test_every_token_is_traced_to_its_document_in_a_shard_and_its_row_in_the_sou
     several = 0
     for slot in batch_trace.batch(made, state, step=3, seq_len=SEQ_LEN, packing=packing):
         at = 0
-        for stretch in slot.documents:
-            assert stretch.at == at
-            origin = stretch.origin
+        for document in slot.documents:
+            assert document.at == at
+            origin = document.origin
             shard = shards.open_shard(made / origin.shard)
             assert origin.shard.startswith(f"{slot.domain}/train/")
-            document = shard.column("input_ids")[origin.row].as_py()
-            part = document[origin.start : origin.start + origin.tokens]
+            ids = shard.column("input_ids")[origin.row].as_py()
+            part = ids[origin.start : origin.start + origin.tokens]
             assert part == slot.ids[at : at + origin.tokens].tolist()
             assert part
-            assert stretch.doc_id == shard.column("doc_id")[origin.row].as_py().hex()
-            assert (stretch.source, stretch.row) == ("made", origin.row)
+            assert document.doc_id == shard.column("doc_id")[origin.row].as_py().hex()
+            assert (document.source, document.row) == ("made", origin.row)
             at += origin.tokens
         assert at == slot.tokens
         assert (slot.ids[at:] == EOS).all()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from tasks.tools import export_megatron
 from tests.corpus.handmade import corpus as handmade
 from tests.corpus.texts import jsonl, run, sentences
 
-ROOT = Path(__file__).parents[2]
 Project = Callable[..., Path]
 
 
@@ -111,24 +109,18 @@ def test_a_shard_that_is_not_the_manifests_stops_the_export_before_there_is_an_i
     assert (tmp_path / "out/a_train.bin").read_bytes() == before
 
 
-def test_the_command_line_names_what_it_wrote_or_one_error(corpus: Path, tmp_path: Path) -> None:
-    def call(path: Path) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "tasks.tools.export_megatron",
-            str(path),
-            str(tmp_path / "out"),
-            "--split",
-            "test",
-        ]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_the_command_line_names_what_it_wrote_or_one_error(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(path: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["export", str(path), str(tmp_path / "out"), "--split", "test"])
+        return export_megatron.main()
 
     tokens = manifest.load(corpus).domains["code"].test.tokens
-    done = call(corpus)
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path}/out/code_test.bin: {tokens:,} tokens\n" in done.stdout
-    assert len(done.stdout.splitlines()) == 2
-    done = call(tmp_path / "nowhere")
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"{tmp_path}/nowhere/manifest.json: not found")
+    capsys.readouterr()
+    assert call(corpus) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/out/code_test.bin: {tokens:,} tokens\n" in printed
+    assert len(printed.splitlines()) == 2
+    assert call(tmp_path / "nowhere") == 1
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/nowhere/manifest.json: not found")

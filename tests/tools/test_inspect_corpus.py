@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from tasks.corpus import manifest
 from tasks.corpus.tokenizer import encoder
 from tasks.tools import inspect_corpus as inspect
 from tests.corpus.texts import sentences
-
-ROOT = Path(__file__).parents[2]
 
 
 def shard_of(corpus_dir: Path) -> Path:
@@ -63,13 +61,9 @@ def test_a_model_with_another_tokenizer_is_refused(corpus: Path, tmp_path: Path,
         manifest.require_tokenizer(found, copy)
 
 
-def test_the_command_line_prints_a_description_or_one_line_and_fails(corpus: Path, tmp_path: Path) -> None:
-    def call(path: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tasks.tools.inspect_corpus", str(path)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    assert json.loads(call(corpus).stdout)["corpus"] == "tiny"
-    bad = call(tmp_path / "nothing.arrow")
-    assert bad.returncode == 1
-    assert bad.stderr.startswith(f"{tmp_path}/nothing.arrow: not a readable shard")
-    assert len(bad.stderr.splitlines()) == 1
+def test_the_command_prints_a_description_or_one_line_and_fails(corpus: Path, tmp_path: Path) -> None:
+    assert json.loads(CliRunner().invoke(app, ["inspect", str(corpus)]).output)["corpus"] == "tiny"
+    (tmp_path / "nothing.arrow").touch()
+    bad = CliRunner().invoke(app, ["inspect", str(tmp_path / "nothing.arrow")])
+    assert bad.exit_code == 1
+    assert f"{tmp_path}/nothing.arrow: no sound shard: " in bad.output

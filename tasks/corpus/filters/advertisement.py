@@ -40,7 +40,7 @@ _KINDS = {
 _SIGN = re.compile(rf"(?<!\w)(?:{'|'.join(f'(?P<{kind}>{pattern})' for kind, pattern in _KINDS.items())})")
 
 
-def judge(rule: Advertisement) -> Callable[[str], str | None]:
+def make_filter(rule: Advertisement) -> Callable[[str], str | None]:
     def advertisement(text: str) -> str | None:
         found = signs(text)
         dense = 100 * found.total() > rule.max_per_100_words * len(text.split())

@@ -38,7 +38,7 @@ class Measures:
     misplaced: int
 
 
-def judge(rule: Fluency) -> Callable[[str], str | None]:
+def make_filter(rule: Fluency) -> Callable[[str], str | None]:
     zipf = zipf_of(rule.language)
 
     def fluency(text: str) -> str | None:

@@ -18,7 +18,7 @@ _LARGE = 1 << 20
 def gopher_quality(rule: rules.GopherQuality) -> Callable[[str], str | None]:
     from datatrove.pipeline.filters import GopherQualityFilter
 
-    return _judge(GopherQualityFilter(**_knobs(rule), language=splitter()), prefix="gopher_")
+    return _wrapped(GopherQualityFilter(**_knobs(rule), language=splitter()), prefix="gopher_")
 
 
 def gopher_repetition(rule: rules.GopherRepetition) -> Callable[[str], str | None]:
@@ -27,19 +27,19 @@ def gopher_repetition(rule: rules.GopherRepetition) -> Callable[[str], str | Non
     knobs = _knobs(rule)
     for name in ("top_n_grams", "dup_n_grams"):
         knobs[name] = tuple(sorted(knobs[name].items()))
-    return _judge(GopherRepetitionFilter(**knobs, language=splitter()))
+    return _wrapped(GopherRepetitionFilter(**knobs, language=splitter()))
 
 
 def c4_quality(rule: rules.C4Quality) -> Callable[[str], str | None]:
     from datatrove.pipeline.filters import C4QualityFilter
 
-    return _judge(C4QualityFilter(**_knobs(rule), language=splitter()))
+    return _wrapped(C4QualityFilter(**_knobs(rule), language=splitter()))
 
 
 def fineweb_quality(rule: rules.FineWebQuality) -> Callable[[str], str | None]:
     from datatrove.pipeline.filters import FineWebQualityFilter
 
-    return _judge(FineWebQualityFilter(**_knobs(rule), language=splitter()))
+    return _wrapped(FineWebQualityFilter(**_knobs(rule), language=splitter()))
 
 
 @cache
@@ -64,14 +64,14 @@ def _knobs(rule: rules.Frozen) -> dict[str, Any]:
     return rule.model_dump(exclude={"rule"})
 
 
-def _judge(filtering: Any, *, prefix: str = "") -> Callable[[str], str | None]:
+def _wrapped(filtering: Any, *, prefix: str = "") -> Callable[[str], str | None]:
     from datatrove.data import Document
     from datatrove.utils.text import split_into_parts
 
-    def judge(text: str) -> str | None:
+    def text_filter(text: str) -> str | None:
         result = filtering.filter(Document(text=text, id=""))
         if len(text) > _LARGE:
             split_into_parts.cache_clear()  # it would hold the words of the last five texts
         return None if result is True else result[1].removeprefix(prefix)
 
-    return judge
+    return text_filter

@@ -10,7 +10,7 @@ from tasks.corpus.records import CorpusError
 from tasks.settings.filters import Language
 
 
-def judge(rule: Language) -> Callable[[str], str | None]:
+def make_filter(rule: Language) -> Callable[[str], str | None]:
     identifier = _identifier(None if rule.among is None else tuple(rule.among))
     if unknown := sorted(set(rule.languages) - set(identifier.labels)):
         raise CorpusError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tasks.settings.filters import Length
 
 
-def judge(rule: Length) -> Callable[[str], str | None]:
+def make_filter(rule: Length) -> Callable[[str], str | None]:
     def length(text: str) -> str | None:
         if len(text) < rule.min_chars:
             return "too_short"

@@ -1,4 +1,4 @@
-"""Batches of token ids for one rank, gathered by one thread ahead of their use.
+"""Batches of token ids for one rank, made ahead of their use by a thread.
 
 B = rows of the rank (batch / world_size), L = seq_len.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus.sampling.packing import Packing
-from tasks.corpus.sampling.prefetch import Ahead
+from tasks.corpus.sampling.prefetch import Prefetcher
 from tasks.corpus.sampling.sampler import Position, Sampler, Slot
 from tasks.corpus.sampling.windows import Windows
 
@@ -27,8 +27,7 @@ IGNORED = -100  # torch's cross_entropy and transformers leave such labels out
 class Batch:
     """One rank's part of a global batch.
 
-    Segments are what attends only to itself: rows, or with `mask_documents` the documents in them; then the padding
-    that ends a row is one, too.
+    A segment attends only to itself: it is a row, or with `mask_documents` a document in it or the padding at its end.
 
     Attributes:
         input_ids: int64 [B, L].
@@ -36,7 +35,6 @@ class Batch:
             segment, which only another document could predict. Not shifted: models do that.
         position_ids: int64 [B, L], from 0 in each segment; None without `mask_documents`.
         cu_seqlens: int32 [segments + 1], where segments start in the B * L tokens, and B * L.
-        max_seqlen: tokens of the longest segment.
         domains, windows: each row's origin.
         step_targets: predicted tokens of the whole global batch, all ranks' together.
     """
@@ -45,7 +43,6 @@ class Batch:
     labels: NDArray[np.int64]
     position_ids: NDArray[np.int64] | None
     cu_seqlens: NDArray[np.int32]
-    max_seqlen: int
     domains: list[str]
     windows: list[int]
     step_targets: int
@@ -54,13 +51,13 @@ class Batch:
 class Loader:
     """Rank r of W gets slots[r::W] of each global batch; all ranks run the same sampler.
 
-    `sampler` stands at the last batch that `next` gave, however many are ready ahead of it: its state is the one to
-    save, and its weights or state may be set at any time, upon which what was ready is made anew.
+    `sampler` stands at the last batch that `next` gave, however many are prefetched: its state is the one to save.
+    Its weights or state may be set at any time; prefetched batches are then made again.
 
     Args:
         packing: how documents fill windows; the sampler's.
         mask_documents: no token sees, or is predicted from, another document than its own.
-        prefetch: batches made ahead by a thread; 0 makes each when it is asked for.
+        prefetch: batches that a thread makes ahead; with 0 there is no thread.
 
     Raises:
         ValueError: the batch isn't a multiple of world_size, rank is outside it, or the sampler was made for other
@@ -90,19 +87,19 @@ class Loader:
                 f"the sampler is of packing = {sampler.packing!r} and the loader of {packing!r}; give both the same"
             )
         windows = {d: Windows(corpus_dir, d, "train", seq_len=seq_len, packing=packing) for d in sampler.domains}
-        if sampler.windows != (found := {domain: len(some) for domain, some in windows.items()}):
+        if sampler.windows != (counts := {domain: len(some) for domain, some in windows.items()}):
             raise ValueError(
-                f"the sampler is for windows = {sampler.windows}, and {corpus_dir} has {found} of {seq_len} tokens; "
+                f"the sampler is for windows = {sampler.windows}, and {corpus_dir} has {counts} of {seq_len} tokens; "
                 "make it with `train_windows` of this corpus and seq_len"
             )
         self.sampler, self.prefetch = sampler, prefetch
         mine = range(rank, sampler.batch, world_size)
         self._gather = Gather(windows, seq_len=seq_len, mine=mine, mask=mask_documents)
-        self._ahead: Ahead[tuple[Position, Batch]] | None = None
+        self._ahead: Prefetcher[tuple[Position, Batch]] | None = None
 
     def next(self) -> Batch:
         """The rank's part of the next global batch. After an error the sampler stands where it stood."""
-        batch = self._made_ahead() if self.prefetch else self._gather(self.sampler.peek())
+        batch = self._prefetched() if self.prefetch else self._gather(self.sampler.peek())
         self.sampler.skip()
         return batch
 
@@ -120,15 +117,15 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _made_ahead(self) -> Batch:
-        """A batch is good if it was made for the position at which the sampler stands; else all are made anew."""
+    def _prefetched(self) -> Batch:
+        """The prefetched batch if it was made for the position of the sampler; else all are made again."""
         try:
             if self._ahead is not None:
                 position, batch = self._ahead.get()
                 if position == self.sampler.position:
                     return batch
                 self.close()
-            self._ahead = Ahead(_batches(copy.deepcopy(self.sampler), self._gather), depth=self.prefetch)
+            self._ahead = Prefetcher(_batches(copy.deepcopy(self.sampler), self._gather), depth=self.prefetch)
             return self._ahead.get()[1]
         except BaseException:
             self.close()
@@ -143,7 +140,7 @@ def train_windows(
 
 
 class Gather:
-    """Slots of a global batch to the Batch of those among them that are `mine`.
+    """Makes the Batch of the slots `mine` of a global batch.
 
     Args:
         windows: of every domain that occurs.
@@ -164,17 +161,15 @@ class Gather:
             labels[count:] = IGNORED
         segments = [self._segments(row, slot, tokens[row]) for row, slot in enumerate(mine)]
         cu_seqlens = np.concatenate([*segments, [ids_BL.size]], dtype=np.int32)
-        lengths = np.diff(cu_seqlens)
         if self._places is not None:
             labels_BL.reshape(-1)[cu_seqlens[:-1]] = IGNORED
-            starts = np.repeat(cu_seqlens[:-1].astype(np.int64), lengths)
+            starts = np.repeat(cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens))
             np.subtract(self._places, starts, out=position_BL.reshape(-1))
         return Batch(
             input_ids=ids_BL,
             labels=labels_BL,
             position_ids=position_BL if self._mask else None,
             cu_seqlens=cu_seqlens,
-            max_seqlen=int(lengths.max()),
             domains=[domain for domain, _ in mine],
             windows=[window for _, window in mine],
             step_targets=sum(self._windows[domain].targets(window, mask=self._mask) for domain, window in slots),

@@ -1,4 +1,4 @@
-"""Items made ahead of their use by one thread of this process."""
+"""A thread that makes items ahead of their use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Draws from an endless `source` in a thread, at most `depth` items ahead of `get`.
 
-    The thread ends with `close`, with an error of the source, or when this object is garbage; so `source` must not
-    refer to whoever holds this.
+    The thread ends with `close`, with an error of the source, or when this object is garbage collected; so `source`
+    must not refer to the owner of this object.
     """
 
     def __init__(self, source: Iterator[T], *, depth: int) -> None:
@@ -38,7 +38,7 @@ class Ahead(Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """End the thread and wait for it. What it had made is dropped."""
+        """End the thread and wait for it; its items are dropped."""
         self._end()
         self._thread.join()
 

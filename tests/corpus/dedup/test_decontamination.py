@@ -37,7 +37,7 @@ def load(cache: Path, *, ngram: int = 13, **named: str) -> Items:
 WORDS = st.lists(st.sampled_from(["a", "b", "Cé"]), max_size=30).map(" ".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(WORDS, max_size=6), items=st.lists(WORDS, max_size=6), ngram=st.sampled_from([1, 3, 8, 10, 13]))
 @example(texts=["a " * 40, "b"], items=["a " * 13, "a " * 9], ngram=13)
 @example(texts=["a b a b", "a b a b a b a b a"], items=["a b a b a b a b a"], ngram=13)

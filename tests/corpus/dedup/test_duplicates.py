@@ -95,7 +95,7 @@ def corpora(draw: st.DrawFn) -> tuple[Documents, int]:
     return list(zip(ids_of(seeds, hashed=spread), bits, strict=True)), bands
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     corpus=corpora(),
     cuts=st.lists(st.integers(0, 40), max_size=4),

@@ -8,16 +8,16 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.corpus.filters.chain import JUDGES, build
+from tasks.corpus.filters.chain import FILTERS, build
 from tasks.corpus.records import CorpusError
 from tasks.settings import filters as rules
 from tests.corpus.filters.samples import PROSE, document
 
-FILTERS: TypeAdapter[list[rules.Filter]] = TypeAdapter(list[rules.Filter])
+SETTINGS: TypeAdapter[list[rules.Filter]] = TypeAdapter(list[rules.Filter])
 
 
 def chain(*raw: dict[str, Any]) -> Any:
-    return build(FILTERS.validate_python(raw))
+    return build(SETTINGS.validate_python(raw))
 
 
 def test_no_filters_keep_everything() -> None:
@@ -35,8 +35,8 @@ def test_the_first_filter_that_drops_a_document_gives_the_reason() -> None:
     }
 
 
-def test_every_model_of_the_settings_has_a_judge() -> None:
-    assert set(get_args(get_args(rules.Filter)[0])) == set(JUDGES)
+def test_every_model_of_the_settings_has_a_filter() -> None:
+    assert set(get_args(get_args(rules.Filter)[0])) == set(FILTERS)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_every_model_of_the_settings_has_a_judge() -> None:
 )
 def test_a_setting_that_cannot_work_is_refused(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        FILTERS.validate_python([raw])
+        SETTINGS.validate_python([raw])
 
 
 @pytest.mark.parametrize(

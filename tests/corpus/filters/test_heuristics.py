@@ -63,7 +63,7 @@ def test_the_verdict_on_real_text_is_datatroves_with_its_own_defaults(rule: str)
 
 
 @pytest.mark.parametrize("rule", PAIRS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=LINES)
 def test_any_text_has_a_verdict_and_it_is_datatroves(rule: str, text: str) -> None:
     setting, kind = PAIRS[rule]

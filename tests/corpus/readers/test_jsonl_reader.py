@@ -59,7 +59,7 @@ def test_a_file_of_several_frames_is_read_to_its_end(tmp_path: Path, ending: str
 
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2", ".xz"])
 @given(share=st.floats(0, 1, exclude_max=True))
-@settings(deadline=None, max_examples=25, suppress_health_check=[TMP_PATH])
+@settings(deadline=None, max_examples=10, suppress_health_check=[TMP_PATH])
 def test_a_compressed_stream_cut_anywhere_is_counted_and_never_passes_for_whole(
     tmp_path: Path, ending: str, share: float
 ) -> None:
@@ -139,8 +139,8 @@ def test_an_over_long_line_is_passed_over_in_small_steps(tmp_path: Path, monkeyp
 
 def test_a_zstd_stream_that_expands_without_end_is_never_held(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor().compressobj()
-    packed = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(1 << 10)) + compressor.flush()
-    assert len(packed) < 100_000  # of 1 GB
+    packed = b"".join(compressor.compress(bytes(1 << 20)) for _ in range(1 << 8)) + compressor.flush()
+    assert len(packed) < 100_000  # of 256 MB
     before = pa.total_allocated_bytes()
     file = streams.decompress(io.BytesIO(packed), "a.zst")
     assert len(file.readline(1000)) == 1000
@@ -161,7 +161,7 @@ def test_a_zstd_stream_that_expands_without_end_is_never_held(tmp_path: Path) ->
     ).map(b"\n".join),
     task_bytes=st.integers(1, 60),
 )
-@settings(deadline=None, max_examples=150, suppress_health_check=[TMP_PATH])
+@settings(deadline=None, max_examples=60, suppress_health_check=[TMP_PATH])
 def test_records_and_rows_do_not_depend_on_where_a_file_is_cut(
     tmp_path: Path, content: bytes, task_bytes: int
 ) -> None:

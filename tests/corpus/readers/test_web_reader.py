@@ -19,7 +19,7 @@ from tasks.corpus.records import Document
 from tests.corpus.readers.reading import lines, reader_of, records_of
 from tests.corpus.texts import sentences
 
-TEXTS = sentences(40_000, seed=8)
+TEXTS = sentences(32_000, seed=8)
 
 
 class _Plain(SimpleHTTPRequestHandler):

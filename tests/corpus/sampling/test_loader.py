@@ -102,7 +102,6 @@ def test_without_masks_only_padding_has_no_label_and_rows_are_the_segments(made:
         batch = one.next()
         assert batch.position_ids is None
         assert batch.cu_seqlens.tolist() == list(range(0, BATCH * SEQ_LEN + 1, SEQ_LEN))
-        assert batch.max_seqlen == SEQ_LEN
         for row, (domain, index) in enumerate(zip(batch.domains, batch.windows, strict=True)):
             tokens = Windows(made, domain, "train", seq_len=SEQ_LEN, packing=packing).window(index).tokens
             padded += SEQ_LEN - tokens
@@ -132,7 +131,6 @@ def test_masked_documents_are_what_transformers_makes_of_the_same_documents(made
         assert batch.position_ids.tolist() == flat["position_ids"].reshape(BATCH, SEQ_LEN).tolist()
         assert batch.cu_seqlens.dtype == np.int32
         assert batch.cu_seqlens.tolist() == np.asarray(flat["cu_seq_lens_q"]).tolist()
-        assert batch.max_seqlen == flat["max_length_q"]
         assert batch.labels.dtype == np.int64
         assert batch.labels.tolist() == labels.tolist()
     assert bool(padded) == (packing == "best_fit")
@@ -164,46 +162,6 @@ def test_the_ranks_together_get_the_global_batch_at_any_world_size_changed_at_ea
         assert all(some == state for some in states)
 
 
-def _train(rank: int, world_size: int, made: Path, out: Path) -> None:
-    """Four steps of both, two of rank 0 alone, four of both with other weights; all that was read goes to `out`."""
-    import torch
-    from torch import distributed
-
-    torch.set_num_threads(1)
-    rendezvous = f"file://{out / 'rendezvous'}"
-    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    state: list[Any] = [None]
-    for phase, (ranks, steps) in enumerate([(2, 4), (1, 2), (2, 4)]):
-        if rank < ranks:
-            one = loader(made, rank=rank, world_size=ranks, packing="best_fit", mask_documents=True, prefetch=2)
-            if state[0]:
-                one.sampler.restore(state[0])
-            if phase == 2:
-                one.sampler.set_weights(OTHERS[0])
-            for step in range(steps):
-                np.save(out / f"{phase}-{step}-{rank}.npy", one.next().input_ids)
-            state = [one.sampler.state()]
-            one.close()
-        distributed.broadcast_object_list(state, src=0)
-    distributed.destroy_process_group()
-
-
-def test_two_processes_read_together_what_one_reads_also_after_a_resume_with_another_number(
-    made: Path, tmp_path: Path
-) -> None:
-    import torch
-
-    torch.multiprocessing.spawn(_train, args=(2, made, tmp_path), nprocs=2)
-    alone = loader(made, packing="best_fit")
-    for phase, (ranks, steps) in enumerate([(2, 4), (1, 2), (2, 4)]):
-        if phase == 2:
-            alone.sampler.set_weights(OTHERS[0])
-        for step in range(steps):
-            expected = alone.next().input_ids
-            for rank in range(ranks):
-                assert np.array_equal(np.load(tmp_path / f"{phase}-{step}-{rank}.npy"), expected[rank::ranks])
-
-
 def test_a_batch_that_ranks_cannot_share_is_refused(made: Path) -> None:
     with pytest.raises(ValueError, match="batch = 12 is not a multiple of world_size = 5"):
         loader(made, world_size=5)
@@ -227,7 +185,7 @@ actions = st.sampled_from(["next", "next", "next", "save", "restore", "reopen", 
 
 
 @given(steps=st.lists(actions, min_size=3, max_size=40))
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_and_states_are_the_same_however_many_are_made_ahead(made: Path, steps: list[str | int]) -> None:
     knobs: dict[str, Any] = {"packing": "best_fit", "mask_documents": True}
     loaders = [loader(made, prefetch=depth, **knobs) for depth in (0, 1, 8)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.corpus.sampling.prefetch import Ahead
+from tasks.corpus.sampling.prefetch import Prefetcher
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -21,7 +21,7 @@ def test_items_come_in_order_and_never_more_than_depth_are_made_ahead(depth: int
             made.release()
             yield i
 
-    ahead = Ahead(count(), depth=depth)
+    ahead = Prefetcher(count(), depth=depth)
     for _ in range(depth):  # made without being asked for
         assert made.acquire(timeout=30)
     for expected in range(500):
@@ -37,7 +37,7 @@ def test_an_error_comes_after_the_items_before_it_and_again_whenever_asked() -> 
         yield "second"
         raise OSError("the disk is gone")
 
-    ahead = Ahead(broken(), depth=8)
+    ahead = Prefetcher(broken(), depth=8)
     assert [ahead.get(), ahead.get()] == ["first", "second"]
     for _ in range(3):
         with pytest.raises(OSError, match="the disk is gone"):
@@ -48,7 +48,7 @@ def test_an_error_comes_after_the_items_before_it_and_again_whenever_asked() -> 
 @pytest.mark.parametrize("used", [0, 5])
 def test_the_thread_ends_when_nobody_holds_what_it_makes_things_for(used: int) -> None:
     before = set(threading.enumerate())
-    ahead = Ahead(iter(int, 1), depth=2)
+    ahead = Prefetcher(iter(int, 1), depth=2)
     (thread,) = set(threading.enumerate()) - before
     assert [ahead.get() for _ in range(used)] == [0] * used
     assert thread.is_alive()

@@ -59,7 +59,7 @@ def test_weights_changed_at_any_step_give_the_same_batches_after_resume() -> Non
     raw=st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any),
     batch=st.integers(1, 40),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_served_slots_stay_within_one_of_the_exact_share_at_every_step(raw: list[int], batch: int) -> None:
     names = [f"d{i}" for i in range(len(raw))]
     one = Sampler(
@@ -100,7 +100,7 @@ def test_counts_are_exact_wherever_the_share_is_a_whole_number() -> None:
     steps=st.lists(st.dictionaries(st.sampled_from(sorted(WINDOWS)), st.floats(0.01, 1), min_size=1), max_size=30),
     batch=st.integers(1, 30),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_batches_stay_full_while_weights_change_at_every_step(steps: list[dict[str, float]], batch: int) -> None:
     one = sampler(batch=batch)
     for weights in steps:
@@ -114,7 +114,7 @@ def test_batches_stay_full_while_weights_change_at_every_step(steps: list[dict[s
 
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 17), seed=st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_each_window_is_served_once_per_epoch(n: int, batch: int, seed: int) -> None:
     one = Sampler({"only": n}, weights={"only": 1.0}, seed=seed, batch=batch, corpus_sha256="")
     drawn = [0] * n
@@ -129,7 +129,7 @@ mixes = st.lists(st.sampled_from([WEIGHTS, OTHER, {**OTHER, "web": 0.0}]), max_s
 
 
 @given(steps=mixes, batch=st.integers(1, 60))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_each_window_of_each_domain_is_served_as_often_as_any_other_or_once_more_while_weights_change(
     steps: list[dict[str, float]], batch: int
 ) -> None:
@@ -147,7 +147,7 @@ def test_each_window_of_each_domain_is_served_as_often_as_any_other_or_once_more
 
 
 @given(steps=mixes, batch=st.integers(1, 60), seed=st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_looking_at_a_batch_moves_nothing_and_skipping_it_moves_as_drawing_it_does(
     steps: list[dict[str, float]], batch: int, seed: int
 ) -> None:

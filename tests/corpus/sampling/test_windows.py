@@ -33,7 +33,7 @@ shards_of_lengths = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=8
 
 
 @given(lengths=shards_of_lengths, seq_len=st.integers(1, 60), kind=st.sampled_from(["concat", "best_fit"]))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 def test_windows_hold_the_tokens_that_their_origins_name_each_at_most_once(
     lengths: list[list[int]], seq_len: int, kind: packing.Packing
 ) -> None:

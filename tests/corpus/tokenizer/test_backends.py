@@ -152,7 +152,7 @@ def pairs(layouts: dict[str, Path]) -> list[tuple[backends.Backend, backends.Bac
     return found
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(texts=st.lists(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(probe.ATOMS))).map("".join), max_size=8))
 def test_a_fast_backend_gives_the_ids_of_the_reference_for_any_text(
     pairs: list[tuple[backends.Backend, backends.Backend]], texts: list[str]

@@ -75,7 +75,7 @@ def test_separators_are_those_of_the_settings_and_no_template_adds_any(with_bos:
     assert [part.tolist() for part in one.encode([])] == [[], [0]]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=20), max_size=6), separators=st.sampled_from(["eos", "bos", "bos_eos"]))
 def test_documents_that_are_ids_already_get_the_separators_they_lack(
     with_bos: Path, texts: list[str], separators: str
@@ -165,7 +165,7 @@ def test_other_separators_mean_the_same_ids_and_another_eos_does_not() -> None:
     assert not encoder.same_ids("abc/eos=2/specials-as-text,no-bos", "abc/eos=0/specials-as-text,no-bos")
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 def test_bytes_of_the_tokens_are_the_bytes_of_the_text(byte_level: Path, sentencepiece: Path, text: str) -> None:
     for model in (byte_level, sentencepiece):

@@ -97,7 +97,6 @@ def packed(*, masked: bool) -> Batch:
         labels=labels,
         position_ids=positions if masked else None,
         cu_seqlens=np.array(cuts, dtype=np.int32),
-        max_seqlen=int(np.diff(cuts).max()),
         domains=["prose"] * 2,
         windows=[0, 1],
         step_targets=int((labels[:, 1:] != IGNORED).sum()),

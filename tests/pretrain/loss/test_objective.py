@@ -86,7 +86,6 @@ def packed(windows: list[list[int]], *, masked: bool, padding: int = 0) -> Batch
         labels=labels,
         position_ids=positions if masked else None,
         cu_seqlens=cu_seqlens,
-        max_seqlen=int(np.diff(cu_seqlens).max()),
         domains=["prose"] * len(windows),
         windows=list(range(len(windows))),
         step_targets=int(objective.predicted(labels).sum()),
