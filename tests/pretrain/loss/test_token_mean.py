@@ -60,7 +60,6 @@ def batch(rank: int, world_size: int) -> Batch:
         labels=labels[mine],
         position_ids=None,
         cu_seqlens=np.arange(rows + 1, dtype=np.int32) * LENGTH,
-        max_seqlen=LENGTH,
         domains=[DOMAINS[i % 3] for i in range(WINDOWS)][mine],
         windows=list(range(WINDOWS))[mine],
         step_targets=sum(TARGETS),
