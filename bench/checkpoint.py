@@ -7,13 +7,14 @@ time in which no forward, backward or optimizer step runs; extra is what the ste
 without, a share of the processor that the thread took included. bfloat16, ZeRO-1, one process.
 """
 
-import argparse
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from bench import common
 
 ROUNDS = 3
 OWN, OURS = "DeepSpeed's own", "in the background"
@@ -64,15 +65,15 @@ def synchronous(built: Any, folder: Path) -> Callable[[int], float]:
     return save
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of a checkpoint, both sides.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--every", type=int, default=4, help="steps between saves")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     from tasks.pretrain.checkpoints.manager import CheckpointManager
     from tasks.pretrain.engine import distributed

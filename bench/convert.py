@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from bench import common
+
 HIDDEN, WIDTH, VOCABULARY = 4096, 11008, 32000
 SHARD = 2_000_000_000
 SIDES = ("copy", "convert")
@@ -72,16 +72,11 @@ def convert(source: Path, target: Path) -> None:
             write(i, slices(gate, up, down, experts_EF, shared=0, scale=4.0))
 
 
-def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS, or VmHWM, its peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def child(side: str, folder: Path) -> None:
+def run(side: str, folder: Path) -> None:
+    """Run one side in this process, and print what it took."""
     if side == "convert":  # not part of the time
         import tasks.partition.convert  # noqa: F401
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, start = common.memory("VmRSS"), time.perf_counter()
     user = os.times()
     {"copy": copy, "convert": convert}[side](folder / "dense", folder / side)
     seconds, used = time.perf_counter() - start, os.times()
@@ -92,7 +87,7 @@ def child(side: str, folder: Path) -> None:
                 "user": used.user - user.user,
                 "system": used.system - user.system,
                 "before": before,
-                "peak": memory("VmHWM"),
+                "peak": common.memory("VmHWM"),
             }
         )
     )
@@ -106,15 +101,15 @@ def drop_pages(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2, help="how often both sides run, in turn")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
-        child(args.child, args.folder)
+        run(args.child, args.folder)
         return
     layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * WIDTH + 2 * HIDDEN)
     total = layer * args.layers + 4 * VOCABULARY * HIDDEN
@@ -124,20 +119,17 @@ def main() -> None:
     bound = 2 * layer + SHARD
     print(f"{args.layers} layers of Llama-2-7B, {total / 1e9:.2f} GB; two layers and a shard: {bound / 1e9:.2f} GB")
     print(f"{'':8}{'seconds':>9}{'user':>7}{'system':>8}{'GB/s':>7}{'peak GB':>9}{'of it imports':>15}")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     try:
         for _ in range(args.repeats):
             for side in SIDES:
                 drop_pages(args.folder / "dense")
-                command = [sys.executable, __file__, str(args.folder), "--child", side]
-                output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-                found = json.loads(output.splitlines()[-1])
+                taken = common.child("bench.convert", str(args.folder.resolve()), "--child", side)
                 shutil.rmtree(args.folder / side)
-                seconds[side].append(found["seconds"])
+                seconds[side].append(taken["seconds"])
                 print(
-                    f"{side:8}{found['seconds']:9.1f}{found['user']:7.1f}{found['system']:8.1f}"
-                    f"{total / found['seconds'] / 1e9:7.2f}{found['peak'] / 1e9:9.2f}{found['before'] / 1e9:15.2f}",
+                    f"{side:8}{taken['seconds']:9.1f}{taken['user']:7.1f}{taken['system']:8.1f}"
+                    f"{total / taken['seconds'] / 1e9:7.2f}{taken['peak'] / 1e9:9.2f}{taken['before'] / 1e9:15.2f}",
                     flush=True,
                 )
     finally:

@@ -11,7 +11,6 @@ which wait for its copies.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+from bench import common
+
 STEPS = 6
-BASE = {"precision": "bfloat16", "seq_len": 512, "batch": 2, "micro_batch": 2, "learning_rate": 2e-4}
+BASE: dict[str, Any] = {"precision": "bfloat16", "seq_len": 512, "batch": 2, "micro_batch": 2, "learning_rate": 2e-4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp32": {"precision": "float32"},
@@ -41,12 +41,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=["tiny", "demo"], default=["tiny", "demo"])
     parser.add_argument("--setting", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         project = prepare(Path(folder))
@@ -110,7 +110,7 @@ def prepare(folder: Path) -> Path:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in conftest.documents(domain))
         (data / f"{domain}.jsonl").write_text(lines)
     for name in ("tasks", "kernels"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(common.ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     text = conftest.SETTINGS.format(model=folder / "dense", data=data).replace(".jsonl.gz", ".jsonl")
     text = text.replace("      dynamic: {rule: paper}\n", "").replace("      warmup_tokens: 256\n", "")
     (project / "pipelines.template").write_text(text)
@@ -130,7 +130,7 @@ def put_model(project: Path, name: str) -> None:
     from tasks import settings
     from tasks.tools import calibrate
 
-    config = settings.load(ROOT / "pipelines.yaml")
+    config = settings.load(common.ROOT / "pipelines.yaml")
     demo = config.pipeline("demo")
     sparse = plan.sparse_config(plan.dense_config(config, demo.model), demo.partition)
     if name == "tiny":

@@ -7,7 +7,6 @@ can be imported), gopher_quality for fluency, naive Bayes trained on the same ki
 Thresholds were chosen on the texts marked `dev`, never on those marked `test`.
 """
 
-import argparse
 import base64
 import codecs
 import email
@@ -21,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import common
 from tasks import settings, sources
 from tasks.corpus.filters import heuristics
 from tasks.corpus.filters.chain import build
@@ -269,11 +269,16 @@ def bench_speed(cache: Path) -> None:
 
 BENCHES = {name.removeprefix("bench_"): bench for name, bench in globals().items() if name.startswith("bench_")}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("which", nargs="*", choices=BENCHES, default=list(BENCHES))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for which in arguments.which:
         print(f"\n{which}")
         BENCHES[which](arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,6 @@ The seed decides the batches and, for the random split, the partition.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,13 +17,15 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[1]
+from bench import common
+
 MODEL, CORPUS = "smollm2-135m-q4", "demo"
 OURS = {
     "method": "activation",
@@ -101,9 +102,9 @@ def prepare(folder: Path, made: dict[str, dict[str, Any]]) -> None:
     for name in ("tasks", "kernels", "flows"):
         link = folder / name
         if not link.exists():
-            link.symlink_to(ROOT / name)
+            link.symlink_to(common.ROOT / name)
     yaml = YAML(typ="safe", pure=True)
-    base = yaml.load((ROOT / "pipelines.yaml").read_text())
+    base = yaml.load((common.ROOT / "pipelines.yaml").read_text())
     content = {"models": {MODEL: base["models"][MODEL]}, "corpora": {CORPUS: base["corpora"][CORPUS]}}
     with (folder / "pipelines.yaml").open("w") as file:
         yaml.dump({**content, "pipelines": made}, file)
@@ -112,11 +113,10 @@ def prepare(folder: Path, made: dict[str, dict[str, Any]]) -> None:
 def stage(name: str, *arguments: str, folder: Path) -> None:
     log = folder / "log" / f"{name}-{'-'.join(arguments)}.txt"
     log.parent.mkdir(exist_ok=True)
-    paths = {"PYTHONPATH": f"{folder}{os.pathsep}{folder / 'kernels'}", "OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
         done = subprocess.run(
             [sys.executable, "-m", f"tasks.{name}", *arguments],
-            cwd=folder, env={**os.environ, **paths}, stdout=file, stderr=subprocess.STDOUT,
+            cwd=folder, env=common.environment(folder, OMP_NUM_THREADS="1"), stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{name} {' '.join(arguments)} failed: {log}")
@@ -158,30 +158,32 @@ def table(folder: Path, recipes: list[str], seeds: list[int]) -> None:
     print("| recipe | loss of the parent | after the split | trained | gap closed, % | tokens/s | curve |")
     print("|---|---:|---:|---:|---:|---:|---|")
     for name in recipes:
-        found = []
+        figures: list[tuple[float, ...]] = []
+        curves: list[list[float]] = []
         for seed in seeds:
             root = folder / "runs" / key_of(name, seed)
             ran = json.loads((root / "pretrain.json").read_text())
             parent = statistics.mean(ran["references"].values())
             before, after = ran["validation_mean_before"], ran["validation_mean_after"]
             rows = [line.split(",") for line in (root / "validation.csv").read_text().splitlines()[1:]]
-            curve = [float(row[2]) for row in rows]
+            curves.append([float(row[2]) for row in rows])
             closed = math.nan if name == "dense" else 100 * (before - after) / (before - parent)
-            found.append((parent, before, after, closed, ran["tokens_per_second"], curve))
-        parent, before, after, closed, speed = (statistics.mean(f[i] for f in found) for i in range(5))
-        spread = f" ({min(f[3] for f in found):.1f} to {max(f[3] for f in found):.1f})" if len(found) > 1 else ""
-        curve = " ".join(f"{statistics.mean(point):.3f}" for point in zip(*(f[5] for f in found), strict=True))
+            figures.append((parent, before, after, closed, ran["tokens_per_second"]))
+        parent, before, after, closed, speed = (statistics.mean(column) for column in zip(*figures, strict=True))
+        shares = [row[3] for row in figures]
+        spread = f" ({min(shares):.1f} to {max(shares):.1f})" if len(shares) > 1 else ""
+        curve = " ".join(f"{statistics.mean(point):.3f}" for point in zip(*curves, strict=True))
         print(f"| {name} | {parent:.3f} | {before:.3f} | {after:.3f} | {closed:.1f}{spread} | {speed:.0f} | {curve} |")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=102400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs next to each other")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder = arguments.folder.resolve()
     made = pipelines(arguments.only, arguments.seeds, tokens=arguments.tokens)
     prepare(folder, made)

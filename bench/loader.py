@@ -15,26 +15,28 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import common
 from tasks.corpus import manifest, shards
 from tasks.corpus.sampling.loader import Loader, train_windows
 from tasks.corpus.sampling.packing import pack
 from tasks.corpus.sampling.sampler import Sampler
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("corpus", type=Path, nargs="?")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--world-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=2.0, help="CPU time of each measurement")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         args.corpus = args.corpus or made_up(Path(folder))
         measure(args)
@@ -59,7 +61,9 @@ def made_up(folder: Path) -> Path:
         "books": documents(400, mu=9.9, sigma=0.8),
         "qa": documents(40_000, mu=5.0, sigma=0.8),
     }
-    halves = {name: [found[: len(found) // 2], found[len(found) // 2 :]] for name, found in kinds.items()}
+    halves: dict[str, Any] = {
+        name: [texts[: len(texts) // 2], texts[len(texts) // 2 :]] for name, texts in kinds.items()
+    }
     return corpus(folder / "made-up", halves)
 
 
@@ -75,10 +79,10 @@ def measure(args: argparse.Namespace) -> None:
         for mask in (False, True):
             for prefetch in (0, 2):
                 with loader_of(args, packing, mask=mask, prefetch=prefetch) as one:
-                    found = rate(lambda one=one: one.next().input_ids.size, args.seconds)
+                    own = rate(partial(batch_tokens, one), args.seconds)
                 name = f"{packing}{', masks' if mask else ''}{f', prefetch {prefetch}' if prefetch else ''}"
-                ratios = "  ".join(f"{found / value:6.2f} x {peer}" for peer, value in rates.items())
-                print(f"{name:34} {found:8.1f} Mtok/CPU-s  {ratios}")
+                ratios = "  ".join(f"{own / value:6.2f} x {peer}" for peer, value in rates.items())
+                print(f"{name:34} {own:8.1f} Mtok/CPU-s  {ratios}")
     lengths = np.concatenate([np.diff(shards.offsets(shards.open_shard(path))) for path in paths(args.corpus)])
     mine = seconds(lambda: pack(lengths, seq_len=args.seq_len), args.seconds)
     theirs = seconds(lambda: bitset(lengths, args.seq_len), 0)
@@ -87,6 +91,10 @@ def measure(args: argparse.Namespace) -> None:
     print(f"packing {million / mine:.2f} M documents/CPU-s, one by one {million / theirs:.2f}: {theirs / mine:.1f} x")
     start, late = (first_batch(args, step) for step in (0, 10**7))
     print(f"first batch at step 0 {start * 1e3:.2f} CPU-ms, at step 10^7 {late * 1e3:.2f}: {late / start:.2f} x")
+
+
+def batch_tokens(loader: Loader) -> int:
+    return loader.next().input_ids.size
 
 
 def sampler_of(args: argparse.Namespace, packing: Any) -> Sampler:

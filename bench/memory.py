@@ -8,7 +8,6 @@ memory of the largest process, CPU and wall seconds, and the ratio of the peaks.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -17,21 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
-ROOT = Path(__file__).parents[1]
+from bench import common
+
 SYLLABLES = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "er", "il", "ost", "um")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("model", type=Path, help="a model directory; its tokenizer is used")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 5000])
     parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     peaks = []
     for megabytes in args.megabytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +88,7 @@ def project(root: Path, model: Path) -> None:
 
 def run(root: Path, module: str, *arguments: str) -> resource.struct_rusage:
     """Run a stage and give what it used, its children included."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment = common.environment(RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
     with subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=root, env=environment) as process:
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

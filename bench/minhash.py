@@ -9,10 +9,8 @@ Rates are MB of UTF-8 per CPU-second of this process, the best of three rounds t
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import pyarrow as pa
 import xxhash
 from datasketch import MinHash
 
+from bench.common import cpu_seconds, parser
 from tasks import settings, sources
 from tasks.corpus.dedup import decontamination, duplicates, minhash, words
 from tasks.settings.corpus import NearDuplicates
@@ -27,11 +26,11 @@ from tasks.settings.corpus import NearDuplicates
 CACHE = Path(".scratch/sources")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", default="demo")
-    parser.add_argument("--domain", default="legal")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--corpus", default="demo")
+    options.add_argument("--domain", default="legal")
+    args = options.parse_args(argv)
     texts = read(settings.load().corpus(args.corpus).domains[args.domain])
     near = NearDuplicates()
     signer = minhash.Signer(near.bands, near.rows, ngram=near.ngram)
@@ -62,7 +61,7 @@ def main() -> None:
         f"items, {items.ngrams} n-grams, all at once": lambda: items.hits(texts),
         "items, one by one": lambda: [items.hit(text) for text in texts],
     }.items():
-        print(f"| {name} | {megabytes(texts) / best(run):.0f} |")
+        print(f"| {name} | {megabytes(texts) / min(cpu_seconds(run) for _ in range(3)):.0f} |")
     clusters(texts, signer, near=near)
 
 
@@ -99,17 +98,8 @@ def megabytes(texts: list[str]) -> float:
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
-def best(run: Callable[[], object], rounds: int = 3) -> float:
-    seconds = []
-    for _ in range(rounds):
-        began = time.process_time()
-        run()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
-
-
 def row(name: str, size: float, peer: Callable[[], object], own: Callable[[], object]) -> None:
-    rounds = [(best(peer, 1), best(own, 1)) for _ in range(3)]
+    rounds = [(cpu_seconds(peer), cpu_seconds(own)) for _ in range(3)]
     theirs, ours = size / min(r[0] for r in rounds), size / min(r[1] for r in rounds)
     print(f"| {name} | {theirs:.1f} | {ours:.0f} | {ours / theirs:.0f} |")
 

@@ -9,25 +9,26 @@ of a token's choices one plain gradient step of the optimizer's size moves.
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import common
 from tasks import settings
 from tasks.corpus.sampling import windows
 from tasks.moe import checkpoint, routing
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("run", type=Path, help="runs/PIPELINE, with moe/ in it")
     parser.add_argument("--stds", type=float, nargs="+", default=[0.02, 0.1, 0.5, 2.0])
     parser.add_argument("--windows", type=int, default=1, help="validation windows per domain")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the step (Adam's first: its sign)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pipeline = settings.load().pipeline(args.run.name)
     held = windows.validation(Path("data/corpora") / pipeline.corpus, seq_len=512, count=args.windows)
     ids = torch.cat([torch.from_numpy(window) for window in held.values()])

@@ -9,17 +9,18 @@ ratio that FLOPs alone would give, what the loop itself takes, and what a checkp
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from bench import common
 from tasks import settings
 from tasks.moe import counts
 from tasks.pretrain.job import Job
@@ -55,13 +56,13 @@ def median(records: list[dict[str, Any]], name: str) -> float:
     return statistics.median(record["timing"][name] for record in records[2:])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser(__doc__)
     parser.add_argument("pipeline")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], help="field=value of pretrain, as YAML")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     entry = settings.load().pipeline(arguments.pipeline)
     step_tokens = entry.pretrain.step_tokens
     changes: dict[str, Any] = {
@@ -72,19 +73,19 @@ def main() -> int:
         name, _, value = pair.partition("=")
         changes[name] = YAML(typ="safe").load(value)
     sides = {"dense": Path("data/models") / entry.model, "sparse": Path("runs") / arguments.pipeline / "moe"}
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    steps: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     saving = dict.fromkeys(sides, 0.0)
     for _ in range(arguments.rounds):
         for side, model in sides.items():
             records, blocked = run(arguments.pipeline, model, side=side, changes=changes)
-            found[side] += records[2:]
+            steps[side] += records[2:]
             saving[side] += blocked
     flops = {
         side: counts.flops_per_token(json.loads((model / "config.json").read_text()), seq_len=entry.pretrain.seq_len)
         for side, model in sides.items()
     }
     speeds = {}
-    for side, records in found.items():
+    for side, records in steps.items():
         seconds = {name: median(records, name) for name in ("seconds", "data", "forward", "backward", "optimizer")}
         speeds[side] = step_tokens / seconds["seconds"]
         own = seconds["seconds"] - sum(seconds[name] for name in ("forward", "backward", "optimizer"))

@@ -19,28 +19,26 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
-os.environ.update(
-    OMP_NUM_THREADS="1",
-    RAYON_NUM_THREADS="1",
-    TOKENIZERS_PARALLELISM="false",
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-)
+from bench import common
+from tasks import sources
 
-from tasks import sources  # noqa: E402
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}
 
 EOS = {"llama2": "</s>", "llama3": "<|end_of_text|>", "smollm2": "<|endoftext|>"}
 TEXT = (
@@ -263,14 +261,15 @@ def measure(side: str, model: Path, *, files: list[Path]) -> dict[str, Any]:
         return {**spent, "documents": len(rows), "tokens": sum(map(len, rows)), "digest": digest}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--megabytes", type=float, default=96)
     parser.add_argument("--tokenizers", nargs="+", choices=list(EOS), default=list(EOS))
     parser.add_argument("--languages", nargs="+", metavar="LOCALE", help="the encoders alone, on these of Django's")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    os.environ.update(ENVIRONMENT)  # before any of the sides is imported
     folder = args.folder.resolve()
     files = [folder / "warm.jsonl.zst", folder / "text.jsonl.zst"]
     if args.side:
@@ -291,24 +290,22 @@ def main() -> None:
 
 def compare(name: str, folder: Path, *, megabytes: float) -> None:
     """Run every side and print a table."""
-    found = {}
+    results = {}
     for side in SIDES:
-        command = [sys.executable, __file__, str(folder), "--tokenizers", name, "--side", side]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        one = found[side] = json.loads(done.stdout.splitlines()[-1])
+        one = results[side] = common.child("bench.tokenise", str(folder), "--tokenizers", name, "--side", side)
         print(
             f"  {side:9} {megabytes / one['cpu']:5.1f} MB per CPU-s, {megabytes / one['wall']:5.1f} MB/s wall; "
             f"{one['documents']} documents, {one['tokens']} tokens; start and 2 MB {one['start']:.1f} CPU-s",
             flush=True,
         )
-    ratio = min(found["datasets"]["cpu"], found["datatrove"]["cpu"]) / found["ours"]["cpu"]
-    same = len({one["digest"] for one in found.values()}) == 1
+    ratio = min(results["datasets"]["cpu"], results["datatrove"]["cpu"]) / results["ours"]["cpu"]
+    same = len({one["digest"] for one in results.values()}) == 1
     print(f"  ratio to the better peer {ratio:.1f}; ids {'identical' if same else 'DIFFER'}", flush=True)
 
 
 def _content(text: str, cache: Path) -> bytes:
-    found = sources.fetch(text, cache)
-    return found.fs.cat_file(found.paths[0])
+    fetched = sources.fetch(text, cache)
+    return fetched.fs.cat_file(fetched.paths[0])
 
 
 def _kinds(folder: Path) -> list[list[str]]:

@@ -18,7 +18,6 @@ weights and gradients. The hot floor reuses the weights of one expert, which the
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K rows sorted by expert.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -31,6 +30,7 @@ import torch
 from moe_kernels import choose_regime, experts_layer
 from torch import Tensor
 
+from bench import common
 from bench.kernels.check import disagreement, reference
 from bench.kernels.peers import OURS, Peer, Side, Unfit, batched_mm, by_autograd, dense, eager, grouped_mm, ours
 from bench.kernels.shapes import Problem, Shape, make_problem, parse_shape
@@ -216,15 +216,15 @@ def crossover(shape: Shape, *, dtype: torch.dtype, turns: int) -> dict[str, Row]
     return {path: {"full_ms": ms} for path, ms in full.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", help="T,E,K,D,F; by default the four of the table in docs/kernels.md")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--threads", default="1,2", help="one run for each, separated by commas")
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--crossover", action="store_true", help="compare the two CPU paths instead")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     named = SHAPES if args.shapes is None else dict(zip(args.shapes, args.shapes, strict=True))
     named = dict(zip(CROSSOVER, CROSSOVER, strict=True)) if args.crossover and args.shapes is None else named
     cells = []

@@ -127,11 +127,6 @@ def _nll(parent: Streamed, hidden_BLD: Tensor, ids_BL: Tensor) -> np.ndarray:
     return torch.stack(losses).cpu().numpy()
 
 
-def neurons(layer: Layer, x_TD: Tensor) -> Tensor:
-    """h = silu(gate x) * up x, [T, N]."""
-    return F.silu(x_TD @ layer.gate_ND.T) * (x_TD @ layer.up_ND.T)
-
-
 def dense(layer: Layer) -> Ffn:
     """The FFN as it is."""
     return layer.dense
@@ -148,7 +143,7 @@ def neuron_oracle(share: float, *, weighted: bool = False) -> Build:
         keep = round(share * len(norm_N))
 
         def ffn(x_TD: Tensor) -> Tensor:
-            h_TN = neurons(layer, x_TD)
+            h_TN = layer.neurons(x_TD)
             index_TM = (h_TN.abs() * norm_N).topk(keep, dim=1, sorted=False).indices
             kept_TN = torch.zeros_like(h_TN).scatter_(1, index_TM, h_TN.gather(1, index_TM))
             return kept_TN @ layer.down_DN.T
@@ -205,7 +200,7 @@ def expert_oracle(experts: Mapping[int, np.ndarray], *, shared: int, top_k: int)
         always_N, routed_EN = member_EN[:shared].sum(0), member_EN[shared:]
 
         def ffn(x_TD: Tensor) -> Tensor:
-            h_TN = neurons(layer, x_TD)
+            h_TN = layer.neurons(x_TD)
             energy_TE = (h_TN * norm_N).square() @ routed_EN.T
             chosen_TE = torch.zeros_like(energy_TE).scatter_(1, energy_TE.topk(top_k, dim=1).indices, 1.0)
             return (h_TN * (always_N + chosen_TE @ routed_EN)) @ layer.down_DN.T

@@ -24,111 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench import common
+from bench.partition import rows
 from tasks import scratch
 from tasks.settings import Partition
 
 if TYPE_CHECKING:
-    from bench.partition.baselines import Build, Ffn
+    from bench.partition.baselines import Ffn
     from tasks.moe.streamed import Streamed
 
-SHARES = (50, 75, 25)  # in the order in which they are computed
 SEQ_LEN = 512
-CALIBRATION = 28
-"""Training windows of SEQ_LEN tokens, the same ones for every row with the same seed."""
 _TOKENS = 1024  # of the timed forward pass
-SEEDED = {"random", "clustering", "activation, 64 experts"}
-"""Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
-FIT_PASSES = 1  # of every row with a fit
-_FITTED: dict[str, dict[str, Any]] = {
-    "": {},
-    ", refit": {"down_proj": "refit"},
-    ", refit and fit": {"down_proj": "refit", "fit_passes": FIT_PASSES},
-}
-_FINE = ((64, ""), (192, ""), (384, ""), (768, ""), (64, ", refit"), (384, ", refit"), (384, ", refit and fit"))
-"""Experts in all, and what is fitted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plain:
-    """A row that is no settings of the stage."""
-
-    build: Build
-    seeded: bool = False
-    calibrated: bool = False
-    timed: bool = True
-    """False for oracles, which compute every neuron and then drop some."""
-
-
-def plain(share: int, seed: int) -> dict[str, Plain]:
-    """Bounds, pruning and peers with `share` per cent of the FFN active; for 100, the dense model as well."""
-    from bench.partition import baselines, peers
-
-    if share == 100:
-        return {"dense": Plain(build=baselines.dense)}
-    part, top_k, half = share / 100, 8 * share // 100, 4 * share // 100
-
-    def llama_moe(split: Any, gate: Any) -> Plain:
-        build = peers.llama_moe(split, experts=8, top_k=top_k, gate=gate, seed=seed)
-        return Plain(build=build, seeded=True)
-
-    return {
-        "oracle: top neurons by activation": Plain(build=baselines.neuron_oracle(part), timed=False),
-        "oracle: top neurons by contribution": Plain(build=baselines.neuron_oracle(part, weighted=True), timed=False),
-        "static pruning": Plain(build=baselines.static(part), calibrated=True),
-        "static pruning, refit": Plain(build=baselines.static(part, refit=True), calibrated=True),
-        "static pruning, refit and fit": Plain(
-            build=baselines.static(part, refit=True, fit_passes=FIT_PASSES), calibrated=True
-        ),
-        "peer: LLaMA-MoE random": llama_moe("random", "tanh"),
-        "peer: LLaMA-MoE random, linear gate": llama_moe("random", "linear"),
-        "peer: LLaMA-MoE clustering": llama_moe("clustering", "tanh"),
-        "peer: CMoE": Plain(build=peers.cmoe(experts=8 - half, shared=half, top_k=half), calibrated=True),
-    }
-
-
-def methods(width: int) -> dict[str, dict[int, Partition]]:
-    """The rows that the stage itself makes, by share of the FFN active, for an FFN of `width` neurons."""
-    quarter = {share: share // 25 for share in SHARES}
-    eighths = {share: {"experts": 8, "top_k": 2 * n} for share, n in quarter.items()}
-    shared = {share: {"experts": 8 - n, "top_k": n, "shared_experts": n} for share, n in quarter.items()}
-
-    def fine(total: int) -> dict[int, dict[str, int]]:
-        always = {25: total // 8, 50: total // 4, 75: total // 2}  # shared
-        return {
-            share: {"experts": total - s, "shared_experts": s, "top_k": total * share // 100 - s}
-            for share, s in always.items()
-        }
-
-    quarters = {
-        share: {
-            "experts": 4,
-            "top_k": 1,
-            "expert_size": width * n // 4,
-            "common_neurons": width * max(n, 2 * n - 2) // 6,
-        }
-        for share, n in quarter.items()
-    }
-
-    def row(method: str, sizes: dict[int, dict[str, int]], **options: Any) -> dict[int, Partition]:
-        common = {"method": method, "calibration_windows": CALIBRATION, "router": "regression", **options}
-        return {share: Partition.model_validate({**common, **sizes[share]}) for share in SHARES}
-
-    return {
-        "random": row("random", eighths),
-        "clustering": row("clustering", eighths),
-        "coactivation": row("coactivation", eighths),
-        "importance": row("importance", eighths, sharing="none"),
-        "importance, inner sharing": row("importance", eighths, sharing="inner"),
-        "importance, inter sharing": row("importance", shared, sharing="inter"),
-        "moebert": row("moebert", quarters),
-        "peer: MoEBERT": row("moebert", quarters, router="random"),
-        "activation, 8 experts": row("activation", shared),
-        **{
-            f"activation, {total} experts{fitted}": row("activation", fine(total), **_FITTED[fitted])
-            for total, fitted in _FINE
-            if width % total == 0
-        },
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +52,23 @@ class Job:
 
 
 def jobs(
-    model_dir: Path, corpus_dir: Path, *, windows: int, seeds: int, only: list[str], shares: Sequence[int] = SHARES
+    model_dir: Path,
+    corpus_dir: Path,
+    *,
+    windows: int,
+    seeds: int,
+    only: list[str],
+    shares: Sequence[int] = rows.SHARES,
 ) -> Iterator[Job]:
     """The dense parent, then every row whose name has one of the words `only` in it, or all, share by share."""
     width = json.loads((model_dir / "config.json").read_text())["intermediate_size"]
     where: Any = {"model_dir": str(model_dir), "corpus_dir": str(corpus_dir), "windows": windows}
     yield Job(row="dense", share=100, seed=0, **where)
-    own = methods(width)
-    names = [name for name in [*plain(SHARES[0], 0), *own] if not only or any(word in name for word in only)]
+    own = rows.methods(width)
+    names = [name for name in [*rows.plain(rows.SHARES[0], 0), *own] if not only or any(word in name for word in only)]
     for share in shares:
         for name in names:
-            seeded = name in SEEDED if name in own else plain(share, 0)[name].seeded
+            seeded = name in rows.SEEDED if name in own else rows.plain(share, 0)[name].seeded
             for seed in range(seeds if seeded else 1):
                 options = own[name][share].model_copy(update={"seed": seed}).model_dump() if name in own else None
                 yield Job(row=name, share=share, seed=seed, partition=options, **where)
@@ -180,15 +92,15 @@ def _plain(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dic
     from bench.partition import baselines
     from tasks.partition import calibration
 
-    row, text = plain(job.share, job.seed)[job.row], None
+    row, text = rows.plain(job.share, job.seed)[job.row], None
     if row.calibrated:
-        text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=CALIBRATION, seed=job.seed)
-    found = baselines.measure(parent, validation, row.build, calibration=text)
+        text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=rows.CALIBRATION, seed=job.seed)
+    measured = baselines.measure(parent, validation, row.build, calibration=text)
     return {
-        "nats": found.nats,
-        "seconds": found.seconds,
-        "peak_mib": _peak_mib(),
-        "tokens_per_s": _speeds(parent, found.middle if row.timed else None),
+        "nats": measured.nats,
+        "seconds": measured.seconds,
+        "peak_mib": common.memory("VmHWM") / 2**20,
+        "tokens_per_s": _speeds(parent, measured.middle if row.timed else None),
     }
 
 
@@ -211,7 +123,7 @@ def _method(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> di
             folder=folder,
             report=lambda *_: None,
         )
-        seconds, peak = time.perf_counter() - start, _peak_mib()
+        seconds, peak = time.perf_counter() - start, common.memory("VmHWM") / 2**20
         sparse = Streamed(folder / "moe")
         nll_B = sparse.nll(np.concatenate(list(validation.values())), batch=4) / (SEQ_LEN - 1)
         split = index.read(folder / "partition.safetensors")
@@ -228,12 +140,6 @@ def _method(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> di
         "oracle_nats": baselines.measure(parent, validation, bound).nats,
         "tokens_per_s": _speeds(parent, lambda x_TD: torch.stack([part(x_TD[None])[0] for part in parts]).sum(0)),
     }
-
-
-def _peak_mib() -> float:
-    """Peak of this process alone; what getrusage gives begins with its parent's."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def _speeds(parent: Streamed, ffn: Ffn | None) -> list[float]:
@@ -253,7 +159,7 @@ def _speeds(parent: Streamed, ffn: Ffn | None) -> list[float]:
     return [_TOKENS / seconds for seconds in best]
 
 
-def complete(wanted: list[Job], results: Path, *, key: Any) -> list[dict[str, Any]]:
+def complete(wanted: list[Job], path: Path, *, key: Any) -> list[dict[str, Any]]:
     """The results of the jobs, from the file where they are there, else computed and appended to it.
 
     A row that fails is reported and left out, and is tried again the next time.
@@ -261,8 +167,8 @@ def complete(wanted: list[Job], results: Path, *, key: Any) -> list[dict[str, An
     Args:
         key: what the results depend on besides the job.
     """
-    kept: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
-    found = []
+    kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    results = []
     for number, job in enumerate(wanted, 1):
         name = scratch.fingerprint([asdict(job), key])
         title = f"[{number}/{len(wanted)}] {job.row}, {job.share} % active, seed {job.seed}"
@@ -276,10 +182,10 @@ def complete(wanted: list[Job], results: Path, *, key: Any) -> list[dict[str, An
                     _say(f"{title} failed: {type(error).__name__}: {error}")
                     continue
             kept[name] = {**asdict(job), **figures}
-            scratch.write_json(results, kept)
+            scratch.write_json(path, kept)
             _say(f"{title}: perplexity {_perplexity(figures['nats']):.2f}, {time.perf_counter() - start:.0f} s")
-        found.append(kept[name])
-    return found
+        results.append(kept[name])
+    return results
 
 
 def _say(text: str) -> None:
@@ -290,32 +196,32 @@ def _perplexity(nats: dict[str, float]) -> float:
     return float(np.exp(np.mean(list(nats.values()))))
 
 
-def table(found: list[dict[str, Any]]) -> Iterator[str]:
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """Two markdown tables: every row's figures, means over its seeds, and its perplexity on each domain."""
-    parent, *_ = (row for row in found if row["row"] == "dense")
+    parent, *_ = (row for row in results if row["row"] == "dense")
     dense, domains = _perplexity(parent["nats"]), list(parent["nats"])
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    names = list(dict.fromkeys(row["row"] for row in found))
-    for row in sorted(found, key=lambda row: (names.index(row["row"]), row["share"])):
+    names = list(dict.fromkeys(row["row"] for row in results))
+    for row in sorted(results, key=lambda row: (names.index(row["row"]), row["share"])):
         grouped.setdefault((row["row"], row["share"]), []).append(row)
     yield (
         "| | FFN active | perplexity | × dense | seeds: × dense | experts by true energy: × dense | identity error | "
         "construction, s | peak, MiB | layer, tokens/s | × dense layer |"
     )
     yield "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|"
-    for (name, share), rows in grouped.items():
-        ratios = [_perplexity(row["nats"]) / dense for row in rows]
-        bounds = [_perplexity(row["oracle_nats"]) / dense for row in rows if "oracle_nats" in row]
-        speeds = [row["tokens_per_s"] for row in rows if len(row["tokens_per_s"]) == 2]
+    for (name, share), group in grouped.items():
+        ratios = [_perplexity(row["nats"]) / dense for row in group]
+        bounds = [_perplexity(row["oracle_nats"]) / dense for row in group if "oracle_nats" in row]
+        speeds = [row["tokens_per_s"] for row in group if len(row["tokens_per_s"]) == 2]
         cells = [
             f"{share} %",
-            _mean([_perplexity(row["nats"]) for row in rows]),
+            _mean([_perplexity(row["nats"]) for row in group]),
             _mean(ratios),
-            f"{_mean([min(ratios)])} to {_mean([max(ratios)])} ({len(rows)})" if len(rows) > 1 else "",
+            f"{_mean([min(ratios)])} to {_mean([max(ratios)])} ({len(group)})" if len(group) > 1 else "",
             _mean(bounds) if bounds else "",
-            f"{max(row['identity_error'] for row in rows):.1e}" if "identity_error" in rows[0] else "",
-            f"{np.mean([row['seconds'] for row in rows]):.0f}",
-            f"{np.mean([row['peak_mib'] for row in rows]):.0f}",
+            f"{max(row['identity_error'] for row in group):.1e}" if "identity_error" in group[0] else "",
+            f"{np.mean([row['seconds'] for row in group]):.0f}",
+            f"{np.mean([row['peak_mib'] for row in group]):.0f}",
             f"{np.mean([own for _, own in speeds]):.0f}" if speeds else "",
             f"{np.mean([own / full for full, own in speeds]):.2f}" if speeds else "",
         ]
@@ -323,8 +229,8 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield f"| perplexity | FFN active | {' | '.join(domains)} |"
     yield f"|---|---:|{'---:|' * len(domains)}"
-    for (name, share), rows in grouped.items():
-        each = [_mean([float(np.exp(row["nats"][domain])) for row in rows]) for domain in domains]
+    for (name, share), group in grouped.items():
+        each = [_mean([float(np.exp(row["nats"][domain])) for row in group]) for domain in domains]
         yield f"| {name} | {share} % | {' | '.join(each)} |"
 
 
@@ -333,7 +239,7 @@ def _mean(values: list[float]) -> str:
     return f"{mean:.2f}" if mean < 1000 else f"{mean:,.0f}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compute what is missing, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.partition.compare",
@@ -345,10 +251,12 @@ def main() -> int:
     parser.add_argument("--corpus", default="wide", help="a corpus under data/corpora")
     parser.add_argument("--windows", type=int, default=2, help=f"validation windows of {SEQ_LEN} tokens per domain")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose name has one of these in it")
-    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, choices=SHARES, help="per cent of the FFN")
+    parser.add_argument(
+        "--shares", type=int, nargs="+", default=rows.SHARES, choices=rows.SHARES, help="per cent of the FFN"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the rows that depend on one")
     parser.add_argument("--json", type=Path, default=scratch.ROOT / "compare.json", help="where the results are kept")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model_dir, corpus_dir = Path("data/models") / args.model, Path("data/corpora") / args.corpus
     try:
         inputs = [scratch.digest(model_dir), scratch.digest(corpus_dir / "manifest.json")]
@@ -358,18 +266,18 @@ def main() -> int:
     except (ValueError, OSError) as error:
         _say(f"compare: {error}")
         return 1
-    found = complete(wanted, args.json, key=inputs)
-    if not found or found[0]["row"] != "dense":
+    results = complete(wanted, args.json, key=inputs)
+    if not results or results[0]["row"] != "dense":
         _say("compare: the dense model could not be measured, so there is nothing to compare with")
         return 1
-    counts = found[0]["validation"].values()
+    counts = results[0]["validation"].values()
     print(
         f"{args.model}, {sum(counts)} validation windows of {SEQ_LEN} tokens from the {len(counts)} domains of "
-        f"{args.corpus}; perplexity is exp of the loss, which is the mean over the domains; {found[0]['threads']} "
+        f"{args.corpus}; perplexity is exp of the loss, which is the mean over the domains; {results[0]['threads']} "
         "threads.\n"
     )
-    print(*table(found), sep="\n")
-    return 0 if len(found) == len(wanted) else 1
+    print(*table(results), sep="\n")
+    return 0 if len(results) == len(wanted) else 1
 
 
 if __name__ == "__main__":

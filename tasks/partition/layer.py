@@ -99,10 +99,10 @@ class Layer:
         x_TD = self.inputs
         keep = x_TD.shape[0] * self.gate_ND.shape[0] * x_TD.element_size() <= CACHE_BYTES
         if keep and self._cache is None:
-            self._cache = self._neurons(x_TD)
+            self._cache = self.neurons(x_TD)
         places = torch.arange(len(x_TD), device=x_TD.device) if tokens is None else tokens
         for part in places.split(CHUNK):
-            yield x_TD[part], self._cache[part] if self._cache is not None else self._neurons(x_TD[part])
+            yield x_TD[part], self._cache[part] if self._cache is not None else self.neurons(x_TD[part])
 
     @property
     def energy_N(self) -> torch.Tensor:
@@ -120,9 +120,10 @@ class Layer:
         weight_T = (residual_TD.square().sum(1) + output_T).clamp_min(1e-12).reciprocal()
         return weight_T / weight_T.mean()
 
-    def _neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """h = silu(gate x) * up x, [T, N]."""
         return neurons(x_TD, self.gate_ND, self.up_ND)
 
     def dense(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The FFN's output, [T, D]."""
-        return self._neurons(x_TD) @ self.down_DN.T
+        return self.neurons(x_TD) @ self.down_DN.T

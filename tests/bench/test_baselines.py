@@ -104,7 +104,7 @@ def test_the_refit_is_a_splits_around_the_weights_as_they_are_with_drift_and_tok
     layer, draw = layer_of(), torch.Generator().manual_seed(1)
     layer.weight_T = torch.rand(200, generator=draw)
     layer.drift_TD = 0.1 * torch.randn(200, 8, generator=draw)
-    h, drift = baselines.neurons(layer, layer.inputs).double().numpy(), layer.drift_TD.double().numpy()
+    h, drift = layer.neurons(layer.inputs).double().numpy(), layer.drift_TD.double().numpy()
     down, weight = layer.down_DN.double().numpy(), layer.weight_T.double().numpy()
     kept = np.sort(np.argsort(-((weight[:, None] * h**2).sum(0) * (down**2).sum(0)))[: round(24 * share)])
     y, rows, root = h @ down.T, h[:, kept], np.sqrt(weight)[:, None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.partition import compare
+from bench.partition import compare, rows
 from tasks import scratch, settings
 
 WHERE = {"model_dir": "data/models/tiny", "corpus_dir": "data/corpora/tiny", "windows": 1}
@@ -63,7 +63,7 @@ def test_other_settings_or_inputs_of_a_row_are_computed_anew_and_a_fault_is_told
 
 def test_every_row_has_the_share_of_the_ffn_active_that_it_is_listed_under():
     for width in (1536, 128 * 3):
-        for name, by_share in compare.methods(width).items():
+        for name, by_share in rows.methods(width).items():
             for share, partition in by_share.items():
                 size = partition.check_width(width)
                 active = (partition.top_k + partition.shared_experts) * size
@@ -89,12 +89,12 @@ def test_rows_that_depend_on_a_seed_are_listed_with_each_and_words_pick_rows(tmp
     ]
     assert ("clustering", 50, 1, 1) in listed("clustering")
     assert ("peer: LLaMA-MoE clustering", 75, 1, None) in listed("clustering")
-    assert set(compare.methods(1536)) >= compare.SEEDED
-    assert {row for row, *_ in listed()} == {"dense", *compare.plain(25, 0), *compare.methods(1536)}
+    assert set(rows.methods(1536)) >= rows.SEEDED
+    assert {row for row, *_ in listed()} == {"dense", *rows.plain(25, 0), *rows.methods(1536)}
 
 
 def test_bounds_pruning_and_peers_run_at_every_share(project):
-    for share, name in itertools.product(compare.SHARES, compare.plain(25, 0)):
+    for share, name in itertools.product(rows.SHARES, rows.plain(25, 0)):
         figures = compare.run(compare.Job(row=name, share=share, seed=0, **WHERE))
         assert set(figures["nats"]) == {"prose", "code"}, name
         assert all(0 < nats < 20 for nats in figures["nats"].values()), name
@@ -103,7 +103,7 @@ def test_bounds_pruning_and_peers_run_at_every_share(project):
 
 
 def test_a_row_of_the_stage_with_every_expert_on_is_as_good_as_the_dense_model(project):
-    half = compare.methods(128)["activation, 64 experts"][50]
+    half = rows.methods(128)["activation, 64 experts"][50]
     every = half.model_copy(update={"calibration_windows": 2, "top_k": half.experts})
     figures = compare.run(compare.Job(row="any", share=100, seed=0, partition=every.model_dump(), **WHERE))
     dense = compare.run(compare.Job(row="dense", share=100, seed=0, **WHERE))

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.partition import baselines, peers
+from bench.partition import peers
 from tasks.partition.layer import Layer
 
 
@@ -45,7 +45,7 @@ def test_llama_moe_gives_a_chosen_expert_the_weight_of_the_scale():
     found = peers.llama_moe("random", experts=8, top_k=1)(layer)(layer.inputs)
     draw = np.random.default_rng([0, 0])
     index = peers.llama_moe_split(layer, "random", experts=8, generator=draw)
-    h = baselines.neurons(layer, layer.inputs)
+    h = layer.neurons(layer.inputs)
     each = torch.stack([h[:, expert] @ layer.down_DN[:, expert].T for expert in index]) * 8
     nearest = (each - found).norm(dim=-1).min(0).values
     assert nearest.max() < 1e-4 * found.norm(dim=-1).max()
@@ -103,7 +103,7 @@ def test_cmoe_adds_the_experts_whose_representatives_answer_loudest_with_weight_
     layer = layer_of()
     index, representative = peers.cmoe_split(layer, experts=6, shared=2)
     found = peers.cmoe(experts=6, shared=2, top_k=top_k)(layer)(layer.inputs)
-    h = baselines.neurons(layer, layer.inputs)
+    h = layer.neurons(layer.inputs)
     gate, up = (F.normalize(rows[representative], dim=1) for rows in (layer.gate_ND, layer.up_ND))
     score = (F.silu(layer.inputs @ gate.T) * (layer.inputs @ up.T)).abs()
     for t in range(len(h)):

@@ -1,0 +1,105 @@
+"""The rows of the comparison: bounds, pruning and peers, and what the partition stage makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.partition import baselines, peers
+from bench.partition.baselines import Build
+from tasks.settings import Partition
+
+SHARES = (50, 75, 25)  # in the order in which they are computed
+CALIBRATION = 28
+"""Training windows, the same ones for every row with the same seed."""
+SEEDED = {"random", "clustering", "activation, 64 experts"}
+"""Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
+FIT_PASSES = 1  # of every row with a fit
+_FITTED: dict[str, dict[str, Any]] = {
+    "": {},
+    ", refit": {"down_proj": "refit"},
+    ", refit and fit": {"down_proj": "refit", "fit_passes": FIT_PASSES},
+}
+_FINE = ((64, ""), (192, ""), (384, ""), (768, ""), (64, ", refit"), (384, ", refit"), (384, ", refit and fit"))
+"""Experts in all, and what is fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A row that is no settings of the stage."""
+
+    build: Build
+    seeded: bool = False
+    calibrated: bool = False
+    timed: bool = True
+    """False for oracles, which compute every neuron and then drop some."""
+
+
+def plain(share: int, seed: int) -> dict[str, Plain]:
+    """Bounds, pruning and peers with `share` per cent of the FFN active; for 100, the dense model as well."""
+    if share == 100:
+        return {"dense": Plain(build=baselines.dense)}
+    part, top_k, half = share / 100, 8 * share // 100, 4 * share // 100
+
+    def llama_moe(split: Any, gate: Any) -> Plain:
+        build = peers.llama_moe(split, experts=8, top_k=top_k, gate=gate, seed=seed)
+        return Plain(build=build, seeded=True)
+
+    return {
+        "oracle: top neurons by activation": Plain(build=baselines.neuron_oracle(part), timed=False),
+        "oracle: top neurons by contribution": Plain(build=baselines.neuron_oracle(part, weighted=True), timed=False),
+        "static pruning": Plain(build=baselines.static(part), calibrated=True),
+        "static pruning, refit": Plain(build=baselines.static(part, refit=True), calibrated=True),
+        "static pruning, refit and fit": Plain(
+            build=baselines.static(part, refit=True, fit_passes=FIT_PASSES), calibrated=True
+        ),
+        "peer: LLaMA-MoE random": llama_moe("random", "tanh"),
+        "peer: LLaMA-MoE random, linear gate": llama_moe("random", "linear"),
+        "peer: LLaMA-MoE clustering": llama_moe("clustering", "tanh"),
+        "peer: CMoE": Plain(build=peers.cmoe(experts=8 - half, shared=half, top_k=half), calibrated=True),
+    }
+
+
+def methods(width: int) -> dict[str, dict[int, Partition]]:
+    """The rows that the stage itself makes, by share of the FFN active, for an FFN of `width` neurons."""
+    quarter = {share: share // 25 for share in SHARES}
+    eighths = {share: {"experts": 8, "top_k": 2 * n} for share, n in quarter.items()}
+    shared = {share: {"experts": 8 - n, "top_k": n, "shared_experts": n} for share, n in quarter.items()}
+
+    def fine(total: int) -> dict[int, dict[str, int]]:
+        always = {25: total // 8, 50: total // 4, 75: total // 2}  # shared
+        return {
+            share: {"experts": total - s, "shared_experts": s, "top_k": total * share // 100 - s}
+            for share, s in always.items()
+        }
+
+    quarters = {
+        share: {
+            "experts": 4,
+            "top_k": 1,
+            "expert_size": width * n // 4,
+            "common_neurons": width * max(n, 2 * n - 2) // 6,
+        }
+        for share, n in quarter.items()
+    }
+
+    def row(method: str, sizes: dict[int, dict[str, int]], **options: Any) -> dict[int, Partition]:
+        common = {"method": method, "calibration_windows": CALIBRATION, "router": "regression", **options}
+        return {share: Partition.model_validate({**common, **sizes[share]}) for share in SHARES}
+
+    return {
+        "random": row("random", eighths),
+        "clustering": row("clustering", eighths),
+        "coactivation": row("coactivation", eighths),
+        "importance": row("importance", eighths, sharing="none"),
+        "importance, inner sharing": row("importance", eighths, sharing="inner"),
+        "importance, inter sharing": row("importance", shared, sharing="inter"),
+        "moebert": row("moebert", quarters),
+        "peer: MoEBERT": row("moebert", quarters, router="random"),
+        "activation, 8 experts": row("activation", shared),
+        **{
+            f"activation, {total} experts{fitted}": row("activation", fine(total), **_FITTED[fitted])
+            for total, fitted in _FINE
+            if width % total == 0
+        },
+    }
