@@ -10,7 +10,6 @@ is 1 if a test fails.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -26,7 +25,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parents[1]
+from bench import common
+from bench.common import ROOT
+
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 TESTS = (
     "tests/kernels/test_cpu.py",  # torch
@@ -78,7 +79,7 @@ def installed(python: Path, names: Sequence[str]) -> dict[str, str]:
 
 def run(python: Path, tests: Sequence[str], *, report: Path) -> dict[str, Counter[str]]:
     """The outcomes (passed, failed, skipped) of each test file, from pytest's report."""
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     report.unlink(missing_ok=True)
@@ -105,14 +106,14 @@ def table(versions: dict[str, dict[str, str]], outcomes: dict[str, dict[str, Cou
     return shown
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments, run both ends, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--ends", nargs="+", choices=RESOLUTIONS, default=list(RESOLUTIONS))
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders for pytest")
     parser.add_argument("--folder", type=Path, default=ROOT / ".scratch" / "versions")
     parser.add_argument("--keep", action="store_true", help="use the environments of the last call as they are")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names, versions, outcomes = requirements(ROOT / "pyproject.toml"), {}, {}
     for end in args.ends:
         folder = args.folder.resolve() / end
