@@ -31,7 +31,8 @@ ERRORS = 2.0
 """How many standard errors worse a model may look. Of equally good ones, 1 in 44 looks worse than that by chance."""
 
 Record = dict[str, Any]
-"""trained, dense: bits per byte averaged over domains; parent: digest of the dense parent; slipped; date;
+"""trained, dense: bits per byte averaged over domains; parent: digest of the dense parent; slipped; date; code: the
+commit that trained it;
 dvc_lock_sha256; release: id of its folder; domains: {domain: {windows: their digests, bytes, trained, dense: nats of
 each}}."""
 
@@ -70,6 +71,7 @@ def present(pipeline: str) -> Record:
         **{model: float(evaluation[model]["bits_per_byte"]["mean"]) for model in ("trained", "dense")},
         "parent": _parent(pipeline),
         "slipped": 0.0,
+        "code": commit(pipeline),
         "date": datetime.now(UTC).isoformat(timespec="microseconds"),
         "dvc_lock_sha256": hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest(),
         "domains": {
@@ -77,6 +79,13 @@ def present(pipeline: str) -> Record:
             for domain, entry in json.loads(path.read_text()).items()
         },
     }
+
+
+def commit(pipeline: str) -> str | None:
+    """The git commit whose code trained the present model (with + if its tree differed), by the pretrain metrics."""
+    path = Path("runs", pipeline, "pretrain.json")
+    code = json.loads(path.read_text()).get("code") if path.is_file() else None
+    return None if code is None else str(code)
 
 
 def judge(new: Record, old: Record | None, *, tolerance: float) -> Verdict:

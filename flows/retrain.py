@@ -1,6 +1,6 @@
-"""Scheduled retraining: read the corpus sources again, train if anything changed, ship only a model that is not worse.
+"""Scheduled retraining: read the corpus sources again, train if data or settings changed, ship what is not worse.
 
-    python -m flows.retrain demo
+    python -m flows.retrain demo                # or with --code, to retrain because the code changed
     prefect deployment run retrain/demo --param publish=true
 
 quality_gate.py has the rule, releases.py the folders: runs/PIPELINE/release changes on acceptance alone.
@@ -8,6 +8,7 @@ quality_gate.py has the rule, releases.py the folders: runs/PIPELINE/release cha
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ from tasks import scratch, settings
 
 
 @flow(name="retrain", persist_result=False)
-def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, tolerance: float = 0.0) -> State[Any]:
+def retrain(
+    pipeline: str = "demo", publish: bool = False, force: bool = False, tolerance: float = 0.0, code: bool = False
+) -> State[Any]:
     """Retrain a pipeline, and ship the result or refuse it.
 
     Args:
@@ -34,6 +37,7 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
             run accepted and could not publish is published first.
         force: run the stage pretrain and judge although nothing changed; a finished run is published again.
         tolerance: how much worse, in bits per byte averaged over domains, a new model may be (quality_gate.py).
+        code: retrain if only the code changed, too. Without it, the state says which commit made the present model.
 
     Returns:
         "Nothing to do" or "Accepted" (both completed), or "Refused" (failed; its files stay for inspection).
@@ -45,27 +49,49 @@ def retrain(pipeline: str = "demo", publish: bool = False, force: bool = False, 
     corpus = config.pipeline(pipeline).corpus
     with scratch.workspace("run", pipeline):
         plan = dag.ancestors(dag.last_stage(pipeline))
-        if wrong := releases.settle(pipeline):
-            get_run_logger().warning(wrong)
-        made_good = _catch_up(pipeline, plan) if publish else ""
+        if problem := releases.settle(pipeline):
+            get_run_logger().warning(problem)
+        caught_up = _catch_up(pipeline, plan) if publish else ""
         preflight.require(config, pipeline)
         sources = [stage for stage in plan if stage.name == f"sources@{corpus}"]
         stages.run(sources, force={stage.name for stage in sources})
-        stale = any(dag.changes([stage.name for stage in plan]).values())
+        reasons = dag.changes([stage.name for stage in plan])
+        code_note = _code_note(pipeline, reasons)
+        is_due = force or any(not dag.is_code(reason) for each in reasons.values() for reason in each)
+        is_due = is_due or (code and bool(code_note))
         last = quality_gate.accepted(pipeline)
-        if last and not stale and not force and releases.is_judged(pipeline):
-            return _nothing_to_do(pipeline, last, made_good)
-        outcomes = stages.run(plan, force=dag.resolve(["pretrain"], stages=plan) if force else None)
+        if last and not is_due and releases.is_judged(pipeline):
+            hint = f"; {code_note}: code=true retrains with the present code" if code_note else ""
+            return _nothing_to_do(pipeline, last, f"{hint}{caught_up}")
+        forced = dag.resolve(["pretrain"], stages=plan) if force else None
+        outcomes = stages.run(plan, force=forced) if is_due else []
         ran = ", ".join(outcome.name for outcome in outcomes if outcome.ran) or "nothing"
         new = quality_gate.present(pipeline)
         verdict = quality_gate.judge(new, last, tolerance=tolerance)
-        say(pipeline, verdict.why, rows={"this model": new, "last accepted": last}, ran=ran)
+        why = verdict.why + (f"; {code_note}" if code_note else "")
+        say(pipeline, why, rows={"this model": new, "last accepted": last}, ran=ran)
         if not verdict.accepted:
-            aside = releases.refuse(pipeline, new, verdict.why)
-            return Failed(name="Refused", message=f"{pipeline}: {verdict.why}; {aside}/ keeps it for inspection")
+            folder = releases.refuse(pipeline, new, verdict.why)
+            return Failed(name="Refused", message=f"{pipeline}: {why}; {folder}/ keeps it for inspection")
         folder = releases.accept(pipeline, {**new, "slipped": verdict.slipped})
-        told = _publish(pipeline, plan, f"{folder} is accepted and shipped here") if publish else "not published"
-        return Completed(name="Accepted", message=f"{pipeline}: {verdict.why}; {folder}; {told}")
+        done = _publish(pipeline, plan, f"{folder} is accepted and shipped here") if publish else "not published"
+        return Completed(name="Accepted", message=f"{pipeline}: {why}; {folder}; {done}")
+
+
+def _code_note(pipeline: str, reasons: dict[str, list[str]]) -> str:
+    """What changed in the code since the present model was made, and by which commit that was; "" if nothing did."""
+    changed = [
+        f"{stage.partition('@')[0]} ({reason.removeprefix('code: ')})"
+        for stage, each in reasons.items()
+        for reason in each
+        if dag.is_code(reason)
+    ]
+    if not changed:
+        return ""
+    return (
+        f"the code has changed since {quality_gate.commit(pipeline) or 'an unknown commit'} trained the model before: "
+        f"{', '.join(changed)}"
+    )
 
 
 def say(pipeline: str, verdict: str, *, rows: dict[str, dict[str, Any] | None], ran: str) -> None:
@@ -78,7 +104,7 @@ def say(pipeline: str, verdict: str, *, rows: dict[str, dict[str, Any] | None], 
     )
 
 
-def _nothing_to_do(pipeline: str, last: dict[str, Any], made_good: str) -> State[Any]:
+def _nothing_to_do(pipeline: str, last: dict[str, Any], remarks: str) -> State[Any]:
     now = quality_gate.present(pipeline)
     say(pipeline, "nothing to do", rows={"this model": now, "last accepted": last}, ran="nothing")
     note = (
@@ -86,7 +112,7 @@ def _nothing_to_do(pipeline: str, last: dict[str, Any], made_good: str) -> State
     )
     return Completed(
         name="Nothing to do",
-        message=f"{pipeline}: the sources and everything after them are unchanged{note}{made_good}",
+        message=f"{pipeline}: the sources and everything after them are unchanged{note}{remarks}",
     )
 
 
@@ -101,8 +127,8 @@ def _catch_up(pipeline: str, plan: list[Stage]) -> str:
             f"its files are in runs/{pipeline}/release"
         )
         return ""
-    told = _publish(pipeline, plan, f"release {last['release']} was accepted before, and nothing was trained now")
-    return f"; release {last['release']}: {told}"
+    done = _publish(pipeline, plan, f"release {last['release']} was accepted before, and nothing was trained now")
+    return f"; release {last['release']}: {done}"
 
 
 def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
@@ -122,10 +148,10 @@ def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
         dvc = [sys.executable, "-m", "dvc"]
         remote = bool(_call(*dvc, "remote", "list").strip())
         if remote:
-            _call(*dvc, "push", "--quiet", *[stage.name for stage in plan])
+            _call(*dvc, "push", "--quiet", "--with-deps", dag.last_stage(pipeline))
     except StageError as error:
         raise StageError(
-            f"{pipeline}: {state}, but publishing failed: {error}; the next retrain with publish=true makes it good "
+            f"{pipeline}: {state}, but publishing failed: {error}; the next retrain with publish=true publishes it "
             "without training"
         ) from None
     releases.published(pipeline)
@@ -140,5 +166,9 @@ def _call(*command: str) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m flows.retrain", description=__doc__.split("\n")[0])
+    parser.add_argument("pipeline", help="a name under `pipelines` in pipelines.yaml")
+    parser.add_argument("--code", action="store_true", help="retrain if only the code changed, too")
+    arguments = parser.parse_args()
     environment.connect()
-    retrain(pipeline=sys.argv[1])
+    retrain(pipeline=arguments.pipeline, code=arguments.code)

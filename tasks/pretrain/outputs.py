@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tasks import scratch
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import finished
-from tasks.pretrain.job import JOB, Job
+from tasks.pretrain.job import JOB, Job, code_version
 from tasks.pretrain.log import log_file
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, An
         "seconds_saving": trainer.state.seconds["saving"],
         "precision": str(trainer.engine.dtype).removeprefix("torch."),
         "processes": trainer.process.world_size,
+        "code": code_version(),
         "validation_before": validation[0]["losses"],
         "validation_after": validation[-1]["losses"],
         "validation_mean_before": validation[0]["mean"],

@@ -30,6 +30,7 @@ class Retrain(Frozen):
     publish: bool = False
     force: bool = False
     tolerance: NotNegative = 0.0
+    code: bool = False
 
 
 class Tokenise(Frozen):

@@ -113,6 +113,36 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
     assert third.message.endswith("everything after them are unchanged")
 
 
+def test_changed_code_alone_retrains_only_if_asked(done_toy: Path) -> None:
+    assert retrain("toy", return_state=True).name == "Accepted"
+    ran(done_toy)
+    (done_toy / "values/pretrain").write_text('{"code": "0123abc"}')
+    (done_toy / "jobs/pretrain.py").write_text("import jobs.shared\nRATE = 2\n")
+    judge(done_toy, 1.25)
+    idle = retrain("toy", return_state=True)
+    assert idle.name == "Nothing to do"
+    assert "the code has changed since an unknown commit trained the model before: " in idle.message
+    assert "pretrain (jobs.pretrain modified): code=true retrains with the present code" in idle.message
+    assert ran(done_toy) == ["sources"]
+
+    asked = retrain("toy", code=True, return_state=True)
+    assert asked.name == "Accepted"
+    assert "the code has changed" in asked.message
+    assert ran(done_toy) == ["sources", "pretrain", "evaluate", "report"]
+    assert json.loads(Path("runs/toy/accepted.json").read_text())["code"] == "0123abc"
+
+    (done_toy / "jobs/mixture.py").write_text("import jobs.shared\nRATE = 2\n")
+    assert "since 0123abc trained the model before: mixture (jobs.mixture" in retrain("toy", return_state=True).message
+    ran(done_toy)
+    (done_toy / "source.txt").write_text("new texts")
+    (done_toy / "values" / "sources").write_text('{"prose": "new"}')
+    judge(done_toy, 1.2)
+    both = retrain("toy", return_state=True)  # data changed too: it trains with the present code, and says so
+    assert both.name == "Accepted"
+    assert "since 0123abc trained the model before: mixture (jobs.mixture modified)" in both.message
+    assert ran(done_toy) == ["sources", "corpus", "mixture", "partition", "pretrain", "evaluate", "report"]
+
+
 def test_what_is_released_by_hand_is_what_was_judged(done_toy: Path) -> None:
     with (done_toy / "runs/toy/windows.json").open("a") as file:
         file.write(" ")
