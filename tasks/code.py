@@ -135,10 +135,11 @@ class Project:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """`imports`: names that are modules, or names inside modules; `strings`: those that may name a module or a file;
-    `digest`: 16 hex digits of what the code does."""
+    """`imports`: names of modules, or of what is in them, but the standard library's; `typing`: those imported under
+    TYPE_CHECKING; `strings`: those that may name a module or a file; `digest`: 16 hex digits of what the code does."""
 
     imports: frozenset[str]
+    typing: frozenset[str]
     strings: frozenset[str]
     digest: str
 
@@ -159,6 +160,7 @@ def read(text: str, module: str, *, path: str) -> Source:
     writer.write(tree)
     return Source(
         imports=frozenset(writer.imports),
+        typing=frozenset(writer.typing),
         strings=frozenset(string for string in writer.strings if 1 < len(string) < 100),
         digest=hashlib.sha256("".join(writer.lines()).encode()).hexdigest()[:16],
     )
@@ -173,6 +175,7 @@ class _Writer:
     def __init__(self, package: str) -> None:
         self.package = package
         self.imports: set[str] = set()
+        self.typing: set[str] = set()
         self.strings: set[str] = set()
         self._out: list[str] = []
         self._library: list[tuple[str, str]] = []
@@ -226,6 +229,9 @@ class _Writer:
 
     def _If(self, node: ast.If) -> None:
         if "TYPE_CHECKING" in (getattr(node.test, "id", ""), getattr(node.test, "attr", "")):
+            inner = _Writer(self.package)
+            inner.write(node.body)
+            self.typing |= inner.imports
             for statement in node.orelse:
                 self.write(statement)
         else:
@@ -256,20 +262,21 @@ class _Writer:
 
     def _Import(self, node: ast.Import) -> None:
         for alias in node.names:
-            self._alias(alias.name, f"import {alias.name}", alias, bound=alias.name.partition(".")[0])
+            self._alias({alias.name}, f"import {alias.name}", alias, bound=alias.name.partition(".")[0])
 
     def _ImportFrom(self, node: ast.ImportFrom) -> None:
         above = self.package.split(".")[: -(node.level - 1) or None] if node.level else []
         module = ".".join([*above, *([node.module] if node.module else [])])
         for alias in node.names:
-            self._alias(f"{module}.{alias.name}", f"from {module} import {alias.name}", alias, bound=alias.name)
+            names = {module, f"{module}.{alias.name}"}
+            self._alias(names, f"from {module} import {alias.name}", alias, bound=alias.name)
 
-    def _alias(self, name: str, line: str, alias: ast.alias, *, bound: str) -> None:
+    def _alias(self, names: set[str], line: str, alias: ast.alias, *, bound: str) -> None:
         line += f" as {alias.asname};" if alias.asname else ";"
-        if name.partition(".")[0] in sys.stdlib_module_names:
+        if min(names).partition(".")[0] in sys.stdlib_module_names:
             self._library.append((alias.asname or bound, line))
         else:
-            self.imports |= {name, name.rpartition(".")[0]}
+            self.imports |= names
             self._out.append(line)
 
 
