@@ -1,4 +1,4 @@
-"""`moeforge inspect`, `verify` and `repair`: what lies at a path, told by the room that wrote it.
+"""`moeforge inspect`, `verify` and `repair`: dispatches a path to the code that knows its format.
 
 | path | inspect | verify |
 |---|---|---|
@@ -23,11 +23,11 @@ from tasks.moe import counts
 
 
 class ArtifactError(ValueError):
-    """A path at which nothing lies that is known here; the message says what is."""
+    """Nothing is at a path, or nothing that can be inspected, verified or repaired; the message says what can be."""
 
 
 def kind(path: Path) -> str:
-    """What lies at a path: shard, corpus, mixture, partition or checkpoint. Raises ArtifactError for anything else."""
+    """The kind of a path: shard, corpus, mixture, partition or checkpoint. Raises ArtifactError for anything else."""
     if not path.exists():
         raise ArtifactError(f"{path}: nothing is there")
     if path.suffix == ".arrow":
@@ -47,7 +47,7 @@ def kind(path: Path) -> str:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Describe what lies at a path as JSON-able values. Raises ArtifactError: nothing known, or damaged."""
+    """Describe a file or folder as JSON-able values. Raises ArtifactError: unknown, or damaged."""
     from tasks.tools import inspect_corpus as corpus
 
     describe: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -64,8 +64,19 @@ def inspect(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: no sound {what}: {error}") from None
 
 
+def inspect_step(run: Path, number: int, *, full: bool) -> dict[str, Any]:
+    """The documents that a step of a run saw, as JSON-able values. Raises ArtifactError: there is no such step."""
+    from tasks.pretrain.job import TrainingError
+    from tasks.tools import inspect_run
+
+    try:
+        return inspect_run.step(run, number, full=full)
+    except (TrainingError, ValueError) as error:
+        raise ArtifactError(str(error)) from None
+
+
 def verify(path: Path) -> list[str]:
-    """What is wrong at a path; empty if it is sound. Raises ArtifactError if it cannot be told."""
+    """What is wrong with a file or folder; empty if it is sound. Raises ArtifactError if it cannot be verified."""
     from tasks.tools import verify_corpus as corpus
 
     match kind(path):
@@ -84,7 +95,7 @@ def verify(path: Path) -> list[str]:
 
 
 def repair(path: Path) -> list[str]:
-    """Mend a corpus, saying what was done; returns what is wrong still. Raises ArtifactError for anything else."""
+    """Repair a corpus, printing what was done; returns what is still wrong. Raises ArtifactError for anything else."""
     from tasks.tools import repair_corpus
 
     if (what := kind(path)) != "corpus":
@@ -93,15 +104,15 @@ def repair(path: Path) -> list[str]:
 
 
 def _mixture(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    evidence = found["evidence"]
-    columns = {"weight at start": found["weights"]} | {
+    mixture = json.loads(path.read_text())
+    evidence = mixture["evidence"]
+    columns = {"weight at start": mixture["weights"]} | {
         key: evidence[key] for key in ("uniform", "proportional", "tokens")
     }
     if "reference_losses" in evidence:
         columns["reference_loss"] = evidence["reference_losses"]
-    domains = {name: {key: column.get(name) for key, column in columns.items()} for name in found["weights"]}
-    return {"path": str(path), "method": found["method"], "domains": domains}
+    domains = {name: {key: column.get(name) for key, column in columns.items()} for name in mixture["weights"]}
+    return {"path": str(path), "method": mixture["method"], "domains": domains}
 
 
 def _mixture_problems(path: Path) -> Iterator[str]:
@@ -115,17 +126,17 @@ def _mixture_problems(path: Path) -> Iterator[str]:
 def _partition(path: Path) -> dict[str, Any]:
     from tasks.partition import index
 
-    found = index.read(path)
-    first = min(found.layers)
+    partition = index.read(path)
+    first = min(partition.layers)
     return {
         "path": str(path),
-        "layers": sorted(found.layers),
-        "scales": [found.scales[layer] for layer in sorted(found.layers)],
-        "experts": found.experts,
-        "shared_experts": found.shared_experts,
-        "expert_size": found.expert_size,
-        **found.meta,
-        "first_indices": found.layers[first][0][:16].tolist(),
+        "layers": sorted(partition.layers),
+        "scales": [partition.scales[layer] for layer in sorted(partition.layers)],
+        "experts": partition.experts,
+        "shared_experts": partition.shared_experts,
+        "expert_size": partition.expert_size,
+        **partition.meta,
+        "first_indices": partition.layers[first][0][:16].tolist(),
     }
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
-from flows import environment, errors
-from tasks import settings
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from flows import dag, environment
+from flows.terminal import clear_errors, fail, raise_on_sigterm, show
+from tasks import scratch, settings
 
 app = typer.Typer(
     name="moeforge",
@@ -29,13 +25,6 @@ app = typer.Typer(
     help="Turn a dense LLaMA into a sparse Mixture-of-Experts, heal it, and see in numbers what was kept.",
     epilog="Run it from the project's root, where pipelines.yaml lies. Start with: moeforge run demo",
 )
-
-STOPPED = "stopped. Finished stages are kept; run again to go on"
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pipeline of pipelines.yaml.")]
 
@@ -55,8 +44,7 @@ def run(
     started.
     """
     environment.prepare()
-    # Prefect ends the stages on SIGTERM, then hands the signal to whoever handled it before.
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_sigterm()
     started = time.monotonic()
     with clear_errors():
         stages, up_to_date = _check_before(name, force or [])
@@ -72,7 +60,6 @@ def run(
 
                 outcomes = upcycle.upcycle(pipeline=name, refresh=refresh, force=force)
             up_to_date = not any(outcome.ran for outcome in outcomes)
-        from flows import dag
         from tasks.evaluate import summary
 
         show(summary.table(name))
@@ -83,14 +70,9 @@ def run(
         )
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
-
-
 def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
     """Validate all that can be without Prefect. Returns the stages, and whether DVC finds all of them up to date."""
-    from flows import dag, preflight
-    from tasks import scratch
+    from flows import preflight
 
     config = settings.load()
     config.pipeline(name)
@@ -132,11 +114,11 @@ def tokenise(
     project's folder, and the workers run in it.
     """
     environment.prepare()
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_sigterm()
     started = time.monotonic()
     with clear_errors():
         settings.load().corpus(name)
-        from flows import dag, domains, progress
+        from flows import domains, progress
         from flows import tokenise as flow
 
         flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
@@ -210,18 +192,8 @@ def inspect(
     with clear_errors():
         if full and step is None:
             fail("--full goes with --step N")
-        found = artifacts.inspect(path) if step is None else _step(path, step, full=full)
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-
-
-def _step(run: Path, number: int, *, full: bool) -> dict[str, Any]:
-    from tasks.pretrain.job import TrainingError
-    from tasks.tools import inspect_run as pretrain
-
-    try:
-        return pretrain.step(run, number, full=full)
-    except (TrainingError, ValueError) as error:
-        fail(str(error))
+        content = artifacts.inspect(path) if step is None else artifacts.inspect_step(path, step, full=full)
+        print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 @app.command(epilog="Examples: moeforge verify data/corpora/demo; moeforge verify runs/demo/moe")
@@ -230,7 +202,7 @@ def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's 
     from flows import artifacts
 
     with clear_errors():
-        _judge(path, artifacts.verify(path))
+        _report(path, artifacts.verify(path))
 
 
 @app.command(epilog="Example: moeforge repair data/corpora/demo")
@@ -239,10 +211,10 @@ def repair(path: Annotated[Path, typer.Argument(help="A corpus.")]) -> None:
     from flows import artifacts
 
     with clear_errors():
-        _judge(path, artifacts.repair(path))
+        _report(path, artifacts.repair(path))
 
 
-def _judge(path: Path, problems: list[str]) -> None:
+def _report(path: Path, problems: list[str]) -> None:
     for problem in problems:
         print(problem)
     if problems:
@@ -273,17 +245,13 @@ def rollback(
 def _released(name: str) -> Iterator[Any]:
     """flows/releases.py while nothing else runs the pipeline."""
     from flows import releases
-    from tasks import scratch
 
     with clear_errors():
         settings.load().pipeline(name)
-        try:
-            with scratch.workspace("run", name):
-                if wrong := releases.settle(name):
-                    print(wrong, file=sys.stderr)
-                yield releases
-        except releases.ReleaseError as error:
-            fail(str(error))
+        with scratch.workspace("run", name):
+            if problem := releases.settle(name):
+                print(problem, file=sys.stderr)
+            yield releases
 
 
 @app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")
@@ -307,59 +275,21 @@ def import_(
             report = import_llama_moe.convert(source, target, ids_BL=ids)
         except (ValueError, FileExistsError) as error:
             fail(str(error))
-        print(
-            f"{source}: {report['format']}, {report['parameters']:,} parameters; {len(report['sparse_layers'])} layers"
-            f" of {report['experts']} experts, {report['top_k']} for each token, and {report['shared_experts']} shared"
-        )
-        if fit := report["fit"]:
-            text = f"{fit['tokens']:,} tokens of {corpus}" if corpus else "Gaussian inputs, for want of a --corpus"
-            worst = min(fit["layers"], key=lambda i: fit["layers"][i]["agreement"])
-            print(
-                f"linear routers fitted on {text}: they make {fit['mean']['agreement']:.1%} of the gates' choices "
-                f"(layer {worst}: {fit['layers'][worst]['agreement']:.1%}); the gates are in gates.safetensors"
-            )
-        print(f"{target}: a stock {report['model_type']} checkpoint")
+        for line in import_llama_moe.describe(report, source=source, target=target, corpus=corpus):
+            print(line)
 
 
 @app.command(epilog="Example: moeforge doctor")
 def doctor() -> None:
-    """Check that this machine is fit, and say what mends what is missing. 1 if something needed is missing."""
+    """Check that this machine is fit, and say how to fix what is missing. Exit 1 if something needed is missing."""
     environment.prepare()
     from flows import doctor as checks
 
     with clear_errors():
-        found = checks.examine()
-        show(checks.table(found))
-        if any(check.needed and not check.ok for check in found):
+        results = checks.examine()
+        show(checks.table(results))
+        if any(check.needed and not check.ok for check in results):
             raise typer.Exit(1)
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """End with one message and exit code 1 instead of a traceback."""
-    try:
-        yield
-    except (typer.Exit, BrokenPipeError):  # the latter of `moeforge … | head`: typer ends without a word
-        raise
-    except KeyboardInterrupt:
-        fail(STOPPED, code=130)
-    except Terminated:
-        fail(STOPPED, code=143)
-    except Exception as error:
-        fail(errors.message(error))
-
-
-def show(what: RenderableType) -> None:
-    """Print a table or text; full width where nobody looks at a terminal."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(what)
-
-
-def fail(message: str, *, code: int = 1) -> NoReturn:
-    """Print an error and end."""
-    print(f"moeforge: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

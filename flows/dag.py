@@ -158,19 +158,19 @@ def locked(out: Path) -> str | None:
 
     file = Path("dvc.lock")
     stages = (YAML(typ="safe", pure=True).load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
-    found = (entry for stage in stages.values() for entry in stage.get("outs", []) if entry["path"] == out.as_posix())
-    return next((entry["md5"] for entry in found), None)
+    outs = (entry for stage in stages.values() for entry in stage.get("outs", []) if entry["path"] == out.as_posix())
+    return next((entry["md5"] for entry in outs), None)
 
 
 def resolve(names: list[str], *, stages: list[Stage]) -> set[str]:
     """Full stage names for what a user typed: `pretrain` or `pretrain@demo`. Raises GraphError for an unknown one."""
-    found = set()
+    resolved = set()
     for name in names:
         matches = [stage.name for stage in stages if name in (stage.name, stage.name.partition("@")[0])]
         if not matches:
             raise GraphError(f"no stage {name!r} in this pipeline; it has {', '.join(s.name for s in stages)}")
-        found.update(matches)
-    return found
+        resolved.update(matches)
+    return resolved
 
 
 def _stage(node: Any, *, needs: list[str]) -> Stage:
@@ -280,8 +280,8 @@ def _repo() -> Iterator[Repo]:
         raise GraphBusyError(f"DVC: {error}") from None
     except DvcException as error:
         bare = not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
-        mend = "; run `git init` there: DVC works in a git repository, and a source archive is none" if bare else ""
-        raise GraphError(f"DVC: {error}{mend}") from None
+        fix = "; run `git init` there: DVC works in a git repository, and a source archive is none" if bare else ""
+        raise GraphError(f"DVC: {error}{fix}") from None
 
 
 def main() -> int:

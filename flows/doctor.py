@@ -1,4 +1,4 @@
-"""Is this machine fit? One check a line, each with what mends it. Nothing is changed."""
+"""Checks that this machine is fit, a line each with how to fix what is missing. Changes nothing."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Check:
 
     name: str
     ok: bool
-    found: str
-    mend: str = ""
+    value: str
+    fix: str = ""
     needed: bool = True
 
 
@@ -66,16 +66,16 @@ def table(checks: list[Check]) -> Table:
         result.add_column(column, overflow="fold")
     for check in checks:
         mark = "[green]ok[/]" if check.ok else "[red]missing[/]" if check.needed else "[yellow]note[/]"
-        result.add_row(mark, check.name, check.found, "" if check.ok else check.mend)
+        result.add_row(mark, check.name, check.value, "" if check.ok else check.fix)
     return result
 
 
 def _python() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
+    value = ".".join(map(str, sys.version_info[:3]))
     wanted = ".".join(map(str, PYTHON))
     return Check(
-        name="Python", ok=sys.version_info >= PYTHON, found=f"{found} ({sys.executable})",
-        mend=f"make a virtual environment with Python {wanted} or newer: python{wanted} -m venv .venv",
+        name="Python", ok=sys.version_info >= PYTHON, value=f"{value} ({sys.executable})",
+        fix=f"make a virtual environment with Python {wanted} or newer: python{wanted} -m venv .venv",
     )  # fmt: skip
 
 
@@ -86,15 +86,15 @@ def _versions() -> Iterator[Check]:
     try:
         stated = importlib.metadata.requires("moeforge") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check(name="moeforge", ok=False, found="not installed", mend="pip install -e '.[dev]'")
+        yield Check(name="moeforge", ok=False, value="not installed", fix="pip install -e '.[dev]'")
         return
     wanted = {req.name.lower(): req for req in map(Requirement, stated) if not req.marker or req.marker.evaluate()}
     for package in PACKAGES:
         requirement = wanted.get(package)
         limits = str(requirement.specifier) if requirement else ""
-        found = _version(package)
-        fits = found is not None and (requirement is None or requirement.specifier.contains(found, prereleases=True))
-        yield Check(name=package, ok=fits, found=found or "not installed", mend=f"pip install '{package}{limits}'")
+        value = _version(package)
+        fits = value is not None and (requirement is None or requirement.specifier.contains(value, prereleases=True))
+        yield Check(name=package, ok=fits, value=value or "not installed", fix=f"pip install '{package}{limits}'")
 
 
 def _extras() -> Iterator[Check]:
@@ -114,10 +114,10 @@ def _extras() -> Iterator[Check]:
         if not names:  # it has none for this Python
             continue
         here = {name: version for name in names if (version := _version(name))}
-        found = ", ".join(f"{name} {version}" for name, version in here.items()) or "none"
+        value = ", ".join(f"{name} {version}" for name, version in here.items()) or "none"
         yield Check(
-            name=f"extra {extra}", ok=len(here) == len(names), found=found, needed=False,
-            mend=f"pip install 'moeforge[{extra}]': {use}",
+            name=f"extra {extra}", ok=len(here) == len(names), value=value, needed=False,
+            fix=f"pip install 'moeforge[{extra}]': {use}",
         )  # fmt: skip
 
 
@@ -129,10 +129,10 @@ def _version(package: str) -> str | None:
 
 
 def _compiler() -> Check:
-    found = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
+    value = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
     return Check(
-        name="C++ compiler", ok=found is not None, found=found or "none", needed=False,
-        mend="apt install g++ or xcode-select --install: Triton, and packages without a wheel, build with it",
+        name="C++ compiler", ok=value is not None, value=value or "none", needed=False,
+        fix="apt install g++ or xcode-select --install: Triton, and packages without a wheel, build with it",
     )  # fmt: skip
 
 
@@ -143,53 +143,53 @@ def _processor() -> Iterator[Check]:
 
     fast = cpu_has_bfloat16()
     yield Check(
-        name="bfloat16 on the CPU", ok=fast, found="yes" if fast else "no", needed=False,
-        mend="none needed: training on this CPU uses float32, at about half the speed",
+        name="bfloat16 on the CPU", ok=fast, value="yes" if fast else "no", needed=False,
+        fix="none needed: training on this CPU uses float32, at about half the speed",
     )  # fmt: skip
     gpu = torch.cuda.is_available()
     cpu = f"none, {torch.get_num_threads()} CPU threads"
     yield Check(
         name="GPU", ok=gpu, needed=False,
-        found=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else cpu,
-        mend="none needed for the demo; for larger models install the NVIDIA driver and a CUDA build of torch",
+        value=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else cpu,
+        fix="none needed for the demo; for larger models install the NVIDIA driver and a CUDA build of torch",
     )  # fmt: skip
 
 
 def _tools() -> Iterator[Check]:
     git = shutil.which("git")
-    yield Check(name="git", ok=git is not None, found=git or "none", mend="apt install git")
+    yield Check(name="git", ok=git is not None, value=git or "none", fix="apt install git")
     pip = importlib.util.find_spec("pip") is not None
     yield Check(
-        name="pip", ok=pip, found="yes" if pip else f"not in {sys.prefix}",
-        mend="python -m ensurepip: sources in PyPI packages are downloaded by it",
+        name="pip", ok=pip, value="yes" if pip else f"not in {sys.prefix}",
+        fix="python -m ensurepip: sources in PyPI packages are downloaded by it",
     )  # fmt: skip
     dvc = Path(".dvc").is_dir()
     repository = any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
     yield Check(
         name="DVC project", ok=dvc and repository,
-        found="no .dvc here" if not dvc else "yes" if repository else "in no git repository",
-        mend="run from the project's root; in a source archive: git init; elsewhere: git init && dvc init",
+        value="no .dvc here" if not dvc else "yes" if repository else "in no git repository",
+        fix="run from the project's root; in a source archive: git init; elsewhere: git init && dvc init",
     )  # fmt: skip
 
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     return Check(
-        name="disk", ok=free >= FREE_GB, found=f"{free:.0f} GB free here",
-        mend=f"make room: the demo needs {FREE_GB} GB; `dvc gc --workspace` drops old results",
+        name="disk", ok=free >= FREE_GB, value=f"{free:.0f} GB free here",
+        fix=f"make room: the demo needs {FREE_GB} GB; `dvc gc --workspace` drops old results",
     )  # fmt: skip
 
 
 def _hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
         return Check(
-            name="model hub", ok=False, found="HF_HUB_OFFLINE is set", needed=False,
-            mend="unset HF_HUB_OFFLINE to use hub: sources; pypi:, npm: and dir: sources work without",
+            name="model hub", ok=False, value="HF_HUB_OFFLINE is set", needed=False,
+            fix="unset HF_HUB_OFFLINE to use hub: sources; pypi:, npm: and dir: sources work without",
         )  # fmt: skip
     reached = _answers(os.environ.get("HF_ENDPOINT", HUB))
     return Check(
-        name="model hub", ok=reached, found="reached" if reached else "not reached", needed=False,
-        mend="check the network or proxy, or set HF_ENDPOINT to a mirror; pypi:, npm: and dir: sources work without",
+        name="model hub", ok=reached, value="reached" if reached else "not reached", needed=False,
+        fix="check the network or proxy, or set HF_ENDPOINT to a mirror; pypi:, npm: and dir: sources work without",
     )  # fmt: skip
 
 
@@ -199,11 +199,11 @@ def _server() -> Check:
     url = Settings().api.url
     problem = environment.fault(url) if url else "none set"
     needed = url is not None and environment.is_needed(url)
-    found = f"{url} {problem or 'answers'}" if url else "none set"
+    value = f"{url} {problem or 'answers'}" if url else "none set"
     own = "none needed: each run starts its own (about 7 s); for schedules and a page: prefect server start"
     return Check(
-        name="Prefect server", ok=problem is None, found=found, needed=needed,
-        mend=environment.mend() if needed else own,
+        name="Prefect server", ok=problem is None, value=value, needed=needed,
+        fix=environment.how_to_fix() if needed else own,
     )  # fmt: skip
 
 

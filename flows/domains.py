@@ -1,4 +1,4 @@
-"""What each domain of a corpus holds, and lost to which rule, as a table of data/corpora/NAME.json."""
+"""A corpus's domains as a table: documents, tokens and what each rule dropped, from data/corpora/NAME.json."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def rows(metrics: Sequence[Path]) -> list[dict[str, Any]]:
     Shares are percentages: of the corpus's tokens, and of the domain's records for each rule that dropped any.
     """
     for path in metrics:
-        if path.parent == CORPORA and path.exists() and "sha256" in (found := json.loads(path.read_text())):
-            return _rows(found)
+        if path.parent == CORPORA and path.exists() and "sha256" in (corpus := json.loads(path.read_text())):
+            return _rows(corpus)
     return []
 
 
@@ -29,10 +29,10 @@ def table(corpus: str) -> Table:
     from rich.table import Table
 
     result = Table(title=f"{corpus}: domains", title_justify="left")
-    found = rows([CORPORA / f"{corpus}.json"])
-    for column in found[0] if found else ():
+    lines = rows([CORPORA / f"{corpus}.json"])
+    for column in lines[0] if lines else ():
         result.add_column(column, justify="left" if column == "domain" else "right")
-    for row in found:
+    for row in lines:
         result.add_row(*(value if isinstance(value, str) else f"{value:,}" for value in row.values()))
     return result
 

@@ -21,7 +21,7 @@ PATIENCE = 20.0
 
 
 class ServerError(RuntimeError):
-    """No Prefect server to run with; the message names its address and what mends it."""
+    """No Prefect server to run with; the message names its address and the fix."""
 
 
 def prepare() -> None:
@@ -30,7 +30,7 @@ def prepare() -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
-        # What a worker that was ended leaves is removed by Python's tracker, which would say so.
+        # Python's resource tracker removes what a killed worker left behind, and would warn of it.
         "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
         # The display shows what the stages print, and an error is printed once, by the command line.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -65,7 +65,7 @@ def connect() -> None:
         if problem is None:
             return
         if is_needed(url):
-            raise ServerError(f"Prefect's server at {url} {problem}; {mend()}")
+            raise ServerError(f"Prefect's server at {url} {problem}; {how_to_fix()}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,13 +85,13 @@ def connect() -> None:
 
 
 def fault(url: str) -> str | None:
-    """What is wrong with the Prefect API at `url`, found within PATIENCE seconds; None if it is well."""
-    found: list[str | None] = []
+    """What is wrong with the Prefect API at `url`, asked for PATIENCE seconds; None if nothing is."""
+    answers: list[str | None] = []
     # A thread, because neither the look-up of a name nor a server that sends byte by byte keeps a socket's timeout.
-    asking = threading.Thread(target=lambda: found.append(_ask(f"{url.rstrip('/')}/health")), daemon=True)
+    asking = threading.Thread(target=lambda: answers.append(_ask(f"{url.rstrip('/')}/health")), daemon=True)
     asking.start()
     asking.join(PATIENCE)
-    return found[0] if found else f"does not answer within {PATIENCE:.0f} s"
+    return answers[0] if answers else f"does not answer within {PATIENCE:.0f} s"
 
 
 def _ask(url: str) -> str | None:
@@ -108,8 +108,8 @@ def _ask(url: str) -> str | None:
         return f"cannot be reached ({getattr(reason, 'strerror', None) or reason})"
 
 
-def mend() -> str:
-    """What a user can do if the server is not well."""
+def how_to_fix() -> str:
+    """What a user can do if the server does not answer."""
     if os.environ.get("PREFECT_API_URL"):
         return "start it (prefect server start), correct PREFECT_API_URL, or unset it to run with a temporary server"
     return "start it, or correct `url` in prefect.toml"

@@ -1,4 +1,4 @@
-"""What went wrong, in one message for whoever has to mend it; the traceback of the unforeseen goes into a file."""
+"""One message for an error that ends a command, with the fix; the traceback of an unexpected one goes into a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def message(error: Exception) -> str:
-    """One message for an error that ends a command: our own as it stands, the system's with what mends it."""
+    """One message for an error that ends a command: our own unchanged, the system's with the fix."""
     package = type(error).__module__.partition(".")[0]
     if package in OURS:
         return str(error)
@@ -42,11 +42,11 @@ def _system(error: OSError) -> str:
 
 
 def _keep(error: Exception) -> str:
-    """Write the traceback where it can be found; says where, or prints it if nothing can be written."""
+    """Write the traceback to a file. Returns its path, or the traceback if no file can be written."""
     text = "".join(traceback.format_exception(error))
     try:
         TRACE.parent.mkdir(exist_ok=True)
         TRACE.write_text(text)
     except OSError:
-        return f"no place to keep the traceback, so here it is:\n{text}"
-    return f"not foreseen; the traceback is in {TRACE}"
+        return f"the traceback cannot be written to a file:\n{text}"
+    return f"unexpected; the traceback is in {TRACE}"

@@ -95,13 +95,13 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
 
 def dense_config(settings: Settings, model: str) -> dict[str, Any]:
     """The dense model's config.json as far as it is known. Raises SettingsError where nothing is."""
-    found = models.config(model, settings.model(model))
-    if found is None:
+    known = models.config(model, settings.model(model))
+    if known is None:
         raise SettingsError(
             f"pipelines.yaml: models.{model}.shape is missing and {models.FETCHED / model}/config.json is not there "
             f"yet; give its sizes under `shape`, or run `dvc repro model@{model}` first"
         )
-    return found[0]
+    return known[0]
 
 
 def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any
 def _memory(
     sparse: dict[str, Any], train: Pretrain, *, bfloat16: bool, cuda: bool, parent: dict[str, Any]
 ) -> dict[int, tuple[Memory, Memory]]:
-    found = {}
+    known = {}
     for stage in (0, 1, 2, 3):
         if stage == 0 and (train.offload or train.expert_parallel > 1):  # which the settings refuse
             continue
@@ -170,8 +170,8 @@ def _memory(
             estimate.memory(sparse, at, bfloat16=bfloat16, cuda=cuda, parent=parent, first=first)
             for first in (True, False)
         )
-        found[stage] = first, other
-    return found
+        known[stage] = first, other
+    return known
 
 
 def _disk(settings: Settings, name: str, *, sizes: dict[str, dict[str, int]]) -> dict[str, float]:
@@ -194,8 +194,8 @@ def split_config(settings: Settings, name: str) -> dict[str, Any]:
     """config.json of a pipeline's split model: the one that is there, or the one that will be."""
     path = Path("runs", name, "moe", "config.json")
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        known: dict[str, Any] = json.loads(path.read_text())
+        return known
     pipeline = settings.pipeline(name)
     return sparse_config(dense_config(settings, pipeline.model), pipeline.partition)
 

@@ -1,4 +1,4 @@
-"""What would be refused only after hours: sources and tasks that cannot be had, by settings and the hub's listings."""
+"""Refuses before a run what would fail after hours: sources and tasks that the hub lacks or cannot serve as data."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _descriptions() -> dict[str, Path]:
 
 def _dataset(path: Path) -> str | None:
     text = path.read_text()
-    if found := _DATASET.search(text):
-        return found[1]
+    if match := _DATASET.search(text):
+        return match[1]
     included = _INCLUDE.search(text)
     base = path.parent / included[1] if included else path
     return _dataset(base) if base != path and base.is_file() else None

@@ -1,4 +1,4 @@
-"""Is a new model worse than the last accepted one, beyond what the windows they were judged on leave open?
+"""Decides whether a new model is worse than the last accepted one, beyond the noise of the evaluation windows.
 
 The rule, in bits per byte averaged over the domains that both were judged on:
 
@@ -7,7 +7,7 @@ The rule, in bits per byte averaged over the domains that both were judged on:
 `difference` is the new model's figure less the accepted one's. In a domain where both saw at least half of their
 windows in common, it is that on those windows, and paired; elsewhere each model counts by how far it is from its dense
 parent on its own windows, if they have the same parent, and the errors add up. `slipped` is by how much the accepted
-model is worse than the best one before it: what noise lets through once is not let through again.
+model is worse than the best one before it: noise is allowed for once, not every time.
 
 runs/PIPELINE/accepted.json is the record of the accepted model, and all that the rule needs of it; it is in git.
 """
@@ -95,22 +95,22 @@ def judge(new: Record, old: Record | None, *, tolerance: float) -> Verdict:
         return Verdict(accepted=False, why=f"refused: {new['trained']} bits per byte is not a figure to accept")
     if old is None:
         return Verdict(accepted=True, why=f"accepted: the first model, {new['trained']:.4f} bits per byte")
-    found = compare(new, old)
-    if found is None:
+    comparison = compare(new, old)
+    if comparison is None:
         return Verdict(
             accepted=False,
             why="refused: the accepted model was judged on none of these domains, so the two cannot be compared; if "
             "this one is to be shipped, accept it by hand with `moeforge release`",
         )
-    allowed = tolerance + ERRORS * (found.stderr or 0.0)
-    slipped = found.difference + old.get("slipped", 0.0)
+    allowed = tolerance + ERRORS * (comparison.stderr or 0.0)
+    slipped = comparison.difference + old.get("slipped", 0.0)
     accepted = slipped <= allowed
-    error = "unknown, for a domain has one window" if found.stderr is None else f"{found.stderr:.4f}"
-    worse = "worse" if found.difference > 0 else "better"
+    error = "unknown, for a domain has one window" if comparison.stderr is None else f"{comparison.stderr:.4f}"
+    worse = f"{abs(comparison.difference):.4f} {'worse' if comparison.difference > 0 else 'better'}"
     since = f", {slipped:.4f} worse than the best before it" if old.get("slipped") else ""
     why = (
-        f"{'accepted' if accepted else 'refused'}: {new['trained']:.4f} bits per byte is {abs(found.difference):.4f} "
-        f"{worse} than the accepted {old['trained']:.4f}{since} (standard error {error}; {_basis(found)}); "
+        f"{'accepted' if accepted else 'refused'}: {new['trained']:.4f} bits per byte is {worse} "
+        f"than the accepted {old['trained']:.4f}{since} (standard error {error}; {_basis(comparison)}); "
         f"allowed: tolerance {tolerance:.4f} + {ERRORS:g} standard errors"
     )
     return Verdict(accepted=accepted, why=why, slipped=max(slipped, 0.0))
@@ -160,7 +160,7 @@ def record(pipeline: str) -> Path:
 def write(path: Path, record: Record) -> None:
     """Write a record as JSON whose lists take a line each, whole or not at all."""
     nested = json.dumps(record, indent=1, sort_keys=True)
-    scratch.write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), nested) + "\n")
+    scratch.write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), nested) + "\n")
 
 
 def _excess(entry: dict[str, Any], *, dense: bool) -> list[float]:
@@ -181,11 +181,11 @@ def _rate(nats: list[float], sizes: list[int]) -> tuple[float, float]:
     return rate, sum(error * error for error in errors) / (count - 1) / count
 
 
-def _basis(found: Comparison) -> str:
-    same = [domain for domain in found.domains if domain not in found.other]
+def _basis(comparison: Comparison) -> str:
+    same = [domain for domain in comparison.domains if domain not in comparison.other]
     said = [f"on the same windows of {', '.join(same)}"] if same else []
-    said += [f"on other windows of {', '.join(found.other)}"] if found.other else []
-    return f"n = {found.windows}, {' and '.join(said)}"
+    said += [f"on other windows of {', '.join(comparison.other)}"] if comparison.other else []
+    return f"n = {comparison.windows}, {' and '.join(said)}"
 
 
 def _parent(pipeline: str) -> str | None:
@@ -193,6 +193,6 @@ def _parent(pipeline: str) -> str | None:
     path = Path("data/models", f"{settings.load().pipeline(pipeline).model}.json")
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
-    digest = found.get("source_sha256")
-    return digest and scratch.fingerprint([digest, found.get("dtype")])
+    metrics = json.loads(path.read_text())
+    digest = metrics.get("source_sha256")
+    return digest and scratch.fingerprint([digest, metrics.get("dtype")])

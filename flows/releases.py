@@ -202,9 +202,9 @@ def _link_all(source: Path, target: Path) -> None:
 
 def _prune(folder: Path, record: str, *, keep: set[str | None]) -> None:
     """Delete the oldest beyond KEPT; never those in `keep`."""
-    found = sorted(folder.glob(f"*/{record}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    others = [path.parent for path in found if path.parent.name not in keep]
-    for old in others[max(KEPT - (len(found) - len(others)), 0) :]:
+    records = sorted(folder.glob(f"*/{record}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    others = [path.parent for path in records if path.parent.name not in keep]
+    for old in others[max(KEPT - (len(records) - len(others)), 0) :]:
         shutil.rmtree(old)
 
 

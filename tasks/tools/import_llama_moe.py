@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,19 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if not found:
         raise FileNotFoundError(f"{folder}: holds no *.safetensors")
     return found, None
+
+
+def describe(report: dict[str, Any], *, source: Path, target: Path, corpus: Path | None) -> Iterator[str]:
+    """What `convert` did, in a few lines."""
+    yield (
+        f"{source}: {report['format']}, {report['parameters']:,} parameters; {len(report['sparse_layers'])} layers"
+        f" of {report['experts']} experts, {report['top_k']} for each token, and {report['shared_experts']} shared"
+    )
+    if fit := report["fit"]:
+        text = f"{fit['tokens']:,} tokens of {corpus}" if corpus else "Gaussian inputs, for want of a --corpus"
+        worst = min(fit["layers"], key=lambda i: fit["layers"][i]["agreement"])
+        yield (
+            f"linear routers fitted on {text}: they make {fit['mean']['agreement']:.1%} of the gates' choices "
+            f"(layer {worst}: {fit['layers'][worst]['agreement']:.1%}); the gates are in gates.safetensors"
+        )
+    yield f"{target}: a stock {report['model_type']} checkpoint"

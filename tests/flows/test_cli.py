@@ -217,15 +217,15 @@ class TestDoctor:
         assert not checks["git"].ok
         assert not checks["C++ compiler"].ok
         assert not checks["Prefect server"].ok
-        assert all(check.mend for check in checks.values() if not check.ok)
+        assert all(check.fix for check in checks.values() if not check.ok)
 
     def test_an_extra_that_is_not_whole_is_a_note_with_what_it_is_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "_version", lambda package: None if package == "fastokens" else "1.0")
         checks = {check.name: check for check in doctor._extras()}
         fast, dask = checks["extra fast"], checks["extra dask"]
-        assert (fast.ok, fast.needed, fast.found) == (False, False, "splintr-rs 1.0")
-        assert fast.mend.startswith("pip install 'moeforge[fast]': without it, tokenising")
-        assert (dask.ok, dask.found) == (True, "prefect-dask 1.0")
+        assert (fast.ok, fast.needed, fast.value) == (False, False, "splintr-rs 1.0")
+        assert fast.fix.startswith("pip install 'moeforge[fast]': without it, tokenising")
+        assert (dask.ok, dask.value) == (True, "prefect-dask 1.0")
 
     def test_a_needed_thing_that_is_missing_gives_exit_code_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(name="git", ok=False, found="none", mend="x")])

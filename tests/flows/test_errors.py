@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_line(
         (OSError(30, "Read-only file system", "data"), "data: Read-only file system; let this user"),
         (OSError(28, "No space left on device", "data/x"), "data/x: No space left on device; make room"),
         (FileNotFoundError("runs/x: not there; run it first"), "runs/x: not there; run it first"),
-        (KeyError("weight"), "KeyError: 'weight' (not foreseen; the traceback is in .scratch/traceback.txt)"),
+        (KeyError("weight"), "KeyError: 'weight' (unexpected; the traceback is in .scratch/traceback.txt)"),
     ],
 )
 def test_each_error_is_one_message(
