@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -29,10 +29,10 @@ PACKAGES = ("tasks", "moe_kernels")
 THIS = "tasks.code"
 """Left out of every digest: what this file does shows in the digests themselves."""
 HARMLESS = {
-    *("abstractmethod", "cache", "cached_property", "classmethod", "contextmanager", "enable_grad", "estimator"),
-    *("field_validator", "inference_mode", "lru_cache", "method", "model_validator", "no_grad", "override"),
-    *("property", "setter", "staticmethod", "wraps"),
-}
+    "abstractmethod", "cache", "cached_property", "classmethod", "contextmanager", "enable_grad", "estimator",
+    "inference_mode", "lru_cache", "method", "model_validator", "no_grad", "override", "property", "setter",
+    "staticmethod", "wraps",
+}  # fmt: skip
 """Decorators that do not read a function's annotations. Others may, as triton.jit does, so annotations count there."""
 
 
@@ -88,11 +88,10 @@ class Project:
     def imports(self, module: str) -> set[str]:
         """The modules that a module imports itself, with their packages, and its own."""
         source = self.source(module)
-        names = {*source.imports, module}
-        for string in source.strings:
-            if "." in string:  # "moe_kernels" alone is also the name of an implementation of experts
-                names.add(string)
-                names.update(name for name in self.modules if string.endswith(".") and name.startswith(string))
+        dotted = {string for string in source.strings if "." in string}  # "moe_kernels" also names an implementation
+        names = {*source.imports, *dotted, module}
+        for package in (string for string in dotted if string.endswith(".")):
+            names.update(name for name in self.modules if name.startswith(package))
         parents = {name.rsplit(".", n)[0] for name in names for n in range(name.count(".") + 1)}
         return {name for name in parents if name in self.modules} - {module}
 
@@ -201,14 +200,13 @@ class _Writer:
         else:
             self._out.append(f"{value!r},")
 
-    def _generic(self, node: ast.AST, *, skip: Iterable[str] = ()) -> None:
+    def _generic(self, node: ast.AST, *, skip: str = "") -> None:
         self._out.append(f"{type(node).__name__}(")
         for name in node._fields:
             value = getattr(node, name, None)
-            if value is None or value == [] or name in ("ctx", "kind", "type_comment") or name in skip:
-                continue
-            self._out.append(f"{name}=")
-            self.write(value)
+            if value is not None and value != [] and name not in ("ctx", "kind", "type_comment", skip):
+                self._out.append(f"{name}=")
+                self.write(value)
         self._out.append(")")
 
     def _Name(self, node: ast.Name) -> None:
@@ -244,7 +242,7 @@ class _Writer:
             self._generic(ast.Assign(targets=[node.target], value=node.value))
 
     def _arg(self, node: ast.arg) -> None:
-        self._generic(node, skip=() if self._annotated else ("annotation",))
+        self._generic(node, skip="" if self._annotated else "annotation")
 
     def _ClassDef(self, node: ast.ClassDef) -> None:
         before = self._fields, self._annotated
@@ -255,7 +253,7 @@ class _Writer:
     def _FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         before = self._fields, self._annotated
         self._fields, self._annotated = False, not all(_last(each) in HARMLESS for each in node.decorator_list)
-        self._generic(node, skip=() if self._annotated else ("returns",))
+        self._generic(node, skip="" if self._annotated else "returns")
         self._fields, self._annotated = before
 
     _AsyncFunctionDef = _FunctionDef
@@ -287,7 +285,7 @@ def _last(decorator: ast.expr) -> str:
     return str(getattr(decorator, "attr", getattr(decorator, "id", "")))
 
 
-def main() -> int:
+def main() -> None:
     """Write the files of the modules named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m tasks.code", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the files go")
@@ -296,13 +294,11 @@ def main() -> int:
     try:
         contents = {module: content(module) for module in arguments.modules}
     except CodeError as error:
-        print(f"code: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"code: {error}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for module, text in contents.items():
         (arguments.folder / f"{module}.json").write_text(text)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
