@@ -61,6 +61,7 @@ def test_run_stops_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "recipes/llama-2-7b-random-2of8.yaml", "pipelines.yaml")
     monkeypatch.setattr(dag, "ancestors", lambda target: [])
+    monkeypatch.setattr(dag, "refresh_code", lambda names: None)
     monkeypatch.setattr(dag, "changes", lambda names: {target: ["never run"] for target in ["model@llama-2-7b"]})
     said = CliRunner().invoke(cli.app, ["run", "llama-2-7b-random-2of8"])
     assert said.exit_code == 1
