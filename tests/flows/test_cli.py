@@ -228,9 +228,9 @@ class TestDoctor:
         assert (dask.ok, dask.value) == (True, "prefect-dask 1.0")
 
     def test_a_needed_thing_that_is_missing_gives_exit_code_1(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(name="git", ok=False, found="none", mend="x")])
+        monkeypatch.setattr(doctor, "examine", lambda: [doctor.Check(name="git", ok=False, value="none", fix="x")])
         assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 1
         monkeypatch.setattr(
-            doctor, "examine", lambda: [doctor.Check(name="GPU", ok=False, found="none", mend="x", needed=False)]
+            doctor, "examine", lambda: [doctor.Check(name="GPU", ok=False, value="none", fix="x", needed=False)]
         )
         assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
