@@ -8,6 +8,7 @@ A room is a package, or a module of `tasks` that stands alone. A door of a room 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -95,8 +96,10 @@ def doors(graph: Graph) -> Graph:
     return result
 
 
-def main() -> int:
-    """Print the graph and its faults."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the graph and its faults. Returns 1 if there is a circle or an upward arrow."""
+    parser = argparse.ArgumentParser(prog="python -m bench.house", description=__doc__.split("\n")[0])
+    parser.parse_args(argv)
     project = Project({name: folder for name, folder in FOLDERS.items() if folder.is_dir()})
     graph = imports(project)
     rooms, open_doors = between_rooms(graph), doors(graph)

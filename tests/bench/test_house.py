@@ -16,7 +16,7 @@ def test_this_house_has_no_circle_and_no_upward_arrow(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert house.main() == 0
+    assert house.main([]) == 0
     printed = capsys.readouterr().out
     assert "circles: none\nupward arrows: none\n" in printed
     assert "moe_kernels: " in printed
@@ -62,7 +62,7 @@ def test_a_fault_is_named(
 ) -> None:
     write(tmp_path, files)
     monkeypatch.chdir(tmp_path)
-    assert house.main() == 1
+    assert house.main([]) == 1
     assert printed in capsys.readouterr().out
 
 
@@ -73,7 +73,7 @@ def test_large_files_and_crowded_rooms_are_named_and_are_no_error(
     imports = "".join(f"import tasks.moe.m{i}\n" for i in range(house.MOST_DOORS + 1))
     write(tmp_path, {**doors, "tasks/pretrain/a.py": imports + "x = 1\n" * house.MOST_LINES})
     monkeypatch.chdir(tmp_path)
-    assert house.main() == 0
+    assert house.main([]) == 0
     printed = capsys.readouterr().out
     assert "rooms with more than 15 doors: 1\n    tasks.moe (16)" in printed
     assert f"files over 300 lines: 1\n    tasks/pretrain/a.py ({house.MOST_DOORS + 1 + house.MOST_LINES})" in printed

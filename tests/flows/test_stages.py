@@ -103,6 +103,7 @@ def test_a_second_run_of_the_same_pipeline_is_refused_and_names_the_first(toy: P
 
 def test_a_stage_is_stopped_after_its_timeout(toy: Path) -> None:
     (stage,) = dag.ancestors("model@toy")
+    dag.refresh_code([stage.name])
     (toy / "sleep" / "model").touch()
     with pytest.raises(dag.StageError, match=r"model@toy: stopped after meta\.timeout"):
         stages.execute(replace(stage, timeout=1 / 20), force=False, log=lambda _: None)
@@ -175,23 +176,29 @@ def test_no_process_outlives_a_run_that_is_ended(
     assert ran(toy) == []
 
 
+def task_runs(state: Any) -> list[dict[str, Any]]:
+    """The task runs of a flow run, as the server has recorded them."""
+    body = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}, "limit": 50, "sort": "NAME_ASC"}
+    request = urllib.request.Request(
+        f"{PREFECT_API_URL.value()}/task_runs/filter",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        runs: list[dict[str, Any]] = json.load(answer)
+    return runs
+
+
 def final_states(state: Any) -> dict[str, Any]:
     """The final states of a flow run's tasks, by name."""
-    body = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}, "limit": 50, "sort": "NAME_ASC"}
-    found: dict[str, Any] = {}
+    states: dict[str, Any] = {}
 
-    def recorded() -> bool:  # the server records task runs from events, a moment later
-        request = urllib.request.Request(
-            f"{PREFECT_API_URL.value()}/task_runs/filter",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            runs = json.load(answer)
-        if not all(run["state"] for run in runs):  # a run is there before its first state is
+    def recorded() -> bool:  # the server records task runs from events, a moment later, and first without a state
+        runs = task_runs(state)
+        if not all(run["state"] for run in runs):
             return False
-        found.update({run["name"]: SimpleNamespace(**run["state"]) for run in runs})
-        return bool(found) and all(s.type in ("COMPLETED", "FAILED") for s in found.values())
+        states.update({run["name"]: SimpleNamespace(**run["state"]) for run in runs})
+        return bool(states) and all(s.type in ("COMPLETED", "FAILED") for s in states.values())
 
     until(recorded, seconds=20)
-    return found
+    return states
