@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 QUICK := tests/test_code.py tests/test_scratch.py tests/settings tests/bench/test_house.py tests/flows/test_quality_gate.py
 
-.PHONY: demo test quick check house hooks versions setup clean
+.PHONY: demo test quick check house versions setup clean
 
 demo: setup
 	@moeforge run demo
@@ -31,9 +31,6 @@ versions: setup # the lowest and the newest versions that pyproject.toml allows;
 
 house: setup
 	@python -m bench.house
-
-hooks: setup
-	@pre-commit install
 
 setup: $(VENV)/.installed
 
