@@ -1,4 +1,4 @@
-"""Runs Python in a process of its own, with this checkout's ``moe_kernels`` and ``bench``, installed or not."""
+"""Processes of their own: Python with this checkout's ``moe_kernels`` and ``bench``, and ranks of a process group."""
 
 import os
 import subprocess
@@ -24,3 +24,15 @@ def run_python(*args: str, cwd: Path = HERE, **environment: str) -> str:
     )
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     return ran.stdout
+
+
+def join(rank: int, folder: Path, *, ranks: int) -> None:
+    """Meet the other ranks through a file in ``folder``, and give DeepSpeed their process group."""
+    import deepspeed.ops
+    import torch.distributed
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)

@@ -118,13 +118,13 @@ def cases(arch: int, *, everything: bool) -> Iterator[Case]:
             for dtype in DTYPES:
                 yield from variations(Case(shape=shape, dtype=dtype))
         return
-    for shape in (LLAMA_MOE, SMOLLM2):
-        yield Case(shape=shape)
-    yield Case(shape=LLAMA_MOE, dtype=torch.float32)
+    yield Case(shape=LLAMA_MOE)
+    if arch != 100:
+        yield Case(shape=LLAMA_MOE, dtype=torch.float32)
     if arch == 90:
-        yield Case(shape=LLAMA_MOE, dtype=torch.float16)
+        yield Case(shape=SMOLLM2)
         yield Case(shape=DECODING, fp32_weights=True)
-        yield Case(shape=LLAMA_MOE, presorted=True)
+        yield Case(shape=LLAMA_MOE, dtype=torch.float16, presorted=True)
 
 
 def variations(case: Case) -> Iterator[Case]:

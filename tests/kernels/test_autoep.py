@@ -1,16 +1,22 @@
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
-from children import run_python
+from children import join
 from deepspeed.module_inject.auto_ep_layer import permute_by_local_expert, unpermute_by_local_expert
 from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.utils import safe_get_full_grad
 from moe_kernels.autoep import use_in_deepspeed
 from problems import assert_as_accurate_as_torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from tasks.pretrain.engine.output_recorders import keyed_by_class_name
+from tests.warm_processes import spawn
+
+RANKS = 2
 NAMES = ("out", "x", "w1", "w2", "w3")
 
 
@@ -132,36 +138,30 @@ def test_a_model_that_deepspeed_has_not_converted_is_refused_with_the_mend() -> 
         use_in_deepspeed(nn.Linear(2, 2))
 
 
-STEP = """
-import os, sys
-import torch, deepspeed, deepspeed.ops
-from deepspeed.utils import safe_get_full_grad
-from moe_kernels.autoep import use_in_deepspeed
-from tasks.pretrain.engine.output_recorders import keyed_by_class_name
-from transformers import MixtralConfig, MixtralForCausalLM
-
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=world)
-deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(rank))
-
-def two_steps(ours):
+def two_steps(ids_BL: Tensor, *, ours: bool) -> dict[str, Tensor]:
+    """The losses and every full gradient of two steps of a Mixtral, by name."""
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=24, num_local_experts=4,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_local_experts=4, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
     model = MixtralForCausalLM(config)
+    settings = {
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 30,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "expert_parallel": {"enabled": True, "autoep_size": RANKS, "preset_model": "mixtral"},
+    }
     with keyed_by_class_name():
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
-            "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
-            "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "steps_per_print": 1 << 30,
-            "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True,
-            "expert_parallel": {"enabled": True, "autoep_size": world, "preset_model": "mixtral"}})
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
     if ours:
         assert use_in_deepspeed(engine) == 2
     results = {}
     for step in range(2):
-        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = engine(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss
         engine.backward(loss)
         results[f"{step} loss"] = loss.detach().clone()
         results |= {f"{step} {name}": safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
@@ -169,20 +169,17 @@ def two_steps(ours):
     engine.destroy()
     return results
 
-expected, got = two_steps(False), two_steps(True)
-assert any(".experts.w3" in name for name in got), list(got)
-assert all(tensor.any() for tensor in got.values())
-for name, tensor in got.items():
-    torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m: f"rank {rank}, {name}: {m}")
-print("agree on", len(got))
-"""
+
+def compare_steps(rank: int, folder: Path) -> None:
+    join(rank, folder, ranks=RANKS)
+    ids_BL = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(rank))
+    expected, got = two_steps(ids_BL, ours=False), two_steps(ids_BL, ours=True)
+    assert any(".experts.w3" in name for name in got), list(got)
+    assert all(tensor.any() for tensor in got.values())
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.e2e
 def test_steps_of_a_mixtral_under_autoep_and_zero3_have_the_same_losses_and_gradients(tmp_path: Path) -> None:
-    def rank(number: int) -> str:
-        environment = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        return run_python("-c", STEP, str(tmp_path / "store"), DS_ACCELERATOR="cpu", **environment)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert all("agree on" in printed for printed in pool.map(rank, range(2)))
+    spawn(compare_steps, (tmp_path,), nprocs=RANKS)

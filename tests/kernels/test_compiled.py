@@ -7,6 +7,7 @@ import pytest
 from children import run_python
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("compiled kernels")  # one worker compiles, for all tests
 Line = dict[str, Any]
 # Tiles of 80 also serve cards with 99 KB (86, 89, 120).
 SHARED_MEMORY_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
