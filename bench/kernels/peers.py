@@ -6,12 +6,11 @@ implementation cannot run this problem; whatever else it raises is reported by n
 Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,14 +43,15 @@ class Side:
 class Peer:
     """An implementation that may be installed.
 
-    ``module`` is what it is imported from and ``install`` how to get it. A ``bound`` computes something easier than
-    the layer: it is timed and never compared. ``first_s``, of a first call at a new (D, F), and ``expert_ms``, of the
-    host for each expert, are guesses for the estimate of the whole run.
+    ``module`` is what it is imported from, ``package`` its name where that differs, and ``install`` how to get it. A
+    ``bound`` computes something easier than the layer: it is timed and never compared. ``first_s``, of a first call at
+    a new (D, F), and ``expert_ms``, of the host for each expert, are guesses for the estimate of the whole run.
     """
 
     name: str
     build: Callable[[Problem], Side]
     module: str | None = None
+    package: str = ""
     install: str = ""
     bound: bool = False
     first_s: float = 1
@@ -65,13 +65,10 @@ class Peer:
 
     def version(self) -> str | None:
         """Of the installed package; None for what is part of this benchmark, or imported from a bare folder."""
-        names = _distributions().get(self.module or "")
-        return importlib.metadata.version(names[0]) if names else None
-
-
-@functools.cache
-def _distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
+        try:
+            return importlib.metadata.version(self.package or self.module or "")
+        except (importlib.metadata.PackageNotFoundError, ValueError):
+            return None
 
 
 def by_autograd(layer: Callable[[], Tensor], leaves: Sequence[Tensor], grad_out: Tensor) -> Side:
@@ -273,6 +270,7 @@ def all_peers(*, autotune: bool) -> list[Peer]:
             name="SonicMoE",
             build=sonicmoe,
             module="sonicmoe",
+            package="sonic-moe",
             install="pip install sonic-moe (Python 3.12 or newer, Hopper or newer, torch 2.9 at most)",
             first_s=15,
         ),

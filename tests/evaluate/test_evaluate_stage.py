@@ -19,6 +19,7 @@ import pytest
 from tasks import corpus
 from tasks.evaluate import __main__ as stage
 from tasks.evaluate.report import card, corpus_section, results
+from tests.corpus import texts
 
 ROOT = Path(corpus.__file__).parents[2]
 PIPELINES = """\
@@ -79,9 +80,6 @@ def sparse(dense: Path, folder: Path, *, seed: int) -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> Iterator[Path]:
     """A project where everything before `evaluate` has run; the module's tests run inside it."""
-    from tasks.corpus import fingerprint
-    from tasks.corpus.build import stage as corpus_stage
-
     root = tmp_path_factory.mktemp("project")
     data = root / "texts"
     shutil.copytree(tiny_data, data)
@@ -90,9 +88,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_dat
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         shutil.copytree(tiny_model, root / "data" / "models" / "tiny")
-        patch.setattr(sys, "argv", ["fingerprint", "tiny"])
-        assert fingerprint.main() == 0
-        corpus_stage.make("tiny")
+        texts.run()
         for split in ("train", "validation"):
             for folder in (root / "data/corpora/tiny").glob(f"*/{split}"):
                 shutil.rmtree(folder)  # nothing is judged on what it was trained on or chosen by

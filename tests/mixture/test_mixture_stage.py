@@ -8,38 +8,33 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.e2e
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=300)
+from tasks.corpus import manifest
+from tasks.corpus.sampling import windows
+from tasks.mixture.__main__ import run
+from tests.corpus import texts
 
 
 @pytest.fixture
-def corpus(tiny_project: Path) -> Path:
-    for name in ("moe.dense", "corpus.fingerprint", "corpus"):
-        done = run(f"tasks.{name}", "tiny")
-        assert done.returncode == 0, done.stderr
-    return tiny_project
+def corpus(tiny_project: Path, tiny_model: Path) -> Path:
+    """The tiny project with its model and its corpus; returns the corpus's folder."""
+    Path("data/models").mkdir(parents=True)
+    Path("data/models/tiny").symlink_to(tiny_model)
+    texts.run()
+    return Path("data/corpora/tiny")
 
 
 def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_stand_beside_them(corpus: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tasks.corpus import manifest
-    from tasks.corpus.sampling import windows
-
-    done = run("tasks.mixture", "tiny")
-    assert done.returncode == 0, done.stderr
+    run("tiny")
     written = json.loads(Path("runs/tiny/mixture.json").read_text())
     assert written["method"] == "reference_loss"
     assert written["weights"] == {"prose": 0.5, "code": 0.5}
     evidence = written["evidence"]
 
     model = AutoModelForCausalLM.from_pretrained("data/models/tiny").eval()
-    for domain, ids_BL in windows.validation(Path("data/corpora/tiny"), seq_len=64, count=4).items():
+    for domain, ids_BL in windows.validation(corpus, seq_len=64, count=4).items():
         ids = torch.from_numpy(ids_BL)
         with torch.no_grad():
             nats = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
@@ -47,33 +42,42 @@ def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_st
         assert evidence["reference_losses"][domain] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
         assert evidence["reference_losses"][domain] < math.log(512)
 
-    tokens = {name: domain.train.tokens for name, domain in manifest.load(Path("data/corpora/tiny")).domains.items()}
+    tokens = {name: domain.train.tokens for name, domain in manifest.load(corpus).domains.items()}
     assert evidence["tokens"] == tokens
     assert evidence["uniform"] == {"prose": 0.5, "code": 0.5}
     assert evidence["proportional"]["code"] == pytest.approx(tokens["code"] / sum(tokens.values()))
     assert evidence["epochs_per_million_tokens"]["code"] == pytest.approx(0.5e6 / tokens["code"])
 
-    first = Path("runs/tiny/mixture.json").read_bytes()
-    for split in Path("data/corpora/tiny").glob("*/test"):
+
+def test_the_test_part_may_be_missing_and_neither_it_nor_a_window_may_be_too_short_for_the_evaluation(
+    corpus: Path,
+) -> None:
+    first = run("tiny").read_bytes()
+    for split in corpus.glob("*/test"):
         shutil.rmtree(split)  # only tasks/evaluate may open it
-    assert run("tasks.mixture", "tiny").returncode == 0
-    assert Path("runs/tiny/mixture.json").read_bytes() == first
+    assert run("tiny").read_bytes() == first
     assert json.loads(Path("runs/tiny/mixture.time.json").read_text())["seconds"] > 0
 
     # What only the evaluation will ask for is looked at here, before anything is trained.
-    path = Path("data/corpora/tiny/manifest.json")
+    path = corpus / "manifest.json"
     contents = json.loads(path.read_text())
     contents["domains"]["code"]["test"]["tokens"] = 63
     path.write_text(json.dumps(contents))
-    assert "the test part of code is shorter than one window of 64 tokens" in run("tasks.mixture", "tiny").stderr
+    with pytest.raises(ValueError, match="the test part of code is shorter than one window of 64 tokens"):
+        run("tiny")
     file = Path("pipelines.yaml")
     file.write_text(file.read_text().replace("evaluate: {seq_len: 64,", "evaluate: {seq_len: 257,"))
-    told = run("tasks.mixture", "tiny").stderr
-    assert "evaluate.seq_len = 257: tiny has max_position_embeddings = 256 (data/models/tiny/config.json)" in told
+    with pytest.raises(
+        ValueError,
+        match=r"evaluate.seq_len = 257: tiny has max_position_embeddings = 256 \(data/models/tiny/config.json\)",
+    ):
+        run("tiny")
 
 
+@pytest.mark.e2e
 def test_without_a_corpus_the_error_is_one_line(tiny_project: Path) -> None:
-    done = run("tasks.mixture", "tiny")
+    command = [sys.executable, "-m", "tasks.mixture", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("mixture: ")
     assert "Traceback" not in done.stderr
