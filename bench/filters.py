@@ -132,7 +132,7 @@ def bench_kept(cache: Path) -> None:
 def bench_splitter(cache: Path) -> None:
     from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Spaces(WordTokenizer):
+    class Spaces(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
         def word_tokenize(self, text: str) -> list[str]:
             return text.split()
 

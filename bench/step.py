@@ -53,7 +53,8 @@ def run(pipeline: str, model: Path, *, side: str, changes: dict[str, Any]) -> tu
 
 
 def median(records: list[dict[str, Any]], name: str) -> float:
-    return statistics.median(record["timing"][name] for record in records[2:])
+    times: list[float] = [record["timing"][name] for record in records[2:]]
+    return statistics.median(times)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -305,7 +305,8 @@ def compare(name: str, folder: Path, *, megabytes: float) -> None:
 
 def _content(text: str, cache: Path) -> bytes:
     fetched = sources.fetch(text, cache)
-    return fetched.fs.cat_file(fetched.paths[0])
+    content: bytes = fetched.fs.cat_file(fetched.paths[0])
+    return content
 
 
 def _kinds(folder: Path) -> list[list[str]]:

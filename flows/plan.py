@@ -138,13 +138,15 @@ def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any
     partition = pipeline.partition
 
     def forward(config: dict[str, Any], *, windows: int, seq_len: int) -> int:
-        return windows * seq_len * counts.flops_per_token(config, seq_len=seq_len)["forward"]
+        flops: int = counts.flops_per_token(config, seq_len=seq_len)["forward"]
+        return windows * seq_len * flops
 
     calibration = partition.calibration_windows if needs_text(partition) else 0
     fitted = (
         calibration * partition.fit_passes * train.seq_len * len(partition.sparse_layers(dense["num_hidden_layers"]))
     )
-    matrix = 2 * dense["hidden_size"] * dense["intermediate_size"]  # three of them forward, four products backward
+    # three of them forward, four products backward
+    matrix: int = 2 * dense["hidden_size"] * dense["intermediate_size"]
     references = pipeline.mixture.windows * domains if pipeline.mixture.method == "reference_loss" else 0
     evaluations = estimate.evaluated_windows(train, domains=domains)
     teaching = train.steps * train.batch if train.distill else 0

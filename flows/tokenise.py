@@ -96,10 +96,12 @@ def task_runner(runner: RunnerName, *, workers: int | None, address: str | None)
             return ThreadPoolTaskRunner(max_workers=count)
         case "dask":
             here = {"cluster_kwargs": {"n_workers": count, "threads_per_worker": 1}}
-            return _extra("prefect_dask", runner).DaskTaskRunner(**{"address": address} if address else here)
+            kind = _extra("prefect_dask", runner).DaskTaskRunner
         case "ray":
             here = {"init_kwargs": {"num_cpus": count}}
-            return _extra("prefect_ray", runner).RayTaskRunner(**{"address": address} if address else here)
+            kind = _extra("prefect_ray", runner).RayTaskRunner
+    cluster: TaskRunner[Any] = kind(**{"address": address} if address else here)
+    return cluster
 
 
 @flow(name="share-out", persist_result=False)
@@ -189,7 +191,8 @@ def no_child_outlives_an_error() -> Iterator[None]:
 def _slots(pool: TaskRunner[Any]) -> int:
     """How many units a running cluster runs at once."""
     if hasattr(pool, "client"):  # Dask's
-        return max(1, sum(pool.client.nthreads().values()))
+        threads: dict[str, int] = pool.client.nthreads()
+        return max(1, sum(threads.values()))
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -103,7 +103,8 @@ def _split(name: str, fields: Mapping[str, Any], read: Callable[[str], Tensor]) 
         width = made.get("head_dim") or made["hidden_size"] // made["num_attention_heads"]
         queries, keys = made["num_attention_heads"] * width, made["num_key_value_heads"] * width
         whole = read(f"{block}.qkv_proj.weight")
-        return whole.split([queries, keys, keys])["qkv".index(part[0])]
+        piece: Tensor = whole.split([queries, keys, keys])["qkv".index(part[0])]
+        return piece
     return read(name)
 
 

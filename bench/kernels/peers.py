@@ -113,7 +113,8 @@ class Experts(nn.Module):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
+        gated: Tensor = self.act_fn(gate) * up
+        return gated
 
 
 def _transformers(p: Problem, forward: Callable[..., Tensor]) -> Side:
@@ -151,7 +152,8 @@ def scattermoe(p: Problem) -> Side:
         hidden_MG = parallel_linear(p.x_TD, p.w13_EGD.permute(0, 2, 1), p.shape.top_k, *order, grouped_out=True)
         gate_MF, up_MF = hidden_MG.chunk(2, dim=-1)
         act_MF, w2_EFD = F.silu(gate_MF) * up_MF, p.w2_EDF.permute(0, 2, 1)
-        return parallel_linear(act_MF, w2_EFD, 1, *order, grouped_in=True, gates=p.weights_TK)
+        out_TD: Tensor = parallel_linear(act_MF, w2_EFD, 1, *order, grouped_in=True, gates=p.weights_TK)
+        return out_TD
 
     return by_autograd(layer, p.leaves, p.grad_out_TD)
 
@@ -177,7 +179,8 @@ def sonicmoe(p: Problem) -> Side:
     expert_M = p.index_TK.flatten().int()
 
     def layer() -> Tensor:
-        out, _ = moe_general_routing_inputs(
+        out_TD: Tensor
+        out_TD, _ = moe_general_routing_inputs(
             p.x_TD,
             p.weights_TK.flatten(),
             token_M,
@@ -192,7 +195,7 @@ def sonicmoe(p: Problem) -> Side:
             is_inference_mode_enabled=not torch.is_grad_enabled(),
             concat_layout=True,
         )
-        return out
+        return out_TD
 
     return by_autograd(layer, p.leaves, p.grad_out_TD)
 

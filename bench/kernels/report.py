@@ -106,7 +106,10 @@ def line(name: str, result: Result) -> str:
     def mega(field: str) -> str:
         return cell(result[field] / 1e6 if result.get(field) is not None else None, 0)
 
-    ms, full = result["ms"], lambda field: result.get(field, {}).get("full")
+    def full(field: str) -> Any:
+        return result.get(field, {}).get("full")
+
+    ms = result["ms"]
     times = "".join(f"{ms[key]:9.3f}" for key in ("forward", "backward", "full", "inference"))
     ratio = full("speed_up") if "speed_up" in result else full("bound_vs_ours")
     bitwise = {True: "yes", False: "NO", None: "-"}[result.get("deterministic")]

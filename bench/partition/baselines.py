@@ -203,7 +203,8 @@ def expert_oracle(experts: Mapping[int, np.ndarray], *, shared: int, top_k: int)
             h_TN = layer.neurons(x_TD)
             energy_TE = (h_TN * norm_N).square() @ routed_EN.T
             chosen_TE = torch.zeros_like(energy_TE).scatter_(1, energy_TE.topk(top_k, dim=1).indices, 1.0)
-            return (h_TN * (always_N + chosen_TE @ routed_EN)) @ layer.down_DN.T
+            y_TD: Tensor = (h_TN * (always_N + chosen_TE @ routed_EN)) @ layer.down_DN.T
+            return y_TD
 
         return ffn
 

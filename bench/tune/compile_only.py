@@ -27,7 +27,7 @@ SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-class _NoDevice(DriverBase):
+class _NoDevice(DriverBase):  # type: ignore[misc]  # Triton has no types
     """A Triton driver for a device that isn't there: enough to compile, nothing to run."""
 
     def __init__(self, arch: int) -> None:
@@ -41,7 +41,8 @@ class _NoDevice(DriverBase):
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # compiled kernels are cached by device, and so by architecture
+        arch: int = self.target.arch  # compiled kernels are cached by device, and so by architecture
+        return arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -99,7 +100,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return self.function.fn.__name__
+        return str(self.function.fn.__name__)
 
     def __call__(self) -> None:
         self.function[self.grid](*self.arguments, **self.options)

@@ -119,7 +119,8 @@ def _peak(tile: Tile, work: Gemm, *, itemsize: int, arch: int) -> float:
     card, width = CARDS[arch], tile.block_n * work.accumulators
     if itemsize > 2:  # no tensor cores: a thread's n x n sums take n * n multiply-adds and n / 2 wide loads a step
         sums = tile.block_m * width / (32 * tile.num_warps)
-        return card.full_flops * sums / (sums + sums**0.5 / 2)
+        share: float = sums / (sums + sums**0.5 / 2)
+        return card.full_flops * share
     if tile.block_m < 64:
         return card.half_flops * card.mma_share
     if arch != 90:

@@ -9,9 +9,6 @@ Shapes: T tokens, D hidden, F width of one expert, G = 2F, E experts, K top-k, M
 tiles. Index arrays: see ``routing.py``. Row and expert offsets are int64: M*D passes 2^31 on real batches.
 """
 
-# mypy: allow-untyped-defs
-# (the arguments of a jit function are Triton's, which mypy cannot name)
-
 import triton
 import triton.language as tl
 

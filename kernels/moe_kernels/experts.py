@@ -126,7 +126,7 @@ def _apply(
     if path == "triton" and dtype not in _TRITON_DTYPES:
         raise ValueError(f"experts layer: path='triton' computes in fp32, fp16 or bf16, not in {dtype}; use 'sorted'")
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w13, w3, w2, weights))
-    out, *_ = autograd.experts_forward(x.to(dtype), w13, w3, w2, index, weights, offset, path, keep)
+    out: torch.Tensor = autograd.experts_forward(x.to(dtype), w13, w3, w2, index, weights, offset, path, keep)[0]
     return out.to(x.dtype)
 
 

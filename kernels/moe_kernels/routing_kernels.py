@@ -13,9 +13,6 @@ Shapes: T tokens, K top-k, M = T*K routed rows ("flat" t*K + k, or sorted by exp
 C rows of a tile that are placed at a time, E experts, B row tiles. Index E stands for the experts that are absent.
 """
 
-# mypy: allow-untyped-defs
-# (the arguments of a jit function are Triton's, which mypy cannot name)
-
 import triton
 import triton.language as tl
 

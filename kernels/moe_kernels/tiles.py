@@ -3,9 +3,6 @@
 Triton's interpreter holds bf16 as integers and multiplies those, silently; :func:`dot` widens its operands there.
 """
 
-# mypy: allow-untyped-defs
-# (the arguments of a jit function are Triton's, which mypy cannot name)
-
 import triton
 import triton.language as tl
 

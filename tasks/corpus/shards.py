@@ -223,12 +223,14 @@ def open_shard(path: Path) -> pa.RecordBatch:
 
 def flat_ids(batch: pa.RecordBatch) -> NDArray[Any]:
     """All ids of a shard, uint16 or uint32 [tokens], straight from the map."""
-    return batch.column("input_ids").values.to_numpy(zero_copy_only=True)
+    values: NDArray[Any] = batch.column("input_ids").values.to_numpy(zero_copy_only=True)
+    return values
 
 
 def offsets(batch: pa.RecordBatch) -> NDArray[np.int64]:
     """Where each document begins in the flat ids, and where the last ends: int64 [documents + 1], from the map."""
-    return batch.column("input_ids").offsets.to_numpy(zero_copy_only=True)
+    offsets: NDArray[np.int64] = batch.column("input_ids").offsets.to_numpy(zero_copy_only=True)
+    return offsets
 
 
 def doc_ids(batch: pa.RecordBatch) -> NDArray[np.uint8]:

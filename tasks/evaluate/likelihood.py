@@ -59,7 +59,8 @@ def measure(
 
 def predicted(ids_BL: np.ndarray) -> int:
     """Tokens predicted in [B, L] windows: each but the first of its window."""
-    return ids_BL.shape[0] * (ids_BL.shape[1] - 1)
+    windows, length = ids_BL.shape
+    return int(windows * (length - 1))
 
 
 def counts(windows: Mapping[str, np.ndarray], *, token_bytes: np.ndarray) -> dict[str, dict[str, int]]:

@@ -29,7 +29,8 @@ def read(pipeline: str) -> dict[str, Any]:
     path = _path(pipeline)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; `moeforge run {pipeline}` writes it")
-    return json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def _path(pipeline: str) -> Path:

@@ -41,9 +41,10 @@ def load(
 
         moe_kernels.register()
         options["experts_implementation"] = "moe_kernels"
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, **options
     )
     if device is not None:
         torch.nn.Module.to(model, torch.device(device))
-    return model.eval()
+    model.eval()
+    return model

@@ -71,7 +71,9 @@ def _one(x_TD: torch.Tensor) -> torch.Tensor:
     cut = len(x_TD) * 3 // 4
     values_D, vectors_DD = torch.linalg.eigh(x_TD[:cut].T @ x_TD[:cut] / cut)
     mean_D, scale = vectors_DD.T @ x_TD[:cut].mean(0), values_D.mean()
-    candidates = [vectors_DD @ (mean_D / (values_D.clamp(min=0) + ridge * scale)) for ridge in RIDGES]
+    candidates: list[torch.Tensor] = [
+        vectors_DD @ (mean_D / (values_D.clamp(min=0) + ridge * scale)) for ridge in RIDGES
+    ]
     return min(candidates, key=lambda v_D: (x_TD[cut:] @ v_D - 1).square().mean().item())
 
 

@@ -237,9 +237,10 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(architectures.ALL)}")
     if raw.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: the weights are quantised; take the model's plain checkpoint")
-    return AutoConfig.from_pretrained(
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
     )
+    return config
 
 
 def _stored(folder: Path) -> dict[str, Stored]:

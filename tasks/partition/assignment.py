@@ -27,7 +27,8 @@ def balanced(cost_NG: np.ndarray, *, sizes_G: np.ndarray) -> np.ndarray:
 
     place = np.repeat(np.arange(groups), sizes_G)
     _, column = linear_sum_assignment(cost_NG[:, place])
-    return place[column]
+    result: np.ndarray = place[column]
+    return result
 
 
 def members(group_N: np.ndarray, *, size: int) -> np.ndarray:
@@ -89,11 +90,13 @@ def _seeds(rows_NP: np.ndarray, squares_N: np.ndarray, *, count: int, generator:
 def _distances(rows_NP: np.ndarray, squares_N: np.ndarray, centres_GP: np.ndarray) -> np.ndarray:
     """Squared, float64 [N, G]."""
     products_NG = (rows_NP @ centres_GP.T).astype(np.float64)
-    return np.maximum(squares_N[:, None] - 2 * products_NG + np.square(centres_GP).sum(1), 0)
+    distances_NG: np.ndarray = np.maximum(squares_N[:, None] - 2 * products_NG + np.square(centres_GP).sum(1), 0)
+    return distances_NG
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(rows.dtype).tiny)
+    normed: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(rows.dtype).tiny)
+    return normed
 
 
 def _greedy(cost_NG: np.ndarray, sizes_G: np.ndarray) -> np.ndarray:

@@ -51,7 +51,8 @@ def energies(h_TN: torch.Tensor, down_DN: torch.Tensor, routed_EF: np.ndarray) -
     """What each expert contributes to each token: the sum over its neurons of (h * norm of its down column)^2."""
     place_P = torch.from_numpy(routed_EF).long().reshape(-1).to(h_TN.device)
     energy_TN = (h_TN * down_DN.norm(dim=0)).square_()
-    return energy_TN.index_select(1, place_P).unflatten(1, routed_EF.shape).sum(2)
+    energy_TE: torch.Tensor = energy_TN.index_select(1, place_P).unflatten(1, routed_EF.shape).sum(2)
+    return energy_TE
 
 
 def representatives(layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:

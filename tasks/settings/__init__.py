@@ -11,25 +11,40 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 import tasks.settings.consistency as consistency
-from tasks.settings.corpus import Corpus
-from tasks.settings.corpus import Domain as Domain  # callers say settings.Domain
-from tasks.settings.corpus import Items as Items
+from tasks.settings.corpus import Corpus, Domain, Items
 from tasks.settings.deployments import Deployment
 from tasks.settings.fields import Frozen, Name
-from tasks.settings.model import Model
-from tasks.settings.model import Shape as Shape
-from tasks.settings.partition import Partition as Partition
-from tasks.settings.pipeline import Evaluate as Evaluate
-from tasks.settings.pipeline import Mixture as Mixture
-from tasks.settings.pipeline import Pipeline
-from tasks.settings.pipeline import Task as Task
-from tasks.settings.pretrain import Pretrain as Pretrain
+from tasks.settings.model import Model, Shape
+from tasks.settings.partition import Partition
+from tasks.settings.pipeline import Evaluate, Mixture, Pipeline, Task
+from tasks.settings.pretrain import Pretrain
 from tasks.settings.text import FILE, SettingsError, read
+
+__all__ = [  # callers say settings.Domain
+    "FILE",
+    "Corpus",
+    "Domain",
+    "Evaluate",
+    "Items",
+    "Mixture",
+    "Model",
+    "Partition",
+    "Pipeline",
+    "Pretrain",
+    "Settings",
+    "SettingsError",
+    "Shape",
+    "Task",
+    "load",
+    "read",
+]
+
+T = TypeVar("T")
 
 
 class Settings(Frozen):
@@ -55,20 +70,20 @@ class Settings(Frozen):
         return self
 
     def pipeline(self, name: str) -> Pipeline:
-        return self._get("pipelines", name)
+        return _get("pipelines", self.pipelines, name)
 
     def corpus(self, name: str) -> Corpus:
-        return self._get("corpora", name)
+        return _get("corpora", self.corpora, name)
 
     def model(self, name: str) -> Model:
-        return self._get("models", name)
+        return _get("models", self.models, name)
 
-    def _get(self, section: str, name: str) -> Any:
-        entries = getattr(self, section)
-        if name not in entries:
-            close = "".join(f"; did you mean {known}?" for known in difflib.get_close_matches(name, entries, n=1))
-            raise SettingsError(f"{FILE}: {section} has no {name!r}; it has {', '.join(entries) or 'none'}{close}")
-        return entries[name]
+
+def _get(section: str, entries: dict[str, T], name: str) -> T:
+    if name not in entries:
+        close = "".join(f"; did you mean {known}?" for known in difflib.get_close_matches(name, entries, n=1))
+        raise SettingsError(f"{FILE}: {section} has no {name!r}; it has {', '.join(entries) or 'none'}{close}")
+    return entries[name]
 
 
 def load(path: Path | str = FILE) -> Settings:

@@ -172,7 +172,8 @@ class Hashes:
 
 def open_sequential(fs: AbstractFileSystem, path: str) -> IO[bytes]:
     """Open a file that is read once from its start, which a web server serves without knowing byte ranges."""
-    return fs.open(path, "rb", **({"block_size": 0} if "http" in fs.protocol else {}))
+    file: IO[bytes] = fs.open(path, "rb", **({"block_size": 0} if "http" in fs.protocol else {}))
+    return file
 
 
 def _sha256(fs: AbstractFileSystem, path: str) -> str:

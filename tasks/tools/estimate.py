@@ -160,7 +160,8 @@ def _compiled(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> fl
     if not bfloat16 or _all_experts(sizes, tokens=tokens, bfloat16=True):
         return 0.0
     passes = params.steps * params.batch // (params.micro_batch * params.processes)
-    each = 6 * len(sizes["layers"]) * sizes["experts"]  # gate with up, and down: forward, and two products backward
+    # gate with up, and down: forward, and two products backward
+    each: int = 6 * len(sizes["layers"]) * sizes["experts"]
     return min(_PRIMITIVES, each * passes) * _PRIMITIVE
 
 

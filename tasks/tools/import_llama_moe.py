@@ -51,9 +51,9 @@ class Released:
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored. Raises ValueError for one that holds NaN or infinity."""
         with safe_open(self.files[name], framework="pt") as file:
-            found = file.get_tensor(name)
-        untrusted.require_finite(found, name=name, file=str(self.files[name]))
-        return found
+            tensor: Tensor = file.get_tensor(name)
+        untrusted.require_finite(tensor, name=name, file=str(self.files[name]))
+        return tensor
 
     def blank(self, name: str) -> Tensor:
         """Its shape and dtype, without content."""

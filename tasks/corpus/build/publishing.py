@@ -136,7 +136,8 @@ def _lengths(corpus: Path, made: manifest.Manifest) -> str:
 
 
 def _total(records: list[dict[str, Any]], field: str) -> float:
-    return sum(record[field] for record in records)
+    values: list[float] = [record[field] for record in records]
+    return sum(values)
 
 
 def _rate(records: list[dict[str, Any]]) -> int:

@@ -40,7 +40,8 @@ def result_file(plan: Plan) -> Path:
 
 def counts_of(plan: Plan) -> dict[str, Any]:
     """Per domain: records by rule, and the bad ones by rule with the first example."""
-    return json.loads(result_file(plan).read_text())
+    counts: dict[str, Any] = json.loads(result_file(plan).read_text())
+    return counts
 
 
 def resolve(plan: Plan) -> None:

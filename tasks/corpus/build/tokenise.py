@@ -237,7 +237,8 @@ class _SplitWriter:
 
 def _text_bytes(table: pa.Table) -> NDArray[np.int64]:
     """UTF-8 bytes of each text, int64 [documents]."""
-    return pc.binary_length(table.column("text")).to_numpy().astype(np.int64)
+    lengths: NDArray[np.int64] = pc.binary_length(table.column("text")).to_numpy().astype(np.int64)
+    return lengths
 
 
 def _cuts(sizes: NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:

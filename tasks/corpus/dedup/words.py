@@ -154,7 +154,8 @@ def _plain_piece(text: str) -> bytes:
         spread = np.full(copies.sum(), _SPACE, dtype="<u4")
         spread[copies.cumsum() - copies + alone] = codes & (_ALONE - 1)
         codes = spread
-    return codes.tobytes().decode("utf-32-le").encode()
+    encoded: bytes = codes.tobytes().decode("utf-32-le").encode()
+    return encoded
 
 
 @functools.cache

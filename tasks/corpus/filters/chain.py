@@ -14,11 +14,12 @@ from typing import Any
 from tasks.corpus.filters import advertisement, fluency, heuristics, language, length
 from tasks.corpus.records import CorpusError, Document
 from tasks.settings import filters as rules
+from tasks.settings.fields import Frozen
 
 TextFilter = Callable[[str], str | None]
 """A text -> None to keep it, or the reason to drop it."""
 
-FILTERS: dict[type[rules.Frozen], Callable[[Any], TextFilter]] = {
+FILTERS: dict[type[Frozen], Callable[[Any], TextFilter]] = {
     rules.Length: length.make_filter,
     rules.GopherQuality: heuristics.gopher_quality,
     rules.GopherRepetition: heuristics.gopher_repetition,

@@ -11,6 +11,7 @@ from typing import Any
 
 from tasks.corpus.filters.splitter import sentence_spans, words
 from tasks.settings import filters as rules
+from tasks.settings.fields import Frozen
 
 _LARGE = 1 << 20
 
@@ -47,7 +48,7 @@ def splitter() -> Any:
     """Our splitter as datatrove's WordTokenizer: one for all filters, since datatrove caches splits by it."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Splitter(WordTokenizer):
+    class Splitter(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
         def word_tokenize(self, text: str) -> list[str]:
             return words(text)
 
@@ -60,8 +61,9 @@ def splitter() -> Any:
     return Splitter()
 
 
-def _knobs(rule: rules.Frozen) -> dict[str, Any]:
-    return rule.model_dump(exclude={"rule"})
+def _knobs(rule: Frozen) -> dict[str, Any]:
+    knobs: dict[str, Any] = rule.model_dump(exclude={"rule"})
+    return knobs
 
 
 def _wrapped(filtering: Any, *, prefix: str = "") -> Callable[[str], str | None]:

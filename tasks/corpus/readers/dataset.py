@@ -46,7 +46,7 @@ class DatasetReader(Reader):
         self.dataset = dataset.with_format("arrow")
         files = {str(name): paths for name, paths in (builder.config.data_files or {}).items()}
         known = (builder.info.splits or {}).get(split)
-        self._bytes = known.num_bytes if known else sum(map(_local_size, files.get(split, [])))
+        self._bytes: int = known.num_bytes if known else sum(map(_local_size, files.get(split, [])))
 
     def tasks(self, *, task_bytes: int) -> list[tuple[Piece, ...]]:
         shards = range(self.dataset.num_shards)
@@ -58,7 +58,8 @@ class DatasetReader(Reader):
         return self._fetched
 
     def size(self, piece: Piece) -> int:
-        return self._bytes // self.dataset.num_shards
+        shards: int = self.dataset.num_shards
+        return self._bytes // shards
 
     def read(self, piece: Piece) -> Records:
         row = 0

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Prefetcher(Generic[T]):
         self._thread.join()
 
 
-def _draw(source: Iterator[T], ready: SimpleQueue, free: threading.Semaphore, stop: threading.Event) -> None:
+def _draw(source: Iterator[T], ready: SimpleQueue[Any], free: threading.Semaphore, stop: threading.Event) -> None:
     try:
         while True:
             free.acquire()

@@ -102,7 +102,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens shown."""
-        return self.reference.decode(list(ids))
+        return str(self.reference.decode(list(ids)))
 
     def _sample(self, texts: Sequence[str], found: backends.Flat) -> None:
         ids, offsets = found

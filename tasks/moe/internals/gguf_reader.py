@@ -22,5 +22,6 @@ def restore(architecture: str, config: Any) -> Callable[[np.ndarray, str], np.nd
     """A function from a dequantised tensor and its GGUF name to transformers' tensor: a LLaMA's q and k in order."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=config.to_dict())
     return lambda weights, name: processor.process(weights, name).weights

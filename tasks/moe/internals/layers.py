@@ -38,7 +38,9 @@ def skeleton(config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def load(family: Any, config: PreTrainedConfig, *, state: dict[str, Tensor], **options: Any) -> tuple[Any, dict]:
+def load(
+    family: Any, config: PreTrainedConfig, *, state: dict[str, Tensor], **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """A float32 model from weights in memory, with their published names, and what did not fit: {kind: names}."""
     model, notes = family.from_pretrained(
         None,

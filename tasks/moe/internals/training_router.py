@@ -74,7 +74,7 @@ class TrainingRouter(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         exact_E = self.selection_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if exact_E is not None and self.selection_bias is not None:  # fp32, whatever the model turns to
             self.selection_bias = exact_E.to(self.selection_bias.device)
         return self

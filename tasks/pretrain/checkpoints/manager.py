@@ -65,7 +65,8 @@ class CheckpointManager:
         newest, self.notes = store.newest(self.folder, kept, damage=self._damage)
         if self.rank == 0:
             store.sweep(self.folder, newest)
-        return self._gathered(newest)[0]
+        agreed: dict[str, Any] | None = self._gathered(newest)[0]
+        return agreed
 
     def _damage(self, path: Path) -> str | None:
         """What any rank finds wrong with a checkpoint, the same on every rank."""

@@ -148,7 +148,7 @@ def _differs(file: Path, entry: dict[str, Any]) -> bool:
         while piece := source.read(min(_PIECE, left)):
             digest.update(piece)
             left -= len(piece)
-    return left > 0 or digest.hexdigest() != entry["xxh3_128"]
+    return bool(left > 0 or digest.hexdigest() != entry["xxh3_128"])
 
 
 def _record(file: Path) -> str:

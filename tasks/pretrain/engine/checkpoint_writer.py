@@ -75,7 +75,7 @@ class Copies:
         self._pairs.clear()
 
 
-class CheckpointCollector(CheckpointEngine):
+class CheckpointCollector(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
     """A checkpoint engine for DeepSpeed that only collects what is to be written."""
 
     def __init__(self) -> None:

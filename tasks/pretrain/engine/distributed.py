@@ -37,7 +37,8 @@ def join(workspace: Path) -> tuple[int, int, torch.device]:
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend)
     else:
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch exports it implicitly
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 

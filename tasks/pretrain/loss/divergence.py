@@ -57,8 +57,8 @@ def losses(
         cross_entropy, kl: the coefficients by which the caller multiplies the two, >= 0 and > 0. Backward raises
             RuntimeError for other proportions, because only their joint gradient is kept.
     """
-    nats_B, kl_B = _Losses.apply(logits_BLV, target_BL, parent, (cross_entropy, kl), temperature)
-    return nats_B, kl_B
+    apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _Losses.apply
+    return apply(logits_BLV, target_BL, parent, (cross_entropy, kl), temperature)
 
 
 class Resident:

@@ -44,7 +44,7 @@ def in_place_of_logits(model: Any, target_BL: torch.Tensor, *, ignored: int) -> 
     scale = getattr(model.config, "logits_scaling", 1.0)  # Granite divides its logits by this
 
     def nats(hidden_BLD: torch.Tensor) -> torch.Tensor:
-        flat = liger_fused_linear_cross_entropy(
+        flat: torch.Tensor = liger_fused_linear_cross_entropy(
             (hidden_BLD / scale if scale != 1.0 else hidden_BLD).flatten(0, 1),
             head.weight,
             target_BL.flatten(),

@@ -112,7 +112,8 @@ class Objective:
 
 def predicted(labels_BL: NDArray[np.int64]) -> NDArray[np.int64]:
     """Tokens of each window that the loss is over, int64 [B]: L - 1 where nothing is ignored."""
-    return (labels_BL[:, 1:] != IGNORED).sum(1)
+    tokens_B: NDArray[np.int64] = (labels_BL[:, 1:] != IGNORED).sum(1)
+    return tokens_B
 
 
 def targets(labels_BL: NDArray[np.int64]) -> torch.Tensor:
