@@ -1,7 +1,7 @@
 """The experts layer on one GPU against its peers and the roofline; a side that disagrees gets no figure.
 
     python -m bench.kernels.gpu_layer
-    python -m bench.kernels.gpu_layer --shapes qwen3-30b-a3b@8192 32768,16,4,4096,688 --routing zipf --plot roof.svg
+    python -m bench.kernels.gpu_layer --shapes qwen3-30b-a3b@8192 32768,16,4,4096,688 --routing zipf
     python -m bench.kernels.gpu_layer --resume --minutes 30
     python -m bench.kernels.gpu_layer --cpu
 
@@ -16,7 +16,6 @@ that the program works; its figures say nothing of a GPU.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,13 +25,12 @@ from typing import Any
 
 import torch
 
-from bench.kernels import plot
 from bench.kernels.check import reference
 from bench.kernels.device import Cpu, Cuda, Device
 from bench.kernels.measure import attempt
 from bench.kernels.peers import OURS, Peer, all_peers
 from bench.kernels.report import HEADER, Report, add_ratios, commit, line, verdict
-from bench.kernels.roofline import Card, find_card, full_flops, pass_floor, saved_bytes
+from bench.kernels.roofline import Card, find_card, pass_floor, saved_bytes
 from bench.kernels.shapes import ALL, DEFAULT, ROUTINGS, SMALL, RoutingName, Shape, make_problem, parse_shape
 
 NO_GPU = (
@@ -42,38 +40,30 @@ NO_GPU = (
 )
 
 
-class Poisoned(Exception):
-    """The CUDA context is lost (an illegal access, say): nothing more can be measured in this process."""
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", help="NAME@T or T,E,K,D,F, or all; by default ten of the table")
     parser.add_argument("--routing", default=",".join(ROUTINGS), help="uniform, zipf, or both with a comma")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    parser.add_argument("--minutes", type=float, help="of the whole run (8; 90 with --autotune)")
-    parser.add_argument("--box", type=float, help="seconds for one side of one shape (30; 600 with --autotune)")
+    parser.add_argument("--minutes", type=float, default=8, help="of the whole run")
+    parser.add_argument("--box", type=float, default=30, help="seconds for one side of one shape")
     parser.add_argument("--seconds", type=float, default=0.1, help="of measuring for each time")
-    parser.add_argument("--autotune", action="store_true", help="let Liger tune itself: minutes for each new D, F")
     parser.add_argument("--peak-tflops", type=float, help="of a card that is not known: dense, half precision")
     parser.add_argument("--bandwidth", type=float, help="of a card that is not known: GB/s")
     parser.add_argument("--json", type=Path, default=Path(".scratch/gpu_layer.json"))
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file has, measure the rest")
-    parser.add_argument("--plot", type=Path, help="write a figure (.svg, .png); needs matplotlib")
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU, to see the program work")
     args = parser.parse_args(argv)
     args.routings = args.routing.split(",")
     if not set(args.routings) <= set(ROUTINGS):
         parser.error(f"--routing {args.routing!r}: choose from {', '.join(ROUTINGS)}")
-    args.box = args.box or (600 if args.autotune else 30)
-    args.minutes = args.minutes or (90 if args.autotune else 8)
     if args.box >= 60 * args.minutes:
         parser.error(f"--box {args.box:g}: one side's seconds are fewer than those of --minutes {args.minutes:g}")
     named = args.shapes or (SMALL if args.cpu else DEFAULT)
     try:
         args.shapes = [parse_shape(text) for text in (ALL if named == ["all"] else named)]
-    except ValueError as error:
-        parser.error(str(error))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --shapes: {error}")
     return args
 
 
@@ -90,28 +80,10 @@ def about(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     return {"card": device.name, "driver": device.driver()} | versions | figures | rest
 
 
-def estimate(args: argparse.Namespace, peers: Sequence[Peer], *, peak: float) -> float:
-    """Seconds of the whole run, from guesses: a fifth of the peak, and what the adapters say of a first call."""
-    total, seen = 0.0, set()
-    for shape in args.shapes:
-        for _ in args.routings:
-            total += 2  # the problem and its reference
-            for peer in peers:
-                step = full_flops(shape) / (0.2 * peak) + peer.expert_ms * shape.experts / 1e3
-                known = (peer.name, shape.hidden, shape.width) in seen
-                seen.add((peer.name, shape.hidden, shape.width))
-                total += min(args.box, (0.2 if known else peer.first_s) + max(5 * args.seconds, 20 * step) + 8 * step)
-    return total
-
-
 def run(
     args: argparse.Namespace, peers: Sequence[Peer], *, device: Device, card: Card | None, report: Report, until: float
 ) -> int:
-    """Measures what the report lacks; gives the number of sides that were left for want of time.
-
-    Raises:
-        Poisoned: a side took the device down; it is in the report.
-    """
+    """Measures what the report lacks; gives the number of sides that were left for want of time."""
     left = 0
     for shape in args.shapes:
         for routing in args.routings:
@@ -166,8 +138,8 @@ def run_cell(
         print(line(peer.name, result), flush=True)
         try:
             device.clean()
-        except RuntimeError as error:
-            raise Poisoned(peer.name) from error
+        except RuntimeError:  # an illegal access, say: the CUDA context is lost
+            raise SystemExit(f"{peer.name} took the device down; the same command with --resume goes on") from None
     return 0
 
 
@@ -180,11 +152,8 @@ def announce(args: argparse.Namespace, peers: Sequence[Peer], *, card: Card | No
     print(*absent.values(), sep="\n", end="\n" if absent else "")
     present = [peer for peer in peers if peer.name not in absent]
     print("sides:", "; ".join(" ".join(filter(None, (peer.name, peer.version()))) for peer in present))
-    if args.plot and (said := plot.missing()):
-        print(said)
-    minutes = estimate(args, present, peak=card.peak if card else 1e12) / 60
     counts = f"{len(args.shapes)} shapes x {len(args.routings)} routings x {len(present)} sides"
-    print(f"{counts}: about {minutes:.1f} minutes, {args.minutes:g} at most", flush=True)
+    print(f"{counts}: {args.minutes:g} minutes at most", flush=True)
     return present
 
 
@@ -201,23 +170,10 @@ def main(argv: Sequence[str] | None = None, *, peers: Sequence[Peer] | None = No
         report = Report(args.json, about=about(args, device), resume=args.resume)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    present = announce(args, peers or all_peers(autotune=args.autotune), card=card, report=report)
+    present = announce(args, peers or all_peers(), card=card, report=report)
     until = start + 60 * args.minutes - args.box  # no side begins that might end after the time
-    try:
-        left = run(args, present, device=device, card=card, report=report, until=until)
-    except Poisoned as error:
-        minutes = args.minutes - (time.monotonic() - start) / 60
-        if 60 * minutes <= args.box:
-            raise SystemExit(f"{error} took the device down; --resume goes on without it") from None
-        print(f"{error} took the device down; going on without it in a new process", flush=True)
-        given = sys.argv[1:] if argv is None else argv
-        os.execv(
-            sys.executable,
-            [sys.executable, "-m", "bench.kernels.gpu_layer", *given, "--resume", f"--minutes={minutes:.2f}"],
-        )
+    left = run(args, present, device=device, card=card, report=report, until=until)
     report.save()
-    if args.plot and not plot.missing():
-        plot.draw(report.cells, args.plot, title=f"{device.name}, torch {torch.__version__}, {report.about['commit']}")
     print(f"\n{args.json}: {len(report.cells)} cells after {(time.monotonic() - start) / 60:.1f} minutes")
     if left:
         print(f"{left} sides were left for want of time; the same command with --resume measures them")

@@ -12,6 +12,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,8 +45,7 @@ class Peer:
     """An implementation that may be installed.
 
     ``module`` is what it is imported from, ``package`` its name where that differs, and ``install`` how to get it. A
-    ``bound`` computes something easier than the layer: it is timed and never compared. ``first_s``, of a first call at
-    a new (D, F), and ``expert_ms``, of the host for each expert, are guesses for the estimate of the whole run.
+    ``bound`` computes something easier than the layer: it is timed and never compared.
     """
 
     name: str
@@ -54,8 +54,6 @@ class Peer:
     package: str = ""
     install: str = ""
     bound: bool = False
-    first_s: float = 1
-    expert_ms: float = 0
 
     def missing(self) -> str | None:
         """A line for the user, or None where the implementation can be imported."""
@@ -85,20 +83,14 @@ def _needs_cuda(p: Problem, *, interpretable: bool) -> None:
         raise Unfit("it needs a GPU" + (", or TRITON_INTERPRET=1" if interpretable else ""))
 
 
-def ours(p: Problem) -> Side:
+def ours(p: Problem, *, path: Literal["triton", "sorted"] | None = None) -> Side:
+    """``sorted`` is one cuBLAS call an expert and product: what few wide experts might rather use."""
     from moe_kernels import experts_layer
 
-    path: Literal["triton"] | None = "triton" if interpreted() and not p.x_TD.is_cuda else None
+    if path is None and interpreted() and not p.x_TD.is_cuda:
+        path = "triton"
     x, w13, w2, weights = p.leaves
     return by_autograd(lambda: experts_layer(x, w13, w2, p.index_TK, weights, path=path), p.leaves, p.grad_out_TD)
-
-
-def ours_sorted(p: Problem) -> Side:
-    """One cuBLAS call an expert and product, from the same package: what few wide experts might rather use."""
-    from moe_kernels import experts_layer
-
-    x, w13, w2, weights = p.leaves
-    return by_autograd(lambda: experts_layer(x, w13, w2, p.index_TK, weights, path="sorted"), p.leaves, p.grad_out_TD)
 
 
 class Experts(nn.Module):
@@ -240,24 +232,20 @@ def balanced_gemms(p: Problem) -> Side:
     return Side(forward=forward, backward=backward)
 
 
-def all_peers(*, autotune: bool) -> list[Peer]:
+def all_peers() -> list[Peer]:
     """Ours first, then the others by how long their first call takes.
 
-    Args:
-        autotune: let Liger try its 240 configurations for every (D, F), minutes each; otherwise its own switch
-            pins one, and its name here says so.
+    Liger tries its 240 tiles at every (D, F), minutes each, only where its own switch is set.
     """
-    if not autotune:
-        os.environ["LIGER_FUSED_MOE_AUTOTUNE"] = "0"  # read when liger_kernel is imported
+    tuned = os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0") != "0"  # read when liger_kernel is imported
 
-    def of_transformers(name: str, build: Callable[[Problem], Side], *, expert_ms: float = 0) -> Peer:
+    def of_transformers(name: str, build: Callable[[Problem], Side]) -> Peer:
         install = "pip install 'transformers>=5'"
-        name = f"transformers {name}"
-        return Peer(name=name, build=build, module="transformers", install=install, expert_ms=expert_ms)
+        return Peer(name=f"transformers {name}", build=build, module="transformers", install=install)
 
     return [
-        Peer(name=OURS, build=ours, first_s=6),
-        Peer(name=f"{OURS}, path sorted", build=ours_sorted, expert_ms=0.3),
+        Peer(name=OURS, build=ours),
+        Peer(name=f"{OURS}, path sorted", build=partial(ours, path="sorted")),
         Peer(name="dense SwiGLU, same FLOPs", build=dense, bound=True),
         Peer(name="cuBLAS bmm, balanced", build=balanced_gemms, bound=True),
         of_transformers("grouped_mm", grouped_mm),
@@ -267,7 +255,6 @@ def all_peers(*, autotune: bool) -> list[Peer]:
             build=scattermoe,
             module="scattermoe",
             install="pip install git+https://github.com/shawntan/scattermoe",
-            first_s=6,
         ),
         Peer(
             name="SonicMoE",
@@ -275,14 +262,12 @@ def all_peers(*, autotune: bool) -> list[Peer]:
             module="sonicmoe",
             package="sonic-moe",
             install="pip install sonic-moe (Python 3.12 or newer, Hopper or newer, torch 2.9 at most)",
-            first_s=15,
         ),
         Peer(
-            name="Liger, autotuned" if autotune else "Liger, one tile",
+            name="Liger, autotuned" if tuned else "Liger, one tile",
             build=liger,
             module="liger_kernel",
             install="pip install liger-kernel",
-            first_s=300 if autotune else 8,
         ),
-        of_transformers("eager", eager, expert_ms=2),
+        of_transformers("eager", eager),
     ]

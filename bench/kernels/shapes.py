@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E experts, K top-k, M = T*K routed rows.
 """
 
+import argparse
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,21 +15,25 @@ ROUTINGS = get_args(RoutingName)
 ZIPF_EXPONENT = 1.5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shape:
     """One experts layer and how many tokens it sees."""
 
-    name: str
     tokens: int
     experts: int
     top_k: int
     hidden: int
     width: int
+    name: str = ""
 
     @property
     def rows(self) -> int:
         """M."""
         return self.tokens * self.top_k
+
+    @property
+    def rows_per_expert(self) -> float:
+        return self.rows / self.experts
 
     def __str__(self) -> str:
         sizes = f"T={self.tokens} E={self.experts} K={self.top_k} D={self.hidden} F={self.width}"
@@ -77,7 +82,7 @@ def parse_shape(text: str) -> Shape:
     """``NAME@T`` with a name of :data:`LAYERS`, or ``T,E,K,D,F``.
 
     Raises:
-        ValueError: neither of the two.
+        ArgumentTypeError: neither of the two.
     """
     layer, at, tokens = text.partition("@")
     try:
@@ -86,11 +91,12 @@ def parse_shape(text: str) -> Shape:
             sizes = (int(tokens), *LAYERS[layer])
         else:
             layer, sizes = "", tuple(map(int, text.split(",")))
-        shape = Shape(name=layer, **dict(zip(("tokens", "experts", "top_k", "hidden", "width"), sizes, strict=True)))
-    except ValueError:
-        raise ValueError(f"--shapes {text!r}: write T,E,K,D,F or NAME@T, NAME one of {', '.join(LAYERS)}") from None
+        shape = Shape(*sizes, name=layer)
+    except (TypeError, ValueError):
+        fix = f"write T,E,K,D,F or NAME@T, NAME one of {', '.join(LAYERS)}"
+        raise argparse.ArgumentTypeError(f"{text!r}: {fix}") from None
     if min(sizes) < 1 or shape.top_k > shape.experts:
-        raise ValueError(f"--shapes {text!r}: every size is at least 1 and K at most E")
+        raise argparse.ArgumentTypeError(f"{text!r}: every size is at least 1 and K at most E")
     return shape
 
 

@@ -22,8 +22,9 @@ import triton
 from moe_kernels import config
 from moe_kernels.config import KERNELS, Kernel, Key, Row, Tile
 
+from bench.kernels.shapes import Shape, parse_shape
 from bench.tune.compile_only import Launch, no_device
-from bench.tune.predict import Shape, candidates, gemm, seconds
+from bench.tune.predict import candidates, gemm, seconds
 from bench.tune.trial import Layer, Measure, Trial, measured, predicted
 
 SHAPES = (
@@ -204,17 +205,12 @@ def print_difference(before: Sequence[Row], after: Sequence[Row]) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def shape(text: str) -> Shape:
-        try:
-            tokens, experts, top_k, model_dim, width = (int(number) for number in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not T,E,K,D,F, such as 8192,16,4,4096,688") from None
-        return Shape(tokens, experts, top_k, model_dim, width)
-
     parser = argparse.ArgumentParser(
         prog="python -m bench.tune", description="Measures tiles on this device and fills the tile table."
     )
-    parser.add_argument("--shape", type=shape, action="append", metavar="T,E,K,D,F", help="a layer; may be repeated")
+    parser.add_argument(
+        "--shape", type=parse_shape, action="append", metavar="T,E,K,D,F", help="a layer; may be repeated"
+    )
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel; may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--candidates", type=int, default=24, help="tiles tried, the most promising first (24)")

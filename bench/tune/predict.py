@@ -15,23 +15,7 @@ from itertools import product
 
 from moe_kernels.config import Kernel, Tile
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer: T tokens, E experts, K experts a token, D hidden, F width of one expert."""
-
-    tokens: int
-    experts: int
-    top_k: int
-    model_dim: int
-    width: int
-
-    @property
-    def rows_per_expert(self) -> float:
-        return self.tokens * self.top_k / self.experts
-
-    def __str__(self) -> str:
-        return f"T={self.tokens} E={self.experts} K={self.top_k} D={self.model_dim} F={self.width}"
+from bench.kernels.shapes import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +36,7 @@ class Gemm:
 
 def gemm(kernel: Kernel, shape: Shape) -> Gemm:
     """What ``kernel`` computes for each expert at ``shape``."""
-    rows, model_dim, width = shape.rows_per_expert, shape.model_dim, shape.width
+    rows, model_dim, width = shape.rows_per_expert, shape.hidden, shape.width
     match kernel:
         case "up":
             return Gemm(rows=rows, columns=width, depth=model_dim, outer=3, accumulators=2)

@@ -15,8 +15,9 @@ from moe_kernels.forward import experts_forward_triton
 from moe_kernels.routing import Routing, build_routing
 from torch import Tensor
 
+from bench.kernels.shapes import Shape
 from bench.tune.compile_only import Launch, recorded_launches
-from bench.tune.predict import Shape, seconds
+from bench.tune.predict import seconds
 
 
 class Trial(NamedTuple):
@@ -59,11 +60,11 @@ class Layer:
 
         preference_TE = torch.rand(shape.tokens, shape.experts, generator=generator, device=device)
         return cls(
-            x_TD=normal(shape.tokens, shape.model_dim),
-            w13_EGD=normal(shape.experts, 2 * shape.width, shape.model_dim, scale=shape.model_dim**-0.5),
-            w2_EDF=normal(shape.experts, shape.model_dim, shape.width, scale=shape.width**-0.5),
+            x_TD=normal(shape.tokens, shape.hidden),
+            w13_EGD=normal(shape.experts, 2 * shape.width, shape.hidden, scale=shape.hidden**-0.5),
+            w2_EDF=normal(shape.experts, shape.hidden, shape.width, scale=shape.width**-0.5),
             weights_TK=torch.rand(shape.tokens, shape.top_k, generator=generator, device=device),
-            grad_out_TD=normal(shape.tokens, shape.model_dim),
+            grad_out_TD=normal(shape.tokens, shape.hidden),
             routing=build_routing(preference_TE.topk(shape.top_k).indices, experts=shape.experts),
         )
 

@@ -8,11 +8,7 @@ from bench.kernels.shapes import Shape
 H100 = find_card("NVIDIA H100 80GB HBM3")
 
 
-def shape(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> Shape:
-    return Shape(name="", tokens=tokens, experts=experts, top_k=top_k, hidden=hidden, width=width)
-
-
-QWEN3 = shape(8192, 128, 8, 2048, 768)
+QWEN3 = Shape(8192, 128, 8, 2048, 768)
 
 # T, E, K, D, F; GFLOP of the forward, its FLOP a byte; ms of forward, backward, both
 TABLE = [
@@ -36,17 +32,17 @@ TABLE = [
 def test_the_floors_of_the_published_table_are_reproduced_to_three_digits(
     sizes: tuple[int, ...], gemms: tuple[int, int], ms: tuple[float, ...]
 ) -> None:
-    floors = pass_floor(shape(*sizes), H100)
+    floors = pass_floor(Shape(*sizes), H100)
     assert [floors[name] for name in ("forward", "backward", "full")] == pytest.approx(ms, abs=6e-4)
-    forward = [item for item in work(shape(*sizes)) if item.of == "forward"]
+    forward = [item for item in work(Shape(*sizes)) if item.of == "forward"]
     flops, bytes_ = sum(item.flops for item in forward), sum(item.bytes for item in forward)
     assert (round(flops / 1e9), round(flops / bytes_)) == gemms
-    assert full_flops(shape(*sizes)) == 3 * flops
+    assert full_flops(Shape(*sizes)) == 3 * flops
 
 
 def test_the_published_fractions_of_the_best_triton_kernel_follow_from_its_times() -> None:
     full_ms = {128: 1.275, 1024: 1.663, 8192: 5.417, 32768: 19.005}
-    fractions = [pass_floor(shape(t, 128, 8, 2048, 768), H100)["full"] / ms for t, ms in full_ms.items()]
+    fractions = [pass_floor(Shape(t, 128, 8, 2048, 768), H100)["full"] / ms for t, ms in full_ms.items()]
     assert [round(fraction, 2) for fraction in fractions] == [0.86, 0.71, 0.35, 0.39]
 
 
@@ -79,12 +75,12 @@ def test_the_kernels_of_a_pass_move_the_bytes_of_the_closed_formula() -> None:
 
 def test_no_kernel_hides_behind_another_so_their_floors_add_up_to_no_less() -> None:
     for sizes, _, _ in TABLE:
-        coarse, fine = pass_floor(shape(*sizes), H100), kernel_floor(shape(*sizes), H100)
+        coarse, fine = pass_floor(Shape(*sizes), H100), kernel_floor(Shape(*sizes), H100)
         assert all(coarse[name] <= fine[name] * (1 + 1e-12) for name in coarse)
 
 
 def test_saved_bytes_are_x_hidden_and_twelve_bytes_a_row() -> None:
-    assert saved_bytes(shape(8192, 16, 4, 4096, 688)) == pytest.approx(157e6 + 12 * 32768, abs=0.5e6)
+    assert saved_bytes(Shape(8192, 16, 4, 4096, 688)) == pytest.approx(157e6 + 12 * 32768, abs=0.5e6)
     assert saved_bytes(QWEN3) == pytest.approx(235e6 + 12 * 65536, abs=0.5e6)
 
 

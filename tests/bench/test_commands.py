@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from bench import common
-from bench.kernels import cpu_layer
 from tests.corpus.handmade import corpus
 
 COMMANDS = [
@@ -18,9 +17,7 @@ COMMANDS = [
 
 
 def test_the_commands_are_found():
-    assert {"bench.convert", "bench.kernels.gpu_layer", "bench.partition.compare", "bench.tune.__main__"} <= set(
-        COMMANDS
-    )
+    assert {"bench.convert", "bench.kernels.gpu_layer", "bench.tune.__main__"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -43,10 +40,3 @@ def test_the_loader_is_measured_beside_its_peers(tmp_path, capsys):
     assert "x datasets" in printed
     assert "x np.memmap" in printed
     assert "first batch at step 0" in printed
-
-
-def test_the_cpu_layer_is_measured_beside_its_peers(tmp_path, capsys):
-    arguments = ["--shapes", "16,4,2,16,8", "--dtypes", "float32", "--threads", "1", "--turns", "1"]
-    cpu_layer.main([*arguments, "--json", str(tmp_path / "figures.json")])
-    assert "transformers grouped_mm" in capsys.readouterr().out
-    assert (tmp_path / "figures.json").exists()

@@ -1,7 +1,4 @@
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +13,11 @@ triton = pytest.importorskip("triton")
 from moe_kernels import config  # noqa: E402
 from moe_kernels.config import Kernel, Row, Tile  # noqa: E402
 
+from bench.kernels.shapes import Shape  # noqa: E402
 from bench.tune import __main__ as tune  # noqa: E402
-from bench.tune.predict import Shape, seconds  # noqa: E402
+from bench.tune.predict import seconds  # noqa: E402
 from bench.tune.trial import Layer, Trial, measured  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 SMALL, LARGE = Shape(64, 4, 2, 64, 32), Shape(8192, 16, 4, 4096, 688)
 TILE = Tile(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, group_m=8)
 OTHER = replace(TILE, block_n=128)
@@ -199,34 +196,25 @@ def test_without_a_device_the_command_says_what_it_can_do(monkeypatch: pytest.Mo
         tune.main([])
 
 
-def test_a_shape_that_cannot_be_read_is_refused_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shape_that_cannot_be_read_is_refused_with_the_way_to_write_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main(["--shape", "8192,16"])
-    assert "'8192,16' is not T,E,K,D,F, such as 8192,16,4,4096,688" in capsys.readouterr().err
+    assert "argument --shape: '8192,16': write T,E,K,D,F or NAME@T" in capsys.readouterr().err
 
 
-def test_a_dry_run_compiles_lists_what_candidates_take_and_writes_only_if_asked(tmp_path: Path) -> None:
+def test_a_dry_run_compiles_lists_what_candidates_take_and_writes_only_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     table = tmp_path / "tiles.json"
-    dry_run = [
-        sys.executable,
-        "-m",
-        "bench.tune",
-        "--dry-run",
-        "--arch",
-        "90",
-        "--kernel",
-        "down",
-        "--candidates",
-        "2",
-    ]
+    dry_run = ["--dry-run", "--arch", "90", "--kernel", "down", "--candidates", "2"]
     dry_run += ["--shape", "512,16,4,4096,688", "--table", str(table)]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    printed = subprocess.run(dry_run, env=environment, check=True, capture_output=True, text=True).stdout
+    tune.main(dry_run)
+    printed = capsys.readouterr().out
     assert len(re.findall(r"ms +predicted; \d+ registers, \d+ bytes shared", printed)) == 2
     assert "down arch=90 rows=128 columns=4096 depth=688: none -> " in printed
     assert not table.exists()
-    subprocess.run([*dry_run, "--write"], env=environment, check=True)
+    tune.main([*dry_run, "--write"])
     (row,) = config.load(table)
     assert (row.kernel, row.rows_per_expert, row.columns, row.depth) == ("down", 128, 4096, 688)
     assert row.measured is None

@@ -22,8 +22,8 @@ from moe_kernels.config import Kernel, Tile
 from moe_kernels.forward import experts_forward_triton
 from moe_kernels.routing import Routing, build_routing
 
+from bench.kernels.shapes import Shape
 from bench.tune.compile_only import Launch, no_device, recorded_launches
-from bench.tune.predict import Shape
 from bench.tune.trial import table_name
 
 LLAMA_MOE = Shape(32768, 16, 4, 4096, 688)
@@ -62,10 +62,10 @@ class Case:
     def run(self) -> None:
         shape = self.shape
         stored = torch.float32 if self.fp32_weights else self.dtype
-        x_TD = torch.empty(shape.tokens, shape.model_dim, dtype=self.dtype)
-        w1_EFD = torch.empty(shape.experts, shape.width * (1 if self.presorted else 2), shape.model_dim, dtype=stored)
+        x_TD = torch.empty(shape.tokens, shape.hidden, dtype=self.dtype)
+        w1_EFD = torch.empty(shape.experts, shape.width * (1 if self.presorted else 2), shape.hidden, dtype=stored)
         w3_EFD = torch.empty_like(w1_EFD) if self.presorted else None
-        w2_EDF = torch.empty(shape.experts, shape.model_dim, shape.width, dtype=stored)
+        w2_EDF = torch.empty(shape.experts, shape.hidden, shape.width, dtype=stored)
         if self.presorted:
             routing, weights_TK = Routing(top_k=1, offset_E1=torch.empty(shape.experts + 1, dtype=torch.int32)), None
         else:

@@ -9,8 +9,6 @@ from children import run_python
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("compiled kernels")  # one worker compiles, for all tests
 Line = dict[str, Any]
-# Tiles of 80 also serve cards with 99 KB (86, 89, 120).
-SHARED_MEMORY_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 GEMMS = {"up", "down", "down_backward", "x_gradient", "w13_gradient", "w2_gradient"}
 
 
@@ -53,7 +51,9 @@ def test_no_kernel_spills_registers(compiled: list[Line]) -> None:
 
 
 def test_no_kernel_asks_for_more_shared_memory_than_the_card_has(compiled: list[Line]) -> None:
-    assert [line for line in compiled if line["shared"] > SHARED_MEMORY_LIMIT[line["arch"]]] == []
+    from bench.tune.predict import MEMORY
+
+    assert [line for line in compiled if line["shared"] > MEMORY[line["arch"]]] == []
 
 
 def test_half_precision_products_run_on_the_tensor_cores_of_each_architecture(gemms: list[Line]) -> None:

@@ -24,17 +24,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON = Subject(path="triton", dtype=torch.float32, device=DEVICE)
 layer = partial(experts_layer, path="triton")
-# (T, E, K, D, F)
-SHAPES: list[tuple[tuple[int, int, int, int, int], Spread]] = [
-    ((40, 5, 2, 64, 48), "uniform"),
-    ((33, 12, 4, 40, 12), "uniform"),
-    ((21, 4, 2, 97, 47), "uniform"),
-    ((1, 4, 4, 17, 5), "uniform"),
-    ((9, 3, 3, 16, 1), "uniform"),
-    ((6, 1, 1, 1, 8), "uniform"),
-    ((3, 16, 2, 24, 8), "uniform"),
-    ((70, 3, 1, 33, 20), "one expert"),
-    ((0, 4, 2, 16, 8), "uniform"),
+# (T, E, K, D, F); every edge in one dtype, and one shape in all three
+SHAPES: list[tuple[tuple[int, int, int, int, int], Spread, torch.dtype]] = [
+    *(((40, 5, 2, 64, 48), "uniform", dtype) for dtype in DTYPES),
+    ((33, 12, 4, 40, 12), "uniform", torch.float16),
+    ((21, 4, 2, 97, 47), "uniform", torch.bfloat16),
+    ((1, 4, 4, 17, 5), "uniform", torch.float32),
+    ((9, 3, 3, 16, 1), "uniform", torch.float16),
+    ((6, 1, 1, 1, 8), "uniform", torch.bfloat16),
+    ((3, 16, 2, 24, 8), "uniform", torch.float32),
+    ((70, 3, 1, 33, 20), "one expert", torch.bfloat16),
+    ((0, 4, 2, 16, 8), "uniform", torch.float32),
 ]
 
 
@@ -49,8 +49,7 @@ def test_the_triton_path_keeps_what_the_layer_promises(property_of_the_layer: Ca
     property_of_the_layer(TRITON)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "spread"), SHAPES)
+@pytest.mark.parametrize(("shape", "spread", "dtype"), SHAPES, ids=str)
 def test_output_and_gradients_are_as_accurate_as_plain_torch(
     shape: tuple[int, int, int, int, int], spread: Spread, dtype: torch.dtype
 ) -> None:
@@ -63,13 +62,13 @@ def test_output_and_gradients_are_as_accurate_as_plain_torch(
     assert_layer_accurate(problem, layer, dtype, slack=slack, device=DEVICE)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(0, 30),
-    experts=st.integers(1, 6),
-    top_k=st.integers(1, 6),
-    hidden=st.integers(1, 70),
-    width=st.integers(1, 40),
+    tokens=st.integers(0, 24),
+    experts=st.integers(1, 5),
+    top_k=st.integers(1, 4),
+    hidden=st.integers(1, 50),
+    width=st.integers(1, 30),
     dtype=st.sampled_from(DTYPES),
 )
 def test_output_and_gradients_are_as_accurate_as_plain_torch_on_ragged_shapes(
@@ -85,7 +84,7 @@ def test_every_tile_computes_the_same(blocks: tuple[int, int, int, int], monkeyp
     shape = Tile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, num_stages=2, group_m=group_m)
     for module in (forward, backward):
         monkeypatch.setattr(module, "tile", lambda kernel, **_: shape)
-    problem = make_problem(60, 3, top_k=2, hidden=40, width=50)
+    problem = make_problem(36, 3, top_k=2, hidden=24, width=36)
     assert_layer_accurate(problem, layer, torch.float32, slack=0.5, device=DEVICE)
 
 
