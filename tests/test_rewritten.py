@@ -9,12 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import architectures, rewritten, settings, sources
 from tasks.moe import counts, dense
+from tests import models
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 LONG = {
     "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 16,
@@ -32,19 +28,15 @@ KINDS = {
 
 @pytest.fixture
 def source(tiny_model, tmp_path):
-    def make(kind, **changes):
+    def make(kind):
         folder = tmp_path / "source"
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind.split(",")[0], **SIZES | KINDS[kind] | changes)
-        )
+        model = models.build(kind, **{"pad_token_id": 0, "initializer_range": 0.3} | KINDS[kind])
         for name, weights in model.named_parameters():
-            weights.data += 0.3 * torch.randn_like(weights) * name.endswith(("bias", "norm.weight"))
             weights.data += 0.5 * name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight"))  # a mean
         model.save_pretrained(folder)
         for file in tiny_model.glob("tokenizer*"):
             shutil.copy(file, folder)
-        return folder, model.eval()
+        return folder, model
 
     return make
 
@@ -68,8 +60,8 @@ def test_a_parent_that_is_read_as_another_class_keeps_its_logits(kind, source, t
     row = architectures.REWRITTEN[kind.split(",")[0]]
     assert (made.config.model_type, type(made).__name__) == (row.becomes.model_type, row.becomes.architecture)
     for length in (12, 40):  # on both sides of the lengths at which windows and longrope change something
-        expected, found = logits(model, length), logits(made, length)
-        assert ((found - expected).abs().max() / expected.abs().max()).item() <= 1e-5
+        expected, given = logits(model, length), logits(made, length)
+        assert ((given - expected).abs().max() / expected.abs().max()).item() <= 1e-5
     assert metrics["parameters"]["total"] == sum(weights.numel() for weights in made.parameters())
     for field in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"):
         assert getattr(made.config, field) == getattr(model.config, field)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import architectures, settings
 from tasks.moe import counts
+from tests import models
 
 _SIZES = st.fixed_dictionaries(
     {
@@ -57,17 +58,17 @@ def test_total_is_the_number_of_elements_of_the_built_model(sizes, moe, bias, sh
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         numel = {name: p.numel() for name, p in model.named_parameters()}
-        found = counts.parameters(config)
+        counted = counts.parameters(config)
         routers = (".gate.weight", ".router.weight", "shared_expert_gate.weight")
-        assert found["total"] == sum(numel.values()), kind
-        assert found["router"] == sum(n for name, n in numel.items() if name.endswith(routers)), kind
-        assert found["experts"] == sum(n for name, n in numel.items() if ".experts." in name), kind
-        assert found["shared"] == sum(
+        assert counted["total"] == sum(numel.values()), kind
+        assert counted["router"] == sum(n for name, n in numel.items() if name.endswith(routers)), kind
+        assert counted["experts"] == sum(n for name, n in numel.items() if ".experts." in name), kind
+        assert counted["shared"] == sum(
             n for name, n in numel.items() if ".shared_mlp." in name or ".shared_expert." in name
         )
         ffn = (".mlp.", ".block_sparse_moe.", ".shared_mlp.")
-        assert found["ffn"] + found["router"] == sum(n for name, n in numel.items() if any(f in name for f in ffn))
-        assert found == counts.parameters(config.to_dict()), kind
+        assert counted["ffn"] + counted["router"] == sum(n for name, n in numel.items() if any(f in name for f in ffn))
+        assert counted == counts.parameters(config.to_dict()), kind
 
 
 @given(_SIZES, _MOE, st.sampled_from([0, 24]), _PLACES)
@@ -82,37 +83,29 @@ def test_experts_are_those_of_the_built_model_under_whatever_names_its_config_ha
             for block in whole.modules()
             if type(block).__name__.endswith("Experts")
         }
-        found = counts.experts(config)
-        assert found["layers"] == list(blocks), kind
+        counted = counts.experts(config)
+        assert counted["layers"] == list(blocks), kind
         for block in blocks.values():
-            assert block.gate_up_proj.shape[:2] == (found["experts"], 2 * found["expert_size"]), kind
-            assert found["top_k"] == moe["top_k"]
+            assert block.gate_up_proj.shape[:2] == (counted["experts"], 2 * counted["expert_size"]), kind
+            assert counted["top_k"] == moe["top_k"]
         if kind in architectures.DENSE:
-            assert found == {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
+            assert counted == {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
         else:
-            assert found["shared_size"] == (shared if kind in {"granitemoeshared", "qwen2_moe"} else 0)
+            assert counted["shared_size"] == (shared if kind in {"granitemoeshared", "qwen2_moe"} else 0)
 
 
 @given(_SIZES, _MOE, _PLACES)
 @hypothesis_settings(max_examples=3, deadline=None)
 def test_a_model_that_chooses_all_experts_has_all_its_parameters_active(sizes, moe, places):
     for kind, config in _configs(sizes, {**moe, "top_k": moe["experts"]}, places=places).items():
-        found = counts.parameters(config)
-        assert found["active"] == found["total"], kind
+        counted = counts.parameters(config)
+        assert counted["active"] == counted["total"], kind
 
 
 @pytest.mark.parametrize("kind", architectures.ALL)
 def test_forward_flops_agree_with_pytorchs_counter_within_2_percent(kind):
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 96,
-        "attn_implementation": "eager",
-        "experts_implementation": "eager",
-    }
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    sizes = models.SIZES | {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 96} | eager
     config = _configs(sizes, {"experts": 4, "top_k": 2}, head_dim=16, places={"mlp_only_layers": [1]})[kind]
     model = AutoModelForCausalLM.from_config(config)
     ids = torch.arange(50)[None]

@@ -15,24 +15,19 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tasks.moe import files
+from tests import models
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
-EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
-QWEN = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 CLASSES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen2": models.SLIDING,
     "qwen3": {"head_dim": 12},
-    "granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2},
-    "mixtral": EXPERTS | {"sliding_window": 8, "head_dim": 12},
-    "granitemoe": EXPERTS,
-    "granitemoeshared": EXPERTS | {"shared_intermediate_size": 12},
-    "qwen2_moe": QWEN | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 12},
-    "qwen3_moe": QWEN | {"head_dim": 12},
+    "granite": models.GRANITE,
+    "mixtral": models.EXPERTS | {"sliding_window": 8, "head_dim": 12},
+    "granitemoe": models.EXPERTS,
+    "granitemoeshared": models.EXPERTS | {"shared_intermediate_size": 12},
+    "qwen2_moe": models.QWEN | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 12},
+    "qwen3_moe": models.QWEN | {"head_dim": 12},
 }
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 2.5, 4.0]}
 ROPES = {
@@ -65,7 +60,7 @@ def config(kind, rope):
     for name in FACTORS:
         if name in parameters:
             parameters[name] = list(np.interp(np.linspace(0, 3, head_dim // 2), range(4), parameters[name]))
-    return AutoConfig.for_model(kind, **SIZES | CLASSES[kind] | {"rope_parameters": parameters})
+    return models.config(kind, **CLASSES[kind] | {"rope_parameters": parameters})
 
 
 def by_transformers_4(fields, length):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import files, gate, linear
+from tests import models
 
 EXPERTS, HIDDEN, TOP_K = 8, 24, 2
 
@@ -35,32 +35,32 @@ def test_a_nearly_linear_gate_is_fitted_without_a_loss_and_a_flat_one_with_a_rep
 
 def test_the_fit_is_the_least_squares_mix_of_the_first_layer():
     made, x_TD = gate_of(1), inputs(4096)
-    found, _ = linear.fit(made, x_TD, top_k=TOP_K, dtype=torch.float32)
+    fitted, _ = linear.fit(made, x_TD, top_k=TOP_K, dtype=torch.float32)
     inner = (x_TD[:3072] @ made.inner_ED.T).double()
     logits = torch.tanh(inner) @ made.outer_EE.double().T
     target = (logits - logits.mean(1, keepdim=True)).numpy()
     mix = np.linalg.lstsq(inner.numpy(), target, rcond=None)[0].T
-    np.testing.assert_allclose(found.numpy(), mix @ made.inner_ED.double().numpy(), atol=1e-4 * np.abs(mix).max())
+    np.testing.assert_allclose(fitted.numpy(), mix @ made.inner_ED.double().numpy(), atol=1e-4 * np.abs(mix).max())
 
 
 def test_it_keeps_no_fewer_choices_on_other_tokens_than_least_squares_over_all_routers():
     made, x_TD, others = gate_of(1), inputs(600), inputs(4096, seed=1)
-    found, _ = linear.fit(made, x_TD, top_k=TOP_K, dtype=torch.float32)
+    fitted, _ = linear.fit(made, x_TD, top_k=TOP_K, dtype=torch.float32)
     logits = made.logits(x_TD[:450])
     free = torch.linalg.lstsq(x_TD[:450], logits - logits.mean(1, keepdim=True)).solution.T
-    ours, theirs = (linear.report(made, router, others, top_k=TOP_K) for router in (found, free))
+    ours, theirs = (linear.report(made, router, others, top_k=TOP_K) for router in (fitted, free))
     assert ours["agreement"] > theirs["agreement"]
 
 
 def test_without_text_the_fit_is_the_least_squares_one_of_many_gaussian_inputs():
     made, norm_D = gate_of(1), torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)) + 0.5
-    found, report = linear.fit_gaussian(made, norm_D, top_k=TOP_K, dtype=torch.float32)
+    fitted, report = linear.fit_gaussian(made, norm_D, top_k=TOP_K, dtype=torch.float32)
     x_TD = torch.randn(200_000, HIDDEN, generator=torch.Generator().manual_seed(2)) * norm_D
     expected, by_sampling = linear.fit(made, x_TD, top_k=TOP_K, dtype=torch.float32)
-    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert (fitted - expected).norm() < 0.03 * expected.norm()
     assert report["agreement"] == pytest.approx(by_sampling["agreement"], abs=0.02)
     again, _ = linear.fit_gaussian(made, norm_D, top_k=TOP_K, dtype=torch.float32)
-    assert torch.equal(found, again)
+    assert torch.equal(fitted, again)
 
 
 def test_the_report_counts_choices_and_weights_as_a_loop_does():
@@ -68,12 +68,12 @@ def test_the_report_counts_choices_and_weights_as_a_loop_does():
     router_ED = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(3))
     kept, difference = 0, 0.0
     for x in x_TD:
-        wanted, found = made.logits(x[None])[0], router_ED @ x
-        chosen = [set(logits.topk(TOP_K).indices.tolist()) for logits in (wanted, found)]
+        wanted, fitted = made.logits(x[None])[0], router_ED @ x
+        chosen = [set(logits.topk(TOP_K).indices.tolist()) for logits in (wanted, fitted)]
         kept += len(chosen[0] & chosen[1])
         for expert in chosen[0]:
             one = (wanted[expert] - torch.logsumexp(wanted[list(chosen[0])], 0)).exp()
-            other = (found[expert] - torch.logsumexp(found[list(chosen[1])], 0)).exp() if expert in chosen[1] else 0
+            other = (fitted[expert] - torch.logsumexp(fitted[list(chosen[1])], 0)).exp() if expert in chosen[1] else 0
             difference += abs(float(one) - float(other))
     report = linear.report(made, router_ED, x_TD, top_k=TOP_K)
     assert report["agreement"] == pytest.approx(kept / (64 * TOP_K))
@@ -82,25 +82,19 @@ def test_the_report_counts_choices_and_weights_as_a_loop_does():
 
 @pytest.mark.parametrize("text", [True, False])
 def test_the_routers_of_a_checkpoint_are_overwritten_and_nothing_else(tmp_path, text):
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, initializer_range=0.2,
-        dtype="bfloat16",
-    )  # fmt: skip
-    model = MixtralForCausalLM(config).to(torch.bfloat16)
+    model = models.build("mixtral", dtype=torch.bfloat16, varied=False, hidden_size=HIDDEN, num_local_experts=EXPERTS)
     files.save(model, tmp_path)
     before = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     gates = {1: gate_of(1)}
     ids_BL = np.random.default_rng(0).integers(0, 64, (40, 32))
-    found = linear.refit(tmp_path, gates, ids_BL if text else None)
+    fitted = linear.refit(tmp_path, gates, ids_BL if text else None)
     after = load_file(tmp_path / "model.safetensors")
     assert [name for name in after if not torch.equal(before[name], after[name])] == [
         "model.layers.1.block_sparse_moe.gate.weight"
     ]
-    assert found["inputs"] == ("text" if text else "gaussian")
-    assert found["layers"].keys() == {"1"}
-    assert found["mean"] == found["layers"]["1"]
+    assert fitted["inputs"] == ("text" if text else "gaussian")
+    assert fitted["layers"].keys() == {"1"}
+    assert fitted["mean"] == fitted["layers"]["1"]
 
     seen = []
     model = model.float().eval()

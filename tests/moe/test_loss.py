@@ -5,35 +5,24 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import architectures
 from tasks.moe import checkpoint, loss, routing
+from tests import models
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "num_experts_per_tok": 2,
-}
-_LOCAL = {"num_local_experts": 6}
-_QWEN = {"num_experts": 6, "moe_intermediate_size": 8, "mlp_only_layers": [1]}
+_QWEN = models.QWEN | {"mlp_only_layers": [1]}
 _SPARSE = {
-    "mixtral": _LOCAL,
-    "granitemoe": _LOCAL,
-    "granitemoeshared": _LOCAL | {"shared_intermediate_size": 24, "logits_scaling": 2.0},
-    "qwen2_moe": _QWEN | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True},
-    "qwen3_moe": _QWEN | {"head_dim": 8, "norm_topk_prob": True},
+    "mixtral": models.EXPERTS,
+    "granitemoe": models.EXPERTS,
+    "granitemoeshared": models.EXPERTS | {"shared_intermediate_size": 24, "logits_scaling": 2.0},
+    "qwen2_moe": _QWEN | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": _QWEN | {"head_dim": 8},
 }
 
 
 @pytest.fixture(params=_SPARSE)
 def sparse(request):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **_SIZES, **_SPARSE[request.param]))
+    return models.build(request.param, varied=False, num_hidden_layers=3, **_SPARSE[request.param])
 
 
 def _ids(vocabulary, shape=(5, 300)):
@@ -114,7 +103,7 @@ def test_a_dense_model_has_no_routers_and_an_empty_load(tiny_model):
 
 
 def test_a_sparse_checkpoint_loads_with_moe_kernels_and_gives_the_stock_logits(sparse, tmp_path):
-    sparse.eval().save_pretrained(tmp_path)
+    sparse.save_pretrained(tmp_path)
     loaded = checkpoint.load(tmp_path)
     assert loaded.config._experts_implementation == "moe_kernels"
     assert not loaded.training

@@ -8,64 +8,35 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import checkpoint, loss
 from tasks.moe.streamed import Streamed
+from tests import models
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 7,
-}
-EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
-QWEN = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
-SLIDING = {"use_sliding_window": True, "sliding_window": 8}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
-GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 KINDS = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
-    "llama, llama3 rope, biases": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
-    "llama, yarn rope, head_dim": {"rope_parameters": YARN, "head_dim": 12},
-    "llama, dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}},
+    "llama, llama3 rope, biases": {"rope_parameters": models.LLAMA3, "attention_bias": True, "mlp_bias": True},
+    "llama, yarn rope, head_dim": {"rope_parameters": models.YARN, "head_dim": 12},
+    "llama, dynamic rope": {"rope_parameters": models.DYNAMIC},
     "mistral": {"sliding_window": 8},
     "mistral, no window": {"sliding_window": None},
     "qwen2": {},
-    "qwen2, sliding": SLIDING | {"max_window_layers": 1},
+    "qwen2, sliding": models.SLIDING,
     "qwen3": {"head_dim": 12},
-    "qwen3, sliding": SLIDING | {"max_window_layers": 2, "attention_bias": True},
-    "granite": GRANITE,
-    "mixtral": EXPERTS | {"sliding_window": 8},
-    "granitemoe": EXPERTS | GRANITE,
-    "granitemoeshared": EXPERTS | GRANITE | {"shared_intermediate_size": 12, "sliding_window": 8},
-    "qwen2_moe": QWEN | SLIDING | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 12},
-    "qwen2_moe, every other": QWEN | {"decoder_sparse_step": 2, "shared_expert_intermediate_size": 12},
-    "qwen3_moe": QWEN | SLIDING | {"mlp_only_layers": [0], "head_dim": 12},
+    "qwen3, sliding": models.SLIDING | {"max_window_layers": 2, "attention_bias": True},
+    "granite": models.GRANITE,
+    "mixtral": models.EXPERTS | {"sliding_window": 8},
+    "granitemoe": models.EXPERTS | models.GRANITE,
+    "granitemoeshared": models.EXPERTS | models.GRANITE | {"shared_intermediate_size": 12, "sliding_window": 8},
+    "qwen2_moe": models.QWEN | models.SLIDING | {"mlp_only_layers": [1], "shared_expert_intermediate_size": 12},
+    "qwen2_moe, every other": models.QWEN | {"decoder_sparse_step": 2, "shared_expert_intermediate_size": 12},
+    "qwen3_moe": models.QWEN | models.SLIDING | {"mlp_only_layers": [0], "head_dim": 12},
 }
 
 
-def save(kind, folder, *, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind.split(",")[0], **SIZES | KINDS[kind])
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for name, weights in model.named_parameters():  # biases and norms start as zeros and ones
-        if name.endswith("bias") or "norm" in name:
-            weights.data += 0.3 * torch.randn_like(weights)
+def save(kind, folder, **fields):
+    model = models.build(kind, **{"num_hidden_layers": 3, "pad_token_id": 7} | KINDS[kind] | fields)
     model.save_pretrained(folder, max_shard_size="20KB")
     return folder
 
@@ -251,11 +222,11 @@ def test_other_families_quantised_weights_and_pickles_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config.json: model_type = 'gemma2'; read here: llama, mistral"):
         Streamed(tmp_path)
     (tmp_path / "config.json").write_text(
-        json.dumps(SIZES | {"model_type": "llama", "quantization_config": {"bits": 4}})
+        json.dumps(models.SIZES | {"model_type": "llama", "quantization_config": {"bits": 4}})
     )
     with pytest.raises(ValueError, match="the weights are quantised"):
         Streamed(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama"}))
+    (tmp_path / "config.json").write_text(json.dumps(models.SIZES | {"model_type": "llama"}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing; .* never from pickles \(.bin, .pt\)"):
         Streamed(tmp_path)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tasks.moe.writer import DTYPES, ShardWriter
+from tests import models
 
 PLAN = {"a": (torch.float32, (2, 3)), "b": (torch.bfloat16, (5,))}
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(
@@ -22,13 +23,13 @@ entries = st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers
 
 def tensors(plan, seed=0):
     """Random bits of every tensor of a plan."""
-    found = {}
+    made = {}
     generator = torch.Generator().manual_seed(seed)
     for name, (dtype, shape) in plan.items():
         count = torch.Size(shape).numel() * dtype.itemsize
         bits = torch.randint(0, 2 if dtype is torch.bool else 256, (count,), dtype=torch.uint8, generator=generator)
-        found[name] = bits.view(dtype).reshape(shape)
-    return found
+        made[name] = bits.view(dtype).reshape(shape)
+    return made
 
 
 def write(folder, content, *, shard_bytes=2_000_000_000, order=None):
@@ -42,7 +43,7 @@ def bits(tensor):
     return tensor.reshape(-1).view(torch.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(plan=st.dictionaries(names, entries, max_size=8), shard_bytes=st.integers(1, 400), seed=st.integers(0, 99))
 def test_what_it_writes_is_what_safetensors_reads(plan, shard_bytes, seed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
@@ -50,17 +51,17 @@ def test_what_it_writes_is_what_safetensors_reads(plan, shard_bytes, seed, tmp_p
     order = list(content)
     random.Random(seed).shuffle(order)
     write(folder, content, shard_bytes=shard_bytes, order=order)
-    found = {}
+    read = {}
     for file in folder.glob("*.safetensors"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
         part = load_file(file)
         assert len(part) <= 1 or sum(bits(tensor).numel() for tensor in part.values()) <= shard_bytes
-        assert not set(part) & set(found)
-        found |= part
-    assert set(found) == set(content)
+        assert not set(part) & set(read)
+        read |= part
+    assert set(read) == set(content)
     for name, tensor in content.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(bits(found[name]), bits(tensor))
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(bits(read[name]), bits(tensor))
 
 
 def test_every_tensor_is_aligned_to_its_own_elements(tmp_path):
@@ -99,9 +100,9 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path):
 def test_a_view_with_strides_is_written_as_its_values(tmp_path):
     whole = torch.arange(24.0).reshape(4, 6)
     write(tmp_path, {"columns": whole[:, ::2], "turned": whole.T})
-    found = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(found["columns"], whole[:, ::2])
-    assert torch.equal(found["turned"], whole.T)
+    read = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(read["columns"], whole[:, ::2])
+    assert torch.equal(read["turned"], whole.T)
 
 
 def test_an_unknown_name_a_second_write_and_another_dtype_or_shape_are_refused(tmp_path):
@@ -141,17 +142,8 @@ def test_a_file_that_is_there_already_and_a_dtype_without_a_name_are_refused(tmp
 
 
 def test_transformers_loads_the_shards_by_the_index(tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        dtype="bfloat16",
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    config.save_pretrained(tmp_path)
+    model = models.build("llama", dtype=torch.bfloat16)
+    model.config.save_pretrained(tmp_path)
     write(tmp_path, model.state_dict(), shard_bytes=4000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     loaded, notes = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)

@@ -5,32 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
+from dense_models import export
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tasks import settings
 from tasks.moe.streamed import Streamed
 from tasks.partition import exporters
 from tasks.partition.convert import ffn, moe_writer, slices
+from tests import models
 
 OPTIONS = settings.Partition(method="random", experts=6, top_k=2)
 
 
-def save_dense(folder, *, tied=False):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-        dtype="bfloat16",
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+def save_dense(folder, **fields):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    models.build("llama", dtype=torch.bfloat16, **sizes, **fields).save_pretrained(folder)
     return folder / "model.safetensors"
 
 
@@ -40,15 +33,12 @@ def cut(parent, i, *, experts=6):
     return slices(*ffn(parent, i), index, shared=0, scale=2.0, router_ED=router)
 
 
-def run(source, target, *, options=OPTIONS, exporter=None, **more):
+def run(source, target, *, options=OPTIONS, **more):
     parent = Streamed(source)
-    exporter = exporter or exporters.choose(parent.config, options)
-    with moe_writer(parent, target, exporter=exporter, partition=options, **more) as write:
-        for i in options.sparse_layers(parent.layers):
-            write(i, cut(parent, i))
+    export(parent, target, options, layer=lambda i: cut(parent, i), **more)
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_slices_are_the_rows_and_scaled_columns_at_the_index(data):
     shared, experts, size, hidden = (data.draw(st.integers(low, 4)) for low in (0, 1, 1, 1))
@@ -149,7 +139,7 @@ def test_a_tensor_that_the_parent_lacks_stops_the_conversion(name, tmp_path):
 
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path):
-    path = save_dense(tmp_path / "dense", tied=True)
+    path = save_dense(tmp_path / "dense", tie_word_embeddings=True)
     run(tmp_path / "dense", tmp_path / "without")
     assert "lm_head.weight" not in Streamed(tmp_path / "without").stored
     content = load_file(path)

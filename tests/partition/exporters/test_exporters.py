@@ -8,42 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tasks import settings
 from tasks.moe import checkpoint
 from tasks.moe.streamed import Streamed
 from tasks.partition import exporters
-from tasks.partition.convert import ffn, moe_writer, slices
+from tasks.partition.convert import ffn, slices
+from tests import models
+from tests.partition import dense_models
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 3,
-    "eos_token_id": [5, 6],
-    "pad_token_id": 7,
-}
+BASE = {"num_hidden_layers": 3, "eos_token_id": [5, 6], "pad_token_id": 7}
 ROPES = {
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 500.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "yarn": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": models.LLAMA3,
+    "yarn": models.YARN,
     "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0},
+    "dynamic": models.DYNAMIC,
 }
-SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
-GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 PARENTS = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
@@ -56,17 +37,23 @@ PARENTS = {
     "mistral, window": {"sliding_window": 8, "head_dim": 12},
     "qwen2": {},
     "qwen2, tied, yarn": {"tie_word_embeddings": True, "rope_parameters": ROPES["yarn"]},
-    "qwen2, sliding": SLIDING,
-    "granite": GRANITE,
-    "granite, biases, tied": GRANITE | {"attention_bias": True, "tie_word_embeddings": True},
+    "qwen2, sliding": models.SLIDING,
+    "granite": models.GRANITE,
+    "granite, biases, tied": models.GRANITE | {"attention_bias": True, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
-    "qwen3, biases, window": SLIDING | {"attention_bias": True, "max_window_layers": 0, "head_dim": 8},
-    "qwen3, sliding": SLIDING,
+    "qwen3, biases, window": models.SLIDING | {"attention_bias": True, "max_window_layers": 0, "head_dim": 8},
+    "qwen3, sliding": models.SLIDING,
 }
-LLAMA_LIKE = [name for name in PARENTS if name.startswith(("llama", "mistral")) and "bias" not in name]
+LLAMA_LIKE = [
+    "llama",
+    "llama, tied",
+    "llama, head_dim",
+    "llama, mha",
+    *(name for name in PARENTS if "mistral" in name),
+]
 FULL = [name for name in PARENTS if not name.startswith("qwen3") and not name.endswith(("sliding", ", window"))]
 EXPRESSED = {
-    "mixtral": LLAMA_LIKE,
+    "mixtral": ["llama, tied", "llama, head_dim", "llama, mha", *(name for name in PARENTS if "mistral" in name)],
     "granitemoe": ["llama", "llama, biases", "qwen2", "granite"],
     "granitemoeshared": FULL,
     "qwen2_moe": ["llama", "llama, tied", "llama, head_dim", "mistral, window", "qwen2", "qwen2, sliding"],
@@ -76,7 +63,7 @@ CASES = [(parent, target) for target, parents in EXPRESSED.items() for parent in
 
 
 def dense_config(kind, **changes):
-    return AutoConfig.for_model(kind.split(",")[0], **SIZES | PARENTS[kind] | changes)
+    return models.config(kind, **BASE | PARENTS[kind] | changes)
 
 
 def partition(target="auto", **changes):
@@ -86,24 +73,18 @@ def partition(target="auto", **changes):
     return settings.Partition(**fields | changes)
 
 
-def save_dense(kind, folder, *, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(dense_config(kind), dtype=dtype)
-    for name, weights in model.named_parameters():  # biases and norms start as zeros and ones
-        if name.endswith("bias") or "norm" in name:
-            weights.data += 0.3 * torch.randn_like(weights)
-    model.save_pretrained(folder, max_shard_size="20KB")
-    return Streamed(folder)
+def save_dense(kind, folder, **fields):
+    return dense_models.stored(folder, models.build(kind, **BASE | PARENTS[kind] | fields), max_shard_size="20KB")
 
 
 def export(parent, folder, options):
     """Cut the neurons as they stand; with a zero router and all experts chosen the sum is the dense FFN."""
     experts = torch.arange(48).view(options.experts + options.shared_experts, -1).flip(0).numpy()
-    exporter = exporters.choose(parent.config, options)
-    with moe_writer(parent, folder, exporter=exporter, partition=options) as write:
-        for i in options.sparse_layers(parent.layers):
-            write(i, slices(*ffn(parent, i), experts, shared=options.shared_experts, scale=options.experts))
-    return exporter
+
+    def layer(i):
+        return slices(*ffn(parent, i), experts, shared=options.shared_experts, scale=options.experts)
+
+    return dense_models.export(parent, folder, options, layer=layer)
 
 
 def logits(model):
@@ -258,7 +239,7 @@ def test_a_field_of_the_parents_class_that_no_exporter_knows_is_refused(monkeypa
 
 def test_families_without_a_dense_ffn_and_partitions_without_a_layer_are_refused():
     with pytest.raises(ValueError, match=r"model_type = 'mixtral' is no dense family known here: llama, mistral"):
-        exporters.choose(AutoConfig.for_model("mixtral", **SIZES), partition())
+        exporters.choose(models.config("mixtral"), partition())
     with pytest.raises(ValueError, match=r"partition.layers = 'alternate' leaves no layer"):
         exporters.choose(dense_config("llama", num_hidden_layers=1), partition(layers="alternate"))
     with pytest.raises(ValueError, match="does not divide the FFN width 48"):
