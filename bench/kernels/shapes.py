@@ -91,13 +91,13 @@ def parse_shape(text: str) -> Shape:
             sizes = (int(tokens), *LAYERS[layer])
         else:
             layer, sizes = "", tuple(map(int, text.split(",")))
-        shape = Shape(*sizes, name=layer)
-    except (TypeError, ValueError):
+        count, experts, top_k, hidden, width = sizes
+    except ValueError:
         fix = f"write T,E,K,D,F or NAME@T, NAME one of {', '.join(LAYERS)}"
         raise argparse.ArgumentTypeError(f"{text!r}: {fix}") from None
-    if min(sizes) < 1 or shape.top_k > shape.experts:
+    if min(sizes) < 1 or top_k > experts:
         raise argparse.ArgumentTypeError(f"{text!r}: every size is at least 1 and K at most E")
-    return shape
+    return Shape(count, experts, top_k, hidden, width, layer)
 
 
 @dataclass(frozen=True, kw_only=True)

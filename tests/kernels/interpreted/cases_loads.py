@@ -118,11 +118,8 @@ def test_forward_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
     assert_equal_bits(run(p, only_forward=True, **weights, **absent), by_descriptor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_backward_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    p = make_problem(60, 3, top_k=2, hidden=40, width=72).rounded(dtype)
+def test_backward_loads_by_descriptor_give_the_bits_of_loads_by_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = make_problem(40, 3, top_k=2, hidden=40, width=72).rounded(torch.float16)
     by_pointers = run(p)
     descriptors = Mock(wraps=forward.TensorDescriptor)
     monkeypatch.setattr(forward, "current_arch", lambda: 90)

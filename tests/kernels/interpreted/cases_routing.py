@@ -37,7 +37,7 @@ def assert_same(got: Routing, expected: Routing) -> None:
         assert torch.equal(ours, theirs), name
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 130),
     experts=st.one_of(st.integers(1, 20), st.integers(1, 1024)),
@@ -62,9 +62,9 @@ def test_rows_and_tiles_are_those_of_the_torch_operators(
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "spread"),
     [
-        (5000, 100, 4, "skewed"),  # tiles of 256 rows, and more of them than one load of counts takes
-        (33_000, 3, 1, "one expert"),  # tiles of 512 rows
-        (2048, 64, 8, "skewed"),  # 128 tiles, the last one full
+        (3000, 100, 2, "skewed"),  # more tiles than one load of counts takes
+        (17_000, 3, 1, "one expert"),  # tiles of 256 rows
+        (1024, 64, 4, "skewed"),  # the last tile is full
     ],
 )
 def test_rows_of_many_tiles_are_placed_behind_those_of_earlier_tiles(
@@ -76,9 +76,9 @@ def test_rows_of_many_tiles_are_placed_behind_those_of_earlier_tiles(
 
 
 def test_more_tiles_than_a_program_maps_are_all_mapped() -> None:
-    offset_E1 = torch.arange(0, 3001, 3, dtype=torch.int32)
-    got = tile_map_triton(offset_E1.to(DEVICE), rows=3000, block_rows=16)
-    for ours, theirs in zip(got, tile_map_torch(offset_E1, rows=3000, block_rows=16), strict=True):
+    offset_E1 = torch.arange(0, 1201, 2, dtype=torch.int32)
+    got = tile_map_triton(offset_E1.to(DEVICE), rows=1200, block_rows=16)
+    for ours, theirs in zip(got, tile_map_torch(offset_E1, rows=1200, block_rows=16), strict=True):
         assert torch.equal(ours.cpu(), theirs)
 
 
