@@ -47,16 +47,11 @@ TRAINING = {
     "save_every": 50,
 }
 SLOW_ROUTER = {"learning_rates": {"router": 4e-7}}
-DISTILLED = {**SLOW_ROUTER, "distill": {"logits": 1.0}}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain, router at the common rate": {},
     "plain": SLOW_ROUTER,
     "distillation without cross-entropy": {**SLOW_ROUTER, "distill": {"cross_entropy": 0.0, "logits": 1.0}},
-    "distillation": DISTILLED,
-    "distillation, hidden states too": {
-        **SLOW_ROUTER,
-        "distill": {"logits": 1.0, "hidden": 1.0, "layers": "all"},
-    },
+    "distillation": {**SLOW_ROUTER, "distill": {"logits": 1.0}},
     "plain, router warm-up": {
         "learning_rates": {"router": 4e-6},
         "train": [{"what": "router", "tokens": 8192}, {"what": "all"}],

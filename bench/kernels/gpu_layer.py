@@ -6,9 +6,9 @@
     python -m bench.kernels.gpu_layer --cpu
 
 Columns: median ms of forward, backward, both, and forward without gradients, L2 overwritten before each run, the first
-call (compiling, tuning) apart; TF/s = 18 T K D F / full; ``roof``, the fraction of the roofline with each pass as one
-block; ``kernels``, the same with the floors of the kernels added up; time / our time; bytes kept for backward and peak
-bytes above the inputs; whether two runs gave equal bits; the largest relative error of output and gradients.
+call (compiling, tuning) apart; TF/s = 18 T K D F / full; ``roof``, the fraction of the roofline of a known card, each
+pass as one block; time / our time; bytes kept for backward and peak bytes above the inputs; whether two runs gave
+equal bits; the largest relative error of output and gradients.
 
 ``--cpu`` runs the same program on small shapes with a wall clock: ours on its CPU path (under TRITON_INTERPRET=1 the
 Triton kernels, interpreted; with --dtype float16, because the interpreter computes most peers' bf16 wrongly). It shows
@@ -30,7 +30,7 @@ from bench.kernels.device import Cpu, Cuda, Device
 from bench.kernels.measure import attempt
 from bench.kernels.peers import OURS, Peer, all_peers
 from bench.kernels.report import HEADER, Report, add_ratios, commit, line, verdict
-from bench.kernels.roofline import Card, find_card, pass_floor, saved_bytes
+from bench.kernels.roofline import CARDS, Card, pass_floor, saved_bytes
 from bench.kernels.shapes import ALL, DEFAULT, ROUTINGS, SMALL, RoutingName, Shape, make_problem, parse_shape
 
 NO_GPU = (
@@ -48,8 +48,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="of the whole run")
     parser.add_argument("--box", type=float, default=30, help="seconds for one side of one shape")
     parser.add_argument("--seconds", type=float, default=0.1, help="of measuring for each time")
-    parser.add_argument("--peak-tflops", type=float, help="of a card that is not known: dense, half precision")
-    parser.add_argument("--bandwidth", type=float, help="of a card that is not known: GB/s")
     parser.add_argument("--json", type=Path, default=Path(".scratch/gpu_layer.json"))
     parser.add_argument("--resume", action="store_true", help="keep what the JSON file has, measure the rest")
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU, to see the program work")
@@ -75,9 +73,8 @@ def about(args: argparse.Namespace, device: Device) -> dict[str, Any]:
             return "missing"
 
     versions = {name: installed(name) for name in ("torch", "triton", "transformers")}
-    figures = {"peak_tflops": args.peak_tflops, "bandwidth_gbps": args.bandwidth}
     rest = {"dtype": args.dtype, "commit": commit(), "command": " ".join(sys.argv)}
-    return {"card": device.name, "driver": device.driver()} | versions | figures | rest
+    return {"card": device.name, "driver": device.driver()} | versions | rest
 
 
 def run(
@@ -163,10 +160,8 @@ def main(argv: Sequence[str] | None = None, *, peers: Sequence[Peer] | None = No
         raise SystemExit(NO_GPU)
     start = time.monotonic()
     device: Device = Cpu() if args.cpu else Cuda()
-    card = None
+    card = CARDS.get(device.name)
     try:
-        if not args.cpu or args.peak_tflops or args.bandwidth:
-            card = find_card(device.name, peak_tflops=args.peak_tflops, bandwidth_gbps=args.bandwidth)
         report = Report(args.json, about=about(args, device), resume=args.resume)
     except ValueError as error:
         raise SystemExit(str(error)) from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.kernels.measure import Result
 from bench.kernels.peers import OURS
-from bench.kernels.roofline import Card, full_flops, kernel_floor, pass_floor, saved_bytes
+from bench.kernels.roofline import Card, full_flops, pass_floor, saved_bytes
 from bench.kernels.shapes import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ GOALS = {
     ("qwen3-30b-a3b", 8192): 0.36,
 }
 HEADER = (
-    f"{'':26}{'fwd':>9}{'bwd':>9}{'full':>9}{'infer':>9}{'TF/s':>7}{'roof':>7}{'kernels':>9}{'vs ours':>9}"
+    f"{'':26}{'fwd':>9}{'bwd':>9}{'full':>9}{'infer':>9}{'TF/s':>7}{'roof':>7}{'vs ours':>9}"
     f"{'kept MB':>9}{'peak MB':>9}{'bitwise':>9}{'error':>9}{'first s':>9}"
 )
 
@@ -48,14 +48,14 @@ class Report:
         self.path, self.about = path, about
         self.cells: dict[str, dict[str, Any]] = {}
         if resume and path.exists():
-            found = json.loads(path.read_text())
+            kept = json.loads(path.read_text())
             for field, value in about.items():
-                if field != "command" and found["about"].get(field) != value:
+                if field != "command" and kept["about"].get(field) != value:
                     raise ValueError(
-                        f"--resume: {path} was taken with {field} {found['about'].get(field)!r}, and this is "
+                        f"--resume: {path} was taken with {field} {kept['about'].get(field)!r}, and this is "
                         f"{value!r}; give another --json, or leave --resume out to start the file anew"
                     )
-            self.cells = found["cells"]
+            self.cells = kept["cells"]
         for sides in self.cells.values():
             for name, result in sides["sides"].items():
                 if result["status"] == "running":
@@ -65,10 +65,10 @@ class Report:
         """The results so far of one cell, by name; add to it and :meth:`save`."""
         sizes = vars(shape) | {"routing": routing, "saved_bytes": saved_bytes(shape)}
         if card is not None:
-            sizes |= {"pass_floor_ms": pass_floor(shape, card), "kernel_floor_ms": kernel_floor(shape, card)}
+            sizes |= {"pass_floor_ms": pass_floor(shape, card)}
         cell = self.cells.setdefault(f"{shape}, {routing}", sizes | {"sides": {}})
-        found: dict[str, Result] = cell["sides"]
-        return found
+        results: dict[str, Result] = cell["sides"]
+        return results
 
     def save(self) -> None:
         """Writes the whole file by a rename."""
@@ -88,8 +88,8 @@ def add_ratios(result: Result, shape: Shape, *, card: Card | None, ours: Result 
     ms = result["ms"]
     result["tflops"] = full_flops(shape) / ms["full"] / 1e9
     if card is not None:
-        for field, floors in (("roofline", pass_floor(shape, card)), ("kernel_roofline", kernel_floor(shape, card))):
-            result[field] = {name: floors[name] / ms[name] for name in ms}
+        floors = pass_floor(shape, card)
+        result["roofline"] = {name: floors[name] / ms[name] for name in ms}
     if ours is not None and ours["status"] == "ok":
         result["bound_vs_ours" if bound else "speed_up"] = {name: ms[name] / ours["ms"][name] for name in ms}
 
@@ -115,7 +115,7 @@ def line(name: str, result: Result) -> str:
     bitwise = {True: "yes", False: "NO", None: "-"}[result.get("deterministic")]
     error = "-" if result.get("error") is None else f"{result['error']:.0e}"
     return (
-        f"{name:26}{times}{result['tflops']:7.1f}{cell(full('roofline')):>7}{cell(full('kernel_roofline')):>9}"
+        f"{name:26}{times}{result['tflops']:7.1f}{cell(full('roofline')):>7}"
         f"{cell(ratio, 2):>9}{mega('kept_bytes'):>9}{mega('peak_bytes'):>9}{bitwise:>9}{error:>9}"
         f"{result['first_call_s']:9.1f}"
     )

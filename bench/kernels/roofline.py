@@ -1,8 +1,6 @@
 """What a perfect layer would take on a card: FLOPs, bytes and the floors that follow.
 
-Two floors. ``pass_floor`` takes forward and backward each as one block, ``max(F/P, B/BW)``: published fractions are of
-this one, it is the smaller, and goals are held to it. ``kernel_floor`` sums that maximum over the kernels, which
-cannot hide the memory traffic of one kernel behind the arithmetic of another: what this algorithm can reach.
+The floor takes forward and backward each as one block, ``max(F/P, B/BW)``, as published fractions do.
 
 Counted: x and grad_out gathered on load, hidden and activations stored, every expert's weights read once and every
 weight gradient written once, perfect cache inside a kernel. The router is not part of the layer.
@@ -22,35 +20,17 @@ Pass = Literal["forward", "backward"]
 class Card:
     """A device's dense peak in half precision with fp32 sums, FLOP/s, and its memory bandwidth, B/s."""
 
-    name: str
     peak: float
     bandwidth: float
 
 
 # By the name that the driver gives. Vendors' data sheets; sustained clocks are lower.
 CARDS = {
-    "NVIDIA H100 80GB HBM3": (989.4e12, 3.35e12),
-    "NVIDIA H200": (989.4e12, 4.8e12),
-    "NVIDIA A100-SXM4-80GB": (312e12, 2.0e12),
-    "NVIDIA B200": (2250e12, 8e12),
+    "NVIDIA H100 80GB HBM3": Card(peak=989.4e12, bandwidth=3.35e12),
+    "NVIDIA H200": Card(peak=989.4e12, bandwidth=4.8e12),
+    "NVIDIA A100-SXM4-80GB": Card(peak=312e12, bandwidth=2.0e12),
+    "NVIDIA B200": Card(peak=2250e12, bandwidth=8e12),
 }
-
-
-def find_card(name: str, *, peak_tflops: float | None = None, bandwidth_gbps: float | None = None) -> Card:
-    """The card of that name, or of those figures (TFLOP/s and GB/s), which win.
-
-    Raises:
-        ValueError: an unknown card without both figures.
-    """
-    known = CARDS.get(name)
-    peak = peak_tflops * 1e12 if peak_tflops else known and known[0]
-    bandwidth = bandwidth_gbps * 1e9 if bandwidth_gbps else known and known[1]
-    if not peak or not bandwidth:
-        raise ValueError(
-            f"{name}: unknown card; give --peak-tflops (dense, half precision) and --bandwidth (GB/s) of its data "
-            f"sheet (known: {', '.join(CARDS)})"
-        )
-    return Card(name=name, peak=peak, bandwidth=bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,32 +62,17 @@ def work(shape: Shape, *, itemsize: int = 2, keep_hidden: bool = True) -> list[W
     return [Work(kernel=name, of=of, flops=flops, bytes=itemsize * count) for name, of, flops, count in table]
 
 
-def floor_ms(flops: int, bytes_: int, card: Card) -> float:
-    return max(flops / card.peak, bytes_ / card.bandwidth) * 1e3
-
-
-def _passes(shape: Shape) -> dict[str, list[Work]]:
+def pass_floor(shape: Shape, card: Card) -> dict[str, float]:
+    """ms of ``forward``, ``backward``, ``full`` (their sum) and ``inference``, each pass as one block."""
     every = work(shape)
-    return {
+    passes = {
         "forward": [item for item in every if item.of == "forward"],
         "backward": [item for item in every if item.of == "backward"],
         "inference": [item for item in work(shape, keep_hidden=False) if item.of == "forward"],
     }
-
-
-def pass_floor(shape: Shape, card: Card) -> dict[str, float]:
-    """ms of ``forward``, ``backward``, ``full`` (their sum) and ``inference``, each pass as one block."""
     floors = {
-        name: floor_ms(sum(item.flops for item in items), sum(item.bytes for item in items), card)
-        for name, items in _passes(shape).items()
-    }
-    return floors | {"full": floors["forward"] + floors["backward"]}
-
-
-def kernel_floor(shape: Shape, card: Card) -> dict[str, float]:
-    """The same, summed over kernels."""
-    floors = {
-        name: sum(floor_ms(item.flops, item.bytes, card) for item in items) for name, items in _passes(shape).items()
+        name: 1e3 * max(sum(i.flops for i in items) / card.peak, sum(i.bytes for i in items) / card.bandwidth)
+        for name, items in passes.items()
     }
     return floors | {"full": floors["forward"] + floors["backward"]}
 

@@ -19,7 +19,7 @@ from bench.kernels.device import Cpu, median_ms
 from bench.kernels.measure import attempt, memory
 from bench.kernels.peers import Peer, Side, Unfit, by_autograd, eager, ours
 from bench.kernels.report import Report, add_ratios, line, verdict
-from bench.kernels.roofline import find_card, saved_bytes
+from bench.kernels.roofline import CARDS, saved_bytes
 from bench.kernels.shapes import ALL, DEFAULT, Problem, draw_experts, make_problem, parse_shape
 
 SHAPE = "24,4,2,16,16"
@@ -268,7 +268,7 @@ def test_a_median_is_of_the_step_alone_over_as_many_runs_as_fit(monkeypatch: pyt
 
 
 def test_the_goal_is_held_to_the_roofline_of_the_card() -> None:
-    shape, card = parse_shape("llama-moe-3.5b-4of16@32768"), find_card("NVIDIA H100 80GB HBM3")
+    shape, card = parse_shape("llama-moe-3.5b-4of16@32768"), CARDS["NVIDIA H100 80GB HBM3"]
     floors = {"forward": 2.240, "backward": 4.480, "full": 6.720, "inference": 2.240}
     for share, word in ((0.56, "reached"), (0.54, "missed")):
         result = {"status": "ok", "ms": {name: ms / share for name, ms in floors.items()}, "deterministic": True}

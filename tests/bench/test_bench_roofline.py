@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench.kernels.roofline import find_card, full_flops, kernel_floor, pass_floor, saved_bytes, work
+from bench.kernels.roofline import CARDS, full_flops, pass_floor, saved_bytes, work
 from bench.kernels.shapes import Shape
 
-H100 = find_card("NVIDIA H100 80GB HBM3")
+H100 = CARDS["NVIDIA H100 80GB HBM3"]
 
 
 QWEN3 = Shape(8192, 128, 8, 2048, 768)
@@ -46,22 +46,20 @@ def test_the_published_fractions_of_the_best_triton_kernel_follow_from_its_times
     assert [round(fraction, 2) for fraction in fractions] == [0.86, 0.71, 0.35, 0.39]
 
 
-def test_the_floor_of_each_kernel_is_that_of_the_published_gap_table() -> None:
-    # GFLOP, MB and us of each kernel; both combines are one row there.
+def test_the_work_of_each_kernel_is_that_of_the_published_gap_table() -> None:
+    # GFLOP and MB of each kernel; both combines are one row there.
     published = {
-        "up": (412, 1141, 417),
-        "down": (206, 772, 230),
-        "down_backward": (206, 940, 280),
-        "x_gradient": (412, 1275, 417),
-        "w13_gradient": (412, 1040, 417),
-        "w2_gradient": (206, 537, 208),
+        "up": (412, 1141),
+        "down": (206, 772),
+        "down_backward": (206, 940),
+        "x_gradient": (412, 1275),
+        "w13_gradient": (412, 1040),
+        "w2_gradient": (206, 537),
     }
-    found = {item.kernel: item for item in work(QWEN3)}
-    for kernel, (gigaflop, megabytes, _) in published.items():
-        assert (round(found[kernel].flops / 1e9), round(found[kernel].bytes / 1e6)) == (gigaflop, megabytes)
-    assert round((found["combine"].bytes + found["combine_backward"].bytes) / 1e6) == 604
-    floors_us = sum(us for _, _, us in published.values()) + 180
-    assert kernel_floor(QWEN3, H100)["full"] * 1e3 == pytest.approx(floors_us, abs=2)
+    items = {item.kernel: item for item in work(QWEN3)}
+    for kernel, figures in published.items():
+        assert (round(items[kernel].flops / 1e9), round(items[kernel].bytes / 1e6)) == figures
+    assert round((items["combine"].bytes + items["combine_backward"].bytes) / 1e6) == 604
 
 
 def test_the_kernels_of_a_pass_move_the_bytes_of_the_closed_formula() -> None:
@@ -73,21 +71,6 @@ def test_the_kernels_of_a_pass_move_the_bytes_of_the_closed_formula() -> None:
     assert bytes_["forward"] - inference == 2 * 2 * m * n
 
 
-def test_no_kernel_hides_behind_another_so_their_floors_add_up_to_no_less() -> None:
-    for sizes, _, _ in TABLE:
-        coarse, fine = pass_floor(Shape(*sizes), H100), kernel_floor(Shape(*sizes), H100)
-        assert all(coarse[name] <= fine[name] * (1 + 1e-12) for name in coarse)
-
-
 def test_saved_bytes_are_x_hidden_and_twelve_bytes_a_row() -> None:
     assert saved_bytes(Shape(8192, 16, 4, 4096, 688)) == pytest.approx(157e6 + 12 * 32768, abs=0.5e6)
     assert saved_bytes(QWEN3) == pytest.approx(235e6 + 12 * 65536, abs=0.5e6)
-
-
-def test_an_unknown_card_asks_for_its_figures_and_given_figures_win() -> None:
-    with pytest.raises(ValueError, match=r"GeForce.*--peak-tflops.*--bandwidth"):
-        find_card("GeForce")
-    with pytest.raises(ValueError, match="unknown card"):
-        find_card("GeForce", peak_tflops=100)
-    card = find_card("NVIDIA H200", peak_tflops=800)
-    assert (card.peak, card.bandwidth) == (800e12, 4.8e12)

@@ -210,10 +210,10 @@ def gradient_checkpointing_gives_the_same_bits(s: Subject) -> None:
         assert torch.equal(leaf.grad.cpu(), plain[name]), name
 
 
-def saved_bytes(s: Subject, problem: Problem) -> tuple[int, list[Tensor]]:
-    """Bytes kept for backward beside the Parameters, and the Parameters kept, in the order of saving."""
-    w13, w2 = (nn.Parameter(t.to(s.device, s.dtype)) for t in (problem.w13_EGD, problem.w2_EDF))
-    x, index_TK = problem.x_TD.to(s.device, s.dtype), problem.top_k_index_TK.to(s.device)
+def what_is_kept_is_tokens_pre_activations_the_routing_and_the_parameters_themselves(s: Subject) -> None:
+    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
+    w13, w2 = (nn.Parameter(t.to(s.device, s.dtype)) for t in (p.w13_EGD, p.w2_EDF))
+    x, index_TK = p.x_TD.to(s.device, s.dtype), p.top_k_index_TK.to(s.device)
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -221,11 +221,16 @@ def saved_bytes(s: Subject, problem: Problem) -> tuple[int, list[Tensor]]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        s.layer(x, w13, w2, index_TK, problem.top_k_weights_TK.float().to(s.device).requires_grad_())
+        s.layer(x, w13, w2, index_TK, p.top_k_weights_TK.float().to(s.device).requires_grad_())
     weights = [t for t in saved if any(t.untyped_storage()._cdata == w.untyped_storage()._cdata for w in (w13, w2))]
-    assert all(any(t is w for w in (w13, w2)) for t in weights), "a view of a weight is kept"
+    assert list(map(id, weights)) == [id(w13), id(w2)], "a view of a weight is kept"
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved), "a view keeps more than it shows"
-    return sum(t.nbytes for t in saved if not any(t is w for w in weights)), weights
+    tokens, rows, experts = 20, 20 * 2, 4
+    pre_activations, routing = rows * 16, 12 * rows + 4 * (experts + 1)
+    if s.path == "dense":
+        pre_activations, routing = tokens * experts * 16, (8 + 4) * rows
+    kept = sum(t.nbytes for t in saved) - w13.nbytes - w2.nbytes
+    assert kept == s.dtype.itemsize * (tokens * 16 + pre_activations) + routing
 
 
 def no_weight_lives_from_forward_to_backward_when_its_owner_lets_go(s: Subject) -> None:
@@ -298,6 +303,7 @@ PROPERTIES = (
     under_autocast_the_gemms_run_in_bf16_and_gradients_keep_the_dtypes_of_the_inputs,
     a_backward_inside_autocast_computes_in_the_dtype_of_its_forward,
     gradient_checkpointing_gives_the_same_bits,
+    what_is_kept_is_tokens_pre_activations_the_routing_and_the_parameters_themselves,
     no_weight_lives_from_forward_to_backward_when_its_owner_lets_go,
     an_index_of_32_bits_does,
 )

@@ -133,7 +133,7 @@ def test_a_subclass_with_its_own_forward_is_refused() -> None:
         use_in_deepspeed(nn.Sequential(Scaled(dim=4, hidden_dim=4, num_experts=2)))
 
 
-def test_a_model_that_deepspeed_has_not_converted_is_refused_with_the_mend() -> None:
+def test_a_model_that_deepspeed_has_not_converted_is_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match=r"Linear has no GroupedExperts; call it after deepspeed\.initialize"):
         use_in_deepspeed(nn.Linear(2, 2))
 

@@ -147,26 +147,23 @@ def test_an_index_out_of_range_is_the_same_error_on_every_path(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "path"),
+    ("tokens", "shape", "dtype", "path"),
     [
-        ((96, 32, 12), torch.bfloat16, "dense"),
-        ((96, 32, 12), torch.float32, "sorted"),
-        ((48, 16, 24), torch.bfloat16, "sorted"),
-        ((48, 16, 24), torch.float32, "sorted"),
-        ((16, 4, 344), torch.bfloat16, "sorted"),
-        ((8, 2, 704), torch.float32, "sorted"),
-        ((8, 8, 704), torch.float32, "dense"),
+        (1024, (96, 32, 12), torch.bfloat16, "dense"),
+        (1, (96, 32, 12), torch.bfloat16, "sorted"),
+        (1024, (96, 32, 12), torch.float32, "sorted"),
+        (1024, (48, 16, 24), torch.bfloat16, "sorted"),
+        (1024, (48, 16, 24), torch.float32, "sorted"),
+        (1024, (16, 4, 344), torch.bfloat16, "sorted"),
+        (1024, (8, 2, 704), torch.float32, "sorted"),
+        (1024, (8, 8, 704), torch.float32, "dense"),
     ],
 )
-def test_very_narrow_experts_are_computed_densely_and_others_sorted(
-    shape: tuple[int, int, int], dtype: torch.dtype, path: str
+def test_very_narrow_experts_of_many_tokens_are_computed_densely_and_others_sorted(
+    tokens: int, shape: tuple[int, int, int], dtype: torch.dtype, path: str
 ) -> None:
     experts, top_k, width = shape
-    assert choose_regime(experts, top_k, width=width, tokens=1024, dtype=dtype) == path
-
-
-def test_a_single_decoded_token_never_computes_all_experts() -> None:
-    assert choose_regime(96, 32, width=12, tokens=1, dtype=torch.bfloat16) == "sorted"
+    assert choose_regime(experts, top_k, width=width, tokens=tokens, dtype=dtype) == path
 
 
 @pytest.mark.parametrize("width", [8, 24])

@@ -11,7 +11,6 @@ from layer_properties import (
     PROPERTIES,
     Subject,
     rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways,
-    saved_bytes,
 )
 from moe_kernels import backward, experts_reference, forward
 from moe_kernels.autograd import experts_backward, experts_forward
@@ -148,15 +147,6 @@ def test_k_rows_of_a_token_are_added_in_the_order_of_k() -> None:
     )
     forward.combine(y_MD, out_TD, weights_TK=None, routing=routing)
     assert out_TD.item() == 1.0  # ((1e8 + 1) - 1e8) + 1 in fp32
-
-
-def test_what_is_kept_is_tokens_pre_activations_and_twelve_bytes_a_row() -> None:
-    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
-    kept, weights = saved_bytes(Subject(path="triton", dtype=torch.bfloat16, device=DEVICE), p)
-    rows = 20 * 2
-    offsets = 4 * (4 + 1)
-    assert kept == 2 * (20 * 16 + rows * 2 * 8) + 12 * rows + offsets
-    assert [tuple(w.shape) for w in weights] == [(4, 16, 16), (4, 16, 8)]
 
 
 def test_both_operators_are_what_their_schemas_and_fakes_say_and_inference_keeps_nothing() -> None:
