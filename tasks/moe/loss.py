@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _CHUNK = 256  # positions whose logits exist at once: 50 MB at a vocabulary of 49152
@@ -40,18 +42,22 @@ def window_nll(model: PreTrainedModel, ids_BL: np.ndarray, *, batch: int) -> np.
 
 def _nll(model: PreTrainedModel, ids_BL: np.ndarray) -> np.ndarray:
     import torch
-    import torch.nn.functional as F
 
     ids = torch.from_numpy(np.ascontiguousarray(ids_BL)).to(model.device)
     hidden_BLD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    target_BL = ids[:, 1:]
-    total_B = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-    for i in range(0, target_BL.shape[1], _CHUNK):
-        logits = model.get_output_embeddings()(hidden_BLD[:, i : i + _CHUNK]).float()
-        logits = logits / getattr(model.config, "logits_scaling", 1.0)
-        nll = F.cross_entropy(logits.transpose(1, 2), target_BL[:, i : i + _CHUNK], reduction="none")
-        total_B += nll.double().sum(1)
-    return total_B.cpu().numpy()
+    head, scaling = model.get_output_embeddings(), getattr(model.config, "logits_scaling", 1.0)
+    return summed(lambda hidden: head(hidden).float() / scaling, hidden_BLD, ids[:, 1:]).cpu().numpy()
+
+
+def summed(logits: Callable[[Tensor], Tensor], hidden_BLD: Tensor, target_BL: Tensor) -> Tensor:
+    """Nats of each window, float64 [B], from hidden states and what gives their logits."""
+    import torch
+    import torch.nn.functional as F
+
+    total_B = hidden_BLD.new_zeros(len(hidden_BLD), dtype=torch.float64)
+    for hidden, target in zip(hidden_BLD.split(_CHUNK, dim=1), target_BL.split(_CHUNK, dim=1), strict=True):
+        total_B += F.cross_entropy(logits(hidden).transpose(1, 2), target, reduction="none").double().sum(1)
+    return total_B
 
 
 def perplexity(nats_per_token: float) -> float:

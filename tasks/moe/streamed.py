@@ -26,12 +26,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from tasks import architectures
-from tasks.moe import allocator, untrusted
+from tasks.moe import allocator, loss, untrusted
 from tasks.moe.files import read_json
 from tasks.moe.internals import layers as internals
 from tasks.moe.writer import DTYPES
 
-_CHUNK = 256  # positions whose logits exist at once, as in tasks.moe.loss
 _BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")  # stored by old versions; the config determines it
 
 
@@ -218,11 +217,8 @@ class Streamed:
         ids = torch.from_numpy(np.ascontiguousarray(ids_BL)).to(self.device)
         hidden_BLD = self.forward(ids, batch=batch)[:, :-1]
         head = self.head()
-        total_B = torch.zeros(len(ids), dtype=torch.float64, device=self.device)
-        for total, hidden, target in zip(*(x.split(batch) for x in (total_B, hidden_BLD, ids[:, 1:])), strict=True):
-            for h, t in zip(hidden.split(_CHUNK, dim=1), target.split(_CHUNK, dim=1), strict=True):
-                total += F.cross_entropy(head(h).transpose(1, 2), t, reduction="none").double().sum(1)
-        return total_B.cpu().numpy()
+        parts = zip(hidden_BLD.split(batch), ids[:, 1:].split(batch), strict=True)
+        return torch.cat([loss.summed(head, hidden, target) for hidden, target in parts]).cpu().numpy()
 
 
 def _config(folder: Path) -> PreTrainedConfig:

@@ -131,17 +131,9 @@ class OnText(WithoutText):
 class RefitOnText(OnText):
     """The down-projection is refitted too, and all weights with `fit_passes`, towards the dense model's states."""
 
-    def __init__(
-        self,
-        parent: Streamed,
-        partition: Partition,
-        sizes: Sizes,
-        *,
-        ids_BL: np.ndarray,
-        importance: dict[int, np.ndarray],
-    ) -> None:
-        super().__init__(parent, partition, sizes, ids_BL=ids_BL, importance=importance)
-        self._dense = calibration.States(parent, ids_BL)
+    def __init__(self, parent: Streamed, partition: Partition, sizes: Sizes, **text: Any) -> None:
+        super().__init__(parent, partition, sizes, **text)
+        self._dense = calibration.States(parent, text["ids_BL"])
 
     def _pass_dense(self, i: int) -> None:
         super()._pass_dense(i)

@@ -48,7 +48,7 @@ def importance(
         clusters: C.
         seed: of the clusters.
         scratch: a folder for layers x B x L x D float32 numbers, from the lowest of `layers` up; left empty.
-        report: told what is done.
+        report: called with what is done.
 
     Returns:
         float32 [C, N] of each of `layers`, and the cluster of each segment of SEGMENT tokens, int64 [B, ceil(L / 64)].
@@ -72,7 +72,7 @@ def importance(
     cluster_BS = _clusters(parent, hidden_BLD, clusters=clusters, seed=seed)
     cluster_BL = torch.from_numpy(cluster_BS.repeat(SEGMENT, axis=1)[:, :length]).to(parent.device)
     gradient_BLD = _loss_gradient(parent, hidden_BLD, ids)
-    found = {}
+    importance_CN = {}
     for i in reversed(range(lowest, parent.layers)):
         path = _path(scratch, i)
         inputs_BLD = np.memmap(path, np.float32, "r", shape=tuple(gradient_BLD.shape))
@@ -80,9 +80,9 @@ def importance(
         del inputs_BLD
         path.unlink()
         if i in layers:
-            found[i] = score_CN.float().cpu().numpy()
+            importance_CN[i] = score_CN.float().cpu().numpy()
         report(f"gradients of layer {i}")
-    return {i: found[i] for i in layers}, cluster_BS
+    return {i: importance_CN[i] for i in layers}, cluster_BS
 
 
 def _path(scratch: Path, i: int) -> Path:

@@ -162,9 +162,9 @@ def errors(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, 
     with torch.no_grad():
         expected_BLD = dense.forward(ids, batch=_BATCH, blocks=reference)
         # Of the doubled windows, the first half has equal weights and the second half the router's (_turn_on).
-        found_BLD = moe.forward(torch.cat([ids, ids]), batch=2 * len(ids), blocks=all_on)
+        given_BLD = moe.forward(torch.cat([ids, ids]), batch=2 * len(ids), blocks=all_on)
         differences, largest = [0.0, 0.0], 0.0
-        equal_BLD, written_BLD = found_BLD.chunk(2)
+        equal_BLD, written_BLD = given_BLD.chunk(2)
         for hidden, *others in zip(expected_BLD, equal_BLD, written_BLD, strict=True):
             expected = dense.logits(hidden)
             largest = max(largest, expected.abs().max().item())
@@ -218,20 +218,20 @@ def prove(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray) -> E
     if wrong := positions.difference(moe, dense):
         raise IdentityError(f"identity test: {wrong}")
     moved = moves_only(index.options)
-    found = errors(moe, dense, index, ids_BL, parent_weights=moved)
+    measured = errors(moe, dense, index, ids_BL, parent_weights=moved)
     stored = stored_dtype(dense, index) if moved else torch.float32  # altered weights are compared as written
-    require(found.equal, stored)
+    require(measured.equal, stored)
     if index.options.top_k == index.options.experts:
-        require(found.as_written, stored, router="the router as it was written")
-    return found
+        require(measured.as_written, stored, router="the router as it was written")
+    return measured
 
 
-def require(found: float, stored: torch.dtype, *, router: str = "equal weights") -> None:
+def require(error: float, stored: torch.dtype, *, router: str = "equal weights") -> None:
     """Raise IdentityError if the error of FFNs stored in this dtype is too large."""
-    if not found <= TOLERANCE[stored]:
+    if not error <= TOLERANCE[stored]:
         raise IdentityError(
             f"identity test: with all experts on and {router}, the logits differ from the dense model's by "
-            f"{found:.2e} of the largest; allowed for {stored}: {TOLERANCE[stored]:.0e}"
+            f"{error:.2e} of the largest; allowed for {stored}: {TOLERANCE[stored]:.0e}"
         )
 
 
@@ -242,8 +242,8 @@ def moves_only(options: Partition) -> bool:
 
 def stored_dtype(dense: Streamed, index: Index) -> torch.dtype:
     """The coarsest dtype of the FFNs that became sparse; the experts are stored in their parents' dtypes."""
-    found = {dense.stored[name].dtype for i in index.layers for name in ffn_names(i)}
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+    dtypes = {dense.stored[name].dtype for i in index.layers for name in ffn_names(i)}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def sample_ids(dense: Streamed) -> np.ndarray:

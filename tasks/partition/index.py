@@ -76,39 +76,31 @@ class Index:
         except ValueError as error:
             return [str(error)]
         sizes = Sizes(
-            width=width,
-            experts=self.experts,
-            shared=self.shared_experts,
-            size=self.expert_size,
-            top_k=options.top_k,
+            width=width, experts=self.experts, shared=self.shared_experts, size=self.expert_size, top_k=options.top_k
         )
-        found = []
+        wrong = []
         if (self.experts, self.shared_experts) != (options.experts, options.shared_experts):
-            found.append(
+            wrong.append(
                 f"its experts are {self.shared_experts} shared and {self.experts} routed ones, in its settings "
                 f"{options.shared_experts} and {options.experts}"
             )
         try:
             if self.expert_size != (size := options.check_width(width)):
-                found.append(f"its experts have {self.expert_size} neurons, by its settings {size}")
+                wrong.append(f"its experts have {self.expert_size} neurons, by its settings {size}")
         except ValueError as error:
-            found.append(str(error))
+            wrong.append(str(error))
         for layer, experts_EF in self.layers.items():
-            found += [
-                f"layer {layer} {text}" for text in constraints.problems(experts_EF, sizes=sizes, options=options)
-            ]
-        return found
+            faults = constraints.problems(experts_EF, sizes=sizes, options=options)
+            wrong += [f"layer {layer} {fault}" for fault in faults]
+        return wrong
 
 
 def write(index: Index, path: Path) -> None:
     """Write the file; keys and metadata are ordered, so the same index gives the same bytes."""
     from safetensors.numpy import save
 
-    meta = {
-        "format": FORMAT,
-        "shared_experts": str(index.shared_experts),
-        "meta": json.dumps(index.meta, sort_keys=True),
-    }
+    meta = {"format": FORMAT, "shared_experts": str(index.shared_experts)}
+    meta["meta"] = json.dumps(index.meta, sort_keys=True)
     tensors = {f"layers.{i:04d}": np.ascontiguousarray(layer) for i, layer in index.layers.items()}
     tensors |= {f"scales.{i:04d}": np.array(scale, dtype=np.float32) for i, scale in index.scales.items()}
     path.write_bytes(_ordered(save(tensors, metadata=meta)))

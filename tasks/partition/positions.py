@@ -20,15 +20,15 @@ MASKED = 8192
 
 
 def difference(moe: Streamed, dense: Streamed) -> str | None:
-    """Where two models turn queries and keys otherwise, or see other tokens, with what mends it; None if nowhere.
+    """Where two models turn queries and keys otherwise, or see other tokens, with the fix; None if nowhere.
 
     Compared are positions around 0 and every length in the config, and beyond the longest, and the masks of every
     layer for a text that is longer than its window.
     """
     for end in sorted({64, *_lengths(dense)}):
         positions = torch.arange(max(0, end - 64), end + 64)
-        for found, wanted in zip(moe.rotary(positions), dense.rotary(positions), strict=True):
-            if found.shape != wanted.shape or not (found - wanted).abs().max() <= 1e-6:
+        for given, wanted in zip(moe.rotary(positions), dense.rotary(positions), strict=True):
+            if given.shape != wanted.shape or not (given - wanted).abs().max() <= 1e-6:
                 return (
                     f"the rotary embeddings of positions {positions[0]} to {positions[-1]} are not the dense model's; "
                     "compare rope_parameters, rope_scaling and rope_theta of the two config.json"
@@ -43,8 +43,8 @@ def difference(moe: Streamed, dense: Streamed) -> str | None:
         if max(windows) + 2 > MASKED:
             same = kinds[0] == kinds[1]
         else:
-            found, wanted = (_mask(model, i, max(windows) + 2) for model in (moe, dense))
-            same = torch.equal(found, wanted)
+            given, wanted = (_mask(model, i, max(windows) + 2) for model in (moe, dense))
+            same = torch.equal(given, wanted)
         if not same:
             return (
                 f"layer {i} sees {kinds[0] or 'all'} tokens, the dense model's {kinds[1] or 'all'}; compare "

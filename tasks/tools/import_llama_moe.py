@@ -66,7 +66,7 @@ def read(folder: Path) -> Released:
     Raises:
         FileNotFoundError: config.json or a weight file is missing.
         ValueError: neither v1 nor v2, pickles, a damaged file, missing or unknown tensors, or a config that asks for
-            what is not computed here; with the file or field, the reason and what mends it.
+            what is not computed here; with the file or field, the reason and the fix.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -74,9 +74,9 @@ def read(folder: Path) -> Released:
     try:
         raw = files.read_json(path)
         shards, listed = _weight_files(folder)
-        found = untrusted.headers(folder, shards, listed=listed)
-        untrusted.check_config(raw, found)
-        shapes = {name: entry.shape for name, entry in found.items()}
+        headers = untrusted.headers(folder, shards, listed=listed)
+        untrusted.check_config(raw, headers)
+        shapes = {name: entry.shape for name, entry in headers.items()}
         kind = untrusted.understood(lambda: llama_moe_formats.of(raw, shapes), file="config.json")
         families.account(shapes, kind.tensors)
     except ValueError as error:
@@ -84,8 +84,8 @@ def read(folder: Path) -> Released:
     return Released(
         folder=folder,
         format=kind,
-        files={name: folder / entry.file for name, entry in found.items()},
-        dtypes={name: DTYPES[entry.dtype] for name, entry in found.items()},
+        files={name: folder / entry.file for name, entry in headers.items()},
+        dtypes={name: DTYPES[entry.dtype] for name, entry in headers.items()},
     )
 
 
@@ -142,27 +142,27 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
     carried = exporter.carried(kind.dense, kind.common)
     sparse_layers = kind.partition.sparse_layers(kind.dense.num_hidden_layers)
     dtype = released.dtypes["model.embed_tokens.weight"]
-    extra = {i: exporter.extra(i, kind.dense, dtype=dtype) for i in range(kind.dense.num_hidden_layers)}
-    plan = {new: (released.dtypes[kind.common[name]], shapes[name]) for name, new in carried.items()}
-    for tensors in extra.values():
-        plan |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    added: dict[str, Tensor] = {}
+    for i in range(kind.dense.num_hidden_layers):
+        added |= exporter.extra(i, kind.dense, dtype=dtype)
+    planned = dict(added)
     for i in sparse_layers:
         layer, _ = kind.sparse(i, released.blank)
-        for name, tensor in exporter.layer(i, layer, kind.dense).items():
-            plan[name] = (tensor.dtype, tuple(tensor.shape))
+        planned |= exporter.layer(i, layer, kind.dense)
+    plan = {new: (released.dtypes[kind.common[name]], shapes[name]) for name, new in carried.items()}
+    plan |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in planned.items()}
     gates: dict[int, gate.Gate] = {}
     with ShardWriter(folder, plan) as writer:
         for name, new in carried.items():
             writer.write(new, llama_moe_formats.filled(released.tensor(kind.common[name]), shapes[name]))
-        for tensors in extra.values():
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+        for name, tensor in added.items():
+            writer.write(name, tensor)
         for i in sparse_layers:
-            layer, found = kind.sparse(i, released.tensor)
+            layer, made = kind.sparse(i, released.tensor)
             for name, tensor in exporter.layer(i, layer, kind.dense).items():
                 writer.write(name, tensor)
-            if found is not None:
-                gates[i] = found
+            if made is not None:
+                gates[i] = made
     fit = None
     if gates:
         gate.write(folder, gates)
@@ -191,13 +191,13 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                 f"{folder}: {', '.join(missing)} named by {untrusted.INDEX} is missing; bring it as well"
             )
         return names, listed
-    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name != gate.FILE and path.is_file())
+    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != gate.FILE and path.is_file())
     pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if not found and pickles:
+    if not names and pickles:
         raise ValueError(_PICKLES.format(names=", ".join(pickles)))
-    if not found:
+    if not names:
         raise FileNotFoundError(f"{folder}: holds no *.safetensors")
-    return found, None
+    return names, None
 
 
 def describe(report: dict[str, Any], *, source: Path, target: Path, corpus: Path | None) -> Iterator[str]:

@@ -184,10 +184,10 @@ def _v2(raw: Mapping[str, Any], shapes: Shapes) -> Format:
         for n, part in enumerate(("gate_proj", "down_proj", "up_proj"), 1):
             name = f"model.layers.{i}.mlp.{part}.weight"
             place = name if name in shapes else f"model.layers.{i}.block_sparse_moe.w{n}.weight"
-            found = shapes.get(place, expected[name])
-            if len(found) != 2 or found[0] > expected[name][0] or found[1] > expected[name][1]:
-                raise ValueError(f"{place} is {list(found)}; a dense layer has at most {list(expected[name])} here")
-            common[name], tensors[place] = place, found
+            shape = shapes.get(place, expected[name])
+            if len(shape) != 2 or shape[0] > expected[name][0] or shape[1] > expected[name][1]:
+                raise ValueError(f"{place} is {list(shape)}; a dense layer has at most {list(expected[name])} here")
+            common[name], tensors[place] = place, shape
     for i in sparse_layers:
         moe = f"model.layers.{i}.block_sparse_moe"
         tensors[f"{moe}.gate.weight"] = (experts, hidden)

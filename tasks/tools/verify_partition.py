@@ -64,12 +64,12 @@ def _index(dense: Streamed, index: Index) -> list[str]:
 
 def _config(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter) -> Iterator[str]:
     """Fields of the config that are not what the partition writes."""
-    found = json.loads((moe.folder / "config.json").read_text())
+    written = json.loads((moe.folder / "config.json").read_text())
     config = exporter.config(dense.config, index.options.model_copy(update={"target": exporter.name}))
     wanted = json.loads(json.dumps(files.config_fields(config)))
-    for name in sorted(set(found) | set(wanted)):
-        if name not in _UNREAD and found.get(name) != wanted.get(name):
-            yield f"{name} = {found.get(name)!r}; by the index and its parent it is {wanted.get(name)!r}"
+    for name in sorted(set(written) | set(wanted)):
+        if name not in _UNREAD and written.get(name) != wanted.get(name):
+            yield f"{name} = {written.get(name)!r}; by the index and its parent it is {wanted.get(name)!r}"
 
 
 def _carried(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter) -> Iterator[str]:
@@ -92,10 +92,10 @@ def _carried(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter
         yield f"{', '.join(strays[:5])}: of no known origin"
 
 
-def _same(found: Tensor, wanted: Tensor) -> bool:
+def _same(given: Tensor, wanted: Tensor) -> bool:
     """Equal dtype, shape and bits, so that a NaN equals itself."""
-    same = found.dtype == wanted.dtype and found.shape == wanted.shape
-    return same and torch.equal(found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
+    same = given.dtype == wanted.dtype and given.shape == wanted.shape
+    return same and torch.equal(given.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
 
 
 def _rows(moe: Streamed, dense: Streamed, index: Index, *, layer: int) -> Iterator[str]:
@@ -105,11 +105,11 @@ def _rows(moe: Streamed, dense: Streamed, index: Index, *, layer: int) -> Iterat
         yield "the gate, or an idle neuron, of its shared expert is not zero"
     options, shared = index.options, index.shared_experts
     gate, up, down = parts.side_by_side(index.scales[layer])
-    found = {"gate": gate, "up": up, "down": down.T}
+    given = {"gate": gate, "up": up, "down": down.T}
     for name, (wanted_EFD, slack_EFD) in _wanted(dense, index, layer=layer).items():
         if options.fit_passes or (name == "down" and options.down_proj == "refit"):
             continue
-        near_EFD = (found[name].view_as(wanted_EFD) - wanted_EFD).abs() <= slack_EFD
+        near_EFD = (given[name].view_as(wanted_EFD) - wanted_EFD).abs() <= slack_EFD
         wrong = (~near_EFD).flatten(1).any(1).nonzero().flatten().tolist()
         rows = "down columns" if name == "down" else f"{name} rows"
         for kind, numbers in (

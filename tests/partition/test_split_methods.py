@@ -46,24 +46,14 @@ def layer_of(width, *, clusters=4, number=0, seed=0, hidden=12, tokens=64):
     )
 
 
-def sizes_of(options, width):
-    return Sizes(
-        width=width,
-        experts=options.experts,
-        shared=options.shared_experts,
-        size=options.check_width(width),
-        top_k=options.top_k,
-    )
-
-
 def made(options, width, **layer):
     layer = layer_of(width, clusters=options.experts, **layer)
-    return methods.get(options.method).split(layer, sizes_of(options, width), options)
+    return methods.get(options.method).split(layer, Sizes.of(options, width), options)
 
 
 @given(st.data())
-@hypothesis_settings(max_examples=150, deadline=None)
-def test_every_method_gives_int32_indices_that_obey_its_law(data):
+@hypothesis_settings(max_examples=80, deadline=None)
+def test_every_method_gives_the_same_int32_indices_again_and_they_keep_its_constraints(data):
     kind = data.draw(st.sampled_from(sorted(KINDS)))
     experts, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     shared = data.draw(st.integers(1, 3)) if kind == "inter" else 0
@@ -80,16 +70,11 @@ def test_every_method_gives_int32_indices_that_obey_its_law(data):
         width, more["expert_size"] = size * slices, size
         more["top_k"] = slices
     options = options_of(kind, experts=experts, shared_experts=shared, **({"top_k": 1} | more))
-    sizes, index = sizes_of(options, width), made(options, width)
+    sizes, index = Sizes.of(options, width), made(options, width)
     assert index.dtype == np.int32
     assert index.shape == (sizes.shared + sizes.experts, sizes.size)
     assert constraints.problems(index, sizes=sizes, options=options) == []
-
-
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_the_same_seed_gives_the_same_bytes(kind):
-    options = options_of(kind)
-    assert made(options, 40).tobytes() == made(options, 40).tobytes()
+    assert index.tobytes() == made(options, width).tobytes()
 
 
 @pytest.mark.parametrize("kind", ["random", "clustering", "coactivation"])
@@ -135,22 +120,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_what_breaks_a_law_is_named(fault):
+def test_what_breaks_a_constraint_is_named(fault):
     kind, breaks, message = BROKEN[fault]
     more = {"moebert": {"common_neurons": 2, "expert_size": 5}, "copy": {"expert_size": 8}}.get(kind, {})
     options = options_of(kind, **more)
-    sizes, index = sizes_of(options, 16), np.array(made(options, 16))
+    sizes, index = Sizes.of(options, 16), np.array(made(options, 16))
     if kind == "moebert":
         assert 15 not in index[:, :2]
     breaks(index)
-    found = constraints.problems(index, sizes=sizes, options=options)
-    assert any(re.search(message, text) for text in found)
-
-
-def test_a_wrong_shape_is_named():
-    options = options_of("random")
-    (problem,) = constraints.problems(made(options, 16)[:3], sizes=sizes_of(options, 16), options=options)
-    assert problem == "has the shape (3, 4), but its experts are (4, 4)"
+    problems = constraints.problems(index, sizes=sizes, options=options)
+    assert any(re.search(message, text) for text in problems)
 
 
 # Clustering
@@ -182,7 +161,7 @@ def test_clustering_finds_the_groups_of_the_matrix_it_is_told_to_look_at(rows, m
     layer = layer_of(32)
     weight = {"gate": {"gate_ND": planted}, "up": {"up_ND": planted}, "down": {"down_DN": planted.T}}[rows]
     options = options_of("clustering", rows=[rows], metric=metric)
-    index = clustering.split(dataclasses.replace(layer, **weight), sizes_of(options, 32), options)
+    index = clustering.split(dataclasses.replace(layer, **weight), Sizes.of(options, 32), options)
     assert same_groups(group_of(index), group)
 
 
@@ -192,19 +171,19 @@ def test_l2_goes_by_length_where_cosine_goes_by_direction():
     lengths = np.tile([0.1, 5.0], 8)[:, None]
     up = torch.from_numpy(lengths * (directions + 2 * np.eye(1, 12, 3)) + 0.001 * random.random((16, 12))).float()
     layer = dataclasses.replace(layer_of(16), up_ND=up)
-    found = {}
+    groups = {}
     for metric in ("l2", "cosine"):
         options = options_of("clustering", experts=2, rows=["up"], metric=metric)
-        found[metric] = group_of(clustering.split(layer, sizes_of(options, 16), options))
-    assert same_groups(found["cosine"], np.repeat([0, 1], 8))
-    assert same_groups(found["l2"], np.tile([0, 1], 8))
+        groups[metric] = group_of(clustering.split(layer, Sizes.of(options, 16), options))
+    assert same_groups(groups["cosine"], np.repeat([0, 1], 8))
+    assert same_groups(groups["l2"], np.tile([0, 1], 8))
 
 
 def test_a_matrix_with_large_entries_does_not_dominate_the_others():
     layer = layer_of(32)
     options = options_of("clustering", rows=["gate", "up"], metric="l2")
     larger = dataclasses.replace(layer, gate_ND=layer.gate_ND * 1024)
-    sizes = sizes_of(options, 32)
+    sizes = Sizes.of(options, 32)
     np.testing.assert_array_equal(clustering.split(layer, sizes, options), clustering.split(larger, sizes, options))
 
 
@@ -251,15 +230,7 @@ def test_a_planted_partition_of_the_graph_is_found(parts, seed):
     assert same_groups(coactivation.cut(weight, parts=parts, generator=np.random.default_rng(seed)), part)
 
 
-def test_a_graph_that_falls_apart_is_cut_where_it_does():
-    part = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 10))
-    weight = (part[:, None] == part).astype(np.float32)
-    np.fill_diagonal(weight, 0)
-    found = coactivation.cut(weight, parts=4, generator=np.random.default_rng(0))
-    assert cut_weight(weight, found) == 0
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_no_swap_of_two_nodes_lowers_the_cut_and_it_is_below_every_random_one(seed):
     random = np.random.default_rng(seed)
     h = np.abs(random.standard_normal((64, 4)) @ random.standard_normal((4, 48))).astype(np.float32)
@@ -298,7 +269,7 @@ def test_neurons_that_fire_together_become_an_expert():
         x_TD=eye[torch.arange(80) % 4],
     )
     options = options_of("coactivation")
-    assert same_groups(group_of(coactivation.split(layer, sizes_of(options, 32), options)), group)
+    assert same_groups(group_of(coactivation.split(layer, Sizes.of(options, 32), options)), group)
 
 
 # Importance
@@ -337,20 +308,20 @@ def literal_inter(score, *, shared, size):
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 9), st.integers(0, 999))
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 def test_the_greedy_matching_is_that_of_one_score_at_a_time(experts, size, levels, seed):
     score = np.random.default_rng(seed).integers(0, levels, (experts, experts * size)).astype(float)
     assert importance.greedy(score, size=size).tolist() == literal_greedy(score, size)
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(0, 999))
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 def test_inter_sharing_is_the_published_procedure_with_ties_by_score(experts, shared, size, levels, seed):
     width = (experts + shared) * size
     score = np.random.default_rng(seed).integers(0, levels, (experts, width)).astype(np.float32)
     options = options_of("inter", experts=experts, shared_experts=shared, top_k=1)
     layer = dataclasses.replace(layer_of(width), importance_CN=torch.from_numpy(score))
-    index = importance.split(layer, sizes_of(options, width), options)
+    index = importance.split(layer, Sizes.of(options, width), options)
     assert index.tolist() == literal_inter(score.astype(float), shared=shared, size=size)
 
 
@@ -360,7 +331,7 @@ def test_inner_sharing_gives_every_expert_the_best_of_its_own_row(experts, size,
     score = np.random.default_rng(seed).integers(0, levels, (experts, 30)).astype(np.float32)
     options = options_of("inner", experts=experts, expert_size=size, top_k=1)
     layer = dataclasses.replace(layer_of(30), importance_CN=torch.from_numpy(score))
-    index = importance.split(layer, sizes_of(options, 30), options)
+    index = importance.split(layer, Sizes.of(options, 30), options)
     assert index.tolist() == [sorted(sorted(range(30), key=lambda n: (-row[n], n))[:size]) for row in score]
 
 
@@ -369,13 +340,13 @@ def test_a_layer_without_importance_is_refused(kind):
     options = options_of(kind)
     layer = dataclasses.replace(layer_of(16, number=5), importance_CN=None)
     with pytest.raises(ValueError, match="layer 5: no importance"):
-        methods.get(kind).split(layer, sizes_of(options, 16), options)
+        methods.get(kind).split(layer, Sizes.of(options, 16), options)
 
 
 def test_importance_needs_one_text_cluster_per_expert():
     options = options_of("importance")
     with pytest.raises(ValueError, match="importance on 3 text clusters for 4 experts"):
-        importance.split(layer_of(16, clusters=3), sizes_of(options, 16), options)
+        importance.split(layer_of(16, clusters=3), Sizes.of(options, 16), options)
 
 
 # MoEBERT
@@ -387,16 +358,16 @@ def moebert_ranks(width, *, experts, common, size):
     score = torch.from_numpy((width - rank).astype(np.float32))
     layer = dataclasses.replace(layer_of(width), importance_CN=torch.stack([0.25 * score, 0.75 * score]))
     options = options_of("moebert", experts=experts, common_neurons=common, expert_size=size, top_k=1)
-    return rank[methods.get("moebert").split(layer, sizes_of(options, width), options)]
+    return rank[methods.get("moebert").split(layer, Sizes.of(options, width), options)]
 
 
 @pytest.mark.parametrize(("width", "common", "size"), [(3072, 512, 768), (1536, 256, 384)])
 def test_moebert_deals_the_published_ranks(width, common, size):
-    found = moebert_ranks(width, experts=4, common=common, size=size)
+    ranks = moebert_ranks(width, experts=4, common=common, size=size)
     for e in range(4):
-        assert found[e].tolist() == [*range(common), *range(common + e, width, 4)][:size]
-    assert found.max() == width // 2 - 1
-    assert found[:, -1].tolist() == list(range(width // 2 - 4, width // 2))
+        assert ranks[e].tolist() == [*range(common), *range(common + e, width, 4)][:size]
+    assert ranks.max() == width // 2 - 1
+    assert ranks[:, -1].tolist() == list(range(width // 2 - 4, width // 2))
 
 
 def test_moebert_with_one_expert_of_full_width_keeps_every_neuron():
@@ -411,14 +382,6 @@ def test_a_copy_s_slices_stand_in_consecutive_experts_and_share_a_router_row():
     index = made(options, 12)
     assert index.tolist() == [list(range(4 * g, 4 * g + 4)) for _ in range(2) for g in range(3)]
     assert copy.router_rows(6, slices=3).tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_top_k_over_shared_router_rows_picks_whole_copies():
-    rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))[copy.router_rows(12, slices=3)]
-    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(1))
-    for copies in (1, 2, 3):
-        chosen = (x @ rows.T).topk(3 * copies, dim=1).indices // 3
-        assert all((row.bincount(minlength=4) % 3 == 0).all() for row in chosen)
 
 
 def weights(experts=4, size=50, hidden=40):

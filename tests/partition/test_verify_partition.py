@@ -1,5 +1,6 @@
 """A checkpoint of the partition stage is held against its index and its parent, and whatever was altered is named."""
 
+import functools
 import json
 import shutil
 
@@ -27,17 +28,27 @@ CHOICES = {
 }
 
 
+def convert(dense_dir, folder, choice):
+    _, made = converted(Streamed(dense_dir), folder / "moe", settings.Partition(**CHOICES[choice]))
+    index.write(made, folder / "partition.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conversions(tmp_path_factory, tiny_model):
+    """The folder with the tiny model converted by one of CHOICES, made once."""
+    return functools.cache(lambda choice: convert(tiny_model, tmp_path_factory.mktemp("made"), choice))
+
+
 @pytest.fixture
-def write(tmp_path, tiny_model):
-    """Convert the tiny model by one of CHOICES: the arguments of verify_checkpoint."""
+def write(tmp_path, tiny_model, conversions):
+    """A copy of the conversion by one of CHOICES: the arguments of verify_checkpoint."""
 
-    def make(choice):
-        options = settings.Partition(**CHOICES[choice])
-        _, made = converted(Streamed(tiny_model), tmp_path / "moe", options)
-        index.write(made, tmp_path / "partition.safetensors")
-        return tmp_path / "moe", tmp_path / "partition.safetensors", tiny_model
+    def copy(choice):
+        folder = shutil.copytree(conversions(choice), tmp_path / "copy")
+        return folder / "moe", folder / "partition.safetensors", tiny_model
 
-    return make
+    return copy
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -45,28 +56,29 @@ def test_nothing_is_wrong_with_what_was_written(write, choice):
     assert verify_checkpoint(*write(choice)) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("choice", ["granitemoe", "refitted", "perturbed"])
-def test_nor_with_weights_of_16_bits(tmp_path, tiny_model, write, choice, dtype):
+@pytest.mark.parametrize(
+    ("choice", "dtype"),
+    [("granitemoe", torch.bfloat16), ("refitted", torch.float16), ("perturbed", torch.bfloat16)],
+)
+def test_nor_with_weights_of_16_bits(tmp_path, tiny_model, choice, dtype):
     dense_dir = shutil.copytree(tiny_model, tmp_path / "dense")
     tensors = load_file(dense_dir / "model.safetensors")
     save_file({name: w.to(dtype) for name, w in tensors.items()}, dense_dir / "model.safetensors")
-    _, made = converted(Streamed(dense_dir), tmp_path / "moe", settings.Partition(**CHOICES[choice]))
-    index.write(made, tmp_path / "partition.safetensors")
+    convert(dense_dir, tmp_path, choice)
     assert verify_checkpoint(tmp_path / "moe", tmp_path / "partition.safetensors", dense_dir) == []
 
 
 def change_index(path, change):
-    found = index.read(path)
-    change(found)
-    index.write(found, path)
+    made = index.read(path)
+    change(made)
+    index.write(made, path)
 
 
 def test_experts_whose_rows_are_not_the_parents_are_named(write):
     moe_dir, index_path, dense_dir = write("shared")
 
-    def exchange(found):
-        found.layers[1][[2, 3]] = found.layers[1][[3, 2]]  # routed experts 0 and 1: the sum is the same
+    def exchange(made):
+        made.layers[1][[2, 3]] = made.layers[1][[3, 2]]  # routed experts 0 and 1: the sum is the same
 
     change_index(index_path, exchange)
     problems = verify_checkpoint(moe_dir, index_path, dense_dir)
@@ -94,7 +106,7 @@ def test_a_refit_may_change_down_alone(write):
 
 def test_a_fit_may_change_gate_and_up_too_and_nothing_else(write):
     moe_dir, index_path, dense_dir = write("refitted")
-    change_index(index_path, lambda found: found.meta["settings"].update(fit_passes=1))
+    change_index(index_path, lambda made: made.meta["settings"].update(fit_passes=1))
     edit(moe_dir, **{"1_block_sparse_moe_input_linear_weight": lambda w: w * 1.01})
     assert verify_checkpoint(moe_dir, index_path, dense_dir) == []
     edit(moe_dir, **{"1_self_attn_q_proj_weight": lambda w: w * 1.01})
@@ -112,25 +124,25 @@ def test_a_failed_identity_test_is_told(write, tmp_path):
 
 def test_copies_perturbed_by_another_seed_are_told(write):
     moe_dir, index_path, dense_dir = write("perturbed")
-    change_index(index_path, lambda found: found.meta["settings"].update(seed=7))
+    change_index(index_path, lambda made: made.meta["settings"].update(seed=7))
     problems = verify_checkpoint(moe_dir, index_path, dense_dir)
     assert len(problems) == 6  # gate, up and down of two layers
 
 
 @pytest.mark.parametrize(
-    ("choice", "change", "told"),
+    ("change", "message"),
     [
-        ("random", lambda found: found.layers[0][:1].__imul__(0), "layer 0 has experts with a neuron twice: [0]"),
-        ("random", lambda found: found.scales.update({1: 2.5}), "down columns of experts [0, 1, 2, 3, 4]"),
-        ("random", lambda found: found.layers.pop(1) is found.scales.pop(1), "by its settings [0, 1] become sparse"),
-        ("random", lambda found: found.meta["settings"].update(top_k=3), "num_experts_per_tok = 2"),
-        ("random", lambda found: found.meta["settings"].update(experts=4), "in its settings 0 and 4"),
+        (lambda made: made.layers[0][:1].__imul__(0), "layer 0 has experts with a neuron twice: [0]"),
+        (lambda made: made.scales.update({1: 2.5}), "down columns of experts [0, 1, 2, 3, 4]"),
+        (lambda made: made.layers.pop(1) is made.scales.pop(1), "by its settings [0, 1] become sparse"),
+        (lambda made: made.meta["settings"].update(top_k=3), "num_experts_per_tok = 2"),
+        (lambda made: made.meta["settings"].update(experts=4), "in its settings 0 and 4"),
     ],
 )
-def test_an_index_that_does_not_fit_is_told(write, choice, change, told):
-    moe_dir, index_path, dense_dir = write(choice)
+def test_an_index_that_does_not_fit_is_told(write, change, message):
+    moe_dir, index_path, dense_dir = write("random")
     change_index(index_path, change)
-    assert told in verify_checkpoint(moe_dir, index_path, dense_dir)[0]
+    assert message in verify_checkpoint(moe_dir, index_path, dense_dir)[0]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +163,7 @@ def test_a_field_of_the_config_that_the_partition_does_not_write_is_named(write,
 
 
 @pytest.mark.parametrize(
-    ("choice", "end", "change", "told"),
+    ("choice", "end", "change", "message"),
     [
         ("random", "1_self_attn_k_proj_weight", lambda w: w.nextafter(w + 1), "k_proj.weight is not bit for bit"),
         ("random", "model_norm_weight", lambda w: w.double(), "model.norm.weight is not bit for bit"),
@@ -167,10 +179,10 @@ def test_a_field_of_the_config_that_the_partition_does_not_write_is_named(write,
         ("random", "1_block_sparse_moe_experts_3_w1_weight", lambda w: w.nextafter(w + 1), "gate rows of experts [3]"),
     ],
 )
-def test_an_altered_tensor_is_named(write, choice, end, change, told):
+def test_an_altered_tensor_is_named(write, choice, end, change, message):
     moe_dir, index_path, dense_dir = write(choice)
     edit(moe_dir, **{end: change})
-    assert told in verify_checkpoint(moe_dir, index_path, dense_dir)[0]
+    assert message in verify_checkpoint(moe_dir, index_path, dense_dir)[0]
 
 
 def test_a_tensor_of_no_known_origin_is_named(write):

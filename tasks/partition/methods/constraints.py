@@ -25,24 +25,24 @@ def problems(layer_EF: np.ndarray, *, sizes: Sizes, options: settings.Partition)
         return [
             f"has entries from {layer_EF.min()} to {layer_EF.max()}; allowed: whole numbers, 0 to {sizes.width - 1}"
         ]
-    found = []
+    wrong = []
     ordered_EF = np.sort(layer_EF, axis=1)
     if twice := np.unique(ordered_EF[:, 1:][ordered_EF[:, 1:] == ordered_EF[:, :-1]])[:5].tolist():
-        found.append(f"has experts with a neuron twice: {twice}")
+        wrong.append(f"has experts with a neuron twice: {twice}")
     times_N = np.bincount(layer_EF.reshape(-1), minlength=sizes.width)
     if options.method == "moebert":
         common = options.common_neurons or 0
         everywhere = int((times_N == sizes.experts).sum())
         if everywhere != common and sizes.experts > 1:
-            found.append(f"has {everywhere} neurons in all {sizes.experts} experts, but common_neurons = {common}")
+            wrong.append(f"has {everywhere} neurons in all {sizes.experts} experts, but common_neurons = {common}")
         if elsewhere := np.flatnonzero((times_N > 1) & (times_N != sizes.experts))[:5].tolist():
-            found.append(f"has neurons in some experts, neither one nor all: {elsewhere}")
+            wrong.append(f"has neurons in some experts, neither one nor all: {elsewhere}")
     elif options.sharing != "inner":
         copies = sizes.experts * sizes.size // sizes.width if options.method == "copy" else 1
-        if wrong := np.flatnonzero(times_N != copies)[:5].tolist():
+        if others := np.flatnonzero(times_N != copies)[:5].tolist():
             often = "once" if copies == 1 else f"{copies} times"
-            found.append(
+            wrong.append(
                 f"is no partition of the {sizes.width} neurons under method `{options.method}`: not there exactly "
-                f"{often}: {wrong}"
+                f"{often}: {others}"
             )
-    return found
+    return wrong
