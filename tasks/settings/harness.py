@@ -79,8 +79,8 @@ def _names() -> tuple[set[str], dict[str, bool], dict[str, list[str]]]:
 def _tags(path: Path) -> tuple[str, ...]:
     """The tags of a description, or of the one that it includes."""
     text = path.read_bytes()
-    if found := _TAGS.search(text):
-        return tuple(word.decode() for word in _WORD.findall(found[1]))
+    if own := _TAGS.search(text):
+        return tuple(word.decode() for word in _WORD.findall(own[1]))
     included = _INCLUDE.search(text)
     base = path.parent / included[1].decode() if included else path
     return _tags(base) if base != path and base.is_file() else ()

@@ -23,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
     from ruamel.yaml.error import MarkedYAMLError
 
     try:
-        found = YAML(typ="safe", pure=True).load(_decode(path))
+        raw = YAML(typ="safe", pure=True).load(_decode(path))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -34,13 +34,13 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a date of a 13th month, a number too long: the parser lets Python's own errors pass
         raise SettingsError(f"{path}: not valid YAML: {_line(error)}") from None
-    if not isinstance(found, dict):
-        what = "is empty" if found is None else f"is a {type(found).__name__}"
+    if not isinstance(raw, dict):
+        what = "is empty" if raw is None else f"is a {type(raw).__name__}"
         raise SettingsError(f"{path}: {what}; it must hold the sections models, corpora, pipelines and deployments")
-    if (values := _values(found, above=frozenset(), known={})) > MOST_VALUES:
+    if (values := _values(raw, above=frozenset(), known={})) > MOST_VALUES:
         count = "values without end" if values == math.inf else f"{values:.0e} values"
         raise SettingsError(f"{path}: its aliases (*name) stand for {count}; allowed are {MOST_VALUES:,}")
-    return found
+    return raw
 
 
 def _decode(path: Path) -> str:
@@ -55,10 +55,10 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         wide = next((name for start, name in WIDE.items() if content.startswith(start)), None)
         line = content.count(b"\n", 0, error.start) + 1
-        found = f"it is {wide}" if wide else f"byte 0x{content[error.start]:02x} in line {line}"
+        what = f"it is {wide}" if wide else f"byte 0x{content[error.start]:02x} in line {line}"
         source = wide or "LATIN1"
         raise SettingsError(
-            f"{path}: not UTF-8 ({found}); save it as UTF-8, such as by `iconv -f {source} -t UTF-8`"
+            f"{path}: not UTF-8 ({what}); save it as UTF-8, such as by `iconv -f {source} -t UTF-8`"
         ) from None
 
 

@@ -79,8 +79,8 @@ class Fetched:
     def versions(self, *, anew: bool = False) -> dict[str, str]:
         """A string per file, or for the archive of all, that changes when its bytes do; `anew` as in `digest`."""
         fs, paths = self._places()
-        found = self.hashes.versions(fs, list(paths.values()), listed=self._list_again(), anew=anew)
-        return {name: found[path] for name, path in paths.items()}
+        versions = self.hashes.versions(fs, list(paths.values()), listed=self._list_again(), anew=anew)
+        return {name: versions[path] for name, path in paths.items()}
 
     def fingerprint(self, *, anew: bool = False) -> str:
         """What `fingerprint` gives for a source without a pin."""
@@ -97,14 +97,12 @@ class Fetched:
         return {name: stamp(fs, path, listed=listed.get(path)).text for name, path in paths.items()}
 
     @contextmanager
-    def unchanged(
-        self, versions: dict[str, str] | None = None, *, mend: str = "run again"
-    ) -> Iterator[dict[str, str]]:
+    def unchanged(self, versions: dict[str, str] | None = None, *, fix: str = "run again") -> Iterator[dict[str, str]]:
         """Check that files are what they were before and after a block that reads them; yields their stamps.
 
         Args:
             versions: what they were; those whose sha256 `fetch` compared if None, and nothing if it compared none.
-            mend: what the error says is to be done.
+            fix: what the error says is to be done.
 
         Raises:
             SourceError: one is not, or was touched while the block read it.
@@ -112,20 +110,19 @@ class Fetched:
         before = self.stamps()
         known = self.checked if versions is None else versions
         if known:
-            self.require(known, self.versions(), mend=mend)
+            self.require(known, self.versions(), fix=fix)
         try:
             yield before
         finally:  # what a reader makes of a file that changes under it says less
-            self.require(before, self.stamps(), what="changed while it was read", mend=mend)
+            self.require(before, self.stamps(), what="changed while it was read", fix=fix)
 
     def require(
-        self, known: dict[str, str], found: dict[str, str], *, what: str = "changed since it was checked", mend: str
+        self, known: dict[str, str], now: dict[str, str], *, what: str = "changed since it was checked", fix: str
     ) -> None:
-        """Raise SourceError naming the first file of `found` whose value is not the known one."""
-        changed = [name for name in found if known.get(name) != found[name]]
-        if changed:
+        """Raise SourceError naming the first file of `now` whose value is not the known one."""
+        if changed := [name for name in now if known.get(name) != now[name]]:
             more = f" (and {len(changed) - 1} more files)" if len(changed) > 1 else ""
-            raise SourceError(f"source {self.source.text!r}: {changed[0]} {what}{more}; {mend}")
+            raise SourceError(f"source {self.source.text!r}: {changed[0]} {what}{more}; {fix}")
 
     def _list_again(self) -> Listing:
         """One listing, where it takes less than a question for each file."""
@@ -160,13 +157,13 @@ def fetch(
     try:
         versions = fetched.versions()
         with fetched.unchanged():
-            found = fetched.digest()
+            digest = fetched.digest()
     except SourceError as error:
-        mend = f"; delete its archive in {cache}, run again" if is_package else "; run again"
-        raise SourceError(f"source {text!r}: {error}{mend}") from error
-    if found != sha256:
+        fix = f"; delete its archive in {cache}, run again" if is_package else "; run again"
+        raise SourceError(f"source {text!r}: {error}{fix}") from error
+    if digest != sha256:
         raise SourceError(
-            f"source {text!r}: sha256 is {found}, but pipelines.yaml says {sha256}; "
+            f"source {text!r}: sha256 is {digest}, but pipelines.yaml says {sha256}; "
             "the bytes are not those that were pinned. Check where they come from, then correct `sha256` or the source"
         )
     return replace(fetched, checked=versions)
@@ -201,15 +198,15 @@ def _listed(text: str, cache: Path, *, sdist: bool = False, anywhere: bool = Fal
         import fsspec
 
         file = download(source, cache, sdist=sdist)
-        fs, found = open_archive(source, file)
-        store = Store(fs=fs, found=found, archive=(fsspec.filesystem("file"), str(file)))
+        fs, listed = open_archive(source, file)
+        store = Store(fs=fs, listed=listed, archive=(fsspec.filesystem("file"), str(file)))
     elif source.kind in {"dir", "url"}:
         store = open_store(source, anywhere=anywhere)
     else:
         raise SourceError(
             f"source {text!r}: a hub id names a model or a dataset, not files; a dataset has format: dataset"
         )
-    files = {path: info.get("size") for path, info in sorted(store.found.items()) if info["type"] != "directory"}
+    files = {path: info.get("size") for path, info in sorted(store.listed.items()) if info["type"] != "directory"}
     if not files:
         raise SourceError(f"source {text!r} matches no file; check its path or glob")
     _require_utf8(text, files)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,9 +57,9 @@ def stamp(fs: AbstractFileSystem, path: str, *, listed: dict[str, Any] | None = 
     A store is asked for the file unless `listed`, what it told in a listing, has a version of it.
     """
     if "local" in fs.protocol:
-        found = local.regular(path)
-        is_young = time.time() - max(found.st_mtime, found.st_ctime) < _YOUNG
-        text = f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+        status = local.regular(path)
+        is_young = time.time() - max(status.st_mtime, status.st_ctime) < _YOUNG
+        text = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         return Stamp(text, is_young=is_young)
     if listed is not None and (version := _version(listed)):
         return Stamp(version, is_version=True)
@@ -106,17 +106,17 @@ class Hashes:
             SourceError: a file is gone, cannot be read, or changed meanwhile.
         """
         stamps = {path: stamp(fs, path, listed=(listed or {}).get(path)) for path in paths}
-        found = {path: f"version {known.text}" for path, known in stamps.items() if known.is_version}
-        left = [path for path in paths if path not in found]
+        versions = {path: f"version {known.text}" for path, known in stamps.items() if known.is_version}
+        left = [path for path in paths if path not in versions]
         if not anew:
-            left = self._recall(left, stamps, into=found)
+            left = self._recall(left, stamps, into=versions)
         if left:
             with self._alone():  # of many processes that want the same, the first one reads
                 if not anew:
-                    left = self._recall(left, stamps, into=found)
+                    left = self._recall(left, stamps, into=versions)
                 if left:
-                    found |= self._read(fs, left, stamps)
-        return {path: found[path] for path in paths}
+                    versions |= self._read(fs, left, stamps)
+        return {path: versions[path] for path in paths}
 
     def sha256(self, fs: AbstractFileSystem, paths: list[str], *, anew: bool = False) -> dict[str, str]:
         """SHA-256 of files, whether or not their store knows versions of them; local ones are remembered."""
@@ -139,24 +139,22 @@ class Hashes:
                 raise SourceError(f"{path} changed while it was read; run again when nobody writes to it")
             return sha256
 
-        run: Callable[..., Any] = map
-        pool = None
-        if "local" in fs.protocol and len(paths) > 1:
-            pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None)
-            run = pool.map
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        pool = ThreadPoolExecutor(
+            threads if "local" in fs.protocol else 1
+        )  # several threads may not share a store's client
         try:
-            found = dict(zip(paths, run(read, paths), strict=True))
+            digests = dict(zip(paths, pool.map(read, paths), strict=True))
         finally:
-            if pool:
-                pool.shutdown(cancel_futures=True)
-        kept = {path: [stamps[path].text, sha256] for path, sha256 in found.items() if not stamps[path].is_young}
+            pool.shutdown(cancel_futures=True)
+        kept = {path: [stamps[path].text, sha256] for path, sha256 in digests.items() if not stamps[path].is_young}
         scratch.write_json(self._path, {**self._load(), **kept})
-        return {path: f"sha256 {sha256}" for path, sha256 in found.items()}
+        return {path: f"sha256 {sha256}" for path, sha256 in digests.items()}
 
     def _load(self) -> dict[str, list[str]]:
         try:
-            found = self._path.stat()
-            if self._loaded[0] != (key := (found.st_ino, found.st_mtime_ns)):
+            status = self._path.stat()
+            if self._loaded[0] != (key := (status.st_ino, status.st_mtime_ns)):
                 self._loaded = key, json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
             return {}

@@ -37,19 +37,19 @@ def files(path: str, *, anywhere: bool = False) -> dict[str, int]:
     pattern = re.compile(glob_translate(path))
     if not _exists(root):
         return {}
-    named = (found for found in _walk(root, depth=depth) if pattern.match(found.path))
+    named = (entry for entry in _walk(root, depth=depth) if pattern.match(entry.path))
     return dict(_judged(named, root, is_glob=True, anywhere=anywhere))
 
 
 def regular(path: str) -> os.stat_result:
     """`os.stat` of a file that is read. Raises SourceError if it is gone, or is no regular file any more."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); bring it back, or correct the source") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise SourceError(f"{path} is {_kind(found.st_mode)}, no regular file; remove it or name the files by a glob")
-    return found
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError(f"{path} is {_kind(status.st_mode)}, no regular file; remove it or name the files by a glob")
+    return status
 
 
 def _plain(path: str, *, anywhere: bool) -> dict[str, int]:
@@ -72,10 +72,10 @@ def _exists(path: str) -> bool:
 
 
 def _judged(
-    found: Iterator[os.DirEntry[str]], root: str, *, is_glob: bool, anywhere: bool
+    entries: Iterator[os.DirEntry[str]], root: str, *, is_glob: bool, anywhere: bool
 ) -> Iterator[tuple[str, int]]:
     real = "/" if anywhere else os.path.realpath(root)
-    for entry in found:
+    for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             continue
         _require_name(entry.path)
@@ -109,16 +109,16 @@ def _require_name(path: str) -> None:
 
 
 def _require_inside(path: str, real_root: str, *, is_glob: bool) -> None:
-    mend = "leave it out of the glob" if is_glob else "remove it, or name the files by a glob that leaves it out"
+    fix = "leave it out of the glob" if is_glob else "remove it, or name the files by a glob that leaves it out"
     leads = f"{path} is a link to {os.readlink(path)!r}"
     try:
         real = os.path.realpath(path, strict=True)
     except OSError as error:
-        raise SourceError(f"{leads}, which cannot be followed ({error.strerror}); {mend}") from None
+        raise SourceError(f"{leads}, which cannot be followed ({error.strerror}); {fix}") from None
     if os.path.commonpath([real, real_root]) != real_root:
-        raise SourceError(f"{leads}, which is outside of the source's folder; copy the file to its place, or {mend}")
+        raise SourceError(f"{leads}, which is outside of the source's folder; copy the file to its place, or {fix}")
     if os.path.isdir(real):
-        raise SourceError(f"{leads}, a folder, which would be read twice or without end; {mend}")
+        raise SourceError(f"{leads}, a folder, which would be read twice or without end; {fix}")
 
 
 def _kind(mode: int) -> str:

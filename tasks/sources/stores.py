@@ -20,13 +20,13 @@ Place = tuple["AbstractFileSystem", str]
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """An open source: `found` are its files; `archive` is the place of the archive that they lie in, if they do.
+    """An open source: `listed` are its files; `archive` is the place of the archive that they lie in, if they do.
 
     `again` lists a store's files anew; None for local files and archives, which are asked one by one.
     """
 
     fs: AbstractFileSystem
-    found: Listing
+    listed: Listing
     archive: Place | None = None
     again: Callable[[], Listing] | None = None
 
@@ -42,11 +42,11 @@ def open_store(source: Source, *, anywhere: bool = False) -> Store:
     try:
         if source.kind == "dir":
             fs = fsspec.filesystem("file")
-            return Store(fs=fs, found=_local(fs, source.path, anywhere=anywhere))
+            return Store(fs=fs, listed=_local(fs, source.path, anywhere=anywhere))
         archive = _archive(source)
         fs, path = fsspec.url_to_fs(source.path, **({"skip_instance_cache": True} if archive else {}))
         if "local" in fs.protocol:
-            return Store(fs=fs, found=_local(fs, path, anywhere=anywhere))
+            return Store(fs=fs, listed=_local(fs, path, anywhere=anywhere))
 
         def again() -> Listing:
             fs.invalidate_cache()
@@ -56,11 +56,11 @@ def open_store(source: Source, *, anywhere: bool = False) -> Store:
                 return {path: fs.info(path)}
             return dict(fs.find(path, detail=True))
 
-        return Store(fs=fs, found=again(), archive=archive, again=None if archive else again)
+        return Store(fs=fs, listed=again(), archive=archive, again=None if archive else again)
     except ImportError as error:
         extra = next((extra for protocol, extra in _EXTRAS.items() if f"{protocol}://" in source.path), None)
-        mend = f"pip install 'moeforge[{extra}]'" if extra else "install the package it names"
-        raise SourceError(f"source {source.text!r} cannot be opened: {error}; {mend}") from error
+        fix = f"pip install 'moeforge[{extra}]'" if extra else "install the package it names"
+        raise SourceError(f"source {source.text!r} cannot be opened: {error}; {fix}") from error
     except SourceError as error:
         raise SourceError(f"source {source.text!r}: {error}") from error
     except Exception as error:  # every store and archive has errors of its own; ValueError: no such protocol

@@ -15,7 +15,7 @@ _GLOB = re.compile(r"[*?\[]")
 
 
 class SourceError(ValueError):
-    """A source that cannot be parsed, fetched or trusted; the message names it and says what mends it."""
+    """A source that cannot be parsed, fetched or trusted; the message names it and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,10 @@ from tasks.corpus.tokenizer import encoder
 
 MODELS = Path("data/models")
 SHOWN = 64  # tokens decoded
+FIELDS = (
+    *("corpus", "sha256", "model", "tokenizer", "vocab_size", "separators", "eos_token_id", "bos_token_id"),
+    *("dtype", "seed"),
+)
 
 
 def describe_shard(path: Path, *, model_dir: Path | None = None) -> dict[str, Any]:
@@ -64,20 +68,7 @@ def describe_manifest(corpus_dir: Path, *, model_dir: Path | None = None) -> dic
             "first_ids": first,
             "first_text": _decode(first, model_dir, corpus.tokenizer),
         }
-    return {
-        "path": str(corpus_dir),
-        "corpus": corpus.corpus,
-        "sha256": corpus.sha256,
-        "model": corpus.model,
-        "tokenizer": corpus.tokenizer,
-        "vocab_size": corpus.vocab_size,
-        "separators": corpus.separators,
-        "eos_token_id": corpus.eos_token_id,
-        "bos_token_id": corpus.bos_token_id,
-        "dtype": corpus.dtype,
-        "seed": corpus.seed,
-        "domains": domains,
-    }
+    return {"path": str(corpus_dir), **{name: getattr(corpus, name) for name in FIELDS}, "domains": domains}
 
 
 def _model_of(corpus_dir: Path) -> Path | None:

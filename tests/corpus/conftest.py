@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tests.corpus.texts import jsonl, run, sentences
+from tasks.corpus.build import stage
+from tests.corpus.texts import CORPUS, Project, jsonl, run, sentences
 
 
 def _save(tokenizer: Tokenizer, folder: Path, *, eos: str) -> Path:
@@ -53,38 +55,45 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """No test cuts the power, and fsync takes most of the time of many small files."""
+def _no_waiting() -> Iterator[None]:
+    """No test cuts the power, and fsync takes most of the time of many small files; the code is digested once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(stage.code, "fingerprint", functools.cache(stage.code.fingerprint))
         yield
 
 
-def write_project(root: Path, model_dir: Path, domains: dict[str, dict[str, Any]], **knobs: Any) -> None:
-    """Write the settings of a project with one corpus `tiny`, and its model."""
+def write_project(
+    root: Path, model_dir: Path, domains: Mapping[str, dict[str, Any] | list[str]], **knobs: Any
+) -> None:
+    """Write the settings of a project with one corpus `tiny`, and its model. A domain is an entry, or its texts."""
     model = root / "data/models/small"
     model.parent.mkdir(parents=True, exist_ok=True)
     if not model.exists():
         model.symlink_to(model_dir)
-    for entry in domains.values():
-        entry.setdefault("format", "jsonl")
-        entry.setdefault("license", "CC0-1.0")
+    entries = {}
+    for name, domain in domains.items():
+        entry = {"source": jsonl(root / f"{name}.jsonl", domain)} if isinstance(domain, list) else domain
+        entries[name] = {"format": "jsonl", "license": "CC0-1.0", **entry}
     content = {
         "models": {"small": {"source": f"dir:{model_dir}", "license": "CC0-1.0"}},
-        "corpora": {"tiny": {"model": "small", "heldout": 0.2, **knobs, "domains": domains}},
+        "corpora": {"tiny": {"model": "small", "heldout": 0.2, **knobs, "domains": entries}},
         "pipelines": {},
     }
     (root / "pipelines.yaml").write_text(json.dumps(content))
 
 
 @pytest.fixture
-def project(tmp_path: Path, byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Make a project with one corpus `tiny` and change into it: project(domains={name: {...}}, **corpus knobs)."""
+def project(tmp_path: Path, byte_level: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Make a project with one corpus `tiny` and change into it; returns where the corpus will be.
 
-    def make(domains: dict[str, dict[str, Any]], **knobs: Any) -> Path:
+    project({domain: its entry, or its texts}, **knobs of the corpus)
+    """
+
+    def make(domains: Mapping[str, Any], **knobs: Any) -> Path:
         write_project(tmp_path, byte_level, domains, **knobs)
         monkeypatch.chdir(tmp_path)
-        return tmp_path
+        return tmp_path / CORPUS
 
     return make
 
@@ -105,6 +114,19 @@ def finished_project(tmp_path_factory: pytest.TempPathFactory, byte_level: Path)
 @pytest.fixture
 def corpus(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished project's corpus; the test runs in its project."""
-    shutil.copytree(finished_project, tmp_path, symlinks=True, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "data/corpora/tiny"
+    return copied(finished_project, tmp_path, monkeypatch)
+
+
+def copied(project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a project and change into it; returns its corpus."""
+    shutil.copytree(project, folder, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(folder)
+    return folder / CORPUS
+
+
+def with_bos(model_dir: Path) -> None:
+    """Have the project's model be a copy of another, with the token `!` as BOS."""
+    model = Path("data/models/small")
+    model.unlink()
+    shutil.copytree(model_dir, model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "!"}))

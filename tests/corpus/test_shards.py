@@ -114,18 +114,6 @@ def test_the_bytes_do_not_depend_on_how_documents_were_handed_in(tmp_path: Path)
     assert len({path.read_bytes() for path in paths}) == 1
 
 
-def test_datasets_opens_shards_with_the_ids_that_went_in(tmp_path: Path) -> None:
-    import datasets
-
-    paths, documents = [tmp_path / f"d/train/part-{i}.arrow" for i in range(3)], [some(40, seed=i) for i in range(3)]
-    for path, mine in zip(paths, documents, strict=True):
-        shards.write(path, made(mine, cuts=[7]), order=np.arange(40), dtype=np.uint16, metadata=FACTS)
-    together = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
-    assert together["input_ids"][:] == [d[0] for mine in documents for d in mine]
-    assert together["doc_id"][:] == [d[1] for mine in documents for d in mine]
-    assert together["source"][:] == [d[2] for mine in documents for d in mine]
-
-
 def test_writing_holds_the_ids_once_more_and_no_copy_of_the_file(tmp_path: Path) -> None:
     rng, part = np.random.default_rng(0), shards.Part()
     for _ in range(16):

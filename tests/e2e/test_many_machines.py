@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +17,19 @@ import psutil
 import pytest
 
 from tasks import scratch
-from tasks.corpus.build import stage
+from tasks.corpus import __main__ as command
+from tasks.corpus import fingerprint
+from tasks.corpus.build import planning, stage
 from tasks.corpus.build.planning import Unit
 from tasks.corpus.tokenizer import encoder
+from tests.conftest import SETTINGS
 from tests.flows.conftest import alive, server, until
 
 __all__ = ["server"]
 
 pytestmark = pytest.mark.e2e
 
+CORPUS = Path("data/corpora/tiny")
 # Stops before a chosen file gets its name: the worst moment to be killed at.
 HOLD = """
 
@@ -44,15 +48,41 @@ def _hold(source: str, target: str) -> None:
 
 os.replace = _hold
 """
-SCAN, PART = "scan/code-*/00005-000.arrow", "code/*/part-00007-000.arrow"
+SCAN, PART = "scan/code-*/00003-000.arrow", "code/*/part-00004-000.arrow"
 
 
-def fit_with_hold(project: Path) -> None:
-    """Cut the tiny corpus into about fifty tasks, and let its code stop where `hold` says."""
-    settings = project / "pipelines.yaml"
-    settings.write_text(settings.read_text().replace("heldout: 0.2", "heldout: 0.2\n    task_bytes: 40000"))
-    with (project / "tasks/corpus/files.py").open("a") as file:
+def write_settings(model: Path) -> None:
+    """Write the settings of the tiny project, its corpus cut into about ten tasks, its sources named from here."""
+    settings = SETTINGS.format(model=model, data="texts")
+    Path("pipelines.yaml").write_text(settings.replace("heldout: 0.2", "heldout: 0.2\n    task_bytes: 100000"))
+
+
+def prepare(model: Path) -> None:
+    """Make what a corpus needs, without DVC."""
+    Path("data/models").mkdir(parents=True)
+    Path("data/models/tiny").symlink_to(model)
+    sys.argv = ["fingerprint", "tiny"]
+    assert fingerprint.main() == 0
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> str:
+    """The digest of a run by one process from nothing."""
+    with contextlib.chdir(tmp_path_factory.mktemp("plain")):
+        Path("texts").symlink_to(tiny_data)
+        write_settings(tiny_model)
+        prepare(tiny_model)
+        stage.make("tiny", run=stage.processes(1))
+        return scratch.digest(CORPUS)
+
+
+@pytest.fixture
+def project(tiny_project: Path, tiny_model: Path) -> Path:
+    """The tiny project, whose code stops where `hold` says."""
+    write_settings(tiny_model)
+    with (tiny_project / "tasks/corpus/files.py").open("a") as file:
         file.write(HOLD)
+    return tiny_project
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -86,38 +116,17 @@ def _children(process: subprocess.Popen[str]) -> list[int]:
     return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
 
 
-def digest() -> str:
-    return scratch.digest(Path("data/corpora/tiny"))
-
-
-def plain() -> str:
-    """The digest of a run by one process from nothing."""
-    shutil.rmtree("data/corpora/tiny", ignore_errors=True)
-    shutil.rmtree(".scratch/corpus-tiny", ignore_errors=True)
-    stage.make("tiny", run=stage.processes(1))
-    return digest()
-
-
-def _prepare(model: Path) -> None:
-    """What a corpus needs, without DVC."""
-    Path("data/models").mkdir(parents=True)
-    Path("data/models/tiny").symlink_to(model)
-    end(start("tasks.corpus.fingerprint", "tiny"))
-
-
 def test_threads_have_an_encoder_each_and_give_the_bytes_of_a_plain_run(
-    tiny_project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, tiny_model: Path, plain: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit_with_hold(tiny_project)
-    _prepare(tiny_model)
-    expected = plain()
-    load, loaded = encoder.load_encoder, []
+    prepare(tiny_model)
+    loaded = []
 
     def noted(*arguments: Any, **keywords: Any) -> encoder.Encoder:
         loaded.append(threading.get_ident())
-        return load(*arguments, **keywords)
+        return encoder.load_encoder(*arguments, **keywords)
 
-    monkeypatch.setattr(encoder, "load_encoder", noted)
+    monkeypatch.setattr(stage, "_encoders", planning.PerThread(noted, most=2))
     together = threading.Barrier(3)
 
     def threads(function: Callable[[Unit], None], units: list[Unit]) -> None:
@@ -125,55 +134,53 @@ def test_threads_have_an_encoder_each_and_give_the_bytes_of_a_plain_run(
             list(pool.map(function, units))
 
     stage.make("tiny", run=threads)
-    assert digest() == expected
+    assert scratch.digest(CORPUS) == plain
     assert len(set(loaded)) >= 3
 
 
 def test_array_members_one_killed_and_other_numbers_of_them_give_the_bytes_of_a_plain_run(
-    tiny_project: Path, tiny_model: Path
+    project: Path, tiny_model: Path, plain: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit_with_hold(tiny_project)
-    _prepare(tiny_model)
+    prepare(tiny_model)
 
-    def members(phase: str, *indices: int, of: int) -> list[subprocess.Popen[str]]:
-        share = ("tasks.corpus", "tiny", "--phase", phase, "--num-tasks", str(of), "--task-index")
-        return [start(*share, str(index)) for index in indices]
+    def here(*arguments: str) -> int:
+        sys.argv = ["corpus", "tiny", *arguments]
+        return command.main()
+
+    def shares(phase: str, of: int) -> list[list[str]]:
+        return [["--phase", phase, "--num-tasks", str(of), "--task-index", str(index)] for index in range(of)]
 
     Path("hold").write_text(SCAN)
-    kill_where_held(*members("scan", 0, 1, of=2), at=SCAN)
-    said = end(start("tasks.corpus", "tiny", "--phase", "resolve"), code=1)
-    assert "phase resolve of corpus tiny needs phase scan" in said
-    assert "Traceback" not in said
-    for process in members("scan", 0, 1, 2, of=3):
-        end(process)
-    end(start("tasks.corpus", "tiny", "--phase", "resolve"))
+    kill_where_held(*(start("tasks.corpus", "tiny", *share) for share in shares("scan", 2)), at=SCAN)
+    assert here("--phase", "resolve") == 1
+    assert "phase resolve of corpus tiny needs phase scan" in capsys.readouterr().err
+    assert [here(*share) for share in shares("scan", 3)] == [0, 0, 0]
+    assert here("--phase", "resolve") == 0
     Path("hold").write_text(PART)
-    kill_where_held(*members("tokenise", 0, 1, of=2), at=PART)
+    kill_where_held(*(start("tasks.corpus", "tiny", *share) for share in shares("tokenise", 2)), at=PART)
     end(start("tasks.corpus", "tiny", "--workers", "2"))
-    assert digest() == plain()
+    assert scratch.digest(CORPUS) == plain
 
 
 def test_a_dask_run_that_is_killed_is_finished_by_processes_with_the_bytes_of_a_plain_run(
-    tiny_repo: Path, server: dict[str, str]
+    project: Path, tiny_repo: Path, server: dict[str, str], plain: str
 ) -> None:
     pytest.importorskip("prefect_dask")
-    fit_with_hold(tiny_repo)
     Path("hold").write_text(SCAN)
-    kill_where_held(start("flows.cli", "tokenise", "tiny", "--runner", "dask", "--workers", "2", **server), at=SCAN)
-    assert (tiny_repo / "data/models/tiny").is_dir()
-    assert not (tiny_repo / "data/corpora/tiny").exists()
+    kill_where_held(start("flows.cli", "tokenise", "tiny", "--runner", "dask", "--workers", "1", **server), at=SCAN)
+    assert Path("data/models/tiny").is_dir()
+    assert not CORPUS.exists()
 
-    said = end(start("flows.cli", "tokenise", "tiny", "--workers", "2", **server))
-    assert "model@tiny | == cached" in said
-    assert "tiny: done in" in said
-    found = digest()
+    output = end(start("flows.cli", "tokenise", "tiny", "--workers", "1", **server))
+    assert "model@tiny | == cached" in output
+    assert "tiny: done in" in output
+    assert scratch.digest(CORPUS) == plain
     assert "up to date" in end(start("dvc", "status", "corpus@tiny"))
-    assert plain() == found
 
 
-def test_ray_gives_the_bytes_of_a_plain_run(tiny_repo: Path, server: dict[str, str]) -> None:
+def test_ray_gives_the_bytes_of_a_plain_run(
+    project: Path, tiny_repo: Path, server: dict[str, str], plain: str
+) -> None:
     pytest.importorskip("prefect_ray")
-    fit_with_hold(tiny_repo)
     end(start("flows.cli", "tokenise", "tiny", "--runner", "ray", "--workers", "2", **server))
-    found = digest()
-    assert plain() == found
+    assert scratch.digest(CORPUS) == plain

@@ -1,44 +1,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 import sys
-import tarfile
 import threading
-import zipfile
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from tasks import sources
 from tasks.sources import SourceError
+from tests.archives import pack
+from tests.servers import serving
 
 
 def sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def wheel(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def sdist(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -60,15 +39,8 @@ def test_each_kind_of_source_is_understood(text: str, kind: str, name: str, vers
 @pytest.mark.parametrize(
     "text",
     [
-        "sympy",
-        "pypi:sympy/a.py",
-        "pypi:sympy==1.0",
-        "hub:name@main",
-        "hub:a/b",
-        "dir:",
-        "pypi:--index-url==1/a",
-        "pypi:-e==1/a",
-        "npm:--x==1/a",
+        *("sympy", "pypi:sympy/a.py", "pypi:sympy==1.0", "hub:name@main", "hub:a/b", "dir:"),
+        *("pypi:--index-url==1/a", "pypi:-e==1/a", "npm:--x==1/a"),
     ],
 )
 def test_what_is_no_source_is_refused_with_the_syntax(text: str) -> None:
@@ -79,22 +51,8 @@ def test_what_is_no_source_is_refused_with_the_syntax(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            f"npm:pkg=={version}/a"
-            for version in (
-                "1.x",
-                "1",
-                "1.2",
-                "latest",
-                "^1.2.0",
-                "~1.2.3",
-                "1.2.3||2",
-                "*",
-                "v1.2.3",
-                "1.2.3.4",
-                "１.2.3",
-            )
-        ),
+        *(f"npm:pkg=={version}/a" for version in ("1.x", "1", "1.2", "latest", "^1.2.0", "~1.2.3", "1.2.3||2", "*")),
+        *(f"npm:pkg=={version}/a" for version in ("v1.2.3", "1.2.3.4", "１.2.3")),
         *(f"npm:@scope/pkg=={version}/a" for version in ("next", ">=1.0.0", "01.2.3", "1.2.3-")),
         *(f"pypi:pkg=={version}/a" for version in ("1.*", "latest", "-1", "=1.0", "1.0,<2", "1.0;a", "1.x")),
     ],
@@ -122,7 +80,7 @@ def test_a_path_may_not_leave_its_package() -> None:
 
 def test_files_of_a_wheel_are_read_in_place_and_pinned_by_their_digest(tmp_path: Path) -> None:
     files = {"pkg/a.txt": b"one", "pkg/deep/b.txt": b"two", "pkg/c.py": b"no"}
-    wheel(tmp_path / "pypi-pkg-1.0" / "pkg-1.0-py3-none-any.whl", files)
+    pack(tmp_path / "pypi-pkg-1.0" / "pkg-1.0-py3-none-any.whl", files)
     lines = f"a.txt\0{sha(b'one')}\ndeep/b.txt\0{sha(b'two')}\n"
     found = sources.fetch("pypi:pkg==1.0/pkg/**/*.txt", tmp_path, sha256=sha(lines.encode()))
     assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
@@ -132,9 +90,8 @@ def test_files_of_a_wheel_are_read_in_place_and_pinned_by_their_digest(tmp_path:
 
 @pytest.mark.parametrize("kind", ["pypi", "npm"])
 def test_the_top_folder_of_an_sdist_or_npm_pack_is_not_written(tmp_path: Path, kind: str) -> None:
-    sdist(
-        tmp_path / f"{kind}-pkg-1.0.0" / "pkg-1.0.0.tgz", {"package/data/a.txt": b"one", "package/data/b.txt": b"two"}
-    )
+    files = {"package/data/a.txt": b"one", "package/data/b.txt": b"two"}
+    pack(tmp_path / f"{kind}-pkg-1.0.0" / "pkg-1.0.0.tgz", files)
     found = sources.fetch(f"{kind}:pkg==1.0.0/data/*.txt", tmp_path)
     assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
 
@@ -149,22 +106,21 @@ def test_a_wrong_digest_names_both_and_the_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["dir:{}/nothing.txt", "dir:{}/*.txt", "pypi:pkg==1.0/pkg/none/*.txt"])
 def test_a_source_that_matches_nothing_is_an_error(tmp_path: Path, text: str) -> None:
-    wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b""})
+    pack(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b""})
     with pytest.raises(SourceError, match="matches no file"):
         sources.fetch(text.format(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["whl", "tgz"])
 def test_a_truncated_archive_says_what_to_delete(tmp_path: Path, ending: str) -> None:
-    make = wheel if ending == "whl" else sdist
-    path = make(tmp_path / "pypi-pkg-1.0" / f"pkg.{ending}", {"pkg/a.txt": os.urandom(50_000)})
+    path = pack(tmp_path / "pypi-pkg-1.0" / f"pkg.{ending}", {"pkg/a.txt": os.urandom(50_000)})
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(SourceError, match=rf"pkg.{ending} is damaged .*delete .*pypi-pkg-1.0 and run again"):
         sources.fetch("pypi:pkg==1.0/pkg/a.txt", tmp_path)
 
 
 def test_a_damaged_file_inside_an_archive_says_what_to_delete(tmp_path: Path) -> None:
-    path = wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b"one" * 999})
+    path = pack(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": os.urandom(3000)})
     content = bytearray(path.read_bytes())
     content[200] ^= 1
     path.write_bytes(content)
@@ -180,19 +136,14 @@ def test_names_of_local_files_do_not_hold_the_machine_s_path(tmp_path: Path) -> 
         (tmp_path / name).write_text(name)
     found = sources.fetch(f"dir:{tmp_path}", tmp_path)
     assert [found.name_of(path) for path in found.paths] == ["a/x.txt", "b/y.txt"]
-    one = sources.fetch(f"dir:{tmp_path}/a/x.txt", tmp_path)
-    assert one.name_of(one.paths[0]) == "x.txt"
-
-
-def test_a_local_file_named_by_a_url_has_no_machine_s_path_either(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("x")
-    found = sources.fetch(f"file://{tmp_path}/x.txt", tmp_path)
-    assert [found.name_of(path) for path in found.paths] == ["x.txt"]
+    for kind in ("dir:", "file://"):
+        one = sources.fetch(f"{kind}{tmp_path}/a/x.txt", tmp_path)
+        assert one.name_of(one.paths[0]) == "x.txt"
 
 
 def test_sizes_come_with_the_files(tmp_path: Path) -> None:
-    wheel(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b"123", "pkg/b.txt": b""})
-    sdist(tmp_path / "npm-pkg-1.0.0" / "pkg-1.0.0.tgz", {"package/a.txt": b"12"})
+    pack(tmp_path / "pypi-pkg-1.0" / "pkg.whl", {"pkg/a.txt": b"123", "pkg/b.txt": b""})
+    pack(tmp_path / "npm-pkg-1.0.0" / "pkg-1.0.0.tgz", {"package/a.txt": b"12"})
     (tmp_path / "c.txt").write_text("1234")
     assert sources.fetch("pypi:pkg==1.0/pkg/*", tmp_path).sizes == {"pkg/a.txt": 3, "pkg/b.txt": 0}
     assert sources.fetch("npm:pkg==1.0.0/*", tmp_path).sizes == {"package/a.txt": 2}
@@ -240,13 +191,8 @@ def test_fingerprints_follow_local_bytes_and_trust_pins(tmp_path: Path) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """The URL of a folder `www` on this machine."""
-    (tmp_path / "www").mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
-    handler.func.log_message = lambda *_: None  # type: ignore[attr-defined]
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
+    with serving(tmp_path / "www") as address:
+        yield address
 
 
 def test_a_url_is_read_and_its_fingerprint_follows_the_store(server: str, tmp_path: Path) -> None:
@@ -284,7 +230,7 @@ def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkey
     programs = tmp_path / "bin"
     programs.mkdir()
     npm = programs / "npm"
-    ready = sdist(tmp_path / "ready.tgz", {"package/a.txt": b"one"})
+    ready = pack(tmp_path / "ready.tgz", {"package/a.txt": b"one"})
     npm.write_text(
         f"#!{sys.executable}\nimport shutil, sys, time\n"
         f"open({str(tmp_path / 'calls')!r}, 'a').write('x')\ntime.sleep(0.5)\n"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import os
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 
 from tasks import sources
 from tasks.sources import SourceError, hashes
+from tests.archives import pack
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -42,8 +41,8 @@ def fifo(folder: Path) -> None:
 
 
 def unix_socket(folder: Path) -> None:
-    os.chdir(folder)  # a socket's address is short
-    socket.socket(socket.AF_UNIX).bind("x.txt")
+    with contextlib.chdir(folder):  # a socket's address is short
+        socket.socket(socket.AF_UNIX).bind("x.txt")
 
 
 def not_utf8(folder: Path) -> None:
@@ -69,11 +68,7 @@ ODD: list[tuple[str, Callable[[Path], None], str]] = [
     ("link to a parent", link(".."), r"deep/x.txt is a link to '..', a folder, which would be read twice or without"),
     ("link to itself", link("x.txt"), r"deep/x.txt is a link to 'x.txt', which cannot be followed \(Too many levels"),
     ("links to each other", mutual, r"x.txt is a link to 'y.txt', which cannot be followed \(Too many levels"),
-    (
-        "dangling link",
-        link("nothing.txt"),
-        r"deep/x.txt is a link to 'nothing.txt', which cannot be followed \(No such",
-    ),
+    ("dangling", link("no.txt"), r"deep/x.txt is a link to 'no.txt', which cannot be followed \(No such"),
     ("name", not_utf8, r"the file name b'.*caf\\xe9.txt' is not UTF-8"),
 ]
 
@@ -81,14 +76,8 @@ ODD: list[tuple[str, Callable[[Path], None], str]] = [
 @pytest.mark.parametrize(("make", "message"), [case[1:] for case in ODD], ids=[case[0] for case in ODD])
 @pytest.mark.parametrize("glob", ["", "/**", "/**/*.txt"], ids=["folder", "all", "pattern"])
 def test_what_is_no_file_of_the_folder_is_refused_by_name(
-    folder: Path,
-    tmp_path: Path,
-    make: Callable[[Path], None],
-    message: str,
-    glob: str,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, tmp_path: Path, make: Callable[[Path], None], message: str, glob: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     make(folder)
     for text in (f"dir:{folder}{glob}", f"file://{folder}{glob}"):
         with pytest.raises(SourceError, match=message) as error:
@@ -99,9 +88,8 @@ def test_what_is_no_file_of_the_folder_is_refused_by_name(
 
 @pytest.mark.parametrize("make", [case[1] for case in ODD], ids=[case[0] for case in ODD])
 def test_a_glob_that_leaves_it_out_reads_the_others(
-    folder: Path, tmp_path: Path, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     make(folder)
     found = sources.fetch(f"dir:{folder}/**/[ab].txt", tmp_path / "cache")
     assert [found.name_of(path) for path in found.paths] == ["a.txt", "deep/b.txt"]
@@ -163,22 +151,6 @@ def test_a_file_that_vanishes_after_the_listing_is_named(folder: Path, tmp_path:
     for ask in (found.digest, found.versions, found.stamps):
         with pytest.raises(SourceError, match=r"a.txt cannot be read \(No such file or directory\)"):
             ask()
-
-
-def pack(path: Path, files: dict[str, bytes]) -> Path:
-    """An archive by the ending of its name."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return path
-    mode = {".tar": "w", ".gz": "w:gz", ".bz2": "w:bz2", ".xz": "w:xz"}[path.suffix]
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
@@ -292,12 +264,8 @@ def test_what_was_checked_and_changes_before_or_while_it_is_read_is_refused(fold
         raise AssertionError("never read")
     now = sources.fetch(text, tmp_path, sha256=sha(b"two"))
 
-    def there_and_back() -> None:  # it is as it was, but who knows what was read
-        rewrite(b"one")
-        rewrite(b"two")
-
     with pytest.raises(SourceError, match=r"a.txt changed while it was read"), now.unchanged():
-        there_and_back()
+        [rewrite(content) for content in (b"one", b"two")]  # it is as it was, but who knows what was read
 
 
 def test_many_files_of_a_store_are_listed_and_not_asked_for_one_by_one(

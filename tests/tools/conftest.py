@@ -1,7 +1,7 @@
 """The corpora that the corpus tools look at, as in tests/corpus."""
 
 from tests.corpus.conftest import (
-    _no_waiting_for_the_disk,
+    _no_waiting,
     byte_level,
     corpus,
     finished_project,
@@ -9,4 +9,4 @@ from tests.corpus.conftest import (
     sentencepiece,
 )
 
-__all__ = ["_no_waiting_for_the_disk", "byte_level", "corpus", "finished_project", "project", "sentencepiece"]
+__all__ = ["_no_waiting", "byte_level", "corpus", "finished_project", "project", "sentencepiece"]

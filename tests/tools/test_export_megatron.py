@@ -4,7 +4,6 @@ import json
 import shutil
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ from tasks.corpus import manifest, shards
 from tasks.corpus.records import CorpusError
 from tasks.tools import export_megatron
 from tests.corpus.handmade import corpus as handmade
-from tests.corpus.texts import jsonl, run, sentences
-
-Project = Callable[..., Path]
+from tests.corpus.texts import Project, run, sentences
 
 
 def parsed(prefix: Path) -> list[list[int]]:
@@ -73,21 +70,20 @@ def test_what_is_written_does_not_depend_on_how_much_is_written_at_once(
 def test_a_large_vocabulary_is_stored_as_int32_for_megatron_has_no_uint32(
     project: Project, tmp_path: Path, byte_level: Path, vocab_size: int, code: int
 ) -> None:
-    root = project({"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(60, seed=1))}})
-    model = root / "data/models/small"
+    corpus = project({"a": sentences(60, seed=1)})
+    model = Path("data/models/small")
     model.unlink()
     shutil.copytree(byte_level, model)
     (model / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
     run()
-    export_megatron.export(root / "data/corpora/tiny", tmp_path / "out", splits=("train",))
+    export_megatron.export(corpus, tmp_path / "out", splits=("train",))
     assert (tmp_path / "out/a_train.idx").read_bytes()[17] == code
-    assert parsed(tmp_path / "out/a_train") == documents_of(root / "data/corpora/tiny", "a", "train")
+    assert parsed(tmp_path / "out/a_train") == documents_of(corpus, "a", "train")
 
 
 def test_documents_come_back_from_megatron_with_the_ids_they_had(project: Project, tmp_path: Path) -> None:
-    root = project({"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(120, seed=1))}}, shard_tokens=1000)
+    corpus = project({"a": sentences(120, seed=1)}, shard_tokens=1000)
     run()
-    corpus = root / "data/corpora/tiny"
     before = {split: sorted(documents_of(corpus, "a", split)) for split in manifest.SPLITS}
     export_megatron.export(corpus, tmp_path / "out")
     project({"a": {"source": f"dir:{tmp_path}/out/a_*", "format": "megatron"}}, shard_tokens=1000)

@@ -3,8 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,8 @@ from tasks.corpus import manifest, shards
 from tasks.corpus.tokenizer import encoder
 from tasks.tools import export_megatron, repair_corpus
 from tasks.tools import verify_corpus as verify
-from tests.corpus.conftest import write_project
-from tests.corpus.texts import jsonl, run, sentences
-
-Project = Callable[..., Path]
+from tests.corpus.conftest import copied, with_bos, write_project
+from tests.corpus.texts import Project, run, sentences
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +40,7 @@ def cut_project(tmp_path_factory: pytest.TempPathFactory, byte_level: Path) -> P
 @pytest.fixture
 def cut(cut_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it; the test runs in its project."""
-    shutil.copytree(cut_project, tmp_path, symlinks=True, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "data/corpora/tiny"
+    return copied(cut_project, tmp_path, monkeypatch)
 
 
 def repaired(corpus: Path) -> tuple[list[str], list[str]]:
@@ -222,14 +216,10 @@ def test_a_corpus_that_is_being_made_is_not_repaired(cut: Path) -> None:
 def test_separators_and_documents_that_came_tokenised_are_made_again_too(
     project: Project, tmp_path: Path, byte_level: Path
 ) -> None:
-    text = {"prose": {"source": jsonl(tmp_path / "a.jsonl", sentences(150, seed=1))}}
-    root = project(text, separators="bos_eos", shard_tokens=1500)
-    model = root / "data/models/small"
-    model.unlink()
-    shutil.copytree(byte_level, model)
-    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "!"}))
+    text = {"prose": sentences(150, seed=1)}
+    corpus = project(text, separators="bos_eos", shard_tokens=1500)
+    with_bos(byte_level)
     run()
-    corpus = root / "data/corpora/tiny"
     export_megatron.export(corpus, tmp_path / "out")
     tokenised = {"ids": {"source": f"dir:{tmp_path}/out/prose_*", "format": "megatron"}}
     for domains in (text, tokenised):
@@ -259,14 +249,9 @@ def test_the_command_says_what_was_done_and_exits_with_the_verdict(cut: Path) ->
     assert f"{path}: a shard cannot be repaired, only a corpus" in done.output
 
 
-def test_a_task_of_more_than_a_thousand_parts_is_whole_and_its_last_parts_can_be_made_again(
-    project: Project, tmp_path: Path
-) -> None:
-    root = project(
-        {"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(1150, seed=1))}}, shard_tokens=1, heldout=0.05
-    )
+def test_a_task_of_more_than_a_thousand_parts_is_whole_and_its_last_parts_can_be_made_again(project: Project) -> None:
+    corpus = project({"a": sentences(1150, seed=1)}, shard_tokens=1, heldout=0.05)
     run()
-    corpus = root / "data/corpora/tiny"
     parts = manifest.load(corpus).domains["a"].train.shards
     assert len(parts) > 1050
     assert verify.number_of(parts[-1]) == (0, len(parts) - 1)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from flows.cli import app
 from tasks.corpus import manifest, shards
 from tasks.tools import shard_checks
 from tasks.tools import verify_corpus as verify
-from tests.corpus.texts import jsonl, run, sentences
+from tests.corpus.conftest import with_bos
+from tests.corpus.texts import Project, run, sentences
 
 
 def shard_of(corpus_dir: Path) -> Path:
@@ -234,24 +234,18 @@ def test_a_shard_listed_under_another_split_is_a_fault_of_the_manifest(corpus: P
     ) in verify.verify_corpus(corpus)
 
 
-def test_separators_are_looked_for_where_the_corpus_has_them(
-    project: Callable[..., Path], tmp_path: Path, byte_level: Path
-) -> None:
-    root = project({"a": {"source": jsonl(tmp_path / "a.jsonl", sentences(60, seed=1))}}, separators="bos_eos")
-    model = root / "data/models/small"
-    model.unlink()
-    shutil.copytree(byte_level, model)
-    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": "!"}))
+def test_separators_are_looked_for_where_the_corpus_has_them(project: Project, byte_level: Path) -> None:
+    corpus_dir = project({"a": sentences(60, seed=1)}, separators="bos_eos")
+    with_bos(byte_level)
     run()
-    corpus_dir = root / "data/corpora/tiny"
-    found = manifest.load(corpus_dir)
-    assert found.bos_token_id
+    made = manifest.load(corpus_dir)
+    assert made.bos_token_id
     assert verify.verify_corpus(corpus_dir) == []
 
     change_manifest(corpus_dir, lambda raw: raw.update(bos_token_id=7, eos_token_id=8))
     problems = verify.verify_corpus(corpus_dir)
     for split in manifest.SPLITS:
-        start = f"{corpus_dir}/a/{split}/part-00000-000.arrow: {found.domains['a'].splits[split].documents} documents"
+        start = f"{corpus_dir}/a/{split}/part-00000-000.arrow: {made.domains['a'].splits[split].documents} documents"
         assert f"{start} don't begin with BOS (7), the first at row 0" in problems
         assert f"{start} don't end with EOS (8), the first at row 0" in problems
     assert len(problems) == 6

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks import scratch, sources
-from tasks.corpus import files, source_versions
+from tasks.corpus import files, shards, source_versions
 from tasks.corpus.records import Document, Reject
 from tasks.settings import Domain
 
@@ -88,38 +88,30 @@ def commit(folder: Path, task: int, *, index: int, chunk: Chunk) -> dict[str, An
     path = chunk_path(folder, task, index)
     write_table(path, pa.table(chunk.documents, schema=DOCUMENTS))
     write_table(path.with_suffix(".rejects.arrow"), pa.table(chunk.rejects, schema=REJECTS))
-    counts: dict[str, Counter[str]] = {"rules": Counter(), "bad": Counter()}
+    rules: Counter[str] = Counter()
+    bad: Counter[str] = Counter()
     examples: dict[str, list[Any]] = {}  # the first bad record of each rule: [piece, source, row, detail]
     columns = (chunk.rejects[name] for name in ("rule", "bad", "piece", "source", "row", "detail"))
     for rule, is_bad, *example in zip(*columns, strict=True):
-        counts["bad" if is_bad else "rules"][rule] += 1
+        (bad if is_bad else rules)[rule] += 1
         if is_bad:
             examples.setdefault(rule, example)
-    summary = {
-        "records": chunk.records,
-        "documents": len(chunk.documents["record"]),
-        **{kind: dict(by_rule) for kind, by_rule in counts.items()},
-        "examples": examples,
-    }
+    documents = len(chunk.documents["record"])
+    summary = {"records": chunk.records, "documents": documents, "rules": rules, "bad": bad, "examples": examples}
     scratch.write_json(path.with_suffix(".json"), summary)
     return summary
 
 
 def commit_task(folder: Path, task: int, *, chunks: list[dict[str, Any]], rows: list[int]) -> None:
     """Write the summary of a whole task; `rows` are the rows of each of its pieces."""
-    counts: dict[str, Counter[str]] = {"rules": Counter(), "bad": Counter()}
-    examples: dict[str, list[Any]] = {}
+    summary: dict[str, Any] = {"records": 0, "documents": 0, "rules": Counter(), "bad": Counter(), "examples": {}}
     for chunk in chunks:
-        for kind, by_rule in counts.items():
-            by_rule.update(chunk[kind])
-        examples = {**chunk["examples"], **examples}
-    summary = {
-        **{name: sum(chunk[name] for chunk in chunks) for name in ("records", "documents")},
-        **{kind: dict(by_rule) for kind, by_rule in counts.items()},
-        "examples": examples,
-        "rows": rows,
-    }
-    scratch.write_json(folder / f"{task:05d}.json", summary)
+        summary = {
+            **{name: summary[name] + chunk[name] for name in ("records", "documents")},
+            **{name: summary[name] + Counter(chunk[name]) for name in ("rules", "bad")},
+            "examples": {**chunk["examples"], **summary["examples"]},
+        }
+    scratch.write_json(folder / f"{task:05d}.json", {**summary, "rows": rows})
 
 
 def summary_of(folder: Path, task: int) -> dict[str, Any] | None:
@@ -147,20 +139,19 @@ def chunk_paths(folder: Path, task: int) -> list[Path]:
 
 
 def documents(path: Path) -> pa.Table:
-    """The documents of a chunk."""
-    return _read(path)
+    """The documents of a chunk, or whatever else `write_table` wrote."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
+        return file.read_all()
 
 
 def rejects(path: Path) -> pa.Table:
     """The records of a chunk that gave no document; `path` is its document file."""
-    return _read(path.with_suffix(".rejects.arrow"))
+    return documents(path.with_suffix(".rejects.arrow"))
 
 
 def write_bands(path: Path, bands: NDArray[np.uint64]) -> None:
     """Write the MinHash bands of a chunk's documents, uint64 [documents, bands]."""
-    content = [None, pa.py_buffer(np.ascontiguousarray(bands, dtype="<u8"))]
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(8 * bands.shape[1]), len(bands), content)
-    write_table(path, pa.table({"bands": column}))
+    write_table(path, pa.table({"bands": shards.to_binary(bands.astype("<u8", copy=False))}))
 
 
 def discard(folder: Path, task: int) -> None:
@@ -193,7 +184,7 @@ def reading(
     try:
         with (
             source_versions.naming(name),
-            fetched.unchanged(versions[name], mend=source_versions.fix(part)) as stamps,
+            fetched.unchanged(versions[name], fix=source_versions.fix(part)) as stamps,
         ):
             if not path.exists() or json.loads(path.read_text()) != stamps:
                 discard(folder, task)
@@ -209,8 +200,3 @@ def write_table(path: Path, table: pa.Table) -> None:
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with files.replacing(path) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
         writer.write_table(table)
-
-
-def _read(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
-        return file.read_all()

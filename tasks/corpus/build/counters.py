@@ -171,10 +171,10 @@ class Counters:
 
     def _changed(self) -> Iterator[tuple[str, Snapshot]]:
         try:
-            found = sorted(os.scandir(self._folder), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(self._folder), key=lambda entry: entry.name)
         except OSError:  # not there yet, or not now
             return
-        for entry in found:
+        for entry in entries:
             if not entry.name.endswith(".json"):
                 continue
             with suppress(OSError, ValueError):  # vanished or half-written: the next look may find it whole

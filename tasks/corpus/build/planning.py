@@ -17,9 +17,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tasks import scratch, settings, sources
 from tasks.corpus import source_versions
@@ -32,6 +34,13 @@ from tasks.corpus.records import CorpusError
 SOURCES = scratch.ROOT / "sources"
 Phase = Literal["scan", "resolve", "tokenise"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+class PerThread(threading.local):
+    """What a function gives, kept for the thread that called it: a worker may run several, which must not share it."""
+
+    def __init__(self, function: Callable[..., Any], *, most: int) -> None:
+        self.get = functools.lru_cache(maxsize=most)(function)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,18 +180,9 @@ def _read(path: Path, where: Path) -> Plan:
             f"{path}: not found; every worker must run in the project's root, on a file system they share"
         )
     raw = json.loads(where.read_text())
-    order = raw["domains"]
-    corpus = raw["corpus"]
+    order, corpus, keys = raw.pop("domains"), raw["corpus"], raw["keys"]
     corpus["domains"] = {domain: corpus["domains"][domain] for domain in order}
     parsed = settings.Corpus.model_validate_json(json.dumps(corpus))  # of JSON, where the keys of a table are strings
     tasks = {domain: [tuple(Piece(**piece) for piece in task) for task in raw["tasks"][domain]] for domain in order}
-    scans = {domain: raw["keys"]["scans"][domain] for domain in order}
-    return Plan(
-        path=path,
-        name=raw["name"],
-        keys=Keys(**{**raw["keys"], "scans": scans}),
-        corpus=parsed,
-        sources=raw["sources"],
-        tasks=tasks,
-        sizes=raw["sizes"],
-    )
+    keys["scans"] = {domain: keys["scans"][domain] for domain in order}
+    return Plan(**{**raw, "path": path, "keys": Keys(**keys), "corpus": parsed, "tasks": tasks})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ def lengths_file(name: str) -> Path:
 
 def publish(plan: Plan, *, out: Path, counts: dict[str, Any], encode: Encoder) -> dict[str, Any]:
     """Write the manifest, move the corpus into place, write lengths and metrics; returns the metrics."""
-    records = {domain: _records(out, plan, domain) for domain in plan.tasks}
+    records = {
+        domain: [json.loads(tokenise.done_path(out, domain, task=task).read_text()) for task in range(len(tasks))]
+        for domain, tasks in plan.tasks.items()
+    }
     corpus = out / "corpus"
     scratch.write_json(corpus / manifest.FILE, _manifest(plan, records, counts=counts, encode=encode))
     made = manifest.load(corpus)
@@ -38,12 +41,6 @@ def publish(plan: Plan, *, out: Path, counts: dict[str, Any], encode: Encoder) -
     return metrics
 
 
-def _records(out: Path, plan: Plan, domain: str) -> list[dict[str, Any]]:
-    records = [tokenise.finished(out, domain, task=task) for task in range(len(plan.tasks[domain]))]
-    assert all(records), f"{domain}: not every task is tokenised"
-    return [record for record in records if record is not None]
-
-
 def _manifest(
     plan: Plan, records: dict[str, list[dict[str, Any]]], *, counts: dict[str, Any], encode: Encoder
 ) -> dict[str, Any]:
@@ -54,9 +51,7 @@ def _manifest(
         "corpus": plan.name,
         "model": corpus.model,
         "tokenizer": encode.fingerprint,
-        "vocab_size": encode.vocab_size,
-        "eos_token_id": encode.eos_token_id,
-        "bos_token_id": encode.bos_token_id,
+        **{name: getattr(encode, name) for name in ("vocab_size", "eos_token_id", "bos_token_id")},
         "separators": corpus.separators,
         "dtype": encode.dtype.__name__,
         "seed": corpus.seed,
@@ -80,9 +75,8 @@ def _metrics(
     made: manifest.Manifest, records: dict[str, list[dict[str, Any]]], *, counts: dict[str, Any]
 ) -> dict[str, Any]:
     """The metrics that DVC keeps. Rates are per process, over what the last run of each task encoded itself."""
-    domains = {}
-    for name, entry in made.domains.items():
-        domains[name] = {
+    domains = {
+        name: {
             "documents": {split: part.documents for split, part in entry.splits.items()},
             "tokens": {split: part.tokens for split, part in entry.splits.items()},
             "rules": entry.rules,
@@ -93,18 +87,21 @@ def _metrics(
             "license": entry.license,
             "source": entry.source,
         }
+        for name, entry in made.domains.items()
+    }
     every = [record for tasks in records.values() for record in tasks]
     parts = [part for entry in made.domains.values() for part in entry.splits.values()]
-    checks: Counter[str] = Counter()
-    for record in every:
-        checks["probed"] = max(checks["probed"], record["checks"]["probed"])
-        checks["sampled"] += record["checks"]["sampled"]
+    checks = [record["checks"] for record in every]
     return {
         "documents": sum(part.documents for part in parts),
         "tokens": sum(part.tokens for part in parts),
         "tokens_per_second": _rate(every),
         "tokenizer": made.tokenizer,
-        "encoder": {"backend": ", ".join(sorted({record["backend"] for record in every})), **checks},
+        "encoder": {
+            "backend": ", ".join(sorted({record["backend"] for record in every})),
+            "probed": max(check["probed"] for check in checks),
+            "sampled": sum(check["sampled"] for check in checks),
+        },
         "sha256": made.sha256,
         "domains": domains,
     }

@@ -14,6 +14,8 @@ import orjson
 
 from tasks.corpus import files
 from tasks.corpus.build import chunk_store
+from tasks.corpus.build.planning import Plan
+from tasks.corpus.records import CorpusError
 
 EXAMPLES = 100  # bad records of a rule shown per task
 
@@ -30,16 +32,23 @@ def lines(folder: Path, task: int, *, starts: list[int]) -> Iterator[bytes]:
                 yield orjson.dumps(line | {name: reject[name] for name in ("detail", "text") if reject[name]}) + b"\n"
 
 
-def message(domain: str, *, counts: str, rules: dict[str, str], max_bad: float, examples: Path) -> str:
-    """The message of a domain that fails: how many records are bad, and how many by which rule."""
+def too_many_bad(
+    plan: Plan, domain: str, counts: str, *, rules: dict[str, str], examples: Iterable[bytes]
+) -> CorpusError:
+    """The error of a domain that fails: how many records are bad, and how many by which rule.
+
+    Writes the lines of the examples beside the plan, since nothing of the domain will be published.
+    """
+    path = plan.path.with_name(f"rejects-{domain}.jsonl")
+    write(path, examples)
     by_rule = "; ".join(f"{rule}: {text}" for rule, text in rules.items())
-    return (
-        f"domain {domain}: {counts}, max_bad allows {max_bad:.2%}. {by_rule}. "
-        f"Correct the file, `format` or `text_field`, or raise `max_bad`; {examples} has examples"
+    return CorpusError(
+        f"domain {domain}: {counts}, max_bad allows {plan.corpus.max_bad:.2%}. {by_rule}. "
+        f"Correct the file, `format` or `text_field`, or raise `max_bad`; {path} has examples"
     )
 
 
 def write(path: Path, content: Iterable[bytes]) -> None:
-    """Write the lines of a domain that fails, since nothing of it will be published."""
+    """Write the lines of a file of rejects."""
     with files.replacing(path) as file:
         file.writelines(content)

@@ -55,7 +55,7 @@ def resolve(plan: Plan) -> None:
     counts = {domain: _counts(tasks[domain], starts=starts[domain]) for domain in plan.tasks}
     for domain, by_kind in counts.items():
         if by_kind["rules"]["bad"] > plan.corpus.max_bad * by_kind["rules"]["read"]:
-            raise CorpusError(_too_many_bad(plan, domain, by_kind, starts=starts[domain]))
+            raise _too_many_bad(plan, domain, by_kind, starts=starts[domain])
     ordered = [(domain, task) for domain in plan.tasks for task in range(len(tasks[domain]))]
     chunks = [path for domain, task in ordered for path in chunk_store.chunk_paths(scan.folder(plan, domain), task)]
     bands = [path for domain, task in ordered for path in scan.band_paths(plan, domain, task=task)]
@@ -129,13 +129,13 @@ def _counts(summaries: list[dict[str, Any]], *, starts: list[list[int]]) -> dict
     return {"rules": dict(rules), "bad": {rule: f"{n}, the first in {examples[rule]}" for rule, n in bad.items()}}
 
 
-def _too_many_bad(plan: Plan, domain: str, by_kind: dict[str, dict[str, Any]], *, starts: list[list[int]]) -> str:
+def _too_many_bad(
+    plan: Plan, domain: str, by_kind: dict[str, dict[str, Any]], *, starts: list[list[int]]
+) -> CorpusError:
     folder, bad, read = scan.folder(plan, domain), by_kind["rules"]["bad"], by_kind["rules"]["read"]
-    path = plan.path.with_name(f"rejects-{domain}.jsonl")
     lines = (line for task, begin in enumerate(starts) for line in rejects.lines(folder, task, starts=begin))
-    rejects.write(path, lines)
     counts = f"{bad} of {read} records are bad ({bad / read:.2%})"
-    return rejects.message(domain, counts=counts, rules=by_kind["bad"], max_bad=plan.corpus.max_bad, examples=path)
+    return rejects.too_many_bad(plan, domain, counts, rules=by_kind["bad"], examples=lines)
 
 
 def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: Plan) -> None:
@@ -146,13 +146,10 @@ def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: P
     for split in SPLITS:
         if kept[split]:
             continue
+        fix = f"{'Lower' if split == 'train' else 'Raise'} `heldout`, or give the domain more documents"
         if not rules["kept"]:
-            fix = (
-                "Check `source`, `format`, `text_field` and `filters`, and whether an earlier domain holds the same "
-                "texts"
-            )
-        else:
-            fix = f"{'Lower' if split == 'train' else 'Raise'} `heldout`, or give the domain more documents"
+            others = "whether an earlier domain holds the same texts"
+            fix = f"Check `source`, `format`, `text_field` and `filters`, and {others}"
         counts = ", ".join(f"{n} {rule}" for rule, n in rules.items() if n)
         raise CorpusError(
             f"domain {domain}: no document for the {split} split (records: {counts}; heldout = "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -83,7 +82,7 @@ def scan(plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Call
     try:
         job.run()
     except _TooManyBad as error:
-        raise CorpusError(job.too_many_bad(str(error))) from None
+        raise job.too_many_bad(str(error)) from None
     except CorpusError as error:
         raise CorpusError(f"domain {domain}: {error}") from error
 
@@ -94,14 +93,8 @@ def _open(path: Path, domain: str) -> Reader:
     return open_reader(corpus.domains[domain], SOURCES, max_record_bytes=corpus.max_record_bytes, check=False)
 
 
-class _Readers(threading.local):
-    """One reader per thread and domain: an open archive has one position, and listing a source takes long."""
-
-    def __init__(self) -> None:
-        self.open = functools.lru_cache(maxsize=8)(_open)
-
-
-_readers = _Readers()
+_readers = planning.PerThread(_open, most=8)
+"""An open archive has one position, and listing a source takes long."""
 
 
 class _TaskScan:
@@ -127,7 +120,7 @@ class _TaskScan:
         if chunk_store.summary_of(self.folder, self.task) is not None:  # all but the bands, which have other settings
             self._resume()
             return
-        self.reader = _readers.open(self.plan.path.resolve(), self.domain)
+        self.reader = _readers.get(self.plan.path.resolve(), self.domain)
         if settings := self.corpus.decontaminate:
             self.items = decontamination.Items.load(settings, SOURCES, versions=self.plan.sources)
         with chunk_store.reading(
@@ -152,7 +145,7 @@ class _TaskScan:
         self.bad = sum(sum(chunk["bad"].values()) for chunk in self.chunks)
         self.next_check = max(MIN_BAD if self.corpus.max_bad else 1, self.bad)
         for index, path in enumerate(chunk_store.chunk_paths(self.folder, self.task)):
-            self._write_bands(index, functools.partial(chunk_store.documents, path))
+            self._write_bands(index, functools.partial(_signed_columns, path))
         for chunk in self.chunks:
             self.meter.rules.update({**chunk["rules"], **chunk["bad"]})
             self.meter.add(documents=chunk["records"])
@@ -228,8 +221,8 @@ class _TaskScan:
                 f"({1 - seen / total:.0%}) cannot make good"
             )
 
-    def too_many_bad(self, counts: str) -> str:
-        """The message of a domain that is stopped in the scan, with an example of each rule; writes more examples."""
+    def too_many_bad(self, counts: str) -> CorpusError:
+        """The error of a domain that is stopped in the scan, with an example of each rule."""
         by_rule: Counter[str] = Counter()
         examples: dict[str, str] = {}
         for chunk in self.chunks:
@@ -239,9 +232,8 @@ class _TaskScan:
                 after = f" after the cut at {start}" if start else ""
                 examples.setdefault(rule, f"{source}, row {row}{after}: {detail}")
         rules = {rule: f"{n} of task {self.task}, the first in {examples[rule]}" for rule, n in by_rule.items()}
-        path = self.plan.path.with_name(f"rejects-{self.domain}.jsonl")
-        rejects.write(path, rejects.lines(self.folder, self.task, starts=[0] * len(self.pieces)))
-        return rejects.message(self.domain, counts=counts, rules=rules, max_bad=self.corpus.max_bad, examples=path)
+        lines = rejects.lines(self.folder, self.task, starts=[0] * len(self.pieces))
+        return rejects.too_many_bad(self.plan, self.domain, counts, rules=rules, examples=lines)
 
     @functools.cached_property
     def encode(self) -> Encoder:
@@ -281,10 +273,9 @@ class _TaskScan:
             return
         near, columns = self.corpus.near_duplicates, load()
         assert near is not None
-        texts, doc_ids = (_as_list(columns[name]) for name in ("text", "doc_id"))
-        bands = self.signer.bands(texts) if self.signer else minhash.alone(doc_ids, near.bands)
+        bands = self.signer.bands(columns["text"]) if self.signer else minhash.alone(columns["doc_id"], near.bands)
         chunk_store.write_bands(paths[index], bands)
 
 
-def _as_list(column: Any) -> list[Any]:
-    return column if isinstance(column, list) else column.to_pylist()
+def _signed_columns(path: Path) -> dict[str, list[Any]]:
+    return chunk_store.documents(path).select(["text", "doc_id"]).to_pydict()

@@ -259,15 +259,8 @@ def _output_folder(plan: Plan) -> Path:
     return plan.path.with_name("tokenised-by-reference" if _mismatch_file(plan).exists() else FAST) / plan.keys.shards
 
 
-class _Encoders(threading.local):
-    """The encoders of a thread: threads must not share one, and a cluster's worker may have several."""
-
-    def __init__(self) -> None:
-        self.load = functools.lru_cache(maxsize=2)(encoder.load_encoder)
-
-
-_encoders = _Encoders()
+_encoders = planning.PerThread(encoder.load_encoder, most=2)
 
 
 def _encoder(corpus: settings.Corpus, *, backend: str = "reference") -> encoder.Encoder:
-    return _encoders.load((MODELS / corpus.model).resolve(), separators=corpus.separators, backend=backend)
+    return _encoders.get((MODELS / corpus.model).resolve(), separators=corpus.separators, backend=backend)

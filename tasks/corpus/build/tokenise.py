@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from tasks.corpus.build.counters import Meter
 from tasks.corpus.build.planning import Plan
 from tasks.corpus.build.resolve import OUTCOMES
 from tasks.corpus.manifest import SPLITS
+from tasks.corpus.records import runs
 from tasks.corpus.sampling import permutation
 from tasks.corpus.tokenizer.encoder import Encoder
 
@@ -129,8 +129,8 @@ class _Task:
             writer.cut()
 
     def _encode(self, table: pa.Table, writer: _SplitWriter) -> None:
-        sizes = _text_bytes(table)
-        for begin, end in _cuts(sizes, BATCH_BYTES):
+        sizes = pc.binary_length(table.column("text")).to_numpy().astype(np.int64)  # in UTF-8
+        for begin, end in runs(sizes.tolist(), most=BATCH_BYTES):
             batch = table.slice(begin, end - begin)
             if batch.column("ids").null_count == len(batch):
                 ids, offsets = self.encode.encode(batch.column("text").to_pylist())
@@ -208,7 +208,7 @@ class _SplitWriter:
             self.part.append(
                 ids[offsets[begin] : offsets[end]],
                 offsets[begin : end + 1] - offsets[begin],
-                doc_ids=_fixed_bytes(some.column("doc_id"), 16),
+                doc_ids=shards.from_binary(some.column("doc_id").combine_chunks()),
                 sources=some.column("source").to_pylist(),
                 rows=some.column("row").to_numpy() + starts[some.column("piece").to_numpy()],
                 text_bytes=int(text_bytes[begin:end].sum()),
@@ -233,26 +233,3 @@ class _SplitWriter:
 
     def _metadata(self) -> dict[str, str]:
         return self.id.metadata(self.job.encode, self.job.plan.keys.shards)
-
-
-def _text_bytes(table: pa.Table) -> NDArray[np.int64]:
-    """UTF-8 bytes of each text, int64 [documents]."""
-    lengths: NDArray[np.int64] = pc.binary_length(table.column("text")).to_numpy().astype(np.int64)
-    return lengths
-
-
-def _cuts(sizes: NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:
-    """Runs of documents of about `limit` bytes."""
-    ends, begin = np.cumsum(sizes), 0
-    while begin < len(sizes):
-        done = int(ends[begin - 1]) if begin else 0
-        end = max(int(np.searchsorted(ends, done + limit, side="left")) + 1, begin + 1)
-        yield begin, min(end, len(sizes))
-        begin = end
-
-
-def _fixed_bytes(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
-    """A fixed-size binary column as uint8 [rows, width]."""
-    array = column.combine_chunks()
-    raw = np.frombuffer(array.buffers()[1], dtype=np.uint8).reshape(-1, width)
-    return raw[array.offset : array.offset + len(array)]

@@ -65,8 +65,8 @@ class Items:
             SourceError: a source cannot be had, or is not of the versions.
             CorpusError: a file of it is damaged, or a line is not JSON.
         """
-        found = [pair for items in decontaminate.items for pair in _read(items, cache, versions or {})]
-        return cls([label for label, _ in found], [text for _, text in found], ngram=decontaminate.ngram)
+        pairs = [pair for items in decontaminate.items for pair in _read(items, cache, versions or {})]
+        return cls([label for label, _ in pairs], [text for _, text in pairs], ngram=decontaminate.ngram)
 
     def hit(self, text: str) -> Hit | None:
         """The first n-gram in a text that an item has too, or else the first item that is shorter and whole in it."""
@@ -76,25 +76,25 @@ class Items:
         """`hit` of each text; many texts at once take less time."""
         out: list[Hit | None] = [None] * len(texts)
         for start, end in words.batches(texts):
-            found = words.split(texts[start:end])
+            split = words.split(texts[start:end])
             for table in self._tables:
-                for here, candidates in table.candidates(found.hashes):
-                    text = int(found.offsets.searchsorted(here, side="right")) - 1
+                for here, candidates in table.candidates(split.hashes):
+                    text = int(split.offsets.searchsorted(here, side="right")) - 1
                     if out[start + text] is None:
-                        room = int(found.offsets[text + 1]) - here
-                        out[start + text] = self._match(found, here, room=room, candidates=candidates)
+                        room = int(split.offsets[text + 1]) - here
+                        out[start + text] = self._match(split, here, room=room, candidates=candidates)
         return out
 
-    def _match(self, found: words.Words, here: int, *, room: int, candidates: list[list[int]]) -> Hit | None:
+    def _match(self, split: words.Words, here: int, *, room: int, candidates: list[list[int]]) -> Hit | None:
         for there, length in candidates:
-            if length <= room and found.text(here, length) == self._words.text(there, length):
+            if length <= room and split.text(here, length) == self._words.text(there, length):
                 item = int(self._words.offsets.searchsorted(there, side="right")) - 1
                 return Hit(item=self._labels[item], ngram=self._words.text(there, length))
         return None
 
 
 class _Table:
-    """Places in the items' words by the hash of the `size` words there; lengths[i] words from places[i] are sought."""
+    """Places in the items' words by the hash of the `size` words there; lengths[i] words from places[i] must match."""
 
     def __init__(
         self, split: words.Words, places: NDArray[np.int64], *, size: int, lengths: NDArray[np.int64]
@@ -123,19 +123,19 @@ class _Table:
 
 def _read(items: settings.Items, cache: Path, versions: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
     name = f"items {items.name}"
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     row = 0
     try:
         fetched = sources.fetch(items.source, cache, sha256=items.sha256)
-        with fetched.unchanged(versions.get(name), mend=source_versions.fix(items)):
+        with fetched.unchanged(versions.get(name), fix=source_versions.fix(items)):
             for path in fetched.paths:
                 with streams.guarded_open(fetched.fs, path, sequential=True) as raw:
                     for record in _records(streams.decompress(raw, path), f"decontaminate.{name}: {path}"):
-                        found += [(f"{items.name}:{row}", text) for text in _strings(record)]
+                        pairs += [(f"{items.name}:{row}", text) for text in _strings(record)]
                         row += 1
     except sources.SourceError as error:
         raise sources.SourceError(f"{name}: {error}") from error
-    return found
+    return pairs
 
 
 def _records(file: IO[bytes], where: str) -> Iterator[Any]:

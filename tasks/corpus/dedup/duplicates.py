@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tasks.corpus import files
+from tasks.corpus import files, shards
 from tasks.corpus.records import CorpusError
 from tasks.settings.corpus import NearDuplicates
 
@@ -99,13 +99,13 @@ def _ingest(chunks: Sequence[Path], band_files: Sequence[Path], *, bands: int, s
         keys = stack.enter_context((scratch / "key.u8").open("wb"))
         columns = [stack.enter_context(_band(scratch, band).open("wb")) for band in range(bands)]
         for path, bands_path in zip(chunks, band_files, strict=True):
-            for found in _batches(path, "doc_id", width=_ID_BYTES):
-                found.tofile(keys)
-                n += len(found)
-            for found in _batches(bands_path, "bands", width=8 * bands) if bands else ():
-                banded += len(found)
+            for ids in _batches(path, "doc_id", width=_ID_BYTES):
+                ids.tofile(keys)
+                n += len(ids)
+            for hashes in _batches(bands_path, "bands", width=8 * bands) if bands else ():
+                banded += len(hashes)
                 for band, column in enumerate(columns):
-                    found.view("<u8")[:, band].tofile(column)
+                    hashes.view("<u8")[:, band].tofile(column)
             if bands and banded != n:
                 raise CorpusError(f"{bands_path}: has other rows than {path}; delete the work folder and run again")
     return n
@@ -117,24 +117,18 @@ def _batches(path: Path, name: str, *, width: int) -> Iterator[NDArray[np.uint8]
         with pa.memory_map(str(path)) as file:
             schema = pa.ipc.open_file(file).schema
             if name not in schema.names or schema.field(name).type != pa.binary(width):
-                found = schema.field(name).type if name in schema.names else "missing"
+                kind = schema.field(name).type if name in schema.names else "missing"
                 raise CorpusError(
-                    f"{path}: column {name} is {found}, expected fixed_size_binary[{width}]; it was written with "
+                    f"{path}: column {name} is {kind}, expected fixed_size_binary[{width}]; it was written with "
                     "other settings: delete the work folder and run again"
                 )
             wanted = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name)])
             reader = pa.ipc.open_file(file, options=wanted)
             for i in range(reader.num_record_batches):
-                yield _bytes(reader.get_batch(i).column(name), width)
+                yield shards.from_binary(reader.get_batch(i).column(name))
     except (pa.ArrowInvalid, OSError, MemoryError) as error:
-        if (cause := files.machine_error(error, path)) is not None:
-            raise cause from error
+        files.raise_machine_error(error, path)
         raise CorpusError(f"{path}: not a readable chunk ({error}); delete it and run again") from error
-
-
-def _bytes(column: pa.Array, width: int) -> NDArray[np.uint8]:
-    content = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-    return content[column.offset * width :][: len(column) * width].reshape(-1, width)
 
 
 class _Sorter:

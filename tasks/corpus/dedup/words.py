@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from tasks.corpus.records import runs
+
 Hashes = NDArray[np.uint64]
 
 _BATCH_CHARS = 1 << 18  # what stays in the cache
@@ -28,14 +30,8 @@ _ALONE = 1 << 24
 _SCRIPTS = 0x20000  # above are ideographs, and characters of no script
 # Thai and Lao, Myanmar, Khmer, kana, Han with its extensions
 _UNSPACED = (
-    (0x0E00, 0x0F00),
-    (0x1000, 0x10A0),
-    (0x1780, 0x1800),
-    (0x3040, 0x3100),
-    (0x3400, 0x4DC0),
-    (0x4E00, 0xA000),
-    (0xF900, 0xFB00),
-    (0x20000, 0x32400),
+    *((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100)),
+    *((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32400)),
 )
 
 
@@ -72,14 +68,7 @@ def split(texts: Sequence[str], *, digits: bool = True) -> Words:
 
 def batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Runs of texts, (first, end) each, that `split` does fastest; a long text is a run of its own."""
-    start = size = 0
-    for i, text in enumerate(texts):
-        if i > start and size + len(text) > _BATCH_CHARS:
-            yield start, i
-            start, size = i, 0
-        size += len(text)
-    if start < len(texts):
-        yield start, len(texts)
+    return runs(map(len, texts), most=_BATCH_CHARS)
 
 
 def ngrams(hashes: Hashes, n: int) -> Hashes:

@@ -42,9 +42,9 @@ _SIGN = re.compile(rf"(?<!\w)(?:{'|'.join(f'(?P<{kind}>{pattern})' for kind, pat
 
 def make_filter(rule: Advertisement) -> Callable[[str], str | None]:
     def advertisement(text: str) -> str | None:
-        found = signs(text)
-        dense = 100 * found.total() > rule.max_per_100_words * len(text.split())
-        return "selling" if dense and len(found) >= rule.min_kinds else None
+        counts = signs(text)
+        dense = 100 * counts.total() > rule.max_per_100_words * len(text.split())
+        return "selling" if dense and len(counts) >= rule.min_kinds else None
 
     return advertisement
 

@@ -21,10 +21,10 @@ TextFilter = Callable[[str], str | None]
 
 FILTERS: dict[type[Frozen], Callable[[Any], TextFilter]] = {
     rules.Length: length.make_filter,
-    rules.GopherQuality: heuristics.gopher_quality,
-    rules.GopherRepetition: heuristics.gopher_repetition,
-    rules.C4Quality: heuristics.c4_quality,
-    rules.FineWebQuality: heuristics.fineweb_quality,
+    rules.GopherQuality: heuristics.make_filter,
+    rules.GopherRepetition: heuristics.make_filter,
+    rules.C4Quality: heuristics.make_filter,
+    rules.FineWebQuality: heuristics.make_filter,
     rules.Language: language.make_filter,
     rules.Fluency: fluency.make_filter,
     rules.Advertisement: advertisement.make_filter,

@@ -42,12 +42,12 @@ def make_filter(rule: Fluency) -> Callable[[str], str | None]:
     zipf = zipf_of(rule.language)
 
     def fluency(text: str) -> str | None:
-        found = measure(text, zipf)
-        if found.zipf < rule.min_zipf:
+        measures = measure(text, zipf)
+        if measures.zipf < rule.min_zipf:
             return "rare_words"
-        if found.function_words < rule.min_function_words:
+        if measures.function_words < rule.min_function_words:
             return "few_function_words"
-        if rule.language == "en" and found.misplaced > max(1, rule.max_misplaced * found.words):
+        if rule.language == "en" and measures.misplaced > max(1, rule.max_misplaced * measures.words):
             return "misplaced_articles"
         return None
 

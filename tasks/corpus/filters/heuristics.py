@@ -14,33 +14,30 @@ from tasks.settings import filters as rules
 from tasks.settings.fields import Frozen
 
 _LARGE = 1 << 20
+_CLASSES: dict[type[Frozen], str] = {
+    rules.GopherQuality: "GopherQualityFilter",
+    rules.GopherRepetition: "GopherRepetitionFilter",
+    rules.C4Quality: "C4QualityFilter",
+    rules.FineWebQuality: "FineWebQualityFilter",
+}
 
 
-def gopher_quality(rule: rules.GopherQuality) -> Callable[[str], str | None]:
-    from datatrove.pipeline.filters import GopherQualityFilter
+def make_filter(rule: Frozen) -> Callable[[str], str | None]:
+    from datatrove.data import Document
+    from datatrove.pipeline import filters
+    from datatrove.utils.text import split_into_parts
 
-    return _wrapped(GopherQualityFilter(**_knobs(rule), language=splitter()), prefix="gopher_")
+    knobs = rule.model_dump(exclude={"rule"})
+    tables = {name: tuple(sorted(knob.items())) for name, knob in knobs.items() if isinstance(knob, dict)}
+    filtering = getattr(filters, _CLASSES[type(rule)])(**{**knobs, **tables}, language=splitter())
 
+    def text_filter(text: str) -> str | None:
+        result = filtering.filter(Document(text=text, id=""))
+        if len(text) > _LARGE:
+            split_into_parts.cache_clear()  # it would hold the words of the last five texts
+        return None if result is True else result[1].removeprefix("gopher_")
 
-def gopher_repetition(rule: rules.GopherRepetition) -> Callable[[str], str | None]:
-    from datatrove.pipeline.filters import GopherRepetitionFilter
-
-    knobs = _knobs(rule)
-    for name in ("top_n_grams", "dup_n_grams"):
-        knobs[name] = tuple(sorted(knobs[name].items()))
-    return _wrapped(GopherRepetitionFilter(**knobs, language=splitter()))
-
-
-def c4_quality(rule: rules.C4Quality) -> Callable[[str], str | None]:
-    from datatrove.pipeline.filters import C4QualityFilter
-
-    return _wrapped(C4QualityFilter(**_knobs(rule), language=splitter()))
-
-
-def fineweb_quality(rule: rules.FineWebQuality) -> Callable[[str], str | None]:
-    from datatrove.pipeline.filters import FineWebQualityFilter
-
-    return _wrapped(FineWebQualityFilter(**_knobs(rule), language=splitter()))
+    return text_filter
 
 
 @cache
@@ -59,21 +56,3 @@ def splitter() -> Any:
             return sentence_spans(text)
 
     return Splitter()
-
-
-def _knobs(rule: Frozen) -> dict[str, Any]:
-    knobs: dict[str, Any] = rule.model_dump(exclude={"rule"})
-    return knobs
-
-
-def _wrapped(filtering: Any, *, prefix: str = "") -> Callable[[str], str | None]:
-    from datatrove.data import Document
-    from datatrove.utils.text import split_into_parts
-
-    def text_filter(text: str) -> str | None:
-        result = filtering.filter(Document(text=text, id=""))
-        if len(text) > _LARGE:
-            split_into_parts.cache_clear()  # it would hold the words of the last five texts
-        return None if result is True else result[1].removeprefix(prefix)
-
-    return text_filter

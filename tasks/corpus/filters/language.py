@@ -20,10 +20,10 @@ def make_filter(rule: Language) -> Callable[[str], str | None]:
     wanted = frozenset(rule.languages)
 
     def language(text: str) -> str | None:
-        found, score = identifier.classify(text[: rule.chars])
+        likeliest, score = identifier.classify(text[: rule.chars])
         if score < rule.min_score:
             return "uncertain"
-        return None if found in wanted else str(found)
+        return None if likeliest in wanted else str(likeliest)
 
     return language
 

@@ -27,9 +27,7 @@ def words(text: str) -> list[str]:
 
     Scripts that put no space between words give single characters. Together they are the text without its whitespace.
     """
-    pattern = _WORDS if _HAS_UNSPACED.search(text) else _SPACED_WORDS
-    found: list[str] = pattern.findall(text)
-    return found
+    return list((_WORDS if _HAS_UNSPACED.search(text) else _SPACED_WORDS).findall(text))
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

@@ -142,6 +142,29 @@ class FileReader(Reader):
         return "http" not in self.fs.protocol or streams.has_ranges(self.fs, self.files[name])
 
 
+class UnitReader(FileReader):
+    """A reader of files that hold units (row groups, documents) and are cut between them."""
+
+    is_decompressed = False
+
+    @abstractmethod
+    def unit_bytes(self, name: str) -> NDArray[np.int64]:
+        """Bytes of each unit of a file."""
+
+    def pieces(self, name: str, *, task_bytes: int) -> list[Piece]:
+        if not self.is_cuttable(name, task_bytes=task_bytes):
+            return [Piece(name)]
+        sizes = self.unit_bytes(name)
+        starts = np.cumsum(sizes) - sizes  # a unit is in the piece in which its first byte lies
+        edges = [0, *(np.flatnonzero(np.diff(starts // task_bytes)) + 1).tolist(), len(sizes)]
+        return [Piece(name, start, stop) for start, stop in pairwise(edges) if start < stop]
+
+    def size(self, piece: Piece) -> int:
+        if piece.stop is None:
+            return self.bytes_of(piece.path)
+        return int(self.unit_bytes(piece.path)[piece.start : piece.stop].sum())
+
+
 def grouped(sized: Iterable[tuple[Piece, int]], *, task_bytes: int) -> list[tuple[Piece, ...]]:
     """Pieces in their order, as many to a group as `task_bytes` holds, at least one."""
     groups: list[list[Piece]] = []
@@ -153,10 +176,3 @@ def grouped(sized: Iterable[tuple[Piece, int]], *, task_bytes: int) -> list[tupl
         groups[-1].append(piece)
         left -= size
     return [tuple(group) for group in groups]
-
-
-def cuts(sizes: NDArray[np.int64], *, task_bytes: int) -> list[tuple[int, int]]:
-    """Where to cut a run of units (row groups, documents): a unit is in the range in which its first byte lies."""
-    starts = np.cumsum(sizes) - sizes
-    edges = [0, *(np.flatnonzero(np.diff(starts // task_bytes)) + 1).tolist(), len(sizes)]
-    return [(start, stop) for start, stop in pairwise(edges) if start < stop]

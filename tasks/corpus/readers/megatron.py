@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from tasks.corpus.readers import streams
-from tasks.corpus.readers.base import FileReader, Piece, Records, cuts
+from tasks.corpus.readers.base import Piece, Records, UnitReader
 from tasks.corpus.records import CorpusError, Document
 
 if TYPE_CHECKING:
@@ -86,10 +86,8 @@ def _content(file: IO[bytes]) -> bytes | mmap.mmap:
     return mapped if len(mapped) == size else file.read()  # a member of an archive has the archive's descriptor
 
 
-class MegatronReader(FileReader):
+class MegatronReader(UnitReader):
     """Documents that are tokens already: `Document.ids` as stored, all sequences of a document, and no text."""
-
-    is_decompressed = False
 
     def __init__(self, domain: Domain, cache: Path, *, max_record_bytes: int, check: bool) -> None:
         super().__init__(domain, cache, max_record_bytes=max_record_bytes, check=check)
@@ -102,18 +100,11 @@ class MegatronReader(FileReader):
         if lone := [name for name in self.files if f"{name[:-4]}.idx" not in names]:
             raise CorpusError(f"{lone[0]}: its .idx is missing; the source must match both files ({domain.source!r})")
 
-    def pieces(self, name: str, *, task_bytes: int) -> list[Piece]:
-        if not self.is_cuttable(name, task_bytes=task_bytes):
-            return [Piece(name)]
-        return [Piece(name, start, stop) for start, stop in cuts(self._index(name)[1], task_bytes=task_bytes)]
-
     def paths_of(self, name: str) -> list[str]:
         return [self.files[name], self._index_paths[name]]
 
-    def size(self, piece: Piece) -> int:
-        if piece.stop is None:
-            return self.bytes_of(piece.path)
-        return int(self._index(piece.path)[1][piece.start : piece.stop].sum())
+    def unit_bytes(self, name: str) -> NDArray[np.int64]:
+        return self._index(name)[1]
 
     def records(self, file: IO[bytes], piece: Piece) -> Records:
         index, document_bytes = self._index(piece.path)

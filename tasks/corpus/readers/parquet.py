@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from tasks.corpus.readers import streams
-from tasks.corpus.readers.base import FileReader, Piece, Records, cuts
+from tasks.corpus.readers.base import Piece, Records, UnitReader
 from tasks.corpus.readers.column import column_records
 from tasks.corpus.records import CorpusError
 
@@ -25,24 +25,12 @@ BATCH_BYTES = 1 << 22
 """About what a batch of rows should hold."""
 
 
-class ParquetReader(FileReader):
+class ParquetReader(UnitReader):
     """The column `text_field`; the others are not read."""
-
-    is_decompressed = False
 
     def __init__(self, domain: Domain, cache: Path, *, max_record_bytes: int, check: bool) -> None:
         super().__init__(domain, cache, max_record_bytes=max_record_bytes, check=check)
         self._group_sizes: dict[str, NDArray[np.int64]] = {}
-
-    def pieces(self, name: str, *, task_bytes: int) -> list[Piece]:
-        if not self.is_cuttable(name, task_bytes=task_bytes):
-            return [Piece(name)]
-        return [Piece(name, start, stop) for start, stop in cuts(self._sizes(name), task_bytes=task_bytes)]
-
-    def size(self, piece: Piece) -> int:
-        if piece.stop is None:
-            return self.bytes_of(piece.path)
-        return int(self._sizes(piece.path)[piece.start : piece.stop].sum())
 
     def records(self, file: IO[bytes], piece: Piece) -> Records:
         name = piece.path
@@ -53,13 +41,12 @@ class ParquetReader(FileReader):
             rows = sum(table.metadata.row_group(i).num_rows for i in groups)
             batch_rows = max(1, min(1024, BATCH_BYTES * rows // max(decoded, 1)))
             for batch in table.iter_batches(batch_size=batch_rows, row_groups=groups, columns=[self.field]):
-                yield from column_records(
-                    batch.column(0), name, field=self.field, first=row, most=self.max_record_bytes
-                )
+                column = batch.column(0)
+                yield from column_records(column, name, field=self.field, first=row, most=self.max_record_bytes)
                 row += len(batch)
         return row
 
-    def _sizes(self, name: str) -> NDArray[np.int64]:
+    def unit_bytes(self, name: str) -> NDArray[np.int64]:
         """Compressed bytes of the column in each row group."""
         if name not in self._group_sizes:
             with self.open(name) as file, self._table(file, name) as table:
@@ -69,11 +56,11 @@ class ParquetReader(FileReader):
 
     def _chunk_bytes(self, table: pq.ParquetFile, groups: Iterable[int], *, of: str) -> list[int]:
         """Bytes of the column in each row group; a nested one, which is no text, is several in the file."""
-        found = []
+        sizes = []
         for group in map(table.metadata.row_group, groups):
             chunks = [group.column(i) for i in range(group.num_columns)]
-            found.append(sum(getattr(c, of) for c in chunks if f"{c.path_in_schema}.".startswith(f"{self.field}.")))
-        return found
+            sizes.append(sum(getattr(c, of) for c in chunks if f"{c.path_in_schema}.".startswith(f"{self.field}.")))
+        return sizes
 
     @contextmanager
     def _table(self, file: IO[bytes], name: str) -> Iterator[pq.ParquetFile]:

@@ -32,13 +32,9 @@ READERS: dict[str, type[Reader]] = {
 
 
 def open_reader(domain: Domain, cache: Path, *, max_record_bytes: int, check: bool = True) -> Reader:
-    """The reader of a domain.
+    """The reader of a domain, which rejects records (a line, file, row or page) of more than `max_record_bytes`.
 
-    Args:
-        domain: its settings.
-        cache: folder of downloaded archives.
-        max_record_bytes: records (a line, file, row or page) larger than this are rejected as over-long.
-        check: compare the sha256 of the source with the settings' (once is enough for many workers).
+    `cache` holds downloaded archives. `check` compares the sha256 of the source with the settings' (once is enough).
 
     Raises:
         SourceError: the source cannot be had or is not what was pinned.

@@ -84,8 +84,8 @@ def decompress(file: IO[bytes], path: str) -> IO[bytes]:
 
 
 def _read_error(path: str, error: Exception) -> ReadError:
-    if (found := files.machine_error(error, path)) is not None:
-        return ReadError(f"{path}: {found.strerror}; finished parts are kept")
+    if (cause := files.machine_error(error, path)) is not None:
+        return ReadError(f"{path}: {cause.strerror}; finished parts are kept")
     return ReadError(
         f"{path}: reading failed ({type(error).__name__}: {error}); run again, finished parts are kept. "
         "If it is in a package and fails again, the archive under .scratch/sources is damaged: delete it"

@@ -59,13 +59,13 @@ def pack(lengths: NDArray[np.integer[Any]], *, seq_len: int) -> Bins:
 
 def cached(path: Path, build: Callable[[], Bins], *, key: Mapping[str, str]) -> Bins:
     """The bins kept at `path` for this very `key`, mapped; built and kept if they aren't there, or are damaged."""
-    found = _read(path, key)
-    if found is None:
+    bins = _read(path, key)
+    if bins is None:
         _write(path, build(), key)
-        found = _read(path, key)
-    if found is None:
+        bins = _read(path, key)
+    if bins is None:
         raise ValueError(f"{path}: what was just written reads back otherwise; look at the disk and delete the file")
-    return found
+    return bins
 
 
 def _cut(lengths: NDArray[np.integer[Any]], *, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

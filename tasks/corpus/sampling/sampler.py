@@ -141,11 +141,11 @@ class Sampler:
         """
         ours = self.state()
         saved = {"packing": "concat", **state}  # states were saved without it while there was no other
-        for field, mend in _FIXED.items():
+        for field, fix in _FIXED.items():
             if saved.get(field) != ours[field]:
                 raise ValueError(
                     f"cannot resume the sampler: {field} is {ours[field]!r} now and was {saved.get(field)!r} "
-                    f"in the saved state; {mend}"
+                    f"in the saved state; {fix}"
                 )
         self.step = state["step"]
         self._cursor, self._residual = list(state["cursor"]), list(state["residual"])
@@ -193,15 +193,15 @@ class Sampler:
 
     def _draw(self, i: int, count: int) -> list[int]:
         """The next `count` windows of domain i, in the order of its epochs."""
-        found: list[int] = []
+        windows: list[int] = []
         n, cursor = self._windows[i], self._cursor[i]
         while count:
             epoch, place = divmod(cursor, n)
             block, start = divmod(place, BLOCK)
             taken = self._block(i, epoch, block)[start : start + count]
-            found += taken
+            windows += taken
             cursor, count = cursor + len(taken), count - len(taken)
-        return found
+        return windows
 
     def _block(self, i: int, epoch: int, block: int) -> list[int]:
         """The windows at places block * BLOCK and on of domain i's order in an epoch."""

@@ -166,12 +166,12 @@ def require(corpus_dir: Path, split: Split, *, seq_len: int) -> None:
 
 def _spread(corpus_dir: Path, split: Split, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
     require(corpus_dir, split, seq_len=seq_len)
-    found = {}
+    chosen = {}
     for domain in manifest.load(corpus_dir).domains:
         windows = Windows(corpus_dir, domain, split, seq_len=seq_len)
         n = min(count, len(windows))
-        found[domain] = np.stack([windows[i * len(windows) // n] for i in range(n)])
-    return found
+        chosen[domain] = np.stack([windows[i * len(windows) // n] for i in range(n)])
+    return chosen
 
 
 class _Text:
@@ -207,27 +207,27 @@ class _Text:
 
     def starts(self, begin: int, end: int) -> NDArray[np.int32]:
         """Where documents start in [begin, end), counted from `begin`; 0 is always among them."""
-        found: list[NDArray[Any]] = []
+        parts: list[NDArray[Any]] = []
         filled = 0
         for shard, a, b in self._ranges(begin, end):
             offsets = self._offsets[shard]
             low, high = np.searchsorted(offsets, (a, b))
-            found.append(offsets[low:high] + (filled - a))
+            parts.append(offsets[low:high] + (filled - a))
             filled += b - a
-        starts = np.concatenate(found).astype(np.int32)
+        starts = np.concatenate(parts).astype(np.int32)
         return starts if len(starts) and not starts[0] else np.concatenate([np.zeros(1, dtype=np.int32), starts])
 
     def origins(self, begin: int, end: int) -> list[Origin]:
         """The documents of the positions [begin, end)."""
-        found = []
+        origins = []
         for shard, a, b in self._ranges(begin, end):
             offsets = self._offsets[shard]
             first, last = int(np.searchsorted(offsets, a, side="right")) - 1, int(np.searchsorted(offsets, b))
             for row in range(first, last):
                 low, high = int(offsets[row]), int(offsets[row + 1])
                 tokens = min(high, b) - max(low, a)
-                found.append(Origin(shard=self._paths[shard], row=row, start=max(a - low, 0), tokens=tokens))
-        return found
+                origins.append(Origin(shard=self._paths[shard], row=row, start=max(a - low, 0), tokens=tokens))
+        return origins
 
     def _ranges(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(shard, from, to) of the pieces of shards that make up the positions from begin to end."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.records import runs
 from tasks.corpus.tokenizer import backends, probe
 
 BATCH_CHARACTERS = 1 << 22
@@ -79,7 +80,8 @@ class Encoder:
         Raises:
             BackendMismatch: the reference has other ids for a sampled text.
         """
-        ids, offsets = backends.join([self._backend.encode(batch) for batch in _batches(texts)])
+        batches = (texts[first:end] for first, end in runs(map(len, texts), most=BATCH_CHARACTERS))
+        ids, offsets = backends.join([self._backend.encode(batch) for batch in batches])
         if self._backend is not self.reference:
             self._sample(texts, (ids, offsets))
         return self._separate(ids, np.diff(offsets))
@@ -104,8 +106,8 @@ class Encoder:
         """Text of ids, special tokens shown."""
         return str(self.reference.decode(list(ids)))
 
-    def _sample(self, texts: Sequence[str], found: backends.Flat) -> None:
-        ids, offsets = found
+    def _sample(self, texts: Sequence[str], encoded: backends.Flat) -> None:
+        ids, offsets = encoded
         for i, text in enumerate(texts):
             self._until_sample -= 1
             if self._until_sample < 0 and len(text) <= SAMPLE_CHARACTERS:
@@ -136,18 +138,6 @@ class Encoder:
         return out, offsets
 
 
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Consecutive runs of texts of about BATCH_CHARACTERS; a longer text stands alone."""
-    start, size = 0, 0
-    for i, text in enumerate(texts):
-        if size and size + len(text) > BATCH_CHARACTERS:
-            yield texts[start:i]
-            start, size = i, 0
-        size += len(text)
-    if start < len(texts):
-        yield texts[start:]
-
-
 def load_encoder(
     model_dir: Path,
     *,
@@ -171,10 +161,10 @@ def load_encoder(
     vocabulary = _vocabulary(raw)
     eos, bos = _control(model_dir, "eos", vocabulary), _control(model_dir, "bos", vocabulary)
     if eos is None or (bos is None and separators != "eos"):
-        name, mend = ("eos", "ends a document") if eos is None else ("bos", "starts one, or set `separators: eos`")
+        name, fix = ("eos", "ends a document") if eos is None else ("bos", "starts one, or set `separators: eos`")
         raise TokenizerError(
             f"{model_dir / 'tokenizer_config.json'}: {name}_token is not in the vocabulary, and config.json has no "
-            f"{name}_token_id; name the token that {mend}"
+            f"{name}_token_id; name the token that {fix}"
         )
     rows = _json(model_dir / "config.json").get("vocab_size", 0)
     identity = json.dumps(raw, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -258,7 +248,7 @@ def _control(model_dir: Path, name: str, vocabulary: dict[str, int]) -> int | No
     """Id of the tokenizer's `eos` or `bos` token, else the model's."""
     token = _json(model_dir / "tokenizer_config.json").get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and (found := vocabulary.get(token)) is not None:
-        return found
+    if token is not None and token in vocabulary:
+        return vocabulary[token]
     ids = _json(model_dir / "config.json").get(f"{name}_token_id")
     return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None

@@ -5,6 +5,7 @@ python crashes.py KILLS SEED       # in the root of a project; prints what happe
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -20,10 +21,10 @@ from typing import Any
 from tasks import scratch
 from tasks.corpus import shards
 from tasks.corpus.build import stage
+from tests.corpus.texts import CORPUS
 
 CALLS = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
 os.fsync = lambda file: None  # a killed process loses nothing that it wrote, and waiting for the disk takes long
-CORPUS = Path("data/corpora/tiny")
 
 
 def at_calls(tick: Callable[[], None]) -> None:
@@ -76,8 +77,8 @@ def run_until(calls: int | None) -> int | None:
         finally:
             os._exit(0)
     os.close(writer)
-    with open(reader) as told:
-        ticks = told.read()
+    with open(reader) as file:
+        ticks = file.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return None
@@ -99,6 +100,7 @@ def clear() -> None:
 def main() -> None:
     """Kill it so often, at calls drawn from all scales, and see that every run that ends gives the same."""
     kills, rng = int(sys.argv[1]), random.Random(int(sys.argv[2]))
+    stage.code.fingerprint = functools.cache(stage.code.fingerprint)
     stage.make("tiny", run=stage.processes(1))  # in this process, so that children find the tokenizer loaded
     clean = result()
     clear()

@@ -1,154 +1,134 @@
+"""The stage killed, on a full disk, and run twice at once: what is published is that of an undisturbed run."""
+
 from __future__ import annotations
 
 import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tasks import scratch
+from tasks.corpus import __main__ as command
 from tasks.corpus.build import stage
 from tasks.tools import verify_corpus as verify
 from tests.corpus.build import crashes
-from tests.corpus.texts import jsonl, run, sentences
+from tests.corpus.texts import ROOT, Project, run, sentences
+from tests.flows.conftest import alive, until
 
-ROOT = Path(__file__).parents[3]
-Project = Callable[..., Path]
-KILLS = 25
+KILLS = 14
 
 
 @pytest.fixture
-def tasks_of_two_domains(project: Project, tmp_path: Path) -> Path:
-    """A project with something for every file that the stage writes: parts, rejects, both kinds of duplicates."""
+def clean(project: Project) -> str:
+    """The result of a run that is not disturbed, of which nothing is left.
+
+    There is something for every file that the stage writes: parts, rejects, both kinds of duplicates.
+    """
     texts = sentences(100, seed=1)
     near = [text.replace("0", "9", 1) for text in texts[:20]]
-    two = {
-        "prose": {"source": jsonl(tmp_path / "prose.jsonl", texts)},
-        "code": {"source": jsonl(tmp_path / "code.jsonl", [*sentences(60, seed=2), "short", *near, *texts[:5]])},
-    }
-    knobs = {
-        "shard_tokens": 1000,
-        "task_bytes": 12000,
-        "filters": [{"rule": "length", "min_chars": 20}],
-        "keep_rejects": True,
-        "near_duplicates": {},
-    }
-    return project(two, **knobs)
-
-
-def start(*arguments: str, file_bytes: int | None = None) -> subprocess.Popen[str]:
-    """Run a module in a session of its own, at most writing files of `file_bytes`."""
-
-    def limit() -> None:
-        if file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-    return subprocess.Popen(
-        [sys.executable, "-B", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=limit,
+    project(
+        {"prose": texts, "code": [*sentences(60, seed=2), "short", *near, *texts[:5]]},
+        shard_tokens=1000,
+        task_bytes=12000,
+        filters=[{"rule": "length", "min_chars": 20}],
+        keep_rejects=True,
+        near_duplicates={},
     )
-
-
-def test_killed_at_many_calls_every_run_that_ends_gives_the_bytes_of_an_undisturbed_one(
-    tasks_of_two_domains: Path,
-) -> None:
     run()
-    clean = crashes.result()
+    digest = crashes.result()
+    crashes.clear()
+    return digest
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-B", *arguments], env=environment, text=True, **pipes)
+
+
+def test_killed_at_many_calls_every_run_that_ends_gives_the_bytes_of_an_undisturbed_one(clean: str) -> None:
     process = start(str(ROOT / "tests/corpus/build/crashes.py"), str(KILLS), "0")
-    told, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
-    found = json.loads(told)
-    assert found["killed"] == KILLS
-    assert found["ended"] > 1
-    assert found["left"] == [".scratch/corpus-tiny/lock"]
+    counts = json.loads(output)
+    assert counts["killed"] == KILLS
+    assert counts["ended"] > 0
+    assert counts["left"] == [".scratch/corpus-tiny/lock"]
     assert crashes.result() == clean
     assert verify.verify_corpus(crashes.CORPUS) == []
 
 
-def alive(session: int) -> list[int]:
-    """Processes of a session that are no zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, rest = stat.read_text().split(" (", 1)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _, _, owner = rest.rsplit(") ", 1)[1].split()[:4]
-        if int(owner) == session and state != "Z":
-            found.append(int(pid))
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
-def test_killed_with_its_workers_at_work_it_leaves_none_of_them_and_goes_on(tasks_of_two_domains: Path) -> None:
-    run()
-    clean = crashes.result()
-    crashes.clear()
+def test_killed_with_its_workers_at_work_it_leaves_none_of_them_and_goes_on(clean: str) -> None:
     process = start("-m", "tasks.corpus", "tiny", "--workers", "2")
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(alive(process.pid)) > 2:  # it has workers
-            break
+    children: list[psutil.Process] = []
+    while len(children) < 2 and process.poll() is None:  # a worker, and what keeps its semaphores
+        children = psutil.Process(process.pid).children(recursive=True)
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while left := alive(process.pid):
-        assert time.monotonic() < deadline, f"still alive: {left}"
-        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    until(lambda: not any(alive(child.pid) for child in children), seconds=30)
     run()
     assert crashes.result() == clean
 
 
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that is full as soon as a file has `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "written"), [(30_000, r"scan/prose-\w+/00000-000.arrow"), (200_000, "prose/train/part-00000-000.arrow")]
+)
 def test_on_a_full_disk_it_fails_naming_the_file_keeps_what_was_published_and_then_goes_on(
-    project: Project, tmp_path: Path
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int, written: str
 ) -> None:
-    repetitive = [8 * text for text in sentences(1000, seed=1)]  # small in the scan's files, large in shards
-    texts = {"prose": {"source": jsonl(tmp_path / "prose.jsonl", repetitive)}}
+    texts = {"prose": [8 * text for text in sentences(1000, seed=1)]}  # small in the scan's files, large in shards
     project(texts)
     run()
-    published = scratch.digest(crashes.CORPUS)
+    published = crashes.result()
     project(texts, seed=1)
-    places = ((30_000, r"scan/prose-\w+/00000-000.arrow"), (200_000, "prose/train/part-00000-000.arrow"))
-    for limit, written in places:
-        process = start("-m", "tasks.corpus", "tiny", "--workers", "1", file_bytes=limit)
-        _, errors = process.communicate()
-        assert process.returncode == 1, errors
-        (last,) = [line for line in errors.splitlines() if line.startswith("corpus tiny: ")]
-        assert "File too large: '.scratch/corpus-tiny/" in last
-        assert re.search(f"/{written}'$", last)
-        assert "Traceback" not in errors
-        assert scratch.digest(crashes.CORPUS) == published
+    monkeypatch.setattr(sys, "argv", ["corpus", "tiny", "--workers", "1"])
+    with largest_file(size):
+        assert command.main() == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("corpus tiny: ")]
+    assert "File too large: '.scratch/corpus-tiny/" in line
+    assert re.search(f"/{written}'$", line)
+    assert crashes.result() == published
     run()
     continued = crashes.result()
-    assert scratch.digest(crashes.CORPUS) != published
+    assert continued != published
     crashes.clear()
     run()
     assert crashes.result() == continued
     assert not list(Path().rglob("*.tmp-*"))
 
 
-def test_two_members_of_an_array_on_the_same_units_at_once_give_the_same_bytes(tasks_of_two_domains: Path) -> None:
-    run()
-    clean = crashes.result()
-    crashes.clear()
+def test_two_members_of_an_array_on_the_same_units_at_once_give_the_same_bytes(clean: str) -> None:
+    together = threading.Barrier(2)
+
+    def member(phase: str) -> None:
+        together.wait()
+        stage.run_share("tiny", phase=phase, index=0, count=1)
+
     for phase in ("scan", "tokenise"):
-        processes = [start("-m", "tasks.corpus", "tiny", "--phase", phase) for _ in range(2)]
-        for process in processes:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(member, [phase] * 2))
         if phase == "scan":
             stage.run_share("tiny", phase="resolve", index=0, count=1)
     run()

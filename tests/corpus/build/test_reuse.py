@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from tasks.corpus import manifest
 from tasks.corpus.build import chunk_store, publishing, scan
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
-from tests.corpus.texts import jsonl, run, sentences
+from tests.corpus.texts import Project, jsonl, run, sentences
 
-Project = Callable[..., Path]
+BEFORE = {"near_duplicates": {}, "shard_tokens": 800}
 
 
 @pytest.fixture
@@ -67,47 +66,39 @@ def test_a_changed_setting_leaves_the_work_that_it_does_not_touch(
 ) -> None:
     texts = {name: [f"{name}{text}" for text in sentences(80, seed=i)] for i, name in enumerate("ab")}
     texts["b"] += [f"{text} so" for text in texts["b"][:10]]
-    own = change.get("a", {})
-    corpus = {"near_duplicates": {}, "shard_tokens": 800}
+    source = jsonl(tmp_path / "a.jsonl", texts["a"])
 
-    def settings(more: dict[str, Any], knobs: dict[str, Any]) -> Path:
-        domains = {name: {"source": jsonl(tmp_path / f"{name}.jsonl", texts[name])} for name in texts}
-        domains["a"] |= more
-        return project(domains, **{**corpus, **knobs})
+    def settings(*, a: dict[str, Any], **knobs: Any) -> Path:
+        return project({"a": {"source": source, **a}, "b": texts["b"]}, **{**BEFORE, **knobs})
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    settings({}, {})
+    settings(a={})
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "publish", killed)  # all is done but for that
         with pytest.raises(KeyboardInterrupt):
             run()
     work.clear()
-    root = settings(own, {key: value for key, value in change.items() if key != "a"})
+    corpus = settings(**{"a": {}, **change})
     run()
-    made = root / "data/corpora/tiny"
-    found = scratch.digest(made)
+    continued = scratch.digest(corpus)
     assert {what for what, count in work.items() if count > 1} == again  # one: a tokenizer's probe
-    assert not list((root / ".scratch/corpus-tiny").glob("*/"))  # nothing is kept of a corpus that is finished
-    shutil.rmtree(made)
+    assert not list(Path(".scratch/corpus-tiny").glob("*/"))  # nothing is kept of a corpus that is finished
+    shutil.rmtree(corpus)
     run()
-    assert scratch.digest(made) == found
+    assert scratch.digest(corpus) == continued
 
 
 def test_a_domain_whose_records_are_bad_fails_after_its_first_tasks(
     project: Project, tmp_path: Path, work: Counter[str]
 ) -> None:
-    good = [f"b{text}" for text in sentences(2000, seed=2)]
-    jsonl(tmp_path / "a.jsonl", [f"a{text}" for text in sentences(4000, seed=1)])
-    jsonl(tmp_path / "b.jsonl", good)
+    wrong = jsonl(tmp_path / "a.jsonl", [f"a{text}" for text in sentences(4000, seed=1)])
+    late = jsonl(tmp_path / "b.jsonl", [f"b{text}" for text in sentences(2000, seed=2)])
     with (tmp_path / "b.jsonl").open("a") as file:
         file.writelines(json.dumps({"body": "x" * 100}) + "\n" for _ in range(150))
-    domains = {
-        "late": {"source": f"dir:{tmp_path}/b.jsonl"},
-        "wrong": {"source": f"dir:{tmp_path}/a.jsonl", "text_field": "body"},
-    }
-    root = project(domains, task_bytes=20_000, max_bad=0.08)
+    domains = {"late": {"source": late}, "wrong": {"source": wrong, "text_field": "body"}}
+    corpus = project(domains, task_bytes=20_000, max_bad=0.08)
     with pytest.raises(CorpusError) as error:
         run()
     message = str(error.value)
@@ -118,26 +109,25 @@ def test_a_domain_whose_records_are_bad_fails_after_its_first_tasks(
     assert "no 'body'; the record has 'text'" in message
     examples = Path(message.rpartition("; ")[2].removesuffix(" has examples"))
     assert json.loads(examples.read_text().splitlines()[0])["rule"] == "missing field"
-    (folder,) = root.glob(".scratch/corpus-tiny/*/scan/wrong-*")
+    (folder,) = Path(".scratch/corpus-tiny").glob("*/scan/wrong-*")
     assert 0 < len(list(folder.glob("?????.json"))) < 12  # of 27
     work.clear()
     domains["wrong"]["text_field"] = "text"
     project(domains, task_bytes=20_000, max_bad=0.08)
     run()
     assert work["read b"] == 0  # the other domain's scan stays; 150 bad records at its end were no more than allowed
-    assert manifest.load(root / "data/corpora/tiny").domains["late"].rules["bad"] == 150
+    assert manifest.load(corpus).domains["late"].rules["bad"] == 150
 
 
 def test_bad_records_of_one_large_file_stop_its_scan_on_the_way(project: Project, tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("w") as file:
         file.writelines(json.dumps({"body": "x" * 180}) + "\n" for _ in range(40_000))
-    root = project({"a": {"source": f"dir:{tmp_path}/a.jsonl"}})
+    project({"a": {"source": f"dir:{tmp_path}/a.jsonl"}})
+    message = r"domain a: \d+ of the first \d+ records are bad .* max_bad allows 0.10%"
     for _ in range(2):  # what was scanned stays, and ends a second run as well
-        with pytest.raises(
-            CorpusError, match=r"domain a: \d+ of the first \d+ records are bad .* max_bad allows 0.10%"
-        ):
+        with pytest.raises(CorpusError, match=message):
             run()
-        (folder,) = root.glob(".scratch/corpus-tiny/*/scan/a-*")
+        (folder,) = Path(".scratch/corpus-tiny").glob("*/scan/a-*")
         assert sum(chunk["records"] for chunk in chunk_store.chunk_summaries(folder, 0)) < 30_000
 
 

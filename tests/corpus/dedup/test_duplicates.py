@@ -41,9 +41,7 @@ def write(path: Path, ids: Any, bands: Any, *, batches: int = 1) -> Path:
 
 
 def fixed(values: np.ndarray[Any, Any]) -> pa.Array:
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(values.shape[1]), len(values), [None, pa.py_buffer(values.tobytes())]
-    )
+    return pa.array([row.tobytes() for row in values], pa.binary(values.shape[1]))
 
 
 def chunks(documents: Documents, cuts: Sequence[int], *, bands: int, folder: Path) -> list[Path]:
@@ -95,7 +93,7 @@ def corpora(draw: st.DrawFn) -> tuple[Documents, int]:
     return list(zip(ids_of(seeds, hashed=spread), bits, strict=True)), bands
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     corpus=corpora(),
     cuts=st.lists(st.integers(0, 40), max_size=4),
@@ -143,10 +141,9 @@ def test_a_chain_of_documents_is_one_cluster(tmp_path: Path) -> None:
     assert {bytes(row) for row in decision.key} == {min(bytes(row) for row in ids)}
 
 
-@pytest.mark.parametrize("alike", [False, True])
-def test_memory_does_not_grow_with_the_documents(tmp_path: Path, alike: bool) -> None:
+def test_memory_does_not_grow_with_the_documents_nor_with_those_of_one_key(tmp_path: Path) -> None:
     peaks = []
-    for n in (40_000, 240_000):
+    for n in (40_000, 160_000):
         rng = np.random.default_rng(n)
         folder = tmp_path / str(n)
         folder.mkdir()
@@ -154,14 +151,13 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, alike: bool) ->
         for i in range(0, n, 10_000):
             ids = rng.integers(0, 256, (10_000, 16), dtype=np.uint8)
             bands = rng.integers(0, 1 << 63, (10_000, 2), dtype=np.uint64)
-            if alike:
-                ids[::3], bands[::2, 1] = 1, 1
+            ids[::3], bands[::2, 1] = 1, 1
             paths.append(write(folder / f"{i}.arrow", ids, bands))
         tracemalloc.start()
         decision = duplicates.decide(paths, near=NearDuplicates(bands=2), scratch=folder, partition_bytes=1 << 17)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert (np.bincount(decision.outcome, minlength=3) > 0).tolist() == [True, alike, alike]
+        assert (np.bincount(decision.outcome, minlength=3) > 0).all()
     assert peaks[1] < 1.3 * peaks[0]
 
 

@@ -82,7 +82,7 @@ def of_datasketch(signatures: list[MinHash]) -> list[int]:
     return clusters(len(signatures), edges)
 
 
-@pytest.mark.parametrize("length", [30, 1000])
+@pytest.mark.parametrize("length", [30, 400])
 def test_the_share_of_equal_minima_estimates_the_jaccard_similarity_within_four_sigma(
     signer: minhash.Signer, length: int
 ) -> None:
@@ -101,10 +101,10 @@ def test_the_share_of_equal_minima_estimates_the_jaccard_similarity_within_four_
     assert max(map(abs, scores)) < 4
 
 
-@pytest.mark.parametrize("length", [100, 400])
+@pytest.mark.parametrize("length", [100, 300])
 def test_documents_meet_as_often_as_the_bands_say(signer: minhash.Signer, length: int) -> None:
     rng = random.Random(length)
-    originals = [prose(rng, length) for _ in range(1000)]
+    originals = [prose(rng, length) for _ in range(500)]
     others = [edited(text, rng, edits=round(length * rng.uniform(0.01, 0.06))) for text in originals]
     met = (signer.bands(originals) == signer.bands(others)).any(axis=1)
     similarity = np.array([jaccard(*pair) for pair in zip(originals, others, strict=True)])
@@ -121,24 +121,9 @@ def test_clusters_are_those_of_datasketch_on_the_same_signatures(signer: minhash
     texts = list(dict.fromkeys(texts))
     size = BANDS * ROWS
     same = [MinHash(num_perm=size, hashvalues=row, scheme="affine32") for row in signer.signatures(texts)]
-    found = decided(texts, signer, tmp_path)
-    assert found == of_datasketch(same)
-    assert len(bases) < len(set(found)) < len(texts)  # some meet, some do not
-
-
-def test_clear_cut_clusters_are_those_of_datasketch_on_its_own_signatures(
-    signer: minhash.Signer, tmp_path: Path
-) -> None:
-    rng = random.Random(8)
-    bases = [prose(rng, 400) for _ in range(50)]
-    texts = bases + [edited(base, rng, edits=1) for base in bases for _ in range(3)]
-    own = []
-    for text in texts:
-        own.append(MinHash(num_perm=BANDS * ROWS))
-        own[-1].update_batch([shingle.encode() for shingle in shingles(text)])
-    found = decided(texts, signer, tmp_path)
-    assert found == of_datasketch(own)
-    assert len(set(found)) == len(bases)
+    clusters = decided(texts, signer, tmp_path)
+    assert clusters == of_datasketch(same)
+    assert len(bases) < len(set(clusters)) < len(texts)  # some meet, some do not
 
 
 def test_signatures_are_the_same_on_every_machine() -> None:

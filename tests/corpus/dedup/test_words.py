@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.dedup import words
+from tasks.corpus.records import runs
 
 TEXTS = st.text(
     st.one_of(
@@ -23,14 +24,8 @@ TEXTS = st.text(
 
 
 UNSPACED = [
-    (0x0E00, 0x0F00),
-    (0x1000, 0x10A0),
-    (0x1780, 0x1800),
-    (0x3040, 0x3100),
-    (0x3400, 0x4DC0),
-    (0x4E00, 0xA000),
-    (0xF900, 0xFB00),
-    (0x20000, 0x32400),
+    *((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100)),
+    *((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0x20000, 0x32400)),
 ]
 
 
@@ -95,9 +90,7 @@ def test_digits_count_as_zeros_if_they_do_not_matter() -> None:
     assert of(split, 2) != of(split, 1)
 
 
-def test_batches_cover_all_texts_in_order() -> None:
-    texts = ["x" * size for size in (10, 1 << 19, 1, 1 << 17, 1 << 17, 1, 0, 1 << 18)]
-    spans = list(words.batches(texts))
-    assert [i for start, end in spans for i in range(start, end)] == list(range(len(texts)))
-    assert all(end - start == 1 or sum(map(len, texts[start:end])) <= 1 << 18 for start, end in spans)
-    assert list(words.batches([])) == []
+def test_runs_cover_all_items_in_order_and_a_large_one_stands_alone() -> None:
+    sizes = [1, 20, 0, 4, 6, 1, 0, 10]
+    assert list(runs(sizes, most=10)) == [(0, 1), (1, 2), (2, 5), (5, 7), (7, 8)]
+    assert list(runs([], most=10)) == []

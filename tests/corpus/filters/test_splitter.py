@@ -77,11 +77,11 @@ def test_sentences_follow_each_other_and_leave_out_only_whitespace(text: str) ->
     assert not text[spans[-1][1] if spans else 0 :].strip()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.sampled_from([".", "a.", "'", "http://", ". ", "-", "1,", "_"]), st.sampled_from(["", "x", " x", "文"]))
 def test_long_runs_of_signs_take_time_in_proportion(unit: str, end: str) -> None:
     """A pattern that looked twice at them would not end."""
-    text = unit * 200_000 + end
+    text = unit * 50_000 + end
     assert "".join(words(text)) == text.replace(" ", "")
     assert sentence_spans(text)[-1][1] <= len(text)
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import re
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,64 +15,24 @@ from tasks.corpus.readers.streams import ReadError
 from tasks.corpus.records import Document
 from tests.corpus.readers.reading import lines, reader_of, records_of
 from tests.corpus.texts import sentences
+from tests.servers import Ranges, Whole, serving
 
 TEXTS = sentences(32_000, seed=8)
 
 
-class _Plain(SimpleHTTPRequestHandler):
-    """Sends whole files, whatever is asked for; notes the ranges."""
-
-    ranges: list[str]
-
-    def do_GET(self) -> None:
-        self.ranges.append(self.headers.get("Range", ""))
-        super().do_GET()
-
-    def log_message(self, format: str, *_: object) -> None:
-        """Nothing is logged."""
-
-
-class _Ranges(_Plain):
-    """Sends the bytes asked for."""
-
-    def do_GET(self) -> None:
-        content = Path(self.translate_path(self.path)).read_bytes()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted is None:
-            return super().do_GET()
-        start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(content))
-        self.ranges.append(wanted[0])
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
-        self.send_header("Content-Length", str(stop - start))
-        self.end_headers()
-        self.wfile.write(content[start:stop])
-        return None
-
-
-Serve = Callable[[type[_Plain]], str]
+Serve = Callable[[type[Whole]], str]
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start a server of `tmp_path`; returns its address."""
-    servers = []
-
-    def start(handler: type[_Plain]) -> str:
-        handler.ranges = []
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path))))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as stack:
+        yield lambda handler: stack.enter_context(serving(tmp_path, handler))
 
 
 def test_json_lines_are_cut_where_the_server_gives_ranges(tmp_path: Path, serve: Serve) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
-    reader = reader_of(f"{serve(_Ranges)}/a.jsonl")
+    reader = reader_of(f"{serve(Ranges)}/a.jsonl")
     tasks = reader.tasks(task_bytes=1 << 20)
     assert len(tasks) == -((tmp_path / "a.jsonl").stat().st_size // -(1 << 20)) > 3
     found = records_of(reader, task_bytes=1 << 20)
@@ -87,29 +44,29 @@ def test_json_lines_are_cut_where_the_server_gives_ranges(tmp_path: Path, serve:
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_files_are_streamed_whole_from_a_server_without_ranges(tmp_path: Path, serve: Serve, ending: str) -> None:
     content = lines(TEXTS)
-    (tmp_path / f"a.jsonl{ending}").write_bytes(gzip.compress(content) if ending else content)
+    (tmp_path / f"a.jsonl{ending}").write_bytes(gzip.compress(content, 1) if ending else content)
     assert len(content) > 5 << 20  # more than a block of fsspec's
-    reader = reader_of(f"{serve(_Plain)}/a.jsonl{ending}")
+    reader = reader_of(f"{serve(Whole)}/a.jsonl{ending}")
     assert len(reader.tasks(task_bytes=1 << 20)) == 1
     found = records_of(reader)
     assert [record.text for record in found if isinstance(record, Document)] == TEXTS
-    assert _Plain.ranges[-1] == ""
+    assert Whole.ranges[-1] == ""
 
 
 def test_parquet_is_read_by_ranges_and_refused_without(tmp_path: Path, serve: Serve) -> None:
     table = pa.table({"text": TEXTS, "other": [text[::-1] for text in TEXTS]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=5000, compression="none", use_dictionary=False)
-    reader = reader_of(f"{serve(_Ranges)}/a.parquet", format="parquet")
+    reader = reader_of(f"{serve(Ranges)}/a.parquet", format="parquet")
     assert len(reader.tasks(task_bytes=1 << 20)) > 3
     found = records_of(reader, task_bytes=1 << 20)
     assert [record.text for record in found if isinstance(record, Document)] == TEXTS
-    reader = reader_of(f"{serve(_Plain)}/a.parquet", format="parquet")
+    reader = reader_of(f"{serve(Whole)}/a.parquet", format="parquet")
     with pytest.raises(ReadError, match=r"a.parquet: reading failed .*doesn't appear to support range requests"):
         records_of(reader)
 
 
 def test_a_connection_that_breaks_is_an_error_and_not_a_bad_record(tmp_path: Path, serve: Serve) -> None:
-    class Breaking(_Plain):
+    class Breaking(Whole):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -130,7 +87,7 @@ def test_a_file_whose_size_the_server_does_not_tell_is_read_to_its_end(tmp_path:
     texts = TEXTS[:500]
     content = gzip.compress(lines(texts))
 
-    class Silent(_Plain):
+    class Silent(Whole):
         def do_HEAD(self) -> None:
             self.send_response(200)
             self.end_headers()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import threading
@@ -17,7 +18,7 @@ from tasks.corpus import manifest
 from tasks.corpus.sampling.loader import IGNORED, Batch, Loader, train_windows
 from tasks.corpus.sampling.packing import Packing
 from tasks.corpus.sampling.sampler import Sampler
-from tasks.corpus.sampling.windows import Windows
+from tasks.corpus.sampling.windows import Window, Windows
 from tests.corpus.handmade import EOS, corpus, documents
 
 SEQ_LEN, BATCH = 64, 12
@@ -74,39 +75,34 @@ def values(batch: Batch) -> dict[str, Any]:
 # What a batch holds
 
 
-def segments(folder: Path, batch: Batch, packing: Packing) -> list[list[np.ndarray]]:
-    """The oracle: each row as its documents, the padding last."""
-    rows = []
-    for domain, index in zip(batch.domains, batch.windows, strict=True):
-        window = Windows(folder, domain, "train", seq_len=SEQ_LEN, packing=packing).window(index)
-        cuts = [*window.starts[1:], window.tokens] if window.tokens < SEQ_LEN else window.starts[1:]
-        rows.append(np.split(window.ids, cuts))
-    return rows
+@functools.cache
+def windows(folder: Path, domain: str, packing: Packing) -> Windows:
+    return Windows(folder, domain, "train", seq_len=SEQ_LEN, packing=packing)
 
 
-@pytest.mark.parametrize(("packing", "mask"), KINDS)
-def test_rows_are_the_windows_that_the_sampler_drew(made: Path, packing: Packing, mask: bool) -> None:
-    one, slots = loader(made, packing=packing, mask_documents=mask), sampler(made, packing=packing)
-    for _ in range(10):
-        batch = one.next()
-        assert list(zip(batch.domains, batch.windows, strict=True)) == slots.next()
-        assert batch.input_ids.dtype == np.int64
-        assert batch.input_ids.tolist() == [np.concatenate(row).tolist() for row in segments(made, batch, packing)]
+def drawn(one: Loader, slots: Sampler, *, folder: Path) -> tuple[Batch, list[Window]]:
+    """The next batch, whose rows are the windows that the sampler drew, and these."""
+    batch, expected = one.next(), slots.next()
+    assert list(zip(batch.domains, batch.windows, strict=True)) == expected
+    rows = [windows(folder, domain, slots.packing).window(index) for domain, index in expected]
+    assert batch.input_ids.dtype == np.int64
+    assert batch.input_ids.tolist() == [row.ids.tolist() for row in rows]
+    return batch, rows
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_without_masks_only_padding_has_no_label_and_rows_are_the_segments(made: Path, packing: Packing) -> None:
-    one = loader(made, packing=packing)
+    one, slots = loader(made, packing=packing), sampler(made, packing=packing)
     padded = 0
     for _ in range(20):
-        batch = one.next()
+        batch, rows = drawn(one, slots, folder=made)
         assert batch.position_ids is None
         assert batch.cu_seqlens.tolist() == list(range(0, BATCH * SEQ_LEN + 1, SEQ_LEN))
-        for row, (domain, index) in enumerate(zip(batch.domains, batch.windows, strict=True)):
-            tokens = Windows(made, domain, "train", seq_len=SEQ_LEN, packing=packing).window(index).tokens
-            padded += SEQ_LEN - tokens
-            assert batch.input_ids[row, tokens:].tolist() == [EOS] * (SEQ_LEN - tokens)
-            assert batch.labels[row].tolist() == [*batch.input_ids[row, :tokens], *[-100] * (SEQ_LEN - tokens)]
+        for row, labels in zip(rows, batch.labels, strict=True):
+            padding = SEQ_LEN - row.tokens
+            padded += padding
+            assert row.ids[row.tokens :].tolist() == [EOS] * padding
+            assert labels.tolist() == [*row.ids[: row.tokens], *[-100] * padding]
     assert bool(padded) == (packing == "best_fit")
 
 
@@ -115,17 +111,17 @@ def test_masked_documents_are_what_transformers_makes_of_the_same_documents(made
     from transformers import DataCollatorWithFlattening
 
     flatten = DataCollatorWithFlattening(return_position_ids=True, return_flash_attn_kwargs=True)
-    one = loader(made, packing=packing, mask_documents=True)
+    one, slots = loader(made, packing=packing, mask_documents=True), sampler(made, packing=packing)
     padded = 0
     for _ in range(10):
-        batch = one.next()
-        rows = segments(made, batch, packing)
-        flat = flatten([{"input_ids": piece.tolist()} for row in rows for piece in row], return_tensors="np")
+        batch, rows = drawn(one, slots, folder=made)
+        ends = ([row.tokens] if row.tokens < SEQ_LEN else [] for row in rows)  # the padding is a segment too
+        pieces = [np.split(row.ids, [*row.starts[1:], *end]) for row, end in zip(rows, ends, strict=True)]
+        flat = flatten([{"input_ids": piece.tolist()} for row in pieces for piece in row], return_tensors="np")
         labels = flat["labels"].reshape(BATCH, SEQ_LEN).copy()
-        for row, (domain, index) in enumerate(zip(batch.domains, batch.windows, strict=True)):
-            tokens = Windows(made, domain, "train", seq_len=SEQ_LEN, packing=packing).window(index).tokens
-            labels[row, tokens:] = -100
-            padded += SEQ_LEN - tokens
+        for row, own in zip(rows, labels, strict=True):
+            own[row.tokens :] = -100
+            padded += SEQ_LEN - row.tokens
         assert batch.position_ids is not None
         assert batch.position_ids.dtype == np.int64
         assert batch.position_ids.tolist() == flat["position_ids"].reshape(BATCH, SEQ_LEN).tolist()
@@ -146,7 +142,7 @@ def test_the_ranks_together_get_the_global_batch_at_any_world_size_changed_at_ea
     knobs: dict[str, Any] = {"packing": packing, "mask_documents": mask}
     alone = loader(made, **knobs)
     state = alone.sampler.state()
-    for world_size in [1, 2, 3, 4, 6, 12, 2, 2, 1]:
+    for world_size in [1, 2, 3, 12, 2, 2, 1]:
         ranks = [loader(made, rank=rank, world_size=world_size, prefetch=1, **knobs) for rank in range(world_size)]
         for one in ranks:
             one.sampler.restore(json.loads(json.dumps(state)))
@@ -185,7 +181,7 @@ actions = st.sampled_from(["next", "next", "next", "save", "restore", "reopen", 
 
 
 @given(steps=st.lists(actions, min_size=3, max_size=40))
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_and_states_are_the_same_however_many_are_made_ahead(made: Path, steps: list[str | int]) -> None:
     knobs: dict[str, Any] = {"packing": "best_fit", "mask_documents": True}
     loaders = [loader(made, prefetch=depth, **knobs) for depth in (0, 1, 8)]

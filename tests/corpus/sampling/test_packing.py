@@ -141,7 +141,7 @@ def build(path: Path, barrier: object) -> None:
 
 
 def test_processes_that_build_at_once_find_the_same_whole_file(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     path = tmp_path / "bins.arrow"
     workers = [context.Process(target=build, args=(path, barrier)) for _ in range(2)]

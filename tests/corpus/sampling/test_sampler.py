@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.sampling import permutation
@@ -32,34 +32,27 @@ def continued(one: Sampler) -> Sampler:
     return Sampler.load(through_json(one.state()), windows=WINDOWS, corpus_sha256="c0ffee")
 
 
-def test_the_union_over_ranks_is_the_same_at_any_world_size_changed_at_each_step() -> None:
+def test_the_union_over_ranks_is_the_same_however_world_size_and_weights_change_at_any_step() -> None:
     expected = sampler()
-    found = sampler()
-    for step in range(60):
-        world_size = [1, 2, 3, 4, 6, 8, 12, 24][step % 8]
-        found = continued(found)
-        ranks = [continued(found) for _ in range(world_size)]
-        parts = [one.next()[rank::world_size] for rank, one in enumerate(ranks)]
-        batch = expected.next()
-        assert [slot for group in zip(*parts, strict=True) for slot in group] == batch
-        found = ranks[-1]
-
-
-def test_weights_changed_at_any_step_give_the_same_batches_after_resume() -> None:
-    straight, resumed = sampler(), sampler()
+    resumed = sampler()
     for step in range(40):
         if step in {7, 8, 23}:
-            for one in (straight, resumed):
+            for one in (expected, resumed):
                 one.set_weights(OTHER if step != 23 else WEIGHTS)
-        resumed = continued(continued(resumed))  # twice: a second resume must not start over
-        assert resumed.next() == straight.next()
+        world_size = [1, 2, 3, 4, 6, 8, 12, 24][step % 8]
+        resumed = continued(resumed)  # and once more for each rank: a second resume must not start over
+        ranks = [continued(resumed) for _ in range(world_size)]
+        parts = [one.next()[rank::world_size] for rank, one in enumerate(ranks)]
+        assert [slot for group in zip(*parts, strict=True) for slot in group] == expected.next()
+        resumed = ranks[-1]
 
 
 @given(
     raw=st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any),
     batch=st.integers(1, 40),
 )
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
+@example(raw=[1, 30, 200, 1, 5, 3], batch=3)  # serving the largest claims first comes a slot late here
 def test_served_slots_stay_within_one_of_the_exact_share_at_every_step(raw: list[int], batch: int) -> None:
     names = [f"d{i}" for i in range(len(raw))]
     one = Sampler(
@@ -71,22 +64,13 @@ def test_served_slots_stay_within_one_of_the_exact_share_at_every_step(raw: list
     )
     shares = [Fraction(w, 2**32) for w in quantise(map(float, raw))]
     served: Counter[str] = Counter()
-    for step in range(1, 60):
+    for step in range(1, 250 if batch == 3 else 50):
         slots = one.next()
         assert len(slots) == batch
         served.update(domain for domain, _ in slots)
         for name, share in zip(names, shares, strict=True):
             assert abs(served[name] - share * batch * step) < 1
             assert share or not served[name]
-
-
-def test_a_mix_on_which_serving_the_largest_claims_first_comes_a_slot_late_stays_within_one() -> None:
-    names = list("abcdef")
-    weights = dict(zip(names, [1.0, 30.0, 200.0, 1.0, 5.0, 3.0], strict=True))
-    one = Sampler(dict.fromkeys(names, 7), weights=weights, seed=0, batch=3, corpus_sha256="")
-    for _ in range(250):
-        one.next()
-        assert max(map(abs, one.state()["residual"])) < 2**32
 
 
 @given(
@@ -104,18 +88,6 @@ def test_batches_stay_full_while_weights_change_at_every_step(steps: list[dict[s
         state = one.state()
         assert sum(state["residual"]) == 0
         assert all(residual > -(2**32) for residual in state["residual"])
-
-
-@given(n=st.integers(1, 60), batch=st.integers(1, 17), seed=st.integers(0, 5))
-@settings(deadline=None, max_examples=20)
-def test_each_window_is_served_once_per_epoch(n: int, batch: int, seed: int) -> None:
-    one = Sampler({"only": n}, weights={"only": 1.0}, seed=seed, batch=batch, corpus_sha256="")
-    drawn = [0] * n
-    for _ in range(3 * n // batch + 2):
-        for _, window in one.next():
-            drawn[window] += 1
-        assert max(drawn) - min(drawn) <= 1
-    assert min(drawn) >= 2
 
 
 mixes = st.lists(st.sampled_from([WEIGHTS, OTHER, {**OTHER, "web": 0.0}]), max_size=40)

@@ -27,23 +27,9 @@ from tests.corpus.tokenizer import vocabularies
 TRAINING = [*probe.SENTENCES * 3, *sentences(200, seed=5), string.printable]
 SCRIPTS = [
     *probe.SENTENCES,
-    *(
-        "",
-        " ",
-        "  a   b ",
-        "\n\n x\t\ty\r\n",
-        "1  2   345 67890",
-        "it's I'LL",
-        "a\u0301 👨\u200d👩\u200d👧 \xa0\u3000.",
-    ),
-    *(
-        "<s> x </s>",
-        "</s>",
-        "a<|endoftext|>b",
-        "<|begin_of_text|>1<|end_of_text|>",
-        "<unk><0x0A>",
-        "<|reserved_special_token_3|>",
-    ),
+    *("", " ", "  a   b ", "\n\n x\t\ty\r\n", "1  2   345 67890", "it's I'LL"),
+    *("a\u0301 👨\u200d👩\u200d👧 \xa0\u3000.", "<s> x </s>", "</s>", "a<|endoftext|>b"),
+    *("<|begin_of_text|>1<|end_of_text|>", "<unk><0x0A>", "<|reserved_special_token_3|>"),
 ]
 LAYOUTS = ("llama2", "llama3", "smollm2")
 
