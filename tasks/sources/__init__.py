@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.sources.hashes import Hashes, Listing, open_sequential, stamp
 from tasks.sources.hub import require_data_files
@@ -209,7 +209,8 @@ def _listed(text: str, cache: Path, *, sdist: bool = False, anywhere: bool = Fal
     files = {path: info.get("size") for path, info in sorted(store.listed.items()) if info["type"] != "directory"}
     if not files:
         raise SourceError(f"source {text!r} matches no file; check its path or glob")
-    _require_utf8(text, files)
+    for path in files:
+        _require_utf8(text, path)
     # A web server's listing has no sizes.
     sizes = {path: store.fs.size(path) if size is None else size for path, size in files.items()}
     kept = cache / "hashes" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
@@ -224,12 +225,14 @@ def _listed(text: str, cache: Path, *, sdist: bool = False, anywhere: bool = Fal
     )
 
 
-def _require_utf8(text: str, paths: Any) -> None:
-    for path in paths:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"source {text!r}: the file name {path!r} is not UTF-8; rename the file") from None
+def _require_utf8(text: str, path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        name = path.encode(errors="surrogateescape")
+        raise SourceError(
+            f"source {text!r}: the file name {name!r} is not UTF-8, as names in shards must be; rename the file"
+        ) from None
 
 
 def _common_root(paths: list[str]) -> int:

@@ -55,7 +55,6 @@ def regular(path: str) -> os.stat_result:
 def _plain(path: str, *, anywhere: bool) -> dict[str, int]:
     if not _exists(path):
         return {}
-    _require_name(path)
     if os.path.isdir(path):
         return dict(_judged(_walk(path, depth=None), path, is_glob=False, anywhere=anywhere))
     return {path: regular(path).st_size}
@@ -78,7 +77,6 @@ def _judged(
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             continue
-        _require_name(entry.path)
         if entry.is_symlink():
             _require_inside(entry.path, real, is_glob=is_glob)
         yield entry.path, regular(entry.path).st_size
@@ -97,15 +95,6 @@ def _walk(root: str, *, depth: int | None) -> Iterator[os.DirEntry[str]]:
         yield entry
         if (depth is None or depth > 1) and entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, depth=depth and depth - 1)
-
-
-def _require_name(path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise SourceError(
-            f"the file name {os.fsencode(path)!r} is not UTF-8, as names in shards must be; rename the file"
-        ) from None
 
 
 def _require_inside(path: str, real_root: str, *, is_glob: bool) -> None:

@@ -105,15 +105,6 @@ def some(n: int, *, seed: int = 0) -> list[Any]:
     return [(rng.integers(1, 400, rng.integers(1, 60)).tolist(), rng.bytes(16), f"f{i % 3}", i) for i in range(n)]
 
 
-def test_the_bytes_do_not_depend_on_how_documents_were_handed_in(tmp_path: Path) -> None:
-    documents = some(100)
-    order = np.random.default_rng(1).permutation(100)
-    paths = [tmp_path / f"{i}/d/train/part.arrow" for i in range(4)]
-    for path, cuts in zip(paths, [[], [50], [1, 2, 3, 99], list(range(100))], strict=True):
-        shards.write(path, made(documents, cuts=cuts), order=order, dtype=np.uint16, metadata=FACTS)
-    assert len({path.read_bytes() for path in paths}) == 1
-
-
 def test_writing_holds_the_ids_once_more_and_no_copy_of_the_file(tmp_path: Path) -> None:
     rng, part = np.random.default_rng(0), shards.Part()
     for _ in range(16):

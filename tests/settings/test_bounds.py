@@ -61,13 +61,13 @@ def test_a_number_in_any_field_is_refused_by_name_or_is_one_to_work_with(path: t
         node = node[key]
     node[path[-1]] = value
     try:
-        found = settings.validate(raw).model_dump()
+        result = settings.validate(raw).model_dump()
     except settings.SettingsError as error:
         told = str(error)
         named = [part for part in path if isinstance(part, str)]
         assert any(part in told for part in named[-2:]), told
         return
-    numbers = [leaf for leaf in map(functools.partial(at, found), leaves(found)) if isinstance(leaf, int | float)]
+    numbers = [leaf for leaf in map(functools.partial(at, result), leaves(result)) if isinstance(leaf, int | float)]
     assert json.dumps(numbers, allow_nan=False)
     assert all(abs(number) <= (2**53 if isinstance(number, int) else 1e30) for number in numbers)
 

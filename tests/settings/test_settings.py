@@ -125,15 +125,15 @@ def test_the_projects_own_settings_are_valid() -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str, value: Any, message: str) -> None:
-    found = fault(changed(where, value))
-    assert message in found
-    assert found.startswith("pipelines.yaml: ")
+    result = fault(changed(where, value))
+    assert message in result
+    assert result.startswith("pipelines.yaml: ")
 
 
 def test_experts_that_do_not_divide_the_ffn_list_the_numbers_that_do() -> None:
-    found = fault(changed("pipelines.demo.partition.experts", 145))
-    assert "experts + shared_experts = 145 + 48 = 193 does not divide the FFN width 1536" in found
-    assert "96, 128" in found
+    result = fault(changed("pipelines.demo.partition.experts", 145))
+    assert "experts + shared_experts = 145 + 48 = 193 does not divide the FFN width 1536" in result
+    assert "96, 128" in result
 
 
 @given(width=st.integers(1, 4096), experts=st.integers(1, 64), shared=st.integers(0, 64))

@@ -31,9 +31,9 @@ def sha(content: bytes) -> str:
     ],
 )
 def test_each_kind_of_source_is_understood(text: str, kind: str, name: str, version: str, path: str) -> None:
-    found = sources.parse(text)
-    assert (found.kind, found.name, found.version, found.path) == (kind, name, version, path)
-    assert found.is_glob == ("*" in text)
+    result = sources.parse(text)
+    assert (result.kind, result.name, result.version, result.path) == (kind, name, version, path)
+    assert result.is_glob == ("*" in text)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_files_of_a_wheel_are_read_in_place_and_pinned_by_their_digest(tmp_path:
     files = {"pkg/a.txt": b"one", "pkg/deep/b.txt": b"two", "pkg/c.py": b"no"}
     pack(tmp_path / "pypi-pkg-1.0" / "pkg-1.0-py3-none-any.whl", files)
     lines = f"a.txt\0{sha(b'one')}\ndeep/b.txt\0{sha(b'two')}\n"
-    found = sources.fetch("pypi:pkg==1.0/pkg/**/*.txt", tmp_path, sha256=sha(lines.encode()))
-    assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
-    assert [found.name_of(path) for path in found.paths] == ["pkg/a.txt", "pkg/deep/b.txt"]
+    result = sources.fetch("pypi:pkg==1.0/pkg/**/*.txt", tmp_path, sha256=sha(lines.encode()))
+    assert [result.fs.cat(path) for path in result.paths] == [b"one", b"two"]
+    assert [result.name_of(path) for path in result.paths] == ["pkg/a.txt", "pkg/deep/b.txt"]
     assert sources.fetch("pypi:pkg==1.0/pkg/c.py", tmp_path).digest() == sha(b"no")
 
 
@@ -92,8 +92,8 @@ def test_files_of_a_wheel_are_read_in_place_and_pinned_by_their_digest(tmp_path:
 def test_the_top_folder_of_an_sdist_or_npm_pack_is_not_written(tmp_path: Path, kind: str) -> None:
     files = {"package/data/a.txt": b"one", "package/data/b.txt": b"two"}
     pack(tmp_path / f"{kind}-pkg-1.0.0" / "pkg-1.0.0.tgz", files)
-    found = sources.fetch(f"{kind}:pkg==1.0.0/data/*.txt", tmp_path)
-    assert [found.fs.cat(path) for path in found.paths] == [b"one", b"two"]
+    result = sources.fetch(f"{kind}:pkg==1.0.0/data/*.txt", tmp_path)
+    assert [result.fs.cat(path) for path in result.paths] == [b"one", b"two"]
 
 
 def test_a_wrong_digest_names_both_and_the_source(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_names_of_local_files_do_not_hold_the_machine_s_path(tmp_path: Path) -> 
     for name in ("a/x.txt", "b/y.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(name)
-    found = sources.fetch(f"dir:{tmp_path}", tmp_path)
-    assert [found.name_of(path) for path in found.paths] == ["a/x.txt", "b/y.txt"]
+    result = sources.fetch(f"dir:{tmp_path}", tmp_path)
+    assert [result.name_of(path) for path in result.paths] == ["a/x.txt", "b/y.txt"]
     for kind in ("dir:", "file://"):
         one = sources.fetch(f"{kind}{tmp_path}/a/x.txt", tmp_path)
         assert one.name_of(one.paths[0]) == "x.txt"
@@ -198,9 +198,9 @@ def server(tmp_path: Path) -> Iterator[str]:
 def test_a_url_is_read_and_its_fingerprint_follows_the_store(server: str, tmp_path: Path) -> None:
     (tmp_path / "www/a.jsonl").write_text('{"text": "<a href=b.jsonl>"}')
     url = f"{server}/a.jsonl"
-    found = sources.fetch(url, tmp_path)
-    assert found.paths == [url]
-    assert found.fs.cat(url) == b'{"text": "<a href=b.jsonl>"}'
+    result = sources.fetch(url, tmp_path)
+    assert result.paths == [url]
+    assert result.fs.cat(url) == b'{"text": "<a href=b.jsonl>"}'
     first = sources.fingerprint(url, tmp_path)
     assert sources.fingerprint(url, tmp_path) == first
     (tmp_path / "www/a.jsonl").write_text('{"text": "longer than before, so the size differs"}')
@@ -238,18 +238,18 @@ def test_two_that_want_a_package_at_once_download_it_once(tmp_path: Path, monkey
     )
     npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(programs))
-    found: list[bytes] = []
+    result: list[bytes] = []
 
     def fetch() -> None:
         one = sources.fetch("npm:pkg==1.0.0/a.txt", tmp_path / "cache")
-        found.append(one.fs.cat(one.paths[0]))
+        result.append(one.fs.cat(one.paths[0]))
 
     threads = [threading.Thread(target=fetch) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [b"one"] * 3
+    assert result == [b"one"] * 3
     assert (tmp_path / "calls").read_text() == "x"
 
 

@@ -91,8 +91,8 @@ def test_a_glob_that_leaves_it_out_reads_the_others(
     folder: Path, tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     make(folder)
-    found = sources.fetch(f"dir:{folder}/**/[ab].txt", tmp_path / "cache")
-    assert [found.name_of(path) for path in found.paths] == ["a.txt", "deep/b.txt"]
+    result = sources.fetch(f"dir:{folder}/**/[ab].txt", tmp_path / "cache")
+    assert [result.name_of(path) for path in result.paths] == ["a.txt", "deep/b.txt"]
 
 
 def test_a_link_inside_the_folder_is_the_file_it_leads_to_and_the_source_itself_may_be_one(
@@ -101,8 +101,8 @@ def test_a_link_inside_the_folder_is_the_file_it_leads_to_and_the_source_itself_
     (folder / "again.txt").symlink_to("deep/b.txt")
     (tmp_path / "link").symlink_to(folder)
     for text in (f"dir:{tmp_path}/link", f"dir:{tmp_path}/link/*.txt", f"dir:{folder}/../link/**"):
-        found = sources.fetch(text, tmp_path / "cache")
-        assert found.fs.cat(next(path for path in found.paths if path.endswith("again.txt"))) == b"two"
+        result = sources.fetch(text, tmp_path / "cache")
+        assert result.fs.cat(next(path for path in result.paths if path.endswith("again.txt"))) == b"two"
     (tmp_path / "file").symlink_to(folder / "a.txt")
     assert sources.fetch(f"dir:{tmp_path}/file", tmp_path / "cache").digest() == sha(b"one")
 
@@ -146,9 +146,9 @@ def test_files_and_folders_that_may_not_be_read_are_named(open_folder: Path, pat
 
 
 def test_a_file_that_vanishes_after_the_listing_is_named(folder: Path, tmp_path: Path) -> None:
-    found = sources.fetch(f"dir:{folder}", tmp_path / "cache")
+    result = sources.fetch(f"dir:{folder}", tmp_path / "cache")
     (folder / "a.txt").unlink()
-    for ask in (found.digest, found.versions, found.stamps):
+    for ask in (result.digest, result.versions, result.stamps):
         with pytest.raises(SourceError, match=r"a.txt cannot be read \(No such file or directory\)"):
             ask()
 
@@ -249,8 +249,8 @@ def test_a_file_so_young_that_its_times_may_come_again_is_not_taken_at_its_stamp
 
 def test_what_was_checked_and_changes_before_or_while_it_is_read_is_refused(folder: Path, tmp_path: Path) -> None:
     text = f"dir:{folder}/a.txt"
-    found = sources.fetch(text, tmp_path, sha256=sha(b"one"))
-    with found.unchanged():
+    result = sources.fetch(text, tmp_path, sha256=sha(b"one"))
+    with result.unchanged():
         pass
 
     def rewrite(content: bytes) -> None:
@@ -258,9 +258,9 @@ def test_what_was_checked_and_changes_before_or_while_it_is_read_is_refused(fold
         (folder / "a.txt").write_bytes(content)
         os.utime(folder / "a.txt", ns=(old.st_atime_ns, old.st_mtime_ns))
 
-    with pytest.raises(SourceError, match=r"a.txt changed while it was read"), found.unchanged():
+    with pytest.raises(SourceError, match=r"a.txt changed while it was read"), result.unchanged():
         rewrite(b"two")
-    with pytest.raises(SourceError, match=r"a.txt changed since it was checked"), found.unchanged():
+    with pytest.raises(SourceError, match=r"a.txt changed since it was checked"), result.unchanged():
         raise AssertionError("never read")
     now = sources.fetch(text, tmp_path, sha256=sha(b"two"))
 
@@ -300,12 +300,12 @@ def test_many_files_of_a_store_are_listed_and_not_asked_for_one_by_one(
     for i in range(40):
         fs.pipe(f"/a/{i:02}.txt", b"one")
     asked.clear()
-    found = sources.fetch("bucket://a", tmp_path)
-    before, print_ = found.versions(), found.fingerprint()
+    result = sources.fetch("bucket://a", tmp_path)
+    before, print_ = result.versions(), result.fingerprint()
     assert set(asked) == {"list"}
-    assert found.only(found.paths[:2]).versions() == {path: before[path] for path in found.paths[:2]}
+    assert result.only(result.paths[:2]).versions() == {path: before[path] for path in result.paths[:2]}
     assert asked[-2:] == ["info", "info"]
     fs.pipe("/a/07.txt", b"two")
-    assert found.fingerprint() != print_
-    with pytest.raises(SourceError, match=r"/a/07.txt changed since it was checked"), found.unchanged(before):
+    assert result.fingerprint() != print_
+    with pytest.raises(SourceError, match=r"/a/07.txt changed since it was checked"), result.unchanged(before):
         raise AssertionError("never read")

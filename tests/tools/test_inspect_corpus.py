@@ -19,22 +19,22 @@ def shard_of(corpus_dir: Path) -> Path:
 
 
 def test_a_shard_is_described_with_provenance_and_its_first_text(corpus: Path) -> None:
-    found = inspect.describe_shard(shard_of(corpus))
+    result = inspect.describe_shard(shard_of(corpus))
     shard = manifest.load(corpus).domains["code"].train.shards[0]
-    assert (found["documents"], found["tokens"], found["domain"]) == (shard.documents, shard.tokens, "code")
-    first = found["first_document"]
+    assert (result["documents"], result["tokens"], result["domain"]) == (shard.documents, shard.tokens, "code")
+    first = result["first_document"]
     assert first["source"] == "code.jsonl"
     text = sentences(200, seed=2)[first["row"]]
     assert text.startswith(first["text"].removesuffix("<|endoftext|>"))
-    assert json.dumps(found)
+    assert json.dumps(result)
 
 
 def test_a_corpus_is_described_with_counts_licences_and_first_text(corpus: Path) -> None:
-    found = inspect.describe_manifest(corpus)
-    assert found["sha256"] == manifest.load(corpus).sha256
-    assert found["domains"]["prose"]["license"] == "CC-BY-4.0"
-    assert found["domains"]["prose"]["first_text"][:2] == "1-"
-    assert json.dumps(found)
+    result = inspect.describe_manifest(corpus)
+    assert result["sha256"] == manifest.load(corpus).sha256
+    assert result["domains"]["prose"]["license"] == "CC-BY-4.0"
+    assert result["domains"]["prose"]["first_text"][:2] == "1-"
+    assert json.dumps(result)
     Path("data/models/small").unlink()
     assert inspect.describe_manifest(corpus)["domains"]["prose"]["first_text"] is None
 
@@ -50,15 +50,15 @@ def test_a_foreign_arrow_file_is_no_shard(tmp_path: Path) -> None:
 
 
 def test_a_model_with_another_tokenizer_is_refused(corpus: Path, tmp_path: Path, sentencepiece: Path) -> None:
-    found = manifest.load(corpus)
-    manifest.require_tokenizer(found, Path("data/models/small"))
+    result = manifest.load(corpus)
+    manifest.require_tokenizer(result, Path("data/models/small"))
     with pytest.raises(ValueError, match=r"its tokenizer is .* but corpus tiny was tokenised with .*model small"):
-        manifest.require_tokenizer(found, sentencepiece)
+        manifest.require_tokenizer(result, sentencepiece)
     copy = Path(shutil.copytree("data/models/small", tmp_path / "copy"))
     (copy / "tokenizer_config.json").write_text(json.dumps({"eos_token": "the"}))
     assert encoder.load_encoder(copy).eos_token_id != 0
     with pytest.raises(ValueError, match="its tokenizer is"):
-        manifest.require_tokenizer(found, copy)
+        manifest.require_tokenizer(result, copy)
 
 
 def test_the_command_prints_a_description_or_one_line_and_fails(corpus: Path, tmp_path: Path) -> None:

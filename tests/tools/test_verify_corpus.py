@@ -160,9 +160,9 @@ def test_damage_is_told_with_what_was_expected(corpus: Path) -> None:
 )
 def test_wrong_content_is_found_behind_right_hashes(corpus: Path, change: str, problem: str) -> None:
     rewrite(corpus, change)
-    (found,) = verify.verify_corpus(corpus)
-    assert found.startswith(f"{shard_of(corpus)}: ")
-    assert re.search(problem, found)
+    (result,) = verify.verify_corpus(corpus)
+    assert result.startswith(f"{shard_of(corpus)}: ")
+    assert re.search(problem, result)
 
 
 @pytest.mark.parametrize("at_once", [1, 50, 1 << 24])
@@ -198,27 +198,27 @@ def test_a_manifest_that_its_metrics_do_not_name_is_a_problem(corpus: Path) -> N
     raw = json.loads(path.read_text())
     raw["domains"]["code"]["license"] = "WTFPL"
     path.write_text(json.dumps(raw))
-    (found,) = verify.verify_corpus(corpus)
+    (result,) = verify.verify_corpus(corpus)
     assert re.fullmatch(
-        rf"{path}: sha256 is \w+, {corpus}.json says \w+; one of them is damaged or of another run", found
+        rf"{path}: sha256 is \w+, {corpus}.json says \w+; one of them is damaged or of another run", result
     )
     corpus.with_name("tiny.json").write_text("[]")
-    (found,) = verify.verify_corpus(corpus)
-    assert "tiny.json says nothing that can be read" in found
+    (result,) = verify.verify_corpus(corpus)
+    assert "tiny.json says nothing that can be read" in result
 
 
 @pytest.mark.parametrize("content", ['{"format": 1}', '{"format": 3}', "[]", "{", '{"format": 3, "domains": []}', "ÿ"])
 def test_a_manifest_that_cannot_be_read_is_the_only_problem(corpus: Path, content: str) -> None:
     (corpus / manifest.FILE).write_bytes(content.encode("latin-1"))
-    (found,) = verify.verify_corpus(corpus)
-    assert found.startswith(f"{corpus / manifest.FILE}: ")
-    assert verify.verify_shard(shard_of(corpus)) == [found]
+    (result,) = verify.verify_corpus(corpus)
+    assert result.startswith(f"{corpus / manifest.FILE}: ")
+    assert verify.verify_shard(shard_of(corpus)) == [result]
 
 
 def test_a_folder_without_a_manifest_says_how_to_make_one(corpus: Path) -> None:
     (corpus / manifest.FILE).unlink()
-    (found,) = verify.verify_corpus(corpus)
-    assert "not found; make the corpus with `python -m tasks.corpus tiny`" in found
+    (result,) = verify.verify_corpus(corpus)
+    assert "not found; make the corpus with `python -m tasks.corpus tiny`" in result
 
 
 def test_a_shard_listed_under_another_split_is_a_fault_of_the_manifest(corpus: Path) -> None:

@@ -143,6 +143,7 @@ def test_a_text_has_the_same_bands_in_any_company(signer: minhash.Signer) -> Non
     texts = ["", "a", "!", "é b c d", *(prose(rng, length) for length in (4, 5, 6, 300, 70_000, 2))]
     together = signer.bands(texts)
     assert together.shape == (len(texts), BANDS)
+    assert signer.bands([]).shape == (0, BANDS)
     assert together.dtype == np.uint64
     for i in range(len(texts)):
         assert (signer.bands(texts[i : i + 1]) == together[i]).all()
@@ -154,10 +155,6 @@ def test_no_thread_is_started(signer: minhash.Signer) -> None:
     before = len(list(TASKS.iterdir()))
     signer.bands([f"document {i} of very many short ones that come at once" for i in range(5000)])
     assert len(list(TASKS.iterdir())) == before
-
-
-def test_no_texts_have_no_bands(signer: minhash.Signer) -> None:
-    assert signer.bands([]).shape == (0, BANDS)
 
 
 def test_case_punctuation_and_space_do_not_matter_and_digits_do_unless_they_are_not_to(signer: minhash.Signer) -> None:

@@ -30,16 +30,16 @@ UNSPACED = [
 
 
 def naive(text: str) -> list[str]:
-    found = []
+    result = []
     for char in unicodedata.normalize("NFKC", text):
         code = ord(char)
         if any(first <= code < stop for first, stop in UNSPACED):
-            found.append(f" {char} ")
+            result.append(f" {char} ")
         elif code < 0x20000 and (char.isalnum() or unicodedata.category(char).startswith("M")):
-            found.append(next(form for form in (char.casefold(), char.lower(), char) if len(form) == 1))
+            result.append(next(form for form in (char.casefold(), char.lower(), char) if len(form) == 1))
         else:
-            found.append(" ")
-    return "".join(found).split(" ")
+            result.append(" ")
+    return "".join(result).split(" ")
 
 
 def of(split: words.Words, i: int) -> list[str]:

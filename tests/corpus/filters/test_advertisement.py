@@ -49,10 +49,10 @@ def test_manuals_sell_nothing() -> None:
 
 
 def test_signs_are_counted_by_kind_at_the_starts_of_words_in_any_case() -> None:
-    found = signs(
+    result = signs(
         "BUY NOW! Save 50% on $5 mugs and 20 dollars jugs, half price. Presale: rebuy now. Call +44 20 7946 0018."
     )
-    assert found == {"action": 1, "reduction": 2, "price": 2, "phone": 1}
+    assert result == {"action": 1, "reduction": 2, "price": 2, "phone": 1}
 
 
 EXAMPLES = {

@@ -26,8 +26,8 @@ def test_no_filters_keep_everything() -> None:
 
 def test_the_first_filter_that_drops_a_document_gives_the_reason() -> None:
     verdict = chain({"rule": "length", "min_chars": 5}, {"rule": "length", "min_chars": 3, "max_chars": 8})
-    found = {text: verdict(document(text)) for text in ("ab", "abcd", "abcdef", "abcdefghi")}
-    assert found == {
+    result = {text: verdict(document(text)) for text in ("ab", "abcd", "abcdef", "abcdefghi")}
+    assert result == {
         "ab": "length.too_short",
         "abcd": "length.too_short",
         "abcdef": None,

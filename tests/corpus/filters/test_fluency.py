@@ -81,10 +81,10 @@ def test_another_language_has_its_own_words() -> None:
 
 def test_the_measures_of_a_short_text_are_those_counted_by_hand() -> None:
     zipf = {"the": 7.0, "cat": 4.0, "isn't": 5.0}
-    found = measure("The cat isn’t the THE zzz 42!", zipf)
-    assert (found.words, found.misplaced) == (6, 1)
-    assert found.zipf == pytest.approx((7 + 4 + 5 + 7 + 7 + 0) / 6)
-    assert found.function_words == pytest.approx(5 / 6)
+    result = measure("The cat isn’t the THE zzz 42!", zipf)
+    assert (result.words, result.misplaced) == (6, 1)
+    assert result.zipf == pytest.approx((7 + 4 + 5 + 7 + 7 + 0) / 6)
+    assert result.function_words == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize("language", ["zh", "xx", "english"])

@@ -56,10 +56,10 @@ def plain(verdict: bool | tuple[bool, str], rule: str) -> str | None:
 def test_the_verdict_on_real_text_is_datatroves_with_its_own_defaults(rule: str) -> None:
     setting, kind = PAIRS[rule]
     verdict, direct = build([setting]), kind(language=Words())
-    found = [verdict(document(text)) for text in PROSE]
-    assert found == [plain(direct.filter(datatrove.data.Document(text=text, id="")), rule) for text in PROSE]
-    assert None in found
-    assert len(set(found)) > 1
+    result = [verdict(document(text)) for text in PROSE]
+    assert result == [plain(direct.filter(datatrove.data.Document(text=text, id="")), rule) for text in PROSE]
+    assert None in result
+    assert len(set(result)) > 1
 
 
 @pytest.mark.parametrize("rule", PAIRS)
@@ -78,26 +78,15 @@ TEXT = "\n".join(f"{SENTENCE[:-1]}, said number {i}." for i in range(20))
 @pytest.mark.parametrize(
     ("setting", "text", "verdict"),
     [
-        (rules.GopherQuality(rule="gopher_quality"), TEXT, None),
-        (rules.GopherQuality(rule="gopher_quality"), SENTENCE, "gopher_quality.short_doc"),
         (rules.GopherQuality(rule="gopher_quality", min_doc_words=10), SENTENCE, None),
         (rules.GopherQuality(rule="gopher_quality", max_doc_words=100), TEXT, "gopher_quality.long_doc"),
         (rules.GopherQuality(rule="gopher_quality", max_doc_words=None), "so that the cat " * 26000, None),
-        (
-            rules.GopherQuality(rule="gopher_quality", stop_words=["el", "que"]),
-            TEXT,
-            "gopher_quality.enough_stop_words",
-        ),
-        (rules.GopherRepetition(rule="gopher_repetition"), f"{SENTENCE}\n" * 5, "gopher_repetition.dup_line_frac"),
+        (rules.GopherQuality(rule="gopher_quality", stop_words=["el"]), TEXT, "gopher_quality.enough_stop_words"),
         (rules.GopherRepetition(rule="gopher_repetition"), "buy it " * 50, "gopher_repetition.top_2_gram"),
-        (rules.C4Quality(rule="c4_quality"), TEXT, None),
-        (rules.C4Quality(rule="c4_quality"), SENTENCE, "c4_quality.too_few_sentences"),
+        (rules.GopherRepetition(rule="gopher_repetition", top_n_grams={}, dup_n_grams={}), "buy it " * 50, None),
         (rules.C4Quality(rule="c4_quality", min_num_sentences=1), SENTENCE, None),
         (rules.C4Quality(rule="c4_quality"), TEXT + "\nAnd { there.", "c4_quality.curly_bracket"),
-        (rules.C4Quality(rule="c4_quality"), TEXT.replace(".", ""), "c4_quality.too_few_sentences"),
         (rules.C4Quality(rule="c4_quality", filter_curly_bracket=False), TEXT + "\nAnd { there.", None),
-        (rules.FineWebQuality(rule="fineweb_quality"), TEXT, None),
-        (rules.FineWebQuality(rule="fineweb_quality"), TEXT.replace(".", ""), "fineweb_quality.line_punct_ratio"),
         (rules.FineWebQuality(rule="fineweb_quality"), "Hm.\n" * 9, "fineweb_quality.short_line_ratio"),
     ],
 )

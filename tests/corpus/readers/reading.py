@@ -43,7 +43,7 @@ def reader_of(source: Path | str, *, format: str = "jsonl", max_record_bytes: in
 
 def records_of(reader: Reader, *, task_bytes: int = 1 << 30) -> list[Record]:
     """All records of all tasks, with the rows they have in their files."""
-    found: list[Record] = []
+    result: list[Record] = []
     rows: Counter[str] = Counter()
     for piece in (piece for task in reader.tasks(task_bytes=task_bytes) for piece in task):
         records = reader.read(piece)
@@ -53,11 +53,11 @@ def records_of(reader: Reader, *, task_bytes: int = 1 << 30) -> list[Record]:
             except StopIteration as end:
                 rows[piece.path] += end.value
                 break
-            found.append(dataclasses.replace(record, row=record.row + rows[piece.path]))
-    return found
+            result.append(dataclasses.replace(record, row=record.row + rows[piece.path]))
+    return result
 
 
 def read(source: Path | str, **options: Any) -> tuple[list[Document], list[Reject]]:
     """Documents and rejects of a source, in order."""
-    found = records_of(reader_of(source, **options))
-    return [r for r in found if isinstance(r, Document)], [r for r in found if isinstance(r, Reject)]
+    result = records_of(reader_of(source, **options))
+    return [r for r in result if isinstance(r, Document)], [r for r in result if isinstance(r, Reject)]

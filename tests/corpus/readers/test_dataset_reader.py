@@ -33,12 +33,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_dataset_folder_gives_its_split_shard_by_shard(folder: Path) -> None:
-    found, rejects = read(folder, format="dataset")
-    assert [document.text for document in found] == TEXTS
-    assert [(d.source, d.row) for d in found] == [(f"tales#{i}", row) for i in range(3) for row in range(1000)]
+    result, rejects = read(folder, format="dataset")
+    assert [document.text for document in result] == TEXTS
+    assert [(d.source, d.row) for d in result] == [(f"tales#{i}", row) for i in range(3) for row in range(1000)]
     assert rejects == []
-    found, rejects = read(folder, format="dataset", split="test")
-    assert [document.text for document in found] == ["t"]
+    result, rejects = read(folder, format="dataset", split="test")
+    assert [document.text for document in result] == ["t"]
     assert [(reject.rule, reject.source, reject.row) for reject in rejects] == [("null field", "tales#0", 1)]
 
 
@@ -61,8 +61,8 @@ def test_json_lines_and_subsets_come_as_datasets_reads_them(tmp_path: Path) -> N
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: one\n  data_files: one/*\n- config_name: two\n  data_files: two/*\n---\n"
     )
-    found, _ = read(tmp_path, format="dataset", subset="two")
-    assert [document.text for document in found] == ["two", "two"]
+    result, _ = read(tmp_path, format="dataset", subset="two")
+    assert [document.text for document in result] == ["two", "two"]
     with pytest.raises(SourceError, match=r"'three' not found. Available: \['one', 'two'\]"):
         read(tmp_path, format="dataset", subset="three")
 

@@ -38,15 +38,15 @@ def write(stem: Path, documents: list[list[list[int]]], *, dtype: str = "<u2", m
 def test_a_document_is_the_tokens_of_its_sequences_as_stored(tmp_path: Path, dtype: str, modes: bool) -> None:
     write(tmp_path / "a", [[[1, 2, 3], [4]], [], [[5]], [[], [6, 7]]], dtype=dtype, modes=modes)
     write(tmp_path / "b", [[[9]]], dtype=dtype)
-    found, rejects = read(tmp_path, format="megatron")
-    assert [(d.source, d.row, d.text, list(d.ids if d.ids is not None else [-1])) for d in found] == [
+    result, rejects = read(tmp_path, format="megatron")
+    assert [(d.source, d.row, d.text, list(d.ids if d.ids is not None else [-1])) for d in result] == [
         ("a.bin", 0, "", [1, 2, 3, 4]),
         ("a.bin", 1, "", []),
         ("a.bin", 2, "", [5]),
         ("a.bin", 3, "", [6, 7]),
         ("b.bin", 0, "", [9]),
     ]
-    assert {d.ids.dtype for d in found if d.ids is not None} == {np.dtype(dtype)}
+    assert {d.ids.dtype for d in result if d.ids is not None} == {np.dtype(dtype)}
     assert rejects == []
 
 
@@ -60,22 +60,22 @@ def test_documents_do_not_depend_on_how_they_are_shared_out(
 ) -> None:
     write(tmp_path / "a", documents)
     reader = reader_of(tmp_path, format="megatron")
-    found = [
+    result = [
         (record.row, record.ids.tolist())
         for record in records_of(reader, task_bytes=task_bytes)
         if isinstance(record, Document) and record.ids is not None
     ]
-    assert found == [
+    assert result == [
         (row, [token for sequence in document for token in sequence]) for row, document in enumerate(documents)
     ]
     sizes = [reader.size(piece) for task in reader.tasks(task_bytes=task_bytes) for piece in task]
-    assert sum(sizes) == 2 * sum(len(ids) for _, ids in found)
+    assert sum(sizes) == 2 * sum(len(ids) for _, ids in result)
 
 
 def test_an_over_long_document_is_rejected_and_the_next_one_read(tmp_path: Path) -> None:
     write(tmp_path / "a", [[[1] * 50], [[1] * 26, [1] * 25], [[2]]])
-    found, rejects = read(tmp_path, format="megatron", max_record_bytes=100)
-    assert [document.row for document in found] == [0, 2]
+    result, rejects = read(tmp_path, format="megatron", max_record_bytes=100)
+    assert [document.row for document in result] == [0, 2]
     assert [(reject.rule, reject.row) for reject in rejects] == [("over-long record", 1)]
 
 
@@ -84,8 +84,8 @@ def test_an_index_is_read_from_an_archive_too(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for ending in ("bin", "idx"):
             archive.write(tmp_path / f"a.{ending}", f"x/a.{ending}")
-    found, _ = read(f"zip://x/*::file://{tmp_path}/a.zip", format="megatron")
-    assert [(d.source, list(d.ids if d.ids is not None else [])) for d in found] == [
+    result, _ = read(f"zip://x/*::file://{tmp_path}/a.zip", format="megatron")
+    assert [(d.source, list(d.ids if d.ids is not None else [])) for d in result] == [
         ("x/a.bin", [1, 2]),
         ("x/a.bin", [3]),
     ]

@@ -18,9 +18,9 @@ def test_parquet_gives_its_text_column_with_nulls_rejected(tmp_path: Path) -> No
     texts = sentences(3000, seed=5)
     column = [None if i == 1500 else text for i, text in enumerate(texts)]
     pq.write_table(pa.table({"id": range(3000), "body": column}), tmp_path / "a.parquet", row_group_size=700)
-    found, rejects = read(tmp_path, format="parquet", text_field="body")
-    assert [document.text for document in found] == texts[:1500] + texts[1501:]
-    assert found[-1].row == 2999
+    result, rejects = read(tmp_path, format="parquet", text_field="body")
+    assert [document.text for document in result] == texts[:1500] + texts[1501:]
+    assert result[-1].row == 2999
     assert [(reject.rule, reject.source, reject.row) for reject in rejects] == [("null field", "a.parquet", 1500)]
 
 
@@ -46,8 +46,8 @@ def test_every_kind_of_string_is_read(tmp_path: Path, kind: pa.DataType) -> None
 )
 def test_values_that_are_no_text_are_rejected_one_by_one(tmp_path: Path, column: pa.Array, rule: str) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    found, rejects = read(tmp_path, format="parquet", max_record_bytes=100)
-    assert (found, [(reject.rule, reject.row) for reject in rejects]) == ([], [(rule, 0), (rule, 1)])
+    result, rejects = read(tmp_path, format="parquet", max_record_bytes=100)
+    assert (result, [(reject.rule, reject.row) for reject in rejects]) == ([], [(rule, 0), (rule, 1)])
 
 
 def test_parquet_that_lacks_the_column_or_its_tail_is_refused(tmp_path: Path) -> None:

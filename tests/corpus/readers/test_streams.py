@@ -12,8 +12,8 @@ from tasks.corpus.readers import streams
 def test_zstd_reads_in_small_pieces_give_the_same_bytes(ending: str) -> None:
     content = bytes(range(256)) * 9000
     file = streams.decompress(io.BytesIO(zstandard.ZstdCompressor().compress(content)), f"a.{ending}")
-    found = b"".join(iter(lambda: file.read(777), b""))
-    assert found == content
+    result = b"".join(iter(lambda: file.read(777), b""))
+    assert result == content
 
 
 def test_skippable_zstd_frames_are_passed_over_and_other_bytes_after_a_frame_are_damage() -> None:

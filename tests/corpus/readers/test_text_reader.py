@@ -14,8 +14,8 @@ def test_a_text_file_is_a_document_and_an_invalid_one_is_bad(tmp_path: Path) -> 
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"packed"))
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed")[:-3])
     (tmp_path / "e.txt").write_bytes(b"")
-    found, rejects = read(tmp_path, format="text")
-    assert [(d.text, d.source, d.row) for d in found] == [
+    result, rejects = read(tmp_path, format="text")
+    assert [(d.text, d.source, d.row) for d in result] == [
         ("grün\r\n", "a.txt", 0),
         ("packed", "c.txt.gz", 0),
         ("", "e.txt", 0),
@@ -27,8 +27,8 @@ def test_a_text_file_is_a_document_and_an_invalid_one_is_bad(tmp_path: Path) -> 
 def test_a_file_in_utf_16_or_32_is_bad_with_or_without_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     for name, text in {"a": "plain words\n", "b": "größer, κόσμος\n", "c": "日本語\n"}.items():
         (tmp_path / f"{name}.txt").write_bytes(text.encode(encoding))
-    found, rejects = read(tmp_path, format="text")
-    assert found == []
+    result, rejects = read(tmp_path, format="text")
+    assert result == []
     assert {reject.rule for reject in rejects} <= {"NUL characters", "invalid UTF-8"}
     assert all(reject.bad for reject in rejects)
     if encoding == "utf-16-le":
@@ -38,8 +38,8 @@ def test_a_file_in_utf_16_or_32_is_bad_with_or_without_a_byte_order_mark(tmp_pat
 def test_a_text_file_may_have_exactly_max_record_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"a" * 100)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"a" * 101))
-    found, rejects = read(tmp_path, format="text", max_record_bytes=100)
-    assert [document.source for document in found] == ["a.txt"]
+    result, rejects = read(tmp_path, format="text", max_record_bytes=100)
+    assert [document.source for document in result] == ["a.txt"]
     assert [(reject.rule, reject.source) for reject in rejects] == [("over-long record", "b.txt.gz")]
 
 

@@ -35,10 +35,10 @@ def test_json_lines_are_cut_where_the_server_gives_ranges(tmp_path: Path, serve:
     reader = reader_of(f"{serve(Ranges)}/a.jsonl")
     tasks = reader.tasks(task_bytes=1 << 20)
     assert len(tasks) == -((tmp_path / "a.jsonl").stat().st_size // -(1 << 20)) > 3
-    found = records_of(reader, task_bytes=1 << 20)
-    assert [record.text for record in found if isinstance(record, Document)] == TEXTS
-    assert [record.row for record in found] == list(range(len(TEXTS)))
-    assert found[0].source.endswith("/a.jsonl")
+    result = records_of(reader, task_bytes=1 << 20)
+    assert [record.text for record in result if isinstance(record, Document)] == TEXTS
+    assert [record.row for record in result] == list(range(len(TEXTS)))
+    assert result[0].source.endswith("/a.jsonl")
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -48,8 +48,8 @@ def test_files_are_streamed_whole_from_a_server_without_ranges(tmp_path: Path, s
     assert len(content) > 5 << 20  # more than a block of fsspec's
     reader = reader_of(f"{serve(Whole)}/a.jsonl{ending}")
     assert len(reader.tasks(task_bytes=1 << 20)) == 1
-    found = records_of(reader)
-    assert [record.text for record in found if isinstance(record, Document)] == TEXTS
+    result = records_of(reader)
+    assert [record.text for record in result if isinstance(record, Document)] == TEXTS
     assert Whole.ranges[-1] == ""
 
 
@@ -58,8 +58,8 @@ def test_parquet_is_read_by_ranges_and_refused_without(tmp_path: Path, serve: Se
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=5000, compression="none", use_dictionary=False)
     reader = reader_of(f"{serve(Ranges)}/a.parquet", format="parquet")
     assert len(reader.tasks(task_bytes=1 << 20)) > 3
-    found = records_of(reader, task_bytes=1 << 20)
-    assert [record.text for record in found if isinstance(record, Document)] == TEXTS
+    result = records_of(reader, task_bytes=1 << 20)
+    assert [record.text for record in result if isinstance(record, Document)] == TEXTS
     reader = reader_of(f"{serve(Whole)}/a.parquet", format="parquet")
     with pytest.raises(ReadError, match=r"a.parquet: reading failed .*doesn't appear to support range requests"):
         records_of(reader)
@@ -97,5 +97,5 @@ def test_a_file_whose_size_the_server_does_not_tell_is_read_to_its_end(tmp_path:
             self.wfile.write(content)
 
     reader = reader_of(f"{serve(Silent)}/a.jsonl.gz?signature=x")
-    found = records_of(reader, task_bytes=100)
-    assert [record.text for record in found if isinstance(record, Document)] == texts
+    result = records_of(reader, task_bytes=100)
+    assert [record.text for record in result if isinstance(record, Document)] == texts

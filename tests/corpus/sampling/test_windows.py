@@ -40,11 +40,11 @@ def test_windows_hold_the_tokens_that_their_origins_name_each_at_most_once(
     parts = [documents(some, seed=i) for i, some in enumerate(lengths)]
     whole = np.concatenate([ids for part in parts for ids in part])
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        found = Windows(corpus(Path(folder, "data"), {"d": parts}), "d", "train", seq_len=seq_len, packing=kind)
+        result = Windows(corpus(Path(folder, "data"), {"d": parts}), "d", "train", seq_len=seq_len, packing=kind)
         seen = {(part, row): np.zeros(n, dtype=int) for part, some in enumerate(lengths) for row, n in enumerate(some)}
-        for i in range(len(found)):
-            window, origins = found.window(i), found.origins(i)
-            assert window.ids.tolist() == found[i].tolist()
+        for i in range(len(result)):
+            window, origins = result.window(i), result.origins(i)
+            assert window.ids.tolist() == result[i].tolist()
             assert window.starts.dtype == np.int32
             assert window.starts.tolist() == np.cumsum([0, *(origin.tokens for origin in origins)])[:-1].tolist()
             assert window.tokens == sum(origin.tokens for origin in origins)
@@ -65,10 +65,10 @@ def test_windows_hold_the_tokens_that_their_origins_name_each_at_most_once(
 def test_best_fit_windows_are_the_bins_of_all_the_documents_of_the_split(two: Path) -> None:
     lengths = np.array([70, 3, 500, 64, 1, 1, 129, 40] * 9, dtype=np.int32)
     bins = packing.pack(lengths, seq_len=SEQ_LEN)
-    found = Windows(two, "prose", "train", seq_len=SEQ_LEN, packing="best_fit")
-    assert len(found) == len(bins)
-    assert sum(found.window(i).tokens for i in range(len(found))) == lengths.sum()
-    assert [len(found.origins(i)) for i in range(len(found))] == np.diff(bins.offsets).tolist()
+    result = Windows(two, "prose", "train", seq_len=SEQ_LEN, packing="best_fit")
+    assert len(result) == len(bins)
+    assert sum(result.window(i).tokens for i in range(len(result))) == lengths.sum()
+    assert [len(result.origins(i)) for i in range(len(result))] == np.diff(bins.offsets).tolist()
 
 
 def test_bins_are_kept_by_corpus_domain_split_and_length(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +84,10 @@ def test_bins_are_kept_by_corpus_domain_split_and_length(two: Path, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["concat", "best_fit"])
 def test_a_window_outside_or_a_domain_unknown_is_an_error(two: Path, kind: packing.Packing) -> None:
-    found = Windows(two, "prose", "train", seq_len=SEQ_LEN, packing=kind)
-    for i in (-1, len(found)):
-        for read in (found.__getitem__, found.window, found.origins):
-            with pytest.raises(IndexError, match=f"has {len(found)} windows of 64 tokens; there is no {i}"):
+    result = Windows(two, "prose", "train", seq_len=SEQ_LEN, packing=kind)
+    for i in (-1, len(result)):
+        for read in (result.__getitem__, result.window, result.origins):
+            with pytest.raises(IndexError, match=f"has {len(result)} windows of 64 tokens; there is no {i}"):
                 read(i)
     with pytest.raises(ValueError, match="no domain 'poems'; it has code, prose"):
         Windows(two, "poems", "train", seq_len=SEQ_LEN)
@@ -103,13 +103,13 @@ def test_a_shard_of_another_size_than_the_manifest_says_is_an_error(two: Path) -
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_windows_of_a_held_out_split_are_spread_over_it_and_fewer_where_it_is_short(two: Path, split: str) -> None:
     of = {"validation": windows.validation, "test": windows.test}[split]
-    found = of(two, seq_len=SEQ_LEN, count=5)
+    result = of(two, seq_len=SEQ_LEN, count=5)
     code = documents([30] * 40 + [400], seed=2)
     whole = np.concatenate(code[:15] if split == "validation" else code)
     n = len(whole) // SEQ_LEN
-    assert found["code"].shape == (5, SEQ_LEN)
-    assert found["code"].dtype == np.int64
-    for k, window in enumerate(found["code"]):
+    assert result["code"].shape == (5, SEQ_LEN)
+    assert result["code"].dtype == np.int64
+    for k, window in enumerate(result["code"]):
         i = k * n // 5
         assert window.tolist() == whole[i * SEQ_LEN : (i + 1) * SEQ_LEN].tolist()
     assert of(two, seq_len=SEQ_LEN, count=10**6)["code"].shape == (n, SEQ_LEN)
@@ -135,7 +135,7 @@ def test_a_test_split_without_a_window_is_found_before_anything_is_trained(
 def test_only_evaluate_asks_for_windows_of_the_test_split() -> None:
     asks = re.compile(r"""windows\.test\(|windows import .*\btest\b|Windows\([^)]*["']test["']""")
     folders = [ROOT / name for name in ("tasks", "flows", "kernels", "bench")]
-    found = [
+    result = [
         path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py") if asks.search(path.read_text())
     ]
-    assert found == [Path("tasks/evaluate/__main__.py")]
+    assert result == [Path("tasks/evaluate/__main__.py")]

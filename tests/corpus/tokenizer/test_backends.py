@@ -128,14 +128,14 @@ def test_ids_of_a_llama_3_layout_are_those_of_tiktoken(layouts: dict[str, Path],
 @pytest.fixture(scope="session")
 def pairs(layouts: dict[str, Path]) -> list[tuple[backends.Backend, backends.Backend]]:
     """Every fast backend that is installed, with its reference."""
-    found: list[tuple[backends.Backend, backends.Backend]] = []
+    result: list[tuple[backends.Backend, backends.Backend]] = []
     for folder in layouts.values():
         raw = _raw(folder)
         reference = backends.Reference(raw)
         for kind in backends.candidates(raw):
             with contextlib.suppress(ImportError):
-                found.append((kind(raw, reference=reference), reference))
-    return found
+                result.append((kind(raw, reference=reference), reference))
+    return result
 
 
 @settings(deadline=None, max_examples=60)

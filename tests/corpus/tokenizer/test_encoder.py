@@ -35,22 +35,28 @@ def test_special_tokens_inside_a_document_are_text(model: str, request: pytest.F
         assert not specials & set(ids[:-1].tolist())
 
 
+@pytest.fixture
+def copy(byte_level: Path, tmp_path: Path) -> Path:
+    """A copy of the byte-level model, to change."""
+    return Path(shutil.copytree(byte_level, tmp_path / "copy"))
+
+
 BARE = {"byte_level": "<|endoftext|>", "sentencepiece": "<s>"}
 
 
 @pytest.fixture(params=list(BARE))
 def with_bos(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Both tokenizers, with a BOS and a template that would add it."""
-    copy = Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "copy"))
+    model = Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "with-bos"))
     bos = BARE[request.param]
-    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {bos}", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
-    tokenizer.save(str(copy / "tokenizer.json"))
-    names = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps({**names, "bos_token": {"content": bos}}))
-    return copy
+    tokenizer.save(str(model / "tokenizer.json"))
+    names = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**names, "bos_token": {"content": bos}}))
+    return model
 
 
 @pytest.mark.parametrize("separators", ["eos", "bos", "bos_eos"])
@@ -89,14 +95,13 @@ def test_an_id_outside_the_vocabulary_is_refused(byte_level: Path) -> None:
             one.wrap([np.array([1, 2]), np.array([3, wrong, 5])])
 
 
-def test_a_separator_without_a_token_is_an_error_that_says_what_mends_it(byte_level: Path, tmp_path: Path) -> None:
+def test_a_separator_without_a_token_is_an_error_that_says_what_mends_it(byte_level: Path, copy: Path) -> None:
     assert encoder.load_encoder(byte_level).bos_token_id is None
     for separators in ("bos", "bos_eos"):
         with pytest.raises(
             encoder.TokenizerError, match=r"tokenizer_config.json: bos_token is .*or set `separators: eos`"
         ):
             encoder.load_encoder(byte_level, separators=separators)
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
     (copy / "config.json").write_text(json.dumps({"vocab_size": 400, "bos_token_id": 7}))
     assert encoder.load_encoder(copy, separators="bos").bos_token_id == 7
 
@@ -116,8 +121,7 @@ def test_the_fingerprint_names_the_separators_and_no_backend(with_bos: Path) -> 
     assert flags == ("specials-as-text,no-bos", "specials-as-text,no-eos", "specials-as-text")
 
 
-def test_a_file_that_is_no_tokenizer_is_named(byte_level: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+def test_a_file_that_is_no_tokenizer_is_named(copy: Path) -> None:
     raw = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps({**raw, "model": {"type": "BPE", "vocab": {}}}))
     with pytest.raises(encoder.TokenizerError, match=r"tokenizer.json: not a tokenizer: "):
@@ -128,9 +132,8 @@ def test_a_file_that_is_no_tokenizer_is_named(byte_level: Path, tmp_path: Path) 
 
 
 def test_padding_truncation_and_dropout_saved_with_a_tokenizer_do_not_touch_documents(
-    byte_level: Path, tmp_path: Path
+    byte_level: Path, copy: Path
 ) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
@@ -142,8 +145,7 @@ def test_padding_truncation_and_dropout_saved_with_a_tokenizer_do_not_touch_docu
     assert theirs.fingerprint == ours.fingerprint
 
 
-def test_the_fingerprint_follows_the_vocabulary_not_the_layout_of_its_file(byte_level: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+def test_the_fingerprint_follows_the_vocabulary_not_the_layout_of_its_file(byte_level: Path, copy: Path) -> None:
     raw = json.loads((copy / "tokenizer.json").read_text())
     (copy / "tokenizer.json").write_text(json.dumps(dict(reversed(raw.items())), indent=7))
     before = encoder.load_encoder(byte_level).fingerprint
@@ -166,8 +168,7 @@ def test_bytes_of_the_tokens_are_the_bytes_of_the_text(byte_level: Path, sentenc
         assert encoder.token_bytes(model)[ids].sum() == len(text.encode())
 
 
-def test_token_bytes_cover_the_vocabulary_of_the_model_with_specials_at_zero(byte_level: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+def test_token_bytes_cover_the_vocabulary_of_the_model_with_specials_at_zero(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps({"vocab_size": 512}))  # rows padded, as models do
     sizes = encoder.token_bytes(copy)
     assert sizes.shape == (512,)
@@ -176,8 +177,7 @@ def test_token_bytes_cover_the_vocabulary_of_the_model_with_specials_at_zero(byt
     assert not sizes[400:].any()
 
 
-def test_a_vocabulary_of_unknown_kind_has_no_bytes(byte_level: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+def test_a_vocabulary_of_unknown_kind_has_no_bytes(copy: Path) -> None:
     raw = json.loads((copy / "tokenizer.json").read_text())
     raw["pre_tokenizer"], raw["decoder"] = {"type": "Whitespace"}, None
     (copy / "tokenizer.json").write_text(json.dumps(raw))
@@ -185,17 +185,13 @@ def test_a_vocabulary_of_unknown_kind_has_no_bytes(byte_level: Path, tmp_path: P
         encoder.token_bytes(copy)
 
 
-def test_the_type_of_ids_is_the_narrowest_that_holds_the_vocabulary(byte_level: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+def test_the_type_of_ids_is_the_narrowest_that_holds_the_vocabulary(copy: Path) -> None:
     for vocab_size, dtype in ((65536, np.uint16), (65537, np.uint32)):
         (copy / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
         assert encoder.load_encoder(copy).dtype is dtype
 
 
-def test_eos_comes_from_the_tokenizer_or_else_the_model_and_its_absence_is_an_error(
-    byte_level: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(byte_level, tmp_path / "copy"))
+def test_eos_comes_from_the_tokenizer_or_else_the_model_and_its_absence_is_an_error(copy: Path) -> None:
     (copy / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
     assert encoder.load_encoder(copy).eos_token_id == 0
     (copy / "tokenizer_config.json").unlink()
