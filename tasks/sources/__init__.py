@@ -23,12 +23,12 @@ from tasks.sources.hashes import Hashes, Listing, open_sequential, stamp
 from tasks.sources.hub import require_data_files
 from tasks.sources.packages import download, open_archive
 from tasks.sources.stores import Place, Store, open_store
-from tasks.sources.syntax import SYNTAX, Source, SourceError, parse, require_commit
+from tasks.sources.syntax import Source, SourceError, parse, require_commit
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-__all__ = ["SYNTAX", "Fetched", "Source", "SourceError", "fetch", "fingerprint", "open_sequential", "parse"]
+__all__ = ["Fetched", "Source", "SourceError", "fetch", "fingerprint", "open_sequential", "parse"]
 __all__ += ["require_commit"]
 
 FEW = 16

@@ -30,11 +30,6 @@ class ReadError(RuntimeError):
     """A store or archive failed while a file was read: nothing is known about the records, so none is counted bad."""
 
 
-def guard(file: IO[bytes], path: str) -> io.BufferedReader:
-    """A file whose own failures are ReadErrors, never taken for damage inside it."""
-    return io.BufferedReader(_Guarded(file, path), BLOCK)
-
-
 def bytes_read(file: IO[bytes]) -> int:
     """How many bytes a guarded file has given."""
     raw = getattr(file, "raw", None)
@@ -48,7 +43,7 @@ def guarded_open(fs: AbstractFileSystem, path: str, *, sequential: bool = False)
         opened = sources.open_sequential(fs, path) if sequential else fs.open(path, "rb")
     except Exception as error:  # every store has errors of its own
         raise _read_error(path, error) from error
-    with opened, guard(opened, path) as file:
+    with opened, io.BufferedReader(_Guarded(opened, path), BLOCK) as file:
         yield file
 
 
@@ -93,6 +88,8 @@ def _read_error(path: str, error: Exception) -> ReadError:
 
 
 class _Guarded(io.RawIOBase):
+    """A file whose own failures are ReadErrors, never taken for damage inside it."""
+
     def __init__(self, file: IO[bytes], path: str) -> None:
         self._file, self._path = file, path
         self.count = 0  # bytes read
