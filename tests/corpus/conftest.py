@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tasks.corpus.build import stage
+from tasks import code
 from tests.corpus.texts import CORPUS, Project, jsonl, run, sentences
 
 
@@ -59,7 +59,7 @@ def _no_waiting() -> Iterator[None]:
     """No test cuts the power, and fsync takes most of the time of many small files; the code is digested once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(stage.code, "fingerprint", functools.cache(stage.code.fingerprint))
+        patch.setattr(code, "fingerprint", functools.cache(code.fingerprint))
         yield
 
 

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 from tasks import scratch, settings, sources
 from tasks.corpus import source_versions
@@ -33,13 +33,14 @@ from tasks.corpus.records import CorpusError
 
 SOURCES = scratch.ROOT / "sources"
 Phase = Literal["scan", "resolve", "tokenise"]
+T = TypeVar("T")
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-class PerThread(threading.local):
+class PerThread(threading.local, Generic[T]):
     """What a function gives, kept for the thread that called it: a worker may run several, which must not share it."""
 
-    def __init__(self, function: Callable[..., Any], *, most: int) -> None:
+    def __init__(self, function: Callable[..., T], *, most: int) -> None:
         self.get = functools.lru_cache(maxsize=most)(function)
 
 

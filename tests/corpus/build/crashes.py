@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks import scratch
+from tasks import code, scratch
 from tasks.corpus import shards
 from tasks.corpus.build import stage
 from tests.corpus.texts import CORPUS
@@ -100,7 +100,7 @@ def clear() -> None:
 def main() -> None:
     """Kill it so often, at calls drawn from all scales, and see that every run that ends gives the same."""
     kills, rng = int(sys.argv[1]), random.Random(int(sys.argv[2]))
-    stage.code.fingerprint = functools.cache(stage.code.fingerprint)
+    code.fingerprint = functools.cache(code.fingerprint)
     stage.make("tiny", run=stage.processes(1))  # in this process, so that children find the tokenizer loaded
     clean = result()
     clear()

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.corpus import __main__ as command
+from tasks.corpus import __main__ as main
 from tasks.corpus.build import stage
 from tasks.tools import verify_corpus as verify
 from tests.corpus.build import crashes
@@ -52,8 +52,8 @@ def clean(project: Project) -> str:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-B", *arguments], env=environment, text=True, **pipes)
+    command = [sys.executable, "-B", *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_killed_at_many_calls_every_run_that_ends_gives_the_bytes_of_an_undisturbed_one(clean: str) -> None:
@@ -105,7 +105,7 @@ def test_on_a_full_disk_it_fails_naming_the_file_keeps_what_was_published_and_th
     project(texts, seed=1)
     monkeypatch.setattr(sys, "argv", ["corpus", "tiny", "--workers", "1"])
     with largest_file(size):
-        assert command.main() == 1
+        assert main.main() == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("corpus tiny: ")]
     assert "File too large: '.scratch/corpus-tiny/" in line
     assert re.search(f"/{written}'$", line)
