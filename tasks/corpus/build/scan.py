@@ -278,4 +278,5 @@ class _TaskScan:
 
 
 def _signed_columns(path: Path) -> dict[str, list[Any]]:
-    return chunk_store.documents(path).select(["text", "doc_id"]).to_pydict()
+    columns: dict[str, list[Any]] = chunk_store.documents(path).select(["text", "doc_id"]).to_pydict()
+    return columns
