@@ -9,13 +9,12 @@ What a class cannot express exactly, it refuses with the reason.
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from tasks.partition.exporters.base import Exporter, SparseLayer
-from tasks.partition.exporters.granite import GraniteMoe, GraniteMoeShared
-from tasks.partition.exporters.mixtral import Mixtral
-from tasks.partition.exporters.qwen2_moe import Qwen2Moe
-from tasks.partition.exporters.qwen3_moe import Qwen3Moe
+from tasks import architectures
+from tasks.partition.exporters.base import CLASSES, Exporter, SparseLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPORTERS", "Exporter", "SparseLayer", "choose"]
 
-EXPORTERS: dict[str, Exporter] = {
-    exporter.name: exporter for exporter in (Mixtral(), GraniteMoeShared(), GraniteMoe(), Qwen2Moe(), Qwen3Moe())
-}
-"""By model_type, in the order in which `target: auto` tries them."""
+for _file in iter_modules(__path__):
+    import_module(f"tasks.partition.exporters.{_file.name}")
+EXPORTERS: dict[str, Exporter] = {name: CLASSES[name]() for name in architectures.SPARSE}
+"""By model_type, in the order in which `target: auto` tries them. Each file of this folder adds its classes."""
 
 
 def choose(dense: PreTrainedConfig, partition: Partition) -> Exporter:

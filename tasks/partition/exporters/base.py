@@ -72,10 +72,17 @@ class SparseLayer:
         return self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM
 
 
+CLASSES: dict[str, type[Exporter]] = {}
+"""The exporter of each model_type, entered when its class is defined."""
+
+
 class Exporter:
     """One stock class of transformers as the result: what it can express, its config, its names on disk."""
 
     row: ClassVar[architectures.Sparse]
+
+    def __init_subclass__(cls) -> None:
+        CLASSES.setdefault(cls.row.model_type, cls)
 
     @property
     def name(self) -> str:

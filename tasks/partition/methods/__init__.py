@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from tasks.partition.layer import Layer, Sizes
+from tasks.settings import Partition
 
-if TYPE_CHECKING:
-    from tasks.settings import Partition
-
-Split = Callable[[Layer, Sizes, "Partition"], np.ndarray]
+Split = Callable[[Layer, Sizes, Partition], np.ndarray]
 Needs = Literal["nothing", "weights", "activations", "gradients"]
-NAMES = ("random", "clustering", "coactivation", "importance", "moebert", "copy", "activation")
+NAMES: tuple[str, ...] = get_args(Partition.model_fields["method"].annotation)
 
 
 @dataclass(frozen=True, kw_only=True)
