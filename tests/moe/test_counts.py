@@ -31,23 +31,14 @@ _PLACES = st.fixed_dictionaries(
 
 def _configs(sizes, moe, *, bias=False, shared=24, head_dim=8, places=None):
     """One config of every class, by model_type."""
-    local = {"num_local_experts": moe["experts"], "num_experts_per_tok": moe["top_k"]}
-    qwen = {"num_experts": moe["experts"], "num_experts_per_tok": moe["top_k"], "moe_intermediate_size": 24}
-    qwen |= places or {}
-    fields = {
-        "llama": {"attention_bias": bias, "mlp_bias": bias, "head_dim": head_dim},
-        "mistral": {"head_dim": head_dim},
-        "qwen2": {},
-        "qwen3": {"attention_bias": bias, "head_dim": head_dim},
-        "granite": {"attention_bias": bias, "mlp_bias": bias},
-        "mixtral": {"head_dim": head_dim, **local},
-        "granitemoe": {"attention_bias": bias, **local},
-        "granitemoeshared": {"attention_bias": bias, "shared_intermediate_size": shared, **local},
-        "qwen2_moe": {"qkv_bias": bias, "shared_expert_intermediate_size": shared, **qwen},
-        "qwen3_moe": {"attention_bias": bias, "head_dim": head_dim, **qwen},
-    }
-    assert set(fields) == set(architectures.ALL)
-    return {kind: AutoConfig.for_model(kind, **sizes, **own) for kind, own in fields.items()}
+    configs = {}
+    for kind, row in architectures.ALL.items():
+        own = models.own_fields(kind, **moe, expert_size=24, shared_size=shared, bias=bias, places=places)
+        default = AutoConfig.for_model(kind)
+        own |= {"head_dim": head_dim} if hasattr(default, "head_dim") or row.qk_norm else {}
+        own |= {"mlp_bias": bias} if hasattr(default, "mlp_bias") else {}
+        configs[kind] = AutoConfig.for_model(kind, **sizes, **own)
+    return configs
 
 
 @given(_SIZES, _MOE, st.booleans(), st.sampled_from([0, 24]), st.sampled_from([8, 24]), _PLACES)
@@ -91,7 +82,7 @@ def test_experts_are_those_of_the_built_model_under_whatever_names_its_config_ha
         if kind in architectures.DENSE:
             assert counted == {"layers": [], "experts": 0, "top_k": 0, "expert_size": 0, "shared_size": 0}
         else:
-            assert counted["shared_size"] == (shared if kind in {"granitemoeshared", "qwen2_moe"} else 0)
+            assert counted["shared_size"] == (shared if architectures.SPARSE[kind].shared_size else 0)
 
 
 @given(_SIZES, _MOE, _PLACES)

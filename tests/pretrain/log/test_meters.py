@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from tasks import architectures
 from tasks.pretrain import trainable
 from tasks.pretrain.log import meters
 from tasks.settings.pretrain import What
-from tests import warm_processes
+from tests import models, warm_processes
 
 CPU = torch.device("cpu")
 TOKENS = 48
@@ -32,21 +31,7 @@ SIZES = {
     "vocab_size": 128,
     "attn_implementation": "eager",
 }
-LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
-QWEN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [2]}
-OWN: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "granite": {},
-    "mixtral": LOCAL,
-    "granitemoe": LOCAL,
-    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 32},
-    "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 32},
-    "qwen3_moe": {**QWEN, "mlp_only_layers": [0]},
-}
-assert set(OWN) == set(architectures.ALL)
+PLACES = {"mlp_only_layers": [0, 2]}
 CASES = [
     (kind, what)
     for kind in architectures.ALL
@@ -57,7 +42,8 @@ CASES = [
 @pytest.mark.parametrize(("kind", "what"), CASES)
 def test_flops_of_a_training_step_agree_with_pytorchs_counter_within_2_percent(kind: str, what: What) -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **OWN[kind], experts_implementation="eager")
+    own = models.own_fields(kind, places=PLACES)
+    config = AutoConfig.for_model(kind, **SIZES, **own, experts_implementation="eager")
     model = AutoModelForCausalLM.from_config(config)
     trainable.require(model, trainable.TRAINED[what])
     ids = torch.randint(config.vocab_size, (2, TOKENS // 2))
