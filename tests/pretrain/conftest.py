@@ -1,38 +1,55 @@
-"""A tiny project whose stages up to `partition` have run, once for all tests of this folder."""
+"""A tiny project whose stages up to `partition` have run, and one with the uninterrupted run that others end like."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.conftest import SETTINGS
 
 from .projects import stage
+from .warm_stages import stages
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one of xdist's workers makes for all."""
+    base = factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{name}-unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_data: Path) -> Path:
     """A project in which only `pretrain` is left to run: 12 steps of 4 x 64 tokens, a checkpoint every second one."""
-    folder = tmp_path_factory.mktemp("prepared")
-    for name in ("tasks", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     settings = SETTINGS.format(model=tiny_model, data=tiny_data).replace("tokens: 1536", f"tokens: {STEPS * 256}")
     settings = settings.replace("micro_batch: 2", "micro_batch: 1")  # the balance loss of a window is its own then
     settings = settings.replace("warmup_tokens:", "schedule: wsd\n      decay_share: 0.5\n      warmup_tokens:")
-    (folder / "pipelines.yaml").write_text(settings)
-    for name in ("moe.dense", "corpus.fingerprint", "corpus", "mixture", "partition"):
-        done = stage(f"tasks.{name}", "tiny", cwd=folder)
-        assert done.returncode == 0, done.stderr
+
+    def make(folder: Path) -> None:
+        for name in ("tasks", "kernels"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "pipelines.yaml").write_text(settings)
+        names = ("moe.dense", "corpus.fingerprint", "corpus", "mixture", "partition")
+        stages(*((f"tasks.{name}", "tiny") for name in names), cwd=folder)
         for split in (folder / "data/corpora").glob("*/*/test"):
             shutil.rmtree(split)  # only tasks/evaluate may open it
-    return folder
+
+    return made_once(tmp_path_factory, "prepared", make)
 
 
 @pytest.fixture
@@ -45,13 +62,23 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def finished(
-    prepared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The project after an uninterrupted run, made without a compiler in reach; and what that run printed."""
-    folder = tmp_path_factory.mktemp("finished") / "project"
-    shutil.copytree(prepared, folder)
-    done = stage("tasks.pretrain", "tiny", cwd=folder, env={"PATH": "/nonexistent", "CXX": "/nonexistent/c++"})
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "runs/tiny/pretrain.json").read_text())["steps"] == STEPS
-    return folder, done
+def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project after an uninterrupted run by its command, made without a compiler in reach."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(prepared, folder)
+        done = stage("tasks.pretrain", "tiny", cwd=folder, env={"PATH": "/nonexistent", "CXX": "/nonexistent/c++"})
+        assert done.returncode == 0, done.stderr
+        assert json.loads((folder / "runs/tiny/pretrain.json").read_text())["steps"] == STEPS
+
+    return made_once(tmp_path_factory, "finished", make)
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process in a group of its own, as a run of one process has it."""
+    from tasks.pretrain.engine import distributed
+
+    distributed.join(tmp_path_factory.mktemp("group"))
+    yield
+    distributed.leave()

@@ -20,19 +20,42 @@ def settings(**fields: Any) -> Pretrain:
     return Pretrain(**given | {"save_every": 2} | fields)
 
 
-def config() -> MixtralConfig:
-    return MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True,
-    )  # fmt: skip
+def config(**fields: Any) -> MixtralConfig:
+    sizes = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return MixtralConfig(**sizes | fields)
+
+
+def mixtral(dtype: torch.dtype = torch.float32, **fields: Any) -> MixtralForCausalLM:
+    """The same weights in every call."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config(**fields))
+    torch.nn.Module.to(model, dtype)
+    return model.train()
 
 
 def build(params: Pretrain, *, world_size: int = 1, dtype: torch.dtype = torch.float32) -> Engine:
-    """The same weights in every call."""
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(config())
-    torch.nn.Module.to(model, dtype)
-    return interface.build(model, params)
+    return interface.build(mixtral(dtype), params)
+
+
+def micro_loss(model: Any, step: int, micro: int) -> torch.Tensor:
+    """The loss of one of a step's two micro-batches of two windows."""
+    ids = torch.randint(64, (2, SEQ_LEN), generator=torch.Generator().manual_seed(2 * step + micro))
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def train_step(built: Engine, step: int, *, factor: float = 1.0) -> tuple[list[float], float]:
+    """Train on both micro-batches of a step; the gradient of the second is multiplied. Returns losses and norm."""
+    losses = []
+    for micro in range(2):
+        losses.append(micro_loss(built, step, micro))
+        built.backward(losses[-1] * (factor if micro == 1 else 1.0))
+        if micro == 0:
+            built.next_micro_batch()
+    return [value.item() for value in losses], built.finish_step()
 
 
 def train(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
+MODULE = "tasks.pretrain.launch.worker"
+WORKER = "stage-worker"
+"""What a worker's process is called: the module, or its name if it was forked (warm_stages.py)."""
 
 
 def stage(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -35,17 +40,27 @@ def start(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **optio
     )
 
 
+def processes(project: Path) -> Iterator[Path]:
+    """The folders in /proc of the other processes that run in a project."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if entry.name.isdigit() and int(entry.name) != os.getpid() and (entry / "cwd").readlink() == project:
+                yield entry
+
+
 def workers(project: Path) -> list[int]:
     """Process ids of the training processes that run in a project."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            mine = entry.name.isdigit() and (entry / "cwd").readlink() == project
-            if mine and b"tasks.pretrain.launch.worker" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
+    ids = []
+    for entry in processes(project):
+        with contextlib.suppress(OSError):
+            if WORKER in (entry / "comm").read_text() or MODULE in (entry / "cmdline").read_text():
+                ids.append(int(entry.name))
+    return ids
+
+
+def checkpoints(project: Path, *, folder: str = "pretrain-tiny") -> list[Path]:
+    """The checkpoints of a pipeline's unfinished run, the newest last."""
+    return sorted(project.glob(f".scratch/{folder}/*/checkpoints/step-*"))
 
 
 def wait_for(condition: Callable[[], object], *, seconds: float = 120) -> None:
@@ -63,6 +78,17 @@ def configure(project: Path, **fields: Any) -> None:
     content = yaml.load(path)
     content["pipelines"]["tiny"]["pretrain"].update(fields)
     yaml.dump(content, path)
+
+
+def assert_same_run(project: Path, reference: Path) -> None:
+    """Fail unless the trained model, the log and the tables of two projects are the same, timings aside."""
+    from tasks import scratch  # late: a forked stage imports its project's own code
+
+    run, expected = project / "runs/tiny", reference / "runs/tiny"
+    assert timeless(run / "training/log.jsonl") == timeless(expected / "training/log.jsonl")
+    assert scratch.digest(run / "trained") == scratch.digest(expected / "trained")
+    for name in ("loss.csv", "validation.csv", "training/expert_load.json", "training/deepspeed.json"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes()
 
 
 def timeless(log: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from tasks.moe import gate
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_weights, distributed, interface
+from tasks.pretrain.engine import checkpoint_weights, interface
 from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
-from .engines import config, settings, train
-from .projects import configure, start, wait_for, workers
+from .engines import config, mixtral, settings, train
+from .projects import configure, wait_for, workers
+from .warm_stages import start
 
 CLEAN = """
 import sys, torch
@@ -41,18 +41,12 @@ assert not {"tasks", "moe_kernels", "deepspeed"} & set(sys.modules)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def split(folder: Path, *, gated: bool) -> MixtralForCausalLM:
     """A split model on the disk, bf16 in its files, and as it trains."""
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(config())
-    torch.nn.Module.to(model, torch.bfloat16)
+    model = mixtral(torch.bfloat16)
     model.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("as it was")
     if gated:
@@ -182,21 +176,22 @@ def test_a_step_is_exported_while_its_run_goes_on_and_what_is_not_there_is_told(
     experts, hidden = gate.router(AutoModelForCausalLM.from_pretrained(moe)).state_dict()["weight"].shape
     gate.write(moe, {layer: gate.start(experts, hidden, seed=0, layer=layer) for layer in range(2)})
     configure(project, keep_every=2)
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
-        wait_for(lambda: list(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000006")))
-        stopped = workers(project)
+    run = start("tasks.pretrain", "tiny", cwd=project)
+    wait_for(lambda: list(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000006")))
+    stopped = workers(project)
+    for worker in stopped:
+        os.kill(worker, signal.SIGSTOP)  # the stage holds the lock, and must not end meanwhile
+    try:
+        monkeypatch.setattr(sys, "argv", ["export", "tiny", "--step", "2"])
+        assert export.main() == 0
+        fitted, printed = capsys.readouterr().out.splitlines()
+        with pytest.raises(TrainingError, match="no checkpoint of step 3; kept: 2, 4"):
+            export.run("tiny", step=3)
+    finally:
+        run.process.kill()
         for worker in stopped:
-            os.kill(worker, signal.SIGSTOP)  # the stage holds the lock, and must not end meanwhile
-        try:
-            monkeypatch.setattr(sys, "argv", ["export", "tiny", "--step", "2"])
-            assert export.main() == 0
-            fitted, printed = capsys.readouterr().out.splitlines()
-            with pytest.raises(TrainingError, match="no checkpoint of step 3; kept: 2, 4"):
-                export.run("tiny", step=3)
-        finally:
-            process.kill()
-            for worker in stopped:
-                os.kill(worker, signal.SIGCONT)  # to see that the stage is gone
+            os.kill(worker, signal.SIGCONT)  # to see that the stage is gone
+    run.wait()
     wait_for(lambda: not workers(project))
     assert "linear routers fitted to the gates: agreement" in fitted
     folder = Path("runs/tiny/exported/step-00000002")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows import cli
-from tasks import scratch
 from tasks.corpus import shards
 from tasks.pretrain.job import TrainingError
 from tasks.tools import inspect_run as inspect
 
 from .conftest import STEPS
-from .projects import configure, stage, start, timeless, wait_for, workers
+from .projects import assert_same_run, checkpoints, configure, timeless
+from .warm_stages import kill_when, stage
 
 pytestmark = pytest.mark.e2e
 BATCH, SEQ_LEN = 4, 256
@@ -157,10 +156,7 @@ def test_a_packed_run_killed_and_resumed_ends_as_the_other_and_can_be_told_while
     run = Path("runs/tiny")
     with pytest.raises(TrainingError, match=r"runs/tiny: no run is there; give runs/PIPELINE"):
         inspect.step(run, 1)
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
-        wait_for(lambda: any(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000004")))
-        process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not workers(project), seconds=5)
+    kill_when(lambda: any(path.name == "step-00000004" for path in checkpoints(project)), cwd=project)
     found = inspect.step(run, 4, full=True)
     compare(found, seen(project)[4], project)
     assert (found["steps"], found["run"].startswith(".scratch/pretrain-tiny/")) == (STEPS, True)
@@ -170,9 +166,7 @@ def test_a_packed_run_killed_and_resumed_ends_as_the_other_and_can_be_told_while
     last = stage("tasks.pretrain", "tiny", cwd=project)
     assert last.returncode == 0, last.stderr
     assert "going on from the checkpoint of step" in last.stdout
-    once, reference = project / "runs/tiny", trained / "runs/tiny"
-    assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
-    assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
+    assert_same_run(project, trained)
     assert seen(project) == seen(trained)
 
     manifest = project / "data/corpora/tiny/manifest.json"

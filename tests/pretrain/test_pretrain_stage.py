@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
 from .conftest import STEPS
-from .projects import configure, stage, timeless
+from .projects import configure, timeless
+from .warm_stages import stage
 
 pytestmark = pytest.mark.e2e
-Finished = tuple[Path, CompletedProcess[str]]
 
 PLAIN = """
 import json, sys, torch
@@ -31,16 +30,16 @@ print(json.dumps({"dtype": str(model.dtype), "losses": losses, "code": "tasks" i
 """
 
 
-def test_training_needs_no_compiler_and_lowers_the_validation_loss(finished: Finished) -> None:
-    metrics = json.loads((finished[0] / "runs/tiny/pretrain.json").read_text())
+def test_training_needs_no_compiler_and_lowers_the_validation_loss(finished: Path) -> None:
+    metrics = json.loads((finished / "runs/tiny/pretrain.json").read_text())
     assert metrics["validation_mean_after"] < metrics["validation_mean_before"]
-    assert not any(finished[0].glob("**/*.so"))
+    assert not any(finished.glob("**/*.so"))
 
 
-def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(finished: Finished) -> None:
+def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(finished: Path) -> None:
     from tasks.corpus.sampling import windows
 
-    root = finished[0]
+    root = finished
     evidence = json.loads((root / "runs/tiny/mixture.json").read_text())["evidence"]
     last = [r for r in timeless(root / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"][-1]
     validation = windows.validation(root / "data/corpora/tiny", seq_len=evidence["seq_len"], count=evidence["windows"])
@@ -54,8 +53,8 @@ def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(
     assert plain["losses"] == pytest.approx(last["losses"], abs=1e-5)
 
 
-def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(finished: Finished) -> None:
-    log = timeless(finished[0] / "runs/tiny/training/log.jsonl")
+def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(finished: Path) -> None:
+    log = timeless(finished / "runs/tiny/training/log.jsonl")
     steps = [record for record in log if record["kind"] == "step"]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert [record["step"] for record in log if record["kind"] == "validation"] == list(range(0, STEPS + 1, 2))
@@ -66,25 +65,25 @@ def test_the_log_holds_every_step_and_evaluation_with_lm_and_balance_loss_apart(
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
         assert record["parts"]["balance"] >= 0.0099  # Switch's is 1 at perfect balance, the coefficient 0.01
         assert record["total"] == pytest.approx(record["loss"] + record["parts"]["balance"])
-    rows = (finished[0] / "runs/tiny/loss.csv").read_text().splitlines()
+    rows = (finished / "runs/tiny/loss.csv").read_text().splitlines()
     assert rows[0].startswith("step,tokens,loss")
     assert len(rows) == STEPS + 1
 
 
-def test_expert_load_counts_every_validation_token_k_times_in_every_layer(finished: Finished) -> None:
-    load = json.loads((finished[0] / "runs/tiny/training/expert_load.json").read_text())
+def test_expert_load_counts_every_validation_token_k_times_in_every_layer(finished: Path) -> None:
+    load = json.loads((finished / "runs/tiny/training/expert_load.json").read_text())
     for moment in ("before", "after"):
         load_LE = np.array(load[moment])
         assert load_LE.shape == (2, 12)
         assert (load_LE.sum(1) == 2 * 2 * 64 * 4).all()  # domains x windows x tokens x top_k
 
 
-def test_the_workspace_is_emptied_and_the_deepspeed_configuration_is_kept(finished: Finished) -> None:
-    config = json.loads((finished[0] / "runs/tiny/training/deepspeed.json").read_text())
+def test_the_workspace_is_emptied_and_the_deepspeed_configuration_is_kept(finished: Path) -> None:
+    config = json.loads((finished / "runs/tiny/training/deepspeed.json").read_text())
     assert config["gradient_clipping"] == 1.0
     assert config["zero_optimization"]["stage"] == 1
-    assert not any(finished[0].glob(".scratch/pretrain-tiny/*/checkpoints"))
-    assert any((finished[0] / "runs/tiny/training/tensorboard").iterdir())
+    assert not any(finished.glob(".scratch/pretrain-tiny/*/checkpoints"))
+    assert any((finished / "runs/tiny/training/tensorboard").iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(project: Path) -> None:
@@ -99,14 +98,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
     assert any(project.glob(".scratch/pretrain-tiny/*/checkpoints/step-00000001"))
 
 
-def test_zero_3_in_bfloat16_with_gradient_checkpointing_trains_like_the_first(
-    project: Path, finished: Finished
-) -> None:
+def test_zero_3_in_bfloat16_with_gradient_checkpointing_trains_like_the_first(project: Path, finished: Path) -> None:
     configure(project, tokens=4 * 256, zero_stage=3, precision="bfloat16", gradient_checkpointing=True, processes=2)
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
     losses = [r["mean"] for r in timeless(project / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"]
-    first = [r["mean"] for r in timeless(finished[0] / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"]
+    first = [r["mean"] for r in timeless(finished / "runs/tiny/training/log.jsonl") if r["kind"] == "validation"]
     assert losses[0] == pytest.approx(first[0], abs=0.05)
     assert losses[-1] < losses[0]
     config = json.loads((project / "runs/tiny/trained/config.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tasks.moe import gate
 from tasks.pretrain import schedule, trainable
-from tasks.pretrain.engine import configuration, distributed, interface, optimizer
+from tasks.pretrain.engine import configuration, interface, optimizer
 from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import What
+from tests.pretrain.engines import micro_loss, train_step
 
 COMMON = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -135,13 +135,6 @@ def test_a_phase_or_a_rate_for_what_the_model_lacks_is_refused(
         trainable.groups(tiny(kind), settings(**fields))
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
-
-
 PHASES: list[What] = ["router", "router", "experts", "experts", "all", "all"]
 PHASED = {
     "train": [{"what": "router", "tokens": 128}, {"what": "experts", "tokens": 128}, {"what": "all"}],
@@ -149,20 +142,6 @@ PHASED = {
     "clip": 0.2,
     "warmup_tokens": 64,
 }
-
-
-def loss(model: Any, step: int, micro: int) -> torch.Tensor:
-    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
-    found: torch.Tensor = model(input_ids=ids, labels=ids).loss
-    return found
-
-
-def train_step(built: Engine, step: int) -> float:
-    for micro in range(2):
-        built.backward(loss(built, step, micro))
-        if micro == 0:
-            built.next_micro_batch()
-    return built.finish_step()
 
 
 def moments(built: Engine) -> dict[str, torch.Tensor]:
@@ -201,7 +180,7 @@ def in_torch(params: Pretrain) -> tuple[dict[str, torch.Tensor], list[float]]:
         for group in optimizer.param_groups:
             group["lr"] = rates * (3e-2 if group["part"] == "router" else 1e-2)
         for micro in range(2):
-            (loss(model, step, micro) / 2).backward()
+            (micro_loss(model, step, micro) / 2).backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), params.clip)))
         optimizer.step()
         optimizer.zero_grad()
@@ -232,7 +211,7 @@ def test_a_phase_trains_its_parts_alone_and_the_others_come_in_as_torch_would_ta
         rates = built.set_rates(step=step, params=params)
         assert {part for part, rate in rates.items() if rate} == set(trainable.TRAINED[what]) & set(part_of.values())
         assert rates["router"] == pytest.approx(3e-2 * schedule.share(step, params))
-        norms.append(train_step(built, step))
+        norms.append(train_step(built, step)[1])
         after, moments_after = built.full_weights(), moments(built)
         assert before
         assert after

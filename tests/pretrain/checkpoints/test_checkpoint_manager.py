@@ -6,7 +6,7 @@ import random
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,12 @@ import xxhash
 from tasks import scratch
 from tasks.pretrain.checkpoints import random_state, store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_writer, distributed
+from tasks.pretrain.engine import checkpoint_writer
 from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tests.pretrain.engines import build, settings, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from ruamel.yaml import YAML
 
-from tasks import scratch
-from tests.pretrain.projects import configure, stage, start, timeless, wait_for, workers
+from tests.pretrain.projects import assert_same_run, checkpoints, configure
+from tests.pretrain.warm_stages import kill_when, stage
 
 pytestmark = pytest.mark.e2e
 
 
 def steps(project: Path, folder: str) -> list[str]:
-    return sorted(path.name for path in project.glob(f".scratch/{folder}/*/checkpoints/step-*"))
+    return [path.name for path in checkpoints(project, folder=folder)]
 
 
 def test_a_finished_run_is_made_longer_to_the_bytes_of_the_long_one_and_published_again_without_a_step(
-    project: Path, finished: tuple[Path, CompletedProcess[str]]
+    project: Path, finished: Path
 ) -> None:
     long = 12 * 256
     configure(project, tokens=8 * 256, save_every=3)  # at full rate up to step 4, the long one up to step 6
@@ -31,25 +29,18 @@ def test_a_finished_run_is_made_longer_to_the_bytes_of_the_long_one_and_publishe
     assert steps(project, "finished-tiny") == ["step-00000004", "step-00000008"]
 
     configure(project, tokens=long)
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
-        wait_for(lambda: "step-00000006" in steps(project, "pretrain-tiny"))
-        process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not workers(project))
+    kill_when(lambda: "step-00000006" in steps(project, "pretrain-tiny"), cwd=project)
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
-    once, reference = project / "runs/tiny", finished[0] / "runs/tiny"
-    assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
-    assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
-    for name in ("loss.csv", "validation.csv", "training/expert_load.json", "training/deepspeed.json"):
-        assert (once / name).read_bytes() == (reference / name).read_bytes()
+    assert_same_run(project, finished)
 
+    once = project / "runs/tiny"
     shutil.rmtree(once / "trained")  # as DVC does
     configure(project, trackers=[], keep=5)
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "published again: no step is left to train" in done.stdout
-    assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
-    assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
+    assert_same_run(project, finished)
     assert json.loads((once / "pretrain.json").read_text())["resumed_from"]["step"] == 12
     assert not (once / "training/tensorboard").exists()
 

@@ -8,33 +8,19 @@ import resource
 import shutil
 import signal
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
-from tasks import scratch
-from tests.pretrain.projects import configure, stage, start, timeless, wait_for, workers
+from tests.pretrain import projects
+from tests.pretrain.projects import assert_same_run, checkpoints, configure, timeless, wait_for, workers
+from tests.pretrain.warm_stages import kill_when, stage, start
 
 pytestmark = pytest.mark.e2e
-Finished = tuple[Path, CompletedProcess[str]]
-
-
-def log_of(project: Path) -> Path | None:
-    return next(project.glob(".scratch/pretrain-tiny/*/training/log.jsonl"), None)
 
 
 def records(project: Path) -> int:
-    log = log_of(project)
+    log = next(project.glob(".scratch/pretrain-tiny/*/training/log.jsonl"), None)
     return len(log.read_bytes().splitlines()) if log else 0
-
-
-def checkpoints(project: Path) -> list[str]:
-    return sorted(path.name for path in project.glob(".scratch/pretrain-tiny/*/checkpoints/step-*"))
-
-
-def newest_checkpoint(project: Path) -> Path:
-    found = project.glob(".scratch/pretrain-tiny/*/checkpoints/step-*")
-    return max(found, key=lambda path: path.name)
 
 
 def flip(file: Path, share: float) -> None:
@@ -44,36 +30,29 @@ def flip(file: Path, share: float) -> None:
     file.write_bytes(content)
 
 
-def run_until_killed(project: Path, moment: object) -> None:
-    """Start the stage, kill -9 it when `moment()` is true, and see its workers gone."""
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
-        wait_for(moment)  # type: ignore[arg-type]
-        process.send_signal(signal.SIGKILL)
-    wait_for(lambda: not workers(project), seconds=5)
+def fill_disk() -> None:
+    """Let the log fit, and the optimizer's state not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
 def test_a_run_killed_in_a_step_and_in_a_save_and_out_of_disk_ends_as_if_nothing_had_happened(
-    project: Path, finished: Finished
+    project: Path, finished: Path
 ) -> None:
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
-        wait_for(lambda: records(project) >= 4)
-        os.kill(workers(project)[0], signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "killed by signal 9" in err
-    assert "Run again" in err
+    run = start("tasks.pretrain", "tiny", cwd=project)
+    wait_for(lambda: records(project) >= 4)
+    os.kill(workers(project)[0], signal.SIGKILL)
+    killed = run.wait()
+    assert killed.returncode == 1
+    assert "killed by signal 9" in killed.stderr
+    assert "Run again" in killed.stderr
 
-    run_until_killed(
-        project, lambda: checkpoints(project)[1:] and any(project.glob(".scratch/*/*/checkpoints/.tmp-step-*"))
+    kill_when(
+        lambda: checkpoints(project)[1:] and any(project.glob(".scratch/*/*/checkpoints/.tmp-step-*")), cwd=project
     )
     before = checkpoints(project)
     assert len(before) >= 2
 
-    small = 200_000  # bytes: the log fits, the optimizer's state does not
-    full = stage(
-        "tasks.pretrain", "tiny", cwd=project,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, small)),
-    )  # fmt: skip
+    full = stage("tasks.pretrain", "tiny", cwd=project, limit=fill_disk)
     assert full.returncode == 1
     assert "could not be written" in full.stderr
     assert "is whole" in full.stderr
@@ -86,41 +65,37 @@ def test_a_run_killed_in_a_step_and_in_a_save_and_out_of_disk_ends_as_if_nothing
     first, second = content["weights"]
     content["weights"] |= {first: content["weights"][first] - 0.01, second: content["weights"][second] + 0.01}
     mixture.write_text(json.dumps(content))
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        process.kill()
+    run = start("tasks.pretrain", "tiny", cwd=project)
+    wait_for(lambda: (said := run.stdout) and "\n" in said)
+    run.process.kill()
+    said = run.wait().stdout
     wait_for(lambda: not workers(project))
     assert "the mixture changed since step" in said
     assert "which is kept in" in said
     mixture.write_text(weights)
 
-    newest = newest_checkpoint(project)
+    newest = checkpoints(project)[-1]
     broken = newest / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     flip(broken, 0.5)
     (newest.parent / "latest.json").unlink()
     last = stage("tasks.pretrain", "tiny", cwd=project)
     assert last.returncode == 0, last.stderr
     assert f"{newest.relative_to(project)} is damaged: {broken.name}: record " in last.stdout
-    assert f"going on from the checkpoint of step {int(before[-2][5:])}\n" in last.stdout
-    reference, once = finished[0] / "runs/tiny", project / "runs/tiny"
-    assert timeless(once / "training/log.jsonl") == timeless(reference / "training/log.jsonl")
-    assert scratch.digest(once / "trained") == scratch.digest(reference / "trained")
-    for name in ("loss.csv", "validation.csv", "training/expert_load.json", "training/deepspeed.json"):
-        assert (once / name).read_bytes() == (reference / name).read_bytes()
-    metrics = json.loads((once / "pretrain.json").read_text())
+    assert f"going on from the checkpoint of step {int(before[-2].name[5:])}\n" in last.stdout
+    assert_same_run(project, finished)
+    metrics = json.loads((project / "runs/tiny/pretrain.json").read_text())
     assert metrics["resumed_from"]["step"] > 0
-    assert metrics["final_weights"] == json.loads((reference / "pretrain.json").read_text())["final_weights"]
+    assert metrics["final_weights"] == json.loads((finished / "runs/tiny/pretrain.json").read_text())["final_weights"]
 
 
 def test_a_run_goes_on_with_one_process_and_then_with_two_again_on_the_same_batches(
-    project: Path, finished: Finished
+    project: Path, finished: Path
 ) -> None:
     for processes, step in ((2, 4), (1, 8)):
         configure(project, processes=processes)
-        run_until_killed(project, lambda step=step: f"step-{step:08}" in checkpoints(project))
-        newest = newest_checkpoint(project)
-        shutil.copy(newest.with_name(checkpoints(project)[0]) / "mp_rank_00_model_states.pt", newest)
+        kill_when(lambda step=step: f"step-{step:08}" in [path.name for path in checkpoints(project)], cwd=project)
+        *_, older, newest = checkpoints(project)
+        shutil.copy(older / "mp_rank_00_model_states.pt", newest)
         (newest.parent / "latest.json").write_text("{")
     configure(project, processes=2)
     done = stage("tasks.pretrain", "tiny", cwd=project)
@@ -132,7 +107,7 @@ def test_a_run_goes_on_with_one_process_and_then_with_two_again_on_the_same_batc
     assert [record["message"] for record in log if record["kind"] == "event"] == [
         f"from here on pretrain.processes: {change}" for change in ("2 -> 1", "1 -> 2")
     ]
-    one = timeless(finished[0] / "runs/tiny/training/log.jsonl")
+    one = timeless(finished / "runs/tiny/training/log.jsonl")
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         windows = [{d: found["windows"] for d, found in each.get("domains", {}).items()} for each in (a, b)]
@@ -143,7 +118,7 @@ def test_a_run_goes_on_with_one_process_and_then_with_two_again_on_the_same_batc
 
 def test_a_stage_asked_to_stop_leaves_no_process_and_a_second_run_at_once_is_refused(project: Path) -> None:
     configure(project, processes=2)
-    with start("tasks.pretrain", "tiny", cwd=project) as process:
+    with projects.start("tasks.pretrain", "tiny", cwd=project) as process:
         wait_for(lambda: records(project) >= 1)
         assert len(workers(project)) >= 2
         second = stage("tasks.pretrain", "tiny", cwd=project)

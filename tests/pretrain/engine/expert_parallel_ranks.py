@@ -1,7 +1,5 @@
 """One of two processes that train a tiny Mixtral with its experts spread over both, in several ways.
 
-    python -m tests.pretrain.engine.expert_parallel_ranks RANK FOLDER
-
 Both leave what they saw in FOLDER; test_expert_parallel_training.py holds it against a stock model in one process.
 """
 
@@ -9,14 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
 from tasks.moe.internals import layers
@@ -26,6 +21,7 @@ from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Balance, Phase
+from tests.pretrain import engines
 
 WINDOWS, LENGTH = 4, 16
 SAVED, LAST = 2, 4
@@ -52,16 +48,12 @@ def settings(name: str, **fields: Any) -> Pretrain:
 
 
 def stock(name: str) -> Any:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
-    model: Any = MixtralForCausalLM(config)
+    model = engines.mixtral(initializer_range=0.2)
     if name == "bias":
         gate.add_bias(model)
         gate.set_biases(model, [[0.3, -0.3, 0.1, -0.1], [0.0, 0.2, -0.2, 0.0]])
-    return model.to(CASES[name][1]).train()
+    torch.nn.Module.to(model, CASES[name][1])
+    return model
 
 
 def build(name: str, params: Pretrain, *, world_size: int, **block: Any) -> Engine:
@@ -138,7 +130,6 @@ def routed(model: Any) -> dict[str, torch.Tensor]:
 
 
 def main(rank: int, folder: Path) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     distributed.join(folder)
     for name in CASES:
         params, seen = settings(name), {}
@@ -169,7 +160,3 @@ def main(rank: int, folder: Path) -> None:
                 save_file(weights, folder / f"{name}-{kind}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(seen))
     distributed.leave()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.cpp_extension  # here, before any test: setuptools, which it imports, refuses to after distutils
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import configuration, distributed, interface
+from tasks.pretrain.engine import configuration, interface
 from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
+from tests.pretrain.engines import micro_loss, mixtral, train_step
 
 PARAMS = Pretrain(tokens=4096, seq_len=64, batch=8, micro_batch=2, learning_rate=1e-3)
 KINDS = [
@@ -34,22 +34,8 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
-
-
 def tiny(dtype: torch.dtype) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, output_router_logits=True,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    model.to(dtype)  # type: ignore[arg-type]
-    return model.train()
+    return mixtral(dtype, num_hidden_layers=1, output_router_logits=True)
 
 
 def settings(stage: int, *, offload: bool = False, **fields: Any) -> Pretrain:
@@ -59,22 +45,6 @@ def settings(stage: int, *, offload: bool = False, **fields: Any) -> Pretrain:
 
 def build(params: Pretrain, dtype: torch.dtype) -> Engine:
     return interface.build(tiny(dtype), params)
-
-
-def loss(model: Any, step: int, micro: int) -> torch.Tensor:
-    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
-    found: torch.Tensor = model(input_ids=ids, labels=ids).loss
-    return found
-
-
-def train_step(built: Engine, step: int, *, factor: float = 1.0) -> tuple[list[float], float]:
-    losses = []
-    for micro in range(2):
-        losses.append(loss(built, step, micro))
-        built.backward(losses[-1] * (factor if micro == 1 else 1.0))
-        if micro == 0:
-            built.next_micro_batch()
-    return [value.item() for value in losses], built.finish_step()
 
 
 def state(built: Engine) -> dict[str, torch.Tensor]:
@@ -117,7 +87,7 @@ def test_a_discarded_step_leaves_no_trace(stage: int, offload: bool, dtype: torc
             for micro, factor in enumerate(factors):
                 if micro:
                     disturbed.next_micro_batch()
-                disturbed.backward(loss(disturbed, 50, micro) * factor)
+                disturbed.backward(micro_loss(disturbed, 50, micro) * factor)
             disturbed.discard_step()
         assert train_step(plain, step) == train_step(disturbed, step)
     assert same(state(plain), state(disturbed))
@@ -137,7 +107,7 @@ def in_torch(params: Pretrain, dtype: torch.dtype, steps: int) -> tuple[dict[str
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for micro in range(2):
-            (loss(model, step, micro) / 2).backward()
+            (micro_loss(model, step, micro) / 2).backward()
             for name, parameter in model.named_parameters():
                 masters[name].grad += parameter.grad  # type: ignore[operator]
             model.zero_grad()

@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import distributed, interface
+from tasks.pretrain.engine import interface
 from tasks.pretrain.engine.interface import Engine
 from tasks.settings import Pretrain
+from tests.pretrain.engines import mixtral, train_step
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def build(params: Pretrain, dtype: torch.dtype, *, gated: bool) -> Engine:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, tie_word_embeddings=True, output_router_logits=True,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    model.to(dtype)  # type: ignore[arg-type]
+    model = mixtral(dtype, output_router_logits=True)
     if gated:
         gate.swap_in(model, {layer: gate.start(4, 16, seed=0, layer=layer) for layer in range(2)})
         model.train()  # with noise
     return interface.build(model, params)
 
 
-def train(built: Engine, steps: range, *, params: Pretrain) -> list[float]:
+def train(built: Engine, steps: range, *, params: Pretrain) -> list[list[float]]:
     losses = []
     for step in steps:
         built.set_rates(step=step + 1, params=params)
-        for micro in range(2):
-            ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(2 * step + micro))
-            loss = built(input_ids=ids, labels=ids).loss
-            built.backward(loss)
-            if micro == 0:
-                built.next_micro_batch()
-            else:
-                assert 0 < built.finish_step() < 100
-            losses.append(loss.item())
+        made, norm = train_step(built, step)
+        losses.append(made)
+        assert 0 < norm < 100
     return losses
 
 

@@ -11,7 +11,8 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from tasks.corpus.sampling import windows
-from tests.pretrain.projects import configure, stage, timeless
+from tests.pretrain.projects import configure, timeless
+from tests.pretrain.warm_stages import stages
 
 pytestmark = pytest.mark.e2e
 
@@ -22,9 +23,7 @@ def test_the_trained_checkpoint_is_a_stock_mixtral_with_the_logged_loss(project:
     content["pipelines"]["tiny"]["partition"] |= {"target": "mixtral", "experts": 8, "shared_experts": 0}
     yaml.dump(content, path)
     configure(project, processes=2, expert_parallel=2, tokens=1024, dynamic=None, gradient_checkpointing=True)
-    for name in ("partition", "pretrain"):
-        done = stage(f"tasks.{name}", "tiny", cwd=project)
-        assert done.returncode == 0, done.stderr
+    stages(("tasks.partition", "tiny"), ("tasks.pretrain", "tiny"), cwd=project)
     validation = [
         record for record in timeless(project / "runs/tiny/training/log.jsonl") if record["kind"] == "validation"
     ]

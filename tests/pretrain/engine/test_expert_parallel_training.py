@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +16,21 @@ from tasks.moe import families, gate
 from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_weights, configuration, distributed, expert_parallel, interface
+from tasks.pretrain.engine import checkpoint_weights, configuration, expert_parallel, interface
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.loss.balance import Balancer
 from tests.pretrain.engine import expert_parallel_ranks as ranks
+from tests.warm_processes import spawn_ranks
 
-ROOT = Path(__file__).parents[3]
 EXACT = [name for name, (_, dtype) in ranks.CASES.items() if dtype == torch.float32]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the two processes left."""
-    found = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-m", "tests.pretrain.engine.expert_parallel_ranks"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(found)], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-4000:]
-    return found
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
+    left = tmp_path_factory.mktemp("ranks")
+    spawn_ranks(ranks.main, (left,))
+    return left
 
 
 def reference(name: str) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
@@ -144,7 +117,7 @@ def test_a_stock_model_with_the_weights_handed_out_has_the_engines_loss(name: st
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("process_group")
 def test_one_process_resumes_the_checkpoint_of_two(name: str, folder: Path) -> None:
     params = ranks.settings(name, processes=1, expert_parallel=1)
     block = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
@@ -201,7 +174,7 @@ def small(kind: str, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("process_group")
 def test_every_class_computes_the_same_and_comes_back_under_its_own_names(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

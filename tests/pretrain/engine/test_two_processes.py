@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from tasks.pretrain.engine import distributed
 from tasks.settings import Pretrain
 from tests.pretrain.engines import build
 from tests.pretrain.engines import settings as any_settings
+from tests.warm_processes import spawn_ranks
 
 STAGES = (0, 1, 2, 3)
 STEPS = 4
@@ -49,10 +48,8 @@ def run(stage: int, *, rank: int, world_size: int) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": built.full_weights()}
 
 
-def member(rank: int, folder: Path, port: int) -> None:
+def member(rank: int, folder: Path) -> None:
     """One of two processes: all stages, one after the other."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     distributed.join(folder)
     for stage in STAGES:
         torch.save(run(stage, rank=rank, world_size=2), folder / f"zero-{stage}-rank-{rank}.pt")
@@ -63,10 +60,7 @@ def member(rank: int, folder: Path, port: int) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(member, (folder, port), nprocs=2, start_method="spawn")
+    spawn_ranks(member, (folder,))
     return folder
 
 

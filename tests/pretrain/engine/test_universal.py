@@ -5,7 +5,6 @@ In bfloat16 the number of micro-batches makes DeepSpeed take another optimizer f
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from tasks.scratch import write_json
 from tasks.settings import Pretrain
 from tests.pretrain.engines import build, states, train
 from tests.pretrain.engines import settings as any_settings
+from tests.warm_processes import spawn_ranks
 
 CASES = {
     "zero-0": (0, torch.float32),
@@ -69,12 +69,8 @@ def save(built: Engine, root: Path, *, case: str, step: int, rank: int, world_si
     assert sorted(path.name for path in checkpoints.folder.glob("*step*")) == [f"step-{step:08}"]
 
 
-def second(rank: int, root: Path, port: int) -> None:
+def second(rank: int, root: Path) -> None:
     """One of two processes: steps 2 and 3 of each stage."""
-    import os
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     distributed.join(root)
     for case in CASES:
         built, _ = resume(root, case, written_by=1, rank=rank, world_size=2)
@@ -130,10 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[st
         found[case] = {"left by 1": states(built)}
         save(built, root, case=case, step=2, rank=0, world_size=1)
         found[case]["unchanged"] = train(built, range(2, 6), params=params)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(second, (root, port), nprocs=2, start_method="spawn")
+    spawn_ranks(second, (root,))
     found["failure"] = {f"rank {rank}": torch.load(root / f"failure-{rank}.pt") for rank in range(2)}
     for case in CASES:
         ranks = [torch.load(root / f"{case}-rank-{rank}.pt") for rank in range(2)]

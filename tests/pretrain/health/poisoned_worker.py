@@ -1,7 +1,7 @@
-"""A training process in which something goes wrong, as `python poisoned_worker.py JOB KIND=VALUE ...`.
+"""A training process in which something goes wrong: main(JOB, "KIND=VALUE", ...).
 
 nan=DOMAIN/WINDOW   the loss of a batch that holds this window is NaN
-spike=DOMAIN/WINDOW it is 100 times what it is
+spike=step/N        the loss of step N is 100 times what it is
 dead=LAYER/EXPERT   the router of this sparse layer never chooses this expert
 die=N               kill -9 when N steps have been logged
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tasks.moe import gate
+from tasks.pretrain.health.loss_guard import LossGuard
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch import worker
 from tasks.pretrain.log.run_log import RunLog
@@ -22,20 +24,21 @@ from tasks.pretrain.loss.objective import Losses, Objective
 
 
 def spoil(factor: float, domain: str, window: int) -> None:
-    compute, passes = Objective.__call__, [0]
+    compute, judge, now = Objective.__call__, LossGuard.judge, [0]
+
+    def noted(self: LossGuard, *, step: int, **given: Any) -> Any:
+        now[0] = step + 1
+        return judge(self, step=step, **given)
 
     def spoiled(self: Objective, batch: Any, *, rows: slice, device: Any) -> Losses:
-        found = compute(self, batch, rows=rows, device=device)
-        if domain == "last":
-            mine = self.params.steps == passes[0] // (self.params.batch // self.params.micro_batch) + 1
-        else:
-            mine = (domain, window) in list(zip(batch.domains[rows], batch.windows[rows], strict=True))
-        passes[0] += 1
-        if not mine:
-            return found
-        return Losses(nats_B=found.nats_B * factor, parts=found.parts, total=found.total * factor)
+        losses = compute(self, batch, rows=rows, device=device)
+        slots = zip(batch.domains[rows], batch.windows[rows], strict=True)
+        if not (now[0] == window if domain == "step" else (domain, window) in slots):
+            return losses
+        return Losses(nats_B=losses.nats_B * factor, parts=losses.parts, total=losses.total * factor)
 
     Objective.__call__ = spoiled  # type: ignore[method-assign]
+    LossGuard.judge = noted  # type: ignore[method-assign]
 
 
 def starve(layer: int, expert: int) -> None:
@@ -62,8 +65,9 @@ def die(after: int) -> None:
     RunLog.step = counted  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    for pair in sys.argv[2:]:
+def main(job: str, *poison: str) -> None:
+    torch.set_num_threads(1)
+    for pair in poison:
         kind, _, value = pair.partition("=")
         where, _, number = value.partition("/")
         if kind in {"nan", "spike"}:
@@ -72,4 +76,4 @@ if __name__ == "__main__":
             starve(int(where), int(number))
         else:
             die(int(value))
-    worker.run(Job.read(Path(sys.argv[1])))
+    worker.run(Job.read(Path(job)))

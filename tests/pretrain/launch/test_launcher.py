@@ -19,7 +19,7 @@ from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
 from tests.pretrain.conftest import ROOT, STEPS
 from tests.pretrain.launch import fake_srun
-from tests.pretrain.projects import configure, stage, start, wait_for, workers
+from tests.pretrain.projects import configure, processes, stage, start, wait_for, workers
 
 HOST = socket.gethostname()
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
@@ -137,7 +137,7 @@ def test_no_process_outlives_a_stage_that_is_killed(folder: Path, kind: str) -> 
         wait_for(lambda: Path("work/sleeps-0").exists() and Path("work/sleeps-1").exists())
         assert workers(folder)
         stage.kill()
-    wait_for(lambda: not started_in(folder), seconds=20)
+    wait_for(lambda: not any(processes(folder)), seconds=20)
 
 
 @pytest.mark.e2e
@@ -157,18 +157,6 @@ def test_a_run_stopped_under_slurm_goes_on_by_deepspeeds_launcher(project: Path,
     metrics = json.loads((project / "runs/tiny/pretrain.json").read_text())
     assert (metrics["processes"], metrics["steps"]) == (2, STEPS)
     assert metrics["resumed_from"]["step"] > 0
-
-
-def started_in(folder: Path) -> list[int]:
-    """Every process whose working directory is `folder`: workers, srun, DeepSpeed's two launchers."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and (entry / "cwd").readlink() == folder:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_one_process_needs_no_launcher() -> None:

@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from ruamel.yaml import YAML
 
 from tests.conftest import documents
 from tests.pretrain.conftest import ROOT
-from tests.pretrain.projects import stage, start, timeless, wait_for, workers
+from tests.pretrain.projects import start, timeless, wait_for, workers
+from tests.pretrain.warm_stages import stage, stages
 
 pytestmark = pytest.mark.e2e
 
@@ -26,16 +25,6 @@ SCALED = {  # what depends on the sizes; every other setting of the recipe stays
     "tokens": STEPS * STEP_TOKENS, "seq_len": 64, "batch": 32, "processes": 2, "warmup_tokens": STEP_TOKENS,
     "eval_tokens": 2 * STEP_TOKENS, "eval_windows": 2, "save_every": 2,
 }  # fmt: skip
-STAGES = """
-import runpy, sys
-for module, name in {stages}:
-    sys.argv = [module, name]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
 
 
 def scaled(model: Path, data: Path) -> dict[str, Any]:
@@ -70,12 +59,9 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
     with (folder / "pipelines.yaml").open("w") as file:
         YAML().dump(content, file)
     pipeline = content["pipelines"][NAME]
-    stages = [("tasks.moe.dense", pipeline["model"]), ("tasks.corpus.fingerprint", pipeline["corpus"])]
-    stages += [("tasks.corpus", pipeline["corpus"]), ("tasks.mixture", NAME), ("tasks.partition", NAME)]
-    done = subprocess.run(
-        [sys.executable, "-c", STAGES.format(stages=stages)], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    lines = [("tasks.moe.dense", pipeline["model"]), ("tasks.corpus.fingerprint", pipeline["corpus"])]
+    lines += [("tasks.corpus", pipeline["corpus"]), ("tasks.mixture", NAME), ("tasks.partition", NAME)]
+    stages(*lines, cwd=folder)
     return folder
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from tasks.moe import gate, routing
 from tasks.moe.routing import Routed
 from tasks.pretrain.loss.balance import Balancer, load
+from tests.pretrain import engines
 from tests.pretrain.loss.balance_problems import (
     EXPERTS,
     LAYERS,
@@ -30,12 +31,8 @@ from tests.warm_processes import spawn
 
 
 def mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K, initializer_range=0.3,
-    )  # fmt: skip
-    return MixtralForCausalLM(config)
+    sizes = {"num_hidden_layers": LAYERS, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    return engines.mixtral(**sizes, initializer_range=0.3, tie_word_embeddings=False)
 
 
 def reference_switch(routed: list[Routed], real_T: torch.Tensor, logits: list[torch.Tensor]) -> torch.Tensor:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from tasks.moe import gate, routing
 from tasks.moe.internals import layers
-from tasks.pretrain.engine import distributed, interface
+from tasks.pretrain.engine import interface
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
+from tests.pretrain.engines import mixtral
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def train(
@@ -30,12 +23,7 @@ def train(
         tokens=4096, seq_len=16, batch=4, micro_batch=2, zero_stage=stage, learning_rate=1e-2, balance=balance,
         noise=balance["loss"] != "bias",
     )  # fmt: skip
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config).to(dtype).train()
+    model = mixtral(dtype, tie_word_embeddings=False)
     if params.noise:
         gate.add_noise(model)
     else:

@@ -6,8 +6,6 @@ Windows of 0 to 23 targets, of which those of whole micro-batches have none, by 
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from tasks.pretrain.loss import objective
 from tasks.pretrain.loss.distil import Distiller
 from tasks.pretrain.loss.teacher import Teacher
 from tasks.settings import Pretrain
-from tests.warm_processes import spawn
+from tests.warm_processes import spawn_ranks
 
 WINDOWS, LENGTH, DOMAINS = 12, 24, ["a", "b", "c"]
 TARGETS = [0, 0, 0, 0, 23, 1, 2, 23, 5, 0, 11, 3]
@@ -136,10 +134,8 @@ def plain(distill: str) -> dict[str, Any]:
     }
 
 
-def member(rank: int, folder: Path, port: int) -> None:
+def member(rank: int, folder: Path) -> None:
     """One of two processes: all cases, one after the other."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     distributed.join(folder)
     torch.save([step(*case, rank=rank, world_size=2) for case in CASES], folder / f"rank-{rank}.pt")
     distributed.leave()
@@ -149,10 +145,7 @@ def member(rank: int, folder: Path, port: int) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, list[dict[str, Any]]]]:
     """(world size, case) -> what each rank has."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    spawn(member, (folder, port))
+    spawn_ranks(member, (folder,))
     pair = [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
     made: dict[Any, list[dict[str, Any]]] = {(2, *case): [rank[i] for rank in pair] for i, case in enumerate(CASES)}
     distributed.join(folder)
