@@ -79,7 +79,7 @@ class Trainer:
                 written or resumed.
         """
         begun = time.perf_counter()
-        resumed = self.recovery.find()
+        resumed = self.recovery.checkpoints.latest()
         with self.run_log:
             if not self.recovery.resume(resumed):
                 self._start()
@@ -89,10 +89,10 @@ class Trainer:
                     continue
                 self._evaluate_if_due()
                 self.state.seconds["total"] = before["total"] + time.perf_counter() - begun
-                self.state.seconds["saving"] = before["saving"] + self.recovery.blocked
+                self.state.seconds["saving"] = before["saving"] + self.recovery.checkpoints.blocked
                 self._save_if_due()
-            self.recovery.finish()
-            self.state.seconds["saving"] = before["saving"] + self.recovery.blocked
+            self.recovery.checkpoints.finish()
+            self.state.seconds["saving"] = before["saving"] + self.recovery.checkpoints.blocked
 
     def _start(self) -> None:
         self.run_log.open(offset=0, step=0)
@@ -111,7 +111,7 @@ class Trainer:
         result = self._collect(batch, losses, seconds=watch.spent["forward"] + watch.spent["backward"])
         with watch("optimizer"):
             verdict, norm = self._update(result)
-        self.recovery.check()
+        self.recovery.checkpoints.check()
         if verdict == "rollback":
             return False
         timing = {"seconds": watch.total(), **watch.spent}

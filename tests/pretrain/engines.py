@@ -59,11 +59,17 @@ def train_step(built: Engine, step: int, *, factor: float = 1.0) -> tuple[list[f
 
 
 def train(
-    built: Engine, steps: range, *, params: Pretrain | None = None, rank: int = 0, world_size: int = 1
+    built: Engine,
+    steps: range,
+    *,
+    params: Pretrain | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    norms: list[float] | None = None,
 ) -> list[float]:
     """Train on a batch of each step, the same at every world size; returns the losses of this rank's windows.
 
-    The rates and phases are those of `params`; without, all is trained at the peak.
+    The rates and phases are those of `params`; without, all is trained at the peak. The steps' norms go into `norms`.
     """
     losses = []
     for step in steps:
@@ -76,7 +82,9 @@ def train(
             losses.append(loss.item())
             if len(losses) % built.deepspeed.gradient_accumulation_steps():
                 built.next_micro_batch()
-        built.finish_step()
+        norm = built.finish_step()
+        if norms is not None:
+            norms.append(norm)
     return losses
 
 
@@ -84,17 +92,17 @@ def states(built: Engine) -> dict[str, torch.Tensor]:
     """Every master and Adam moment, whole, by name; all ranks must call it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    found = {}
+    result = {}
     for name, parameter in built.module.named_parameters():
         if built.deepspeed.zero_optimization():
             wanted = parameter.requires_grad
             parameter.requires_grad_(True)  # stage 3 denies that others have a master
-            found[name] = safe_get_full_fp32_param(parameter).clone()
+            result[name] = safe_get_full_fp32_param(parameter).clone()
             for moment in ("exp_avg", "exp_avg_sq"):
-                found[f"{name} {moment}"] = safe_get_full_optimizer_state(parameter, moment).clone()
+                result[f"{name} {moment}"] = safe_get_full_optimizer_state(parameter, moment).clone()
             parameter.requires_grad_(wanted)
         else:
-            found[name] = parameter.detach().clone()
+            result[name] = parameter.detach().clone()
             for moment in ("exp_avg", "exp_avg_sq"):
-                found[f"{name} {moment}"] = built.deepspeed.optimizer.state[parameter][moment].clone()
-    return found
+                result[f"{name} {moment}"] = built.deepspeed.optimizer.state[parameter][moment].clone()
+    return result

@@ -45,8 +45,8 @@ def validation(*domains: str, references: dict[str, float] | None = None) -> Val
 @pytest.mark.parametrize("domain", PRINTED)
 def test_the_fit_predicts_what_the_published_notebook_prints(domain: str) -> None:
     losses, printed = PRINTED[domain]
-    found = dynamic.predict(losses, sizes=SIZES, size=373867520, domain=domain)
-    assert round(found, 4) == printed
+    result = dynamic.predict(losses, sizes=SIZES, size=373867520, domain=domain)
+    assert round(result, 4) == printed
 
 
 def test_the_fit_recovers_the_law_that_made_the_losses_from_more_sizes_than_it_has_parameters() -> None:
@@ -98,9 +98,9 @@ def test_without_a_size_the_fit_predicts_for_the_split_models_active_parameters(
         p.numel() // (4 if ".experts." in name else 1) for name, p in MixtralForCausalLM(config).named_parameters()
     )
     fit = {"losses": {"cc": [3.0, 2.0, 1.5]}, "sizes": [1000, 10000, 100000]}
-    found = Reweighter.load(job(fit, folder=tmp_path), validation=validation("cc"))
-    assert found
-    assert found.references == {
+    result = Reweighter.load(job(fit, folder=tmp_path), validation=validation("cc"))
+    assert result
+    assert result.references == {
         "cc": dynamic.predict([3.0, 2.0, 1.5], sizes=[1000, 10000, 100000], size=active, domain="cc")
     }
 

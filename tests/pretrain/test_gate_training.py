@@ -11,27 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from tasks import scratch
 from tasks.moe import gate
-from tasks.pretrain import trainable
-from tasks.settings import Pretrain
 
-from .engines import mixtral
 from .projects import checkpoints, configure, timeless
 from .warm_stages import kill_when, stage
-
-
-def test_gates_are_free_of_weight_decay_like_routers() -> None:
-    model = mixtral()
-    gate.swap_in(model, {0: gate.start(4, 16, seed=0, layer=0)})
-    params = Pretrain(tokens=64, seq_len=8, batch=1, learning_rate=1e-3, weight_decay=0.1)
-    free = {
-        id(parameter)
-        for group in trainable.groups(model, params)
-        if not group["weight_decay"]
-        for parameter in group["params"]
-    }
-    router = gate.router(model)
-    assert len(list(router.parameters())) == 3
-    assert all(id(parameter) in free for parameter in router.parameters())
 
 
 @pytest.mark.e2e

@@ -66,12 +66,12 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
-def compare(found: dict[str, Any], batch: dict[str, Any], project: Path) -> None:
+def compare(result: dict[str, Any], batch: dict[str, Any], project: Path) -> None:
     """A step as it is told against the batch that was trained on, and its documents against the shards."""
-    assert [slot["ids"] for slot in found["slots"]] == batch["ids"]
-    assert [slot["domain"] for slot in found["slots"]] == batch["domains"]
-    assert [slot["window"] for slot in found["slots"]] == batch["windows"]
-    for slot in found["slots"]:
+    assert [slot["ids"] for slot in result["slots"]] == batch["ids"]
+    assert [slot["domain"] for slot in result["slots"]] == batch["domains"]
+    assert [slot["window"] for slot in result["slots"]] == batch["windows"]
+    for slot in result["slots"]:
         for document in slot["documents"]:
             begin, end = document["tokens"]
             shard = shards.open_shard(project / "data/corpora/tiny" / document["shard"])
@@ -88,14 +88,14 @@ def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
     batches = seen(trained)
     run = Path("runs/tiny")
     told = {step: inspect.step(run, step, full=True) for step in range(1, STEPS + 1)}
-    for step, found in told.items():
-        compare(found, batches[step], trained)
+    for step, result in told.items():
+        compare(result, batches[step], trained)
     log = timeless(run / "training/log.jsonl")
     weights = {record["step"]: record["weights"] for record in log if record["kind"] == "validation"}
-    for step, found in told.items():
-        assert found["weights"] == pytest.approx(weights[(step - 1) // 2 * 2], abs=1e-9)  # evaluated every second step
+    for step, result in told.items():
+        assert result["weights"] == pytest.approx(weights[(step - 1) // 2 * 2], abs=1e-9)  # of every second step
     assert told[1]["weights"] != told[STEPS]["weights"]
-    assert max(len(slot["documents"]) for found in told.values() for slot in found["slots"]) > 1
+    assert max(len(slot["documents"]) for result in told.values() for slot in result["slots"]) > 1
     text = "".join(document["text"] for document in told[1]["slots"][0]["documents"])
     source = {"prose": "prose.jsonl.gz", "code": "code.jsonl"}[told[1]["slots"][0]["domain"]]
     assert {document["source"] for document in told[1]["slots"][0]["documents"]} == {source}
@@ -139,9 +139,9 @@ def test_a_packed_run_counts_what_it_predicts_and_learns(trained: Path) -> None:
     losses, counts = whole_step(trained, seen(trained)[1])  # of the split model, which the first step starts from
     loss = steps[0]["loss"]
     assert loss == pytest.approx(losses.sum() / counts.sum(), rel=1e-3)
-    for domain, found in steps[0]["domains"].items():
+    for domain, result in steps[0]["domains"].items():
         mine = np.array(seen(trained)[1]["domains"]) == domain
-        assert found["loss"] == pytest.approx(losses[mine].sum() / counts[mine].sum(), rel=2e-3)
+        assert result["loss"] == pytest.approx(losses[mine].sum() / counts[mine].sum(), rel=2e-3)
     metrics = json.loads((trained / "runs/tiny/pretrain.json").read_text())
     assert metrics["predicted_tokens"] == sum(record["predicted"] for record in steps)
     assert metrics["predicted_tokens"] < STEPS * BATCH * (SEQ_LEN - 1)
@@ -157,10 +157,10 @@ def test_a_packed_run_killed_and_resumed_ends_as_the_other_and_can_be_told_while
     with pytest.raises(TrainingError, match=r"runs/tiny: no run is there; give runs/PIPELINE"):
         inspect.step(run, 1)
     kill_when(lambda: any(path.name == "step-00000004" for path in checkpoints(project)), cwd=project)
-    found = inspect.step(run, 4, full=True)
-    compare(found, seen(project)[4], project)
-    assert (found["steps"], found["run"].startswith(".scratch/pretrain-tiny/")) == (STEPS, True)
-    with pytest.raises(TrainingError, match=rf"has steps 1 to {found['steps_logged']}; there is no step 99"):
+    result = inspect.step(run, 4, full=True)
+    compare(result, seen(project)[4], project)
+    assert (result["steps"], result["run"].startswith(".scratch/pretrain-tiny/")) == (STEPS, True)
+    with pytest.raises(TrainingError, match=rf"has steps 1 to {result['steps_logged']}; there is no step 99"):
         inspect.step(run, 99)
 
     last = stage("tasks.pretrain", "tiny", cwd=project)

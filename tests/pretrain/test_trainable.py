@@ -148,7 +148,7 @@ def moments(built: Engine) -> dict[str, torch.Tensor]:
     """Adam's moments by parameter, zeros where there are none yet."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    found = {}
+    result = {}
     masters = getattr(built.deepspeed.optimizer, "fp32_groups", None)
     keys = {id(p): p for p in built.module.parameters()}
     if masters:
@@ -163,8 +163,8 @@ def moments(built: Engine) -> dict[str, torch.Tensor]:
             else:
                 value = built.deepspeed.optimizer.state[keys[id(parameter)]].get(kind)
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            found[f"{name} {kind}"] = torch.zeros(shape) if value is None else value.detach().clone()
-    return found
+            result[f"{name} {kind}"] = torch.zeros(shape) if value is None else value.detach().clone()
+    return result
 
 
 def in_torch(params: Pretrain) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -250,10 +250,10 @@ def test_what_no_phase_trains_is_frozen_and_takes_no_place_in_the_optimizer(stag
 
 
 def sizes(model: PreTrainedModel) -> Counter[str]:
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     for name, part in trainable.parts(model).items():
-        found[part] += model.get_parameter(name).numel()
-    return found
+        result[part] += model.get_parameter(name).numel()
+    return result
 
 
 @pytest.mark.usefixtures("process_group")

@@ -66,9 +66,9 @@ def test_the_loss_is_the_plain_next_token_loss_at_every_world_size_and_each_rank
     assert chosen.evaluate(of, batch=2, rank=0, world_size=1) == pytest.approx(expected, rel=1e-5)
     assert of.training
     for world_size in (2, 3, 7):  # 5 windows: shares of one size, of two, and ranks without any
-        found, passes = on_every_rank(chosen, of, world_size=world_size, monkeypatch=monkeypatch)
-        assert found[0] == pytest.approx(expected, rel=1e-5)
-        assert all(losses == found[0] for losses in found)
+        result, passes = on_every_rank(chosen, of, world_size=world_size, monkeypatch=monkeypatch)
+        assert result[0] == pytest.approx(expected, rel=1e-5)
+        assert all(losses == result[0] for losses in result)
         assert len(set(passes)) == 1
 
 
@@ -93,11 +93,11 @@ EVIDENCE = {"window_losses": {"a": [1.0, 2.0, 4.0, 8.0], "b": [1.0, 3.0, 5.0]}, 
 
 
 def test_the_parents_losses_are_those_on_the_very_windows_that_are_evaluated(job: Job) -> None:
-    found = Validation.load(dynamic(job, "parent"), EVIDENCE)
+    result = Validation.load(dynamic(job, "parent"), EVIDENCE)
     measured = windows.validation(job.corpus, seq_len=8, count=4)
-    assert found.references == {"a": (1.0 + 4.0) / 2, "b": (1.0 + 3.0) / 2}
+    assert result.references == {"a": (1.0 + 4.0) / 2, "b": (1.0 + 3.0) / 2}
     for domain, picked in {"a": [0, 2], "b": [0, 1]}.items():
-        assert np.array_equal(found.windows[domain], measured[domain][picked])
+        assert np.array_equal(result.windows[domain], measured[domain][picked])
 
 
 @pytest.mark.parametrize("references", [None, {"a": 1.0, "b": 2.0}])
@@ -105,9 +105,9 @@ def test_without_the_parents_losses_windows_are_of_the_training_length_and_no_re
     job: Job, references: Any
 ) -> None:
     asked = job if references is None else dynamic(job, references)
-    found = Validation.load(asked, {})
-    assert found.references is None
-    assert {domain: ids.shape for domain, ids in found.windows.items()} == {"a": (2, 8), "b": (2, 8)}
+    result = Validation.load(asked, {})
+    assert result.references is None
+    assert {domain: ids.shape for domain, ids in result.windows.items()} == {"a": (2, 8), "b": (2, 8)}
 
 
 def test_parents_losses_that_are_missing_or_of_too_few_windows_are_named(job: Job) -> None:

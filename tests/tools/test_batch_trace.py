@@ -1,4 +1,4 @@
-"""TracedSlot batches against those that loaders gave, and their provenance against the shards."""
+"""Traced batches against those that loaders gave, and their provenance against the shards."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ def consume(folder: Path, packing: Packing, changes: dict[int, dict[str, float]]
     return batches, states
 
 
-def check(found: list[batch_trace.TracedSlot], batches: list[Batch], served: Counter[tuple[str, int]]) -> None:
+def check(result: list[batch_trace.TracedSlot], batches: list[Batch], served: Counter[tuple[str, int]]) -> None:
     """Ids, windows and epochs of a replayed batch against the two ranks' own."""
-    assert [slot.slot for slot in found] == list(range(BATCH))
-    for slot in found:
+    assert [slot.slot for slot in result] == list(range(BATCH))
+    for slot in result:
         rank, row = slot.slot % 2, slot.slot // 2
         batch = batches[rank]
         assert (slot.domain, slot.window) == (batch.domains[row], batch.windows[row])
         assert slot.ids.tolist() == batch.input_ids[row].tolist()
         assert slot.tokens == (batch.labels[row] >= 0).sum()
-    for slot in found:  # a window may come twice in a batch, at an epoch's end
-        again = [other.epoch for other in found if (other.domain, other.window) == (slot.domain, slot.window)]
+    for slot in result:  # a window may come twice in a batch, at an epoch's end
+        again = [other.epoch for other in result if (other.domain, other.window) == (slot.domain, slot.window)]
         first = served[slot.domain, slot.window]
         assert sorted(again) == list(range(first, first + len(again)))
-    served.update((slot.domain, slot.window) for slot in found)
+    served.update((slot.domain, slot.window) for slot in result)
 
 
 weights = st.fixed_dictionaries({"prose": st.floats(0.0, 1.0), "code": st.floats(0.05, 1.0)})

@@ -1,1 +1,1 @@
-"""CheckpointManager of a run: saving, retention, exact resume, and what a finished run keeps."""
+"""Checkpoints of a run: saving, retention, exact resume, and what a finished run keeps."""

@@ -1,8 +1,8 @@
-"""CheckpointManager that are whole or invisible, written while training goes on, and exact resume.
+"""Checkpoints that are whole or invisible, written while training goes on, and exact resume.
 
-Each rank writes its files in a thread (background.py), and rank 0's then waits for a marker file of
-every rank and makes the whole visible (store.py); no collective runs beside training. At
-another world size a checkpoint is converted first (tasks/pretrain/engine/universal.py).
+Each rank writes its files in a thread (engine/checkpoint_writer.py). That of rank 0 then waits for a marker file of
+every rank and makes the whole visible (store.py); no collective runs beside training. At another world size a
+checkpoint is converted first (engine/universal.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tasks import scratch
 from tasks.pretrain import schedule
 from tasks.pretrain.checkpoints import random_state, store
 from tasks.pretrain.checkpoints.store import find, steps, tag
+from tasks.pretrain.engine import distributed
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.log.log_file import LOG
 from tasks.settings import Pretrain
@@ -56,7 +57,7 @@ class CheckpointManager:
         Raises:
             TrainingError: there are checkpoints, and all are damaged.
         """
-        self._settle()
+        self.finish()
         kept: list[int] = []
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class CheckpointManager:
         Raises:
             TrainingError: that one, or the beginning of this one, could not be written; the last whole one is kept.
         """
-        self._settle()
+        self.finish()
         begun = time.perf_counter()
         self._engine, self._step = engine, state["step"]
         staging = self.folder / f".tmp-{tag(self._step)}"
@@ -104,10 +105,6 @@ class CheckpointManager:
             raise self._failure(error) from error
         self._blocked += time.perf_counter() - begun
 
-    def finish(self) -> None:
-        """Wait until the checkpoint on its way is on the disk. Raises TrainingError if it could not be written."""
-        self._settle()
-
     def check(self) -> None:
         """Raise TrainingError if this rank's part of the checkpoint on its way could not be written; never waits."""
         if self._write is not None and self._write.error is not None:
@@ -122,7 +119,7 @@ class CheckpointManager:
         Raises:
             TrainingError: it cannot be loaded here, and why.
         """
-        self._settle()
+        self.finish()
         form = self._form(engine)
         if state["dtype"] != form["dtype"]:
             raise TrainingError(
@@ -144,8 +141,8 @@ class CheckpointManager:
         dtype = str(engine.dtype).removeprefix("torch.")
         return {"world_size": self.world_size, "optimizer": engine.optimizer_name, "dtype": dtype}
 
-    def _settle(self) -> None:
-        """Wait for the checkpoint on its way; every rank raises if any failed."""
+    def finish(self) -> None:
+        """Wait until the checkpoint on its way is on the disk. Every rank raises TrainingError if any failed."""
         if self._write is None:
             return
         begun = time.perf_counter()
@@ -169,13 +166,7 @@ class CheckpointManager:
 
     def _gathered(self, value: Any) -> list[Any]:
         """The value of every rank, by rank."""
-        import torch
-
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return distributed.gather(value, world_size=self.world_size)
 
     def _failure(self, error: Exception) -> Exception:
         """What to raise; nothing half is left."""

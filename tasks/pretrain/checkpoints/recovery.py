@@ -37,20 +37,11 @@ class Recovery:
     ) -> None:
         self.params, self.engine, self.process, self.run_log = job.params, engine, process, run_log
         self.state, self.sampler, self.guard, self.monitor = state, sampler, guard, monitor
-        self._checkpoints = CheckpointManager(
+        self.checkpoints = CheckpointManager(
             job.workspace / "checkpoints", params=job.params, rank=process.rank, world_size=process.world_size
         )
         self._rollbacks = Rollbacks(job.workspace)
         self._code = code_version() if process.rank == 0 else ""
-
-    @property
-    def blocked(self) -> float:
-        """Seconds that training stood still for checkpoints, so far."""
-        return self._checkpoints.blocked
-
-    def find(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from; None if there is none."""
-        return self._checkpoints.latest()
 
     def save(self) -> None:
         """Begin a checkpoint; see CheckpointManager.save."""
@@ -66,20 +57,12 @@ class Recovery:
             "guard": self.guard.state(),
             "watch": self.monitor.state(),
         }
-        self._checkpoints.save(self.engine, state=state)
-
-    def check(self) -> None:
-        """Raise TrainingError if the checkpoint on its way could not be written; never waits."""
-        self._checkpoints.check()
-
-    def finish(self) -> None:
-        """Wait for the checkpoint on its way. Raises TrainingError if it could not be written."""
-        self._checkpoints.finish()
+        self.checkpoints.save(self.engine, state=state)
 
     def kept(self) -> str:
         """What a run that stops now leaves, for a message."""
-        saved = self._checkpoints.latest()
-        return f"the checkpoint of step {saved['step']} under {self._checkpoints.folder}" if saved else "nothing yet"
+        saved = self.checkpoints.latest()
+        return f"the checkpoint of step {saved['step']} under {self.checkpoints.folder}" if saved else "nothing yet"
 
     def resume(self, saved: dict[str, Any] | None) -> bool:
         """Begin where a checkpoint of an earlier start is, and say so; False without one.
@@ -87,7 +70,7 @@ class Recovery:
         Raises:
             TrainingError: it cannot be loaded here, and why.
         """
-        for note in self._checkpoints.notes:
+        for note in self.checkpoints.notes:
             self.run_log.say(note)
         if saved is None:
             return False
@@ -113,8 +96,8 @@ class Recovery:
         import torch
 
         failed = self.state.step
-        self._checkpoints.finish()
-        saved = self._checkpoints.latest()
+        self.checkpoints.finish()
+        saved = self.checkpoints.latest()
         assert saved is not None, "one is written at step 0"
         self.sampler.set_weights(saved["weights"])
         rollback = Rollback(
@@ -133,7 +116,7 @@ class Recovery:
         """Go on from a checkpoint, and from where rollbacks to it have led since."""
         from tasks.moe import gate
 
-        self._checkpoints.restore(self.engine, saved)
+        self.checkpoints.restore(self.engine, saved)
         self.state.restore(saved)
         if self.state.biases:
             gate.set_biases(self.engine.module, self.state.biases)

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,17 @@ def join(workspace: Path) -> tuple[int, int, torch.device]:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def gather(value: Any, *, world_size: int) -> list[Any]:
+    """The value of every rank, by rank; all ranks must call it. One process needs no group."""
+    import torch
+
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def leave() -> None:

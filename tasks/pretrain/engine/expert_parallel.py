@@ -188,16 +188,16 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
 
     blocks = _blocks(engine)
     owner = {id(parameter): block for block in blocks.values() for parameter in block.experts.parameters()}
-    found: dict[str, torch.Tensor] = {}
+    gathered: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         whole = fp32_weights.full(parameter)
         if (block := owner.get(id(parameter))) is not None:
             whole = _gather(whole, block)
         if torch.distributed.get_rank() == 0:
-            found[name] = whole.to("cpu", torch.float32, copy=True)
+            gathered[name] = whole.to("cpu", torch.float32, copy=True)
     if torch.distributed.get_rank() != 0:
         return None
-    weights = stock(found, model_type=engine.module.config.model_type)
+    weights = stock(gathered, model_type=engine.module.config.model_type)
     try:
         families.account(
             {name: tuple(tensor.shape) for name, tensor in weights.items()}, families.expected(engine.module.config)
@@ -230,11 +230,11 @@ def _gather(own: torch.Tensor, block: Any) -> torch.Tensor:
     return whole
 
 
-def stock(found: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch.Tensor]:
+def stock(gathered: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch.Tensor]:
     """Whole tensors under AutoEP's names, as the stock class names and joins them."""
     import torch
 
-    blocks = [name.removesuffix(".experts.w1") for name in found if name.endswith(".experts.w1")]
+    blocks = [name.removesuffix(".experts.w1") for name in gathered if name.endswith(".experts.w1")]
     router = architectures.SPARSE[model_type].router
     parts = {
         "router.gate.": f"{router}.",
@@ -242,14 +242,14 @@ def stock(found: dict[str, torch.Tensor], *, model_type: str) -> dict[str, torch
         "shared_experts_gate.": "shared_expert_gate.",
     }
     weights = {}
-    for name, tensor in found.items():
+    for name, tensor in gathered.items():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         if block is None:
             weights[name] = tensor
             continue
         inner = name.removeprefix(f"{block}.")
         if inner == "experts.w1":
-            weights[f"{block}.experts.gate_up_proj"] = torch.cat([tensor, found[f"{block}.experts.w3"]], dim=1)
+            weights[f"{block}.experts.gate_up_proj"] = torch.cat([tensor, gathered[f"{block}.experts.w3"]], dim=1)
         elif inner == "experts.w2":
             weights[f"{block}.experts.down_proj"] = tensor
         elif inner != "experts.w3" and (router == "router" or not inner.startswith(f"{router}.")):  # a second name

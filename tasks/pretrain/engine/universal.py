@@ -24,7 +24,10 @@ def load(engine: DeepSpeedEngine, folder: Path, *, is_universal: bool) -> None:
     """Load a checkpoint into the engine. Raises TrainingError if DeepSpeed finds nothing there."""
     # The configuration says how the first is read; a later one, after a rollback, may be of this world size.
     engine._config.load_universal_checkpoint = is_universal
-    groups = [_hyperparameters(group) for group in engine.basic_optimizer.param_groups]
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in engine.basic_optimizer.param_groups
+    ]
     with optimizer.all_phases(engine):
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if path is None:
@@ -33,10 +36,6 @@ def load(engine: DeepSpeedEngine, folder: Path, *, is_universal: bool) -> None:
         for group, own in zip(engine.basic_optimizer.param_groups, groups, strict=True):
             group.update(own)
         _count_steps(engine.optimizer, folder / "zero/optimizer_state.pt")
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
 
 
 def _count_steps(optimizer: Any, path: Path) -> None:

@@ -47,13 +47,13 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
 
     from tasks.moe import checkpoint, gate
     from tasks.pretrain import assembly, outputs
+    from tasks.pretrain.engine import distributed
     from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loop import Trainer
     from tasks.pretrain.loss.distil import Distiller
 
     params = job.params
-    hosts: list[str] = [""] * world_size
-    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    hosts = distributed.gather(socket.gethostname(), world_size=world_size)
     dtype = assembly.precision(params, device)
     distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)

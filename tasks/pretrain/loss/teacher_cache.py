@@ -22,6 +22,7 @@ from tasks.corpus.sampling.windows import Windows
 from tasks.display import Progress
 from tasks.moe import allocator
 from tasks.pretrain import batches
+from tasks.pretrain.engine import distributed
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.loss.teacher import Teacher
 from tasks.pretrain.loss.teacher_shards import FORMAT, Row, TeacherShards
@@ -89,14 +90,9 @@ class TeacherCache:
     def _fingerprint(self) -> str:
         """Of all that decides a row."""
         params = self._job.params
-        parent = [scratch.digest(self._job.parent) if self._rank == 0 else ""]
-        if self._world_size > 1:
-            import torch
-
-            torch.distributed.broadcast_object_list(parent, src=0)
         decides = {
             "format": FORMAT,
-            "parent": parent[0],
+            "parent": self._gather(scratch.digest(self._job.parent) if self._rank == 0 else "")[0],
             "corpus": self._corpus.sha256,
             "seq_len": params.seq_len,
             "packing": params.packing,
@@ -169,14 +165,7 @@ class TeacherCache:
             raise TrainingError(message)
 
     def _gather(self, value: Any) -> list[Any]:
-        """The value of every rank, by rank."""
-        if self._world_size == 1:
-            return [value]
-        import torch
-
-        values: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
+        return distributed.gather(value, world_size=self._world_size)
 
     def _compute_row(self, slot: Slot) -> Row:
         """Run the parent on one window. Always one, so that a row does not depend on others in its batch."""

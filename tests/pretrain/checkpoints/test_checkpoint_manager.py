@@ -91,9 +91,9 @@ def test_the_newest_whole_checkpoint_is_found_whatever_the_pointer_says_and_a_cr
     if pointer != "missing":
         (folder / "latest.json").write_text(pointer)
     (folder / ".tmp-step-00000008").mkdir()
-    found = checkpoints.latest()
-    assert found is not None
-    assert (found["step"], found["tag"]) == (6, "step-00000006")
+    result = checkpoints.latest()
+    assert result is not None
+    assert (result["step"], result["tag"]) == (6, "step-00000006")
     assert store.steps(folder) == [2, 4, 6]
     assert not list(folder.glob(".tmp-*"))
 
@@ -140,12 +140,12 @@ def test_a_save_stopped_before_any_of_its_operations_leaves_a_whole_newest_check
                 through = True
             except Stopped:
                 through = False
-        found = make(folder).latest()
-        assert found is not None
-        assert store.damage(folder / found["tag"]) is None
-        assert found["step"] in {4, 6}
+        result = make(folder).latest()
+        assert result is not None
+        assert store.damage(folder / result["tag"]) is None
+        assert result["step"] in {4, 6}
         assert not list(folder.glob(".tmp-*"))
-        seen.add(found["step"])
+        seen.add(result["step"])
         if through:
             break
     assert through
@@ -175,9 +175,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_word(
     path = written(folder, 4)
     damage(path)
     checkpoints = make(folder)
-    found = checkpoints.latest()
-    assert found is not None
-    assert found["step"] == 2
+    result = checkpoints.latest()
+    assert result is not None
+    assert result["step"] == 2
     (note,) = checkpoints.notes
     assert str(path) in note
     assert told in note
@@ -189,16 +189,16 @@ def test_any_flipped_bit_of_a_state_is_found_or_changes_nothing(folder: Path) ->
     path = written(folder, 4)
     whole = store.state(path)
     text = (path / "state.json").read_bytes()
-    found = 0
+    result = 0
     for bit in range(len(text) * 8):
         flipped = bytearray(text)
         flipped[bit // 8] ^= 1 << bit % 8
         (path / "state.json").write_bytes(flipped)
         if store.damage(path, content=False):
-            found += 1
+            result += 1
         else:
             assert store.state(path) == whole  # a space for a tab
-    assert found > 0.9 * len(text) * 8
+    assert result > 0.9 * len(text) * 8
 
 
 def test_a_checkpoint_whose_log_was_changed_is_passed_over_for_one_from_before_the_change(folder: Path) -> None:
@@ -212,9 +212,9 @@ def test_a_checkpoint_whose_log_was_changed_is_passed_over_for_one_from_before_t
     make(folder).latest()
     log.write_bytes(b"{}" + b"1" * 15)
     checkpoints = make(folder)
-    found = checkpoints.latest()
-    assert found is not None
-    assert found["step"] == 2
+    result = checkpoints.latest()
+    assert result is not None
+    assert result["step"] == 2
     assert "log.jsonl is not the log that it goes on from: its first 12 bytes" in checkpoints.notes[0]
 
 
@@ -282,14 +282,14 @@ def test_training_goes_on_while_files_are_written_and_the_checkpoint_is_of_its_s
     assert checkpoints.blocked > 0
 
     other = build(settings())
-    found = make(tmp_path).latest()
-    assert found is not None
-    make(tmp_path).restore(other, found)
+    result = make(tmp_path).latest()
+    assert result is not None
+    make(tmp_path).restore(other, result)
     restored = other.full_weights()
     assert restored is not None
     assert all(torch.equal(tensor, restored[name]) for name, tensor in expected.items())
     assert train(other, range(2, 5)) == later
-    checkpoints.restore(built, found)  # and back in the engine that went on
+    checkpoints.restore(built, result)  # and back in the engine that went on
     assert train(built, range(2, 5)) == later
 
 
@@ -347,9 +347,9 @@ def test_a_full_disk_is_told_at_the_next_call_and_leaves_nothing_half(
     assert names(tmp_path) == before
     checkpoints.save(built, state={"step": 8})  # there is room again
     checkpoints.finish()
-    found = checkpoints.latest()
-    assert found is not None
-    assert found["step"] == 8
+    result = checkpoints.latest()
+    assert result is not None
+    assert result["step"] == 8
 
 
 def test_a_file_of_deepspeeds_that_would_run_code_is_not_read(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def spoil(built: Engine, params: Pretrain) -> None:
 
 def routed(model: Any) -> dict[str, torch.Tensor]:
     """What the routers do with the first window, layer by layer."""
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     with torch.no_grad(), routing.record(model) as layers, routing.expert_load(model) as load_LE:
         model(input_ids=windows(0)[:1], use_cache=False)
     for i, layer in enumerate(layers):
@@ -125,8 +125,8 @@ def routed(model: Any) -> dict[str, torch.Tensor]:
         zero_TE = torch.zeros_like(layer.clean_TE, dtype=torch.float32)
         weights_TE = zero_TE.scatter(1, layer.chosen_TK, layer.weights_TK.float())
         logits = {f"{i} clean": layer.clean_TE.clone(), f"{i} logits": layer.logits_TE.clone()}
-        found |= logits | {f"{i} weights": weights_TE}
-    return found | {"load": torch.from_numpy(load_LE)}
+        result |= logits | {f"{i} weights": weights_TE}
+    return result | {"load": torch.from_numpy(load_LE)}
 
 
 def main(rank: int, folder: Path) -> None:

@@ -8,45 +8,34 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.utils import output_capturing
 
-from tasks.pretrain.engine import configuration, distributed, expert_parallel, interface, output_recorders
+from tasks.pretrain.engine import configuration, expert_parallel, interface, output_recorders
 from tasks.pretrain.job import TrainingError
 from tests.pretrain import engines
 
 BLOCK = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    distributed.join(tmp_path_factory.mktemp("group"))
-    yield
-    distributed.leave()
-
-
-def model(**fields: Any) -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**engines.config().to_dict() | fields))
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def convert() -> Any:
     params = engines.settings()
     config = configuration.of(params, dtype=torch.float32) | {"expert_parallel": BLOCK}
-    return interface.build(model(), params, config=config).deepspeed
+    return interface.build(engines.mixtral(), params, config=config).deepspeed
 
 
 def test_router_logits_of_a_stock_model_are_recorded_after_a_conversion_too() -> None:
     """output_recorders.py: AutoEP must leave transformers' registry as it found it."""
     convert().destroy()
-    logits = model(output_router_logits=True)(input_ids=torch.arange(5)[None]).router_logits
+    logits = engines.mixtral(output_router_logits=True)(input_ids=torch.arange(5)[None]).router_logits
     assert [tuple(each.shape) for each in logits] == [(5, 4)] * 2
     assert all(isinstance(key, str) and key.startswith("<class ") for key in output_capturing._CAN_RECORD_REGISTRY)
     assert str(str) not in output_capturing._CAN_RECORD_REGISTRY
@@ -55,7 +44,7 @@ def test_router_logits_of_a_stock_model_are_recorded_after_a_conversion_too() ->
 def test_class_names_are_keys_within_the_block_and_no_longer_after_it() -> None:
     registry = output_capturing._CAN_RECORD_REGISTRY
     methods = type(registry).get, type(registry).__setitem__
-    made = model()
+    made = engines.mixtral()
     with output_recorders.keyed_by_class_name():
         assert registry.get(str(type(made)), None)["router_logits"]
         assert registry.get("no class", 7) == 7

@@ -107,9 +107,9 @@ def test_every_stage_steps_through_torchs_adamw_with_the_groups_that_it_was_give
 
 def test_the_count_of_micro_batches_begins_where_a_discarded_step_sets_it_back_to(engines: dict[str, Engine]) -> None:
     for stage, first in step._FIRST_MICRO_STEP.items():
-        found = engines[str(stage)].deepspeed.optimizer.micro_step_id
-        assert found == first, broken(
-            f"ZeRO {stage} begins to count micro-batches at {found}, not at {first}", used="step.py _FIRST_MICRO_STEP",
+        count = engines[str(stage)].deepspeed.optimizer.micro_step_id
+        assert count == first, broken(
+            f"ZeRO {stage} begins to count micro-batches at {count}, not at {first}", used="step.py _FIRST_MICRO_STEP",
             fix="Put the new number there, and run test_engine.py.",
         )  # fmt: skip
 
@@ -257,12 +257,12 @@ def outside(folder: Path) -> Iterator[tuple[str, ast.AST]]:
 
 def test_no_other_file_of_tasks_imports_deepspeed_or_reaches_into_its_engine() -> None:
     internals = ("deepspeed", "basic_optimizer", "micro_step_id")
-    found = []
+    result = []
     for name, node in outside(ROOT / "tasks"):
         modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         if any(module.split(".")[0] == "deepspeed" for module in modules):
-            found.append(name)
+            result.append(name)
         if isinstance(node, ast.Attribute) and node.attr in internals:
-            found.append(name)
-    assert not found, f"{', '.join(found)}: give {ROOM}interface.py a method for it, and call that"
+            result.append(name)
+    assert not result, f"{', '.join(result)}: give {ROOM}interface.py a method for it, and call that"

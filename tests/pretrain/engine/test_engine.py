@@ -49,10 +49,10 @@ def build(params: Pretrain, dtype: torch.dtype) -> Engine:
 
 def state(built: Engine) -> dict[str, torch.Tensor]:
     """Weights, masters and everything that AdamW keeps, bit by bit."""
-    found = {f"weight {name}": tensor for name, tensor in (built.full_weights() or {}).items()}
+    result = {f"weight {name}": tensor for name, tensor in (built.full_weights() or {}).items()}
     for i, each in enumerate(built.deepspeed.basic_optimizer.state.values()):
-        found |= {f"{name} {i}": value.clone() for name, value in each.items() if torch.is_tensor(value)}
-    return found
+        result |= {f"{name} {i}": value.clone() for name, value in each.items() if torch.is_tensor(value)}
+    return result
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -94,9 +94,9 @@ def test_in_bfloat16_the_weights_handed_out_are_the_masters(folder: Path) -> Non
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", EXACT)
 def test_the_routers_are_read_as_those_of_the_stock_model(name: str, folder: Path) -> None:
-    found = load_file(folder / f"{name}-choice.safetensors")
-    torch.testing.assert_close(found, ranks.routed(ranks.stock(name)), rtol=1e-5, atol=1e-6)
-    assert found["load"].sum() == 2 * ranks.LENGTH * 2  # layers x tokens x top_k
+    result = load_file(folder / f"{name}-choice.safetensors")
+    torch.testing.assert_close(result, ranks.routed(ranks.stock(name)), rtol=1e-5, atol=1e-6)
+    assert result["load"].sum() == 2 * ranks.LENGTH * 2  # layers x tokens x top_k
 
 
 @pytest.mark.e2e
@@ -145,9 +145,9 @@ def test_a_checkpoint_gives_the_weights_that_the_engine_handed_out(name: str, fo
     ranks.stock(name).config.save_pretrained(tmp_path)
     path = tmp_path / "checkpoint"
     shutil.copytree(folder / name / f"step-{ranks.SAVED:08}", path)
-    found = checkpoint_weights.read(path, params=ranks.settings(name), model=tmp_path)
+    result = checkpoint_weights.read(path, params=ranks.settings(name), model=tmp_path)
     expected = load_file(folder / f"{name}-saved.safetensors")
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 SMALL = {

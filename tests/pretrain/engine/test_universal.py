@@ -21,7 +21,7 @@ from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.scratch import write_json
 from tasks.settings import Pretrain
-from tests.pretrain.engines import build, states, train
+from tests.pretrain.engines import build, micro_loss, states, train
 from tests.pretrain.engines import settings as any_settings
 from tests.warm_processes import spawn_ranks
 
@@ -37,7 +37,7 @@ CASES = {
 def settings(case: str, *, processes: int = 1) -> Pretrain:
     """Two steps of the routers alone, then all: the groups' counts of steps differ."""
     phases = [{"what": "router", "tokens": 128}, {"what": "all"}]
-    return any_settings(zero_stage=CASES[case][0], processes=processes, train=phases)
+    return any_settings(zero_stage=CASES[case][0], processes=processes, train=phases, clip=0.2)
 
 
 def folder(root: Path, case: str, *, written_by: int) -> Path:
@@ -51,12 +51,12 @@ def resume(root: Path, case: str, *, written_by: int, rank: int, world_size: int
     checkpoints = CheckpointManager(
         folder(root, case, written_by=written_by), params=params, rank=rank, world_size=world_size
     )
-    found = checkpoints.latest()
-    assert found is not None
-    assert found["world_size"] == written_by
-    assert (found["optimizer"] == type(built.deepspeed.optimizer).__name__) == (case != "zero-1-bf16")
-    checkpoints.restore(built, found)
-    return built, found
+    result = checkpoints.latest()
+    assert result is not None
+    assert result["world_size"] == written_by
+    assert (result["optimizer"] == type(built.deepspeed.optimizer).__name__) == (case != "zero-1-bf16")
+    checkpoints.restore(built, result)
+    return built, result
 
 
 def save(built: Engine, root: Path, *, case: str, step: int, rank: int, world_size: int) -> None:
@@ -75,10 +75,16 @@ def second(rank: int, root: Path) -> None:
     for case in CASES:
         built, _ = resume(root, case, written_by=1, rank=rank, world_size=2)
         drawn = torch.rand(1).item()
-        found: dict[str, Any] = {"resumed": states(built) if case != "zero-0" else None, "drawn": drawn}
-        found["losses"] = train(built, range(2, 4), params=settings(case), rank=rank, world_size=2)
-        found["left"] = states(built)
-        torch.save(found, root / f"{case}-rank-{rank}.pt")
+        result: dict[str, Any] = {"resumed": states(built) if case != "zero-0" else None, "drawn": drawn}
+        built.backward(micro_loss(built, 50, rank))  # a step that both give up
+        built.discard_step()
+        result["norms"] = []
+        result["losses"] = train(
+            built, range(2, 4), params=settings(case), rank=rank, world_size=2, norms=result["norms"]
+        )
+        assert (built.full_weights() is None) == (rank == 1)
+        result["left"] = states(built)
+        torch.save(result, root / f"{case}-rank-{rank}.pt")
         save(built, root, case=case, step=4, rank=rank, world_size=2)
     torch.save(failure(built, root, rank=rank), root / f"failure-{rank}.pt")
     distributed.leave()
@@ -118,26 +124,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[st
     """By case: what the run saw at the two changes, beside one that never changed."""
     root = tmp_path_factory.mktemp("reshape")
     distributed.join(root)
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for case in CASES:
         params = settings(case)
         built = build(params, dtype=CASES[case][1])
         train(built, range(2), params=params)
-        found[case] = {"left by 1": states(built)}
+        result[case] = {"left by 1": states(built)}
         save(built, root, case=case, step=2, rank=0, world_size=1)
-        found[case]["unchanged"] = train(built, range(2, 6), params=params)
+        result[case]["norms"] = []
+        result[case]["unchanged"] = train(built, range(2, 6), params=params, norms=result[case]["norms"])
     spawn_ranks(second, (root,))
-    found["failure"] = {f"rank {rank}": torch.load(root / f"failure-{rank}.pt") for rank in range(2)}
+    result["failure"] = {f"rank {rank}": torch.load(root / f"failure-{rank}.pt") for rank in range(2)}
     for case in CASES:
         ranks = [torch.load(root / f"{case}-rank-{rank}.pt") for rank in range(2)]
         built, _ = resume(root, case, written_by=2, rank=0, world_size=1)
-        found[case] |= {
+        result[case] |= {
             "ranks": ranks,
             "resumed by 1": states(built) if case != "zero-0" else None,
             "drawn": torch.rand(1).item(),
         }
-        found[case]["last"] = train(built, range(4, 6), params=settings(case))
-    yield found
+        result[case]["last"] = train(built, range(4, 6), params=settings(case))
+    yield result
     distributed.leave()
 
 
@@ -156,7 +163,7 @@ def test_masters_and_moments_pass_both_changes_bit_for_bit(runs: dict[str, dict[
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_losses_go_on_as_if_nothing_had_changed(runs: dict[str, dict[str, Any]], case: str) -> None:
+def test_losses_and_norms_go_on_as_if_nothing_had_changed(runs: dict[str, dict[str, Any]], case: str) -> None:
     run = runs[case]
     mean = torch.tensor([rank["losses"] for rank in run["ranks"]]).mean(0)  # of two ranks' windows, a step
     alone = torch.tensor(run["unchanged"]).view(-1, 2).mean(1)
@@ -164,6 +171,11 @@ def test_the_losses_go_on_as_if_nothing_had_changed(runs: dict[str, dict[str, An
     torch.testing.assert_close(mean, alone[:2], rtol=rtol, atol=0)
     torch.testing.assert_close(torch.tensor(run["last"]).view(-1, 2).mean(1), alone[2:], rtol=rtol, atol=0)
     assert alone[0] != alone[3]
+    assert run["ranks"][0]["norms"] == run["ranks"][1]["norms"]
+    assert run["ranks"][0]["norms"] == pytest.approx(
+        run["norms"][:2], rel=1e-4 if CASES[case][1] == torch.float32 else 2e-2
+    )
+    assert min(run["norms"]) > 0.2  # clipped
 
 
 def test_random_states_start_anew_for_each_rank_and_the_same_in_every_stage(runs: dict[str, dict[str, Any]]) -> None:
@@ -173,10 +185,10 @@ def test_random_states_start_anew_for_each_rank_and_the_same_in_every_stage(runs
 
 
 def test_all_ranks_hear_of_the_full_disk_of_one_and_nothing_half_is_left(runs: dict[str, dict[str, Any]]) -> None:
-    for found in runs["failure"].values():
-        assert found["left"] == ["step-00000002"]
-        assert len(found["told"]) == 3
-        for message in found["told"]:
+    for result in runs["failure"].values():
+        assert result["left"] == ["step-00000002"]
+        assert len(result["told"]) == 3
+        for message in result["told"]:
             assert "step 4 could not be written" in message
             assert "No space left on device" in message
             assert "step 2 is whole" in message

@@ -35,21 +35,21 @@ def test_an_expert_forced_dead_is_named_once_with_its_layer_and_again_when_it_ha
     forced = load.copy()
     forced[1, 5] = 0
     loads = [load] * 3 + [forced] * 30 + [load] + [forced] * 30
-    found = seen(RouterMonitor(layers=[2, 7], experts=8, top_k=2), loads)
-    assert [(step, e.what, e.layer, e.experts) for step, e in found] == [
+    result = seen(RouterMonitor(layers=[2, 7], experts=8, top_k=2), loads)
+    assert [(step, e.what, e.layer, e.experts) for step, e in result] == [
         (3 + STEPS, "dead_experts", 7, (5,)),
         (34 + STEPS, "dead_experts", 7, (5,)),
     ]
-    assert found[0][1].message.startswith(
+    assert result[0][1].message.startswith(
         f"layer 7: expert 5 had no token in {STEPS} steps, up to {3 + STEPS}, in which"
     )
-    assert "would have sent 560 to each" in found[0][1].message  # 10 x 448 assignments over 8 experts
+    assert "would have sent 560 to each" in result[0][1].message  # 10 x 448 assignments over 8 experts
 
 
 def test_with_few_tokens_a_step_an_expert_is_dead_only_after_those_that_an_even_router_would_have_sent() -> None:
     load = np.array([[8, 8, 8, 0]])  # 12 tokens, 2 of 4 experts each: 6 to each if evenly
-    found = seen(RouterMonitor(layers=[0], experts=4, top_k=2), [load] * 100)
-    assert [step for step, _ in found] == [math.ceil(TOKENS / 6)]
+    result = seen(RouterMonitor(layers=[0], experts=4, top_k=2), [load] * 100)
+    assert [step for step, _ in result] == [math.ceil(TOKENS / 6)]
 
 
 def test_all_the_experts_of_a_layer_that_die_together_are_one_event() -> None:
@@ -66,11 +66,11 @@ def test_a_collapsed_router_is_named_with_the_experts_that_hold_the_load(experts
     load = np.ones((2, experts), dtype=np.int64)  # nobody is dead
     load[0] = 100
     load[1, held] = 2000
-    found = seen(RouterMonitor(layers=[0, 4], experts=experts, top_k=top_k), [load] * 40)
-    assert [(step, e.what, e.layer, e.experts) for step, e in found] == [
+    result = seen(RouterMonitor(layers=[0, 4], experts=experts, top_k=top_k), [load] * 40)
+    assert [(step, e.what, e.layer, e.experts) for step, e in result] == [
         (STEPS, "router_collapse", 4, tuple(held.tolist()))
     ]
-    assert f"the {top_k} busiest of {experts} experts" in found[0][1].message
+    assert f"the {top_k} busiest of {experts} experts" in result[0][1].message
 
 
 def test_a_collapse_is_reported_after_steps_in_a_row_once_and_again_when_it_has_come_back() -> None:
@@ -126,14 +126,14 @@ def test_a_watch_restored_from_json_sees_what_the_one_that_was_never_interrupted
 ) -> None:
     loads = [np.array(row).reshape(2, 4) for row in rows for _ in range(3)]
     through = seen(RouterMonitor(layers=[0, 1], experts=4, top_k=1), loads)
-    looked, found = RouterMonitor(layers=[0, 1], experts=4, top_k=1), []
+    looked, result = RouterMonitor(layers=[0, 1], experts=4, top_k=1), []
     for step, load in enumerate(loads, 1):
         if step == cut:
             state = json.loads(json.dumps(looked.state()))
             looked = RouterMonitor(layers=[0, 1], experts=4, top_k=1)
             looked.restore(state)
-        found += [(step, event) for event in looked.check(load, step=step)]
-    assert found == through
+        result += [(step, event) for event in looked.check(load, step=step)]
+    assert result == through
 
 
 def test_ranks_far_slower_than_the_median_are_named_with_their_machine() -> None:

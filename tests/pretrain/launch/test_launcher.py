@@ -17,9 +17,9 @@ import pytest
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
-from tests.pretrain.conftest import ROOT, STEPS
+from tests.pretrain.conftest import ROOT
 from tests.pretrain.launch import fake_srun
-from tests.pretrain.projects import configure, processes, stage, start, wait_for, workers
+from tests.pretrain.projects import checkpoints, configure, processes, stage, start, wait_for, workers
 
 HOST = socket.gethostname()
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
@@ -130,22 +130,27 @@ launcher.run(Job.read(Path("work/job.json")))
 """
 
 
-@pytest.mark.parametrize("kind", ["hostfile", "slurm"])
-def test_no_process_outlives_a_stage_that_is_killed(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "number"), [("local", signal.SIGTERM), ("hostfile", signal.SIGKILL), ("slurm", signal.SIGKILL)]
+)
+def test_no_process_outlives_a_stage_that_is_stopped_or_killed(
+    folder: Path, kind: str, number: signal.Signals
+) -> None:
     job("sleep", **STARTED[kind]).write()
     with subprocess.Popen([sys.executable, "-c", STAGE], env=os.environ | SLURM) as stage:
         wait_for(lambda: Path("work/sleeps-0").exists() and Path("work/sleeps-1").exists())
-        assert workers(folder)
-        stage.kill()
+        assert len(workers(folder)) >= 2
+        stage.send_signal(number)
+    assert stage.returncode == (128 + number if number == signal.SIGTERM else -number)
     wait_for(lambda: not any(processes(folder)), seconds=20)
 
 
 @pytest.mark.e2e
 def test_a_run_stopped_under_slurm_goes_on_by_deepspeeds_launcher(project: Path, tmp_path: Path) -> None:
     environ = SLURM | {"PATH": f"{put_srun(tmp_path)}{os.pathsep}{os.environ['PATH']}"}
-    configure(project, processes=2, launcher="slurm")
+    configure(project, processes=2, launcher="slurm", tokens=4 * 256)
     with start("tasks.pretrain", "tiny", cwd=project, env=environ) as process:
-        wait_for(lambda: any(project.glob(".scratch/pretrain-*/*/checkpoints/latest.json")))
+        wait_for(lambda: checkpoints(project))
         process.terminate()
         process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
@@ -155,7 +160,7 @@ def test_a_run_stopped_under_slurm_goes_on_by_deepspeeds_launcher(project: Path,
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((project / "runs/tiny/pretrain.json").read_text())
-    assert (metrics["processes"], metrics["steps"]) == (2, STEPS)
+    assert (metrics["processes"], metrics["steps"]) == (2, 4)
     assert metrics["resumed_from"]["step"] > 0
 
 

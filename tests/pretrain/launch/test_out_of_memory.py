@@ -114,9 +114,9 @@ def test_only_settings_that_still_help_are_named_in_order_and_they_are_valid(
     fields: dict[str, Any], device: bool, expected: list[str]
 ) -> None:
     now = params(**fields)
-    found = out_of_memory.settings(now, device=device)
-    assert found == expected
-    for line in found:  # the settings accept each
+    result = out_of_memory.settings(now, device=device)
+    assert result == expected
+    for line in result:  # the settings accept each
         field, value = line.removeprefix("pretrain.").split(" (now")[0].split(": ")
         if "." not in field:
             params(**{**fields, field: True if value == "true" else int(value)})

@@ -51,8 +51,8 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
     data.mkdir()
     prose = documents("prose")
     texts = {"web": prose[::2], "wikipedia": prose[1::2], "code": documents("code")}
-    for name, found in texts.items():
-        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+    for name, result in texts.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in result))
     for name in ("tasks", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     content = scaled(tiny_model, data)
@@ -78,8 +78,8 @@ def test_a_recipe_trains_with_two_processes_and_goes_on_after_kill_9(project: Pa
     recipe = yaml_of_the_recipe()["pretrain"]
     params = json.loads((run / "training/job.json").read_text())["params"]
     for name, value in (recipe | SCALED).items():
-        found = params[name]
-        assert {k: found[k] for k in value} == value if isinstance(value, dict) else found == value, name
+        result = params[name]
+        assert {k: result[k] for k in value} == value if isinstance(value, dict) else result == value, name
     metrics = json.loads((run / "pretrain.json").read_text())
     assert (metrics["processes"], metrics["precision"], metrics["steps"]) == (2, "bfloat16", STEPS)
     assert metrics["resumed_from"]["step"] > 0

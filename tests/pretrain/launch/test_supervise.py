@@ -55,9 +55,9 @@ def test_how_a_process_failed_is_written_down_with_rank_and_host(
     with start(tmp_path, body, RANK="5") as process:
         _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    (found,) = failures(tmp_path)
-    assert (found["kind"], found["message"], found["rank"]) == (kind, message, 5)
-    assert found["host"] == os.uname().nodename
+    (result,) = failures(tmp_path)
+    assert (result["kind"], result["message"], result["rank"]) == (kind, message, 5)
+    assert result["host"] == os.uname().nodename
     assert ("Traceback" in err) == (kind == "unexpected")
 
 

@@ -66,26 +66,26 @@ LOADS = st.tuples(st.integers(1, 4), st.integers(1, 9)).flatmap(
 @given(LOADS)
 @settings(max_examples=60, deadline=None)
 def test_the_load_of_the_experts_is_what_its_definitions_say(load_LE: np.ndarray) -> None:
-    found = meters.expert_load(load_LE, detailed=True)
+    result = meters.expert_load(load_LE, detailed=True)
     for layer, load_E in enumerate(load_LE.tolist()):
         shares = [load / max(sum(load_E), 1) for load in load_E]
         entropy = -sum(share * math.log(share) for share in shares if share) / math.log(max(len(load_E), 2))
-        assert found["layers"]["entropy"][layer] == pytest.approx(entropy, abs=1e-4)
-        assert found["layers"]["peak"][layer] == pytest.approx(max(shares), abs=1e-4)
-        assert found["layers"]["used"][layer] == pytest.approx(
+        assert result["layers"]["entropy"][layer] == pytest.approx(entropy, abs=1e-4)
+        assert result["layers"]["peak"][layer] == pytest.approx(max(shares), abs=1e-4)
+        assert result["layers"]["used"][layer] == pytest.approx(
             sum(load > 0 for load in load_E) / len(load_E), abs=1e-4
         )
     for name in ("used", "entropy", "peak"):
-        assert found[name] == pytest.approx(np.mean(found["layers"][name]), abs=1e-4)
-    assert found["dead"] == int((load_LE == 0).sum())
-    assert found["tokens"] == load_LE.tolist()
+        assert result[name] == pytest.approx(np.mean(result["layers"][name]), abs=1e-4)
+    assert result["dead"] == int((load_LE == 0).sum())
+    assert result["tokens"] == load_LE.tolist()
 
 
 def test_an_even_load_has_entropy_1_and_a_single_expert_0() -> None:
-    found = meters.expert_load(np.array([[5, 5, 5, 5], [20, 0, 0, 0]]), detailed=False)
-    assert found["layers"] == {"used": [1.0, 0.25], "entropy": [1.0, 0.0], "peak": [0.25, 1.0]}
-    assert (found["entropy"], found["dead"]) == (0.5, 3)
-    assert "tokens" not in found
+    result = meters.expert_load(np.array([[5, 5, 5, 5], [20, 0, 0, 0]]), detailed=False)
+    assert result["layers"] == {"used": [1.0, 0.25], "entropy": [1.0, 0.0], "peak": [0.25, 1.0]}
+    assert (result["entropy"], result["dead"]) == (0.5, 3)
+    assert "tokens" not in result
 
 
 def test_a_dense_model_has_no_load() -> None:
@@ -110,19 +110,19 @@ def test_memory_is_what_this_process_has_and_its_peak_outlives_it() -> None:
 
 def test_timing_adds_up_and_mfu_is_flops_over_the_peak() -> None:
     spent = {"data": 0.1, "forward": 0.5, "backward": 1.0, "optimizer": 0.2}
-    found = meters.timing(2.0, spent, tokens=1000, flops_per_token=3_000_000, peak=6e9, device=CPU)
-    assert found["other"] == pytest.approx(0.2)
-    assert found["tokens_per_second"] == 500
-    assert found["flops_per_second"] == 1.5e9
-    assert found["mfu"] == 0.25
-    assert found["memory"]["rss"] > 0
-    assert "extra_flops_per_second" not in found
+    result = meters.timing(2.0, spent, tokens=1000, flops_per_token=3_000_000, peak=6e9, device=CPU)
+    assert result["other"] == pytest.approx(0.2)
+    assert result["tokens_per_second"] == 500
+    assert result["flops_per_second"] == 1.5e9
+    assert result["mfu"] == 0.25
+    assert result["memory"]["rss"] > 0
+    assert "extra_flops_per_second" not in result
 
 
 def test_the_passes_of_a_teacher_are_told_beside_mfu_and_are_not_in_it() -> None:
     given = {"tokens": 1000, "flops_per_token": 3_000_000, "peak": 6e9, "device": CPU}
-    found = meters.timing(2.0, {}, **given, extra_flops_per_token=1_000_000)
-    assert (found["mfu"], found["extra_flops_per_second"]) == (0.25, 5e8)
+    result = meters.timing(2.0, {}, **given, extra_flops_per_token=1_000_000)
+    assert (result["mfu"], result["extra_flops_per_second"]) == (0.25, 5e8)
 
 
 def test_the_peak_of_a_processor_is_the_speed_of_its_best_matrix_product(

@@ -69,17 +69,17 @@ def trackio(folder: Path) -> dict[str, Points]:
     with sqlite3.connect(folder / "trackio" / "moeforge.db") as base:
         rows = base.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
     assert len({name for name, _, _ in rows}) == 1
-    found: dict[str, Points] = {}
+    result: dict[str, Points] = {}
     for _, step, metrics in rows:
         for name, value in json.loads(metrics).items():
-            found.setdefault(name, []).append((step, value))
-    return found
+            result.setdefault(name, []).append((step, value))
+    return result
 
 
 def wandb(folder: Path) -> dict[str, Points]:
     import json
 
-    found: dict[str, Points] = {}
+    result: dict[str, Points] = {}
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
         for record in _transactions(path.read_bytes()):
             if record.WhichOneof("record_type") == "run":
@@ -91,8 +91,8 @@ def wandb(folder: Path) -> dict[str, Points]:
             step = items.pop("step")
             for name, value in items.items():
                 if not name.startswith("_"):
-                    found.setdefault(name, []).append((step, value))
-    return found
+                    result.setdefault(name, []).append((step, value))
+    return result
 
 
 def _transactions(raw: bytes) -> Iterator[Any]:
@@ -138,10 +138,10 @@ def test_a_run_that_was_killed_goes_on_in_the_same_run_with_every_point_once(
     assert printed.split()[0].isdigit(), "nothing but what the program prints"
     offset = int(printed.split()[0])
     training(tmp_path, name, end=DONE, resumed=(offset, 2), last=6)
-    found = read(tmp_path / "training")
-    assert found["step/loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
-    assert found["step/experts/layers/peak/1"] == [(step, 0.25) for step in range(1, 7)]
-    assert found["validation/losses/books"] == [(0, 3.5)]
+    result = read(tmp_path / "training")
+    assert result["step/loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 7)]
+    assert result["step/experts/layers/peak/1"] == [(step, 0.25) for step in range(1, 7)]
+    assert result["validation/losses/books"] == [(0, 3.5)]
     linked = [path for path in (tmp_path / "training").rglob("*") if path.is_symlink() and path.is_dir()]
     assert not linked, "a copy of the folder would have it twice"
     assert {path.name for path in tmp_path.iterdir()} - {"training", ".cache", ".config"} == set()

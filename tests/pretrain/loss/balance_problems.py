@@ -101,18 +101,18 @@ def run_rank(rank: int, folder: str) -> None:
         loss = made.losses([cut(each, mine) for each in routed], real_T=real_T[mine])["balance"]
         losses.append(loss.detach())
         gradients += torch.autograd.grad(loss, [each.logits_TE for each in routed])
-    found = {"losses": torch.stack(losses) / 2, "gradients": torch.stack(gradients) / 2}
-    found["reductions"] = torch.tensor(shapes)
+    result = {"losses": torch.stack(losses) / 2, "gradients": torch.stack(gradients) / 2}
+    result["reductions"] = torch.tensor(shapes)
     for name in ("losses", "gradients"):
-        reduce(found[name])
+        reduce(result[name])
 
     shapes.clear()
     mover = balancer("bias", coefficient=0.1)
     for routed, real_T in micro_batches():
         assert mover.losses([cut(each, mine) for each in routed], real_T=real_T[mine]) == {}
     mover.end()
-    found["biases"] = torch.tensor(gate.biases(mover.model))
-    found["reductions of the bias"] = torch.tensor(shapes)
-    found["load"] = torch.from_numpy(mover.load_LE)
-    torch.save(found, f"{folder}/{rank}.pt")
+    result["biases"] = torch.tensor(gate.biases(mover.model))
+    result["reductions of the bias"] = torch.tensor(shapes)
+    result["load"] = torch.from_numpy(mover.load_LE)
+    torch.save(result, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

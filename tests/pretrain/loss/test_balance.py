@@ -61,8 +61,8 @@ def test_switch_is_its_formula_and_its_gradient_per_layer_and_averaged(seed: int
     logits = [each.logits_TE.detach().double().requires_grad_() for each in routed]
     expected = 0.5 * reference_switch(routed, real(seed, 7) if padded else torch.ones(7, dtype=torch.bool), logits)
     torch.testing.assert_close(part["balance"].double(), expected, rtol=1e-5, atol=0)
-    found = torch.autograd.grad(part["balance"], [each.logits_TE for each in routed])
-    for gradient, wanted in zip(found, torch.autograd.grad(expected, logits), strict=True):
+    result = torch.autograd.grad(part["balance"], [each.logits_TE for each in routed])
+    for gradient, wanted in zip(result, torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-7)
 
 
@@ -106,10 +106,10 @@ def test_padding_is_in_no_part_and_in_no_count(loss: str) -> None:
     routed = problem(1, tokens=30, noise=True)
     kept = [cut(each, real_T) for each in routed]
     padded, alone = (balancer(loss, z_loss=0.1) for _ in range(2))
-    found, expected = padded.losses(routed, real_T=real_T), alone.losses(kept, real_T=None)
-    assert found.keys() == expected.keys() == ({"z"} if loss in {"bias", "none"} else {"balance", "z"})
+    result, expected = padded.losses(routed, real_T=real_T), alone.losses(kept, real_T=None)
+    assert result.keys() == expected.keys() == ({"z"} if loss in {"bias", "none"} else {"balance", "z"})
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(result[name], value)
     assert padded.load_LE.tolist() == alone.load_LE.tolist()
     assert (padded.load_LE.sum(1) == int(real_T.sum()) * TOP_K).all()
     for layer, each in enumerate(kept):
@@ -191,8 +191,8 @@ def test_load_is_how_often_a_token_has_the_expert_when_its_own_noise_is_drawn_ag
         fresh = torch.randn(draws, tokens, generator=generator)
         again[:, :, expert] = clean[:, expert] + std[:, expert] * fresh
         kept[expert] = (again.topk(TOP_K, dim=2).indices == expert).any(2).float().mean(0).sum()
-    found = load(each, torch.zeros(EXPERTS, dtype=torch.int64), real_T=None)
-    torch.testing.assert_close(found, kept, atol=5 * math.sqrt(tokens * 0.25 / draws), rtol=0)
+    result = load(each, torch.zeros(EXPERTS, dtype=torch.int64), real_T=None)
+    torch.testing.assert_close(result, kept, atol=5 * math.sqrt(tokens * 0.25 / draws), rtol=0)
     wrong = noisy - clean > noisy.topk(TOP_K + 1, dim=1).values[:, -1:]  # upstream's comparison would take another
     assert (wrong != torch.zeros_like(wrong).scatter(1, each.chosen_TK, True)).any()
 

@@ -62,8 +62,8 @@ BALANCES = [
 @pytest.mark.parametrize("balance", BALANCES)
 def test_zero_3_with_gradient_checkpointing_trains_as_zero_1_without(balance: dict[str, object]) -> None:
     losses, weights, biases = train(balance=balance, stage=1, dtype=torch.float32, checkpointing=False)
-    found, others, moved = train(balance=balance, stage=3, dtype=torch.float32, checkpointing=True)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=1e-6)
+    result, others, moved = train(balance=balance, stage=3, dtype=torch.float32, checkpointing=True)
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(losses), rtol=1e-5, atol=1e-6)
     assert weights.keys() == others.keys()
     for name, expected in weights.items():
         torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-5)
@@ -81,6 +81,6 @@ def test_zero_3_with_gradient_checkpointing_trains_as_zero_1_without(balance: di
 @pytest.mark.parametrize("balance", BALANCES)
 def test_in_half_precision_gradient_checkpointing_changes_no_bit(balance: dict[str, object]) -> None:
     losses, weights, biases = train(balance=balance, stage=3, dtype=torch.bfloat16, checkpointing=False)
-    found, others, moved = train(balance=balance, stage=3, dtype=torch.bfloat16, checkpointing=True)
-    assert (found, moved) == (losses, biases)
+    result, others, moved = train(balance=balance, stage=3, dtype=torch.bfloat16, checkpointing=True)
+    assert (result, moved) == (losses, biases)
     assert all(torch.equal(others[name], expected) for name, expected in weights.items())

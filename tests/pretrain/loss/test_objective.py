@@ -102,13 +102,13 @@ def part(model: PreTrainedModel, batch: Batch, *, rows: slice, balance: bool) ->
         tokens=LENGTH, seq_len=LENGTH, batch=1, learning_rate=1, balance={"loss": "mixtral", "coefficient": 1.0}
     )
     balancer = Balancer(params, model) if balance else None
-    found = objective.Objective(params, model, balancer=balancer, distiller=None)(
+    result = objective.Objective(params, model, balancer=balancer, distiller=None)(
         batch, rows=rows, device=torch.device("cpu")
     )
-    assert list(found.parts) == ["balance"] * balance
-    balances = found.parts.get("balance", torch.zeros(()))
-    torch.testing.assert_close(found.total, found.nats_B.sum() / max(batch.step_targets, 1) + balances)
-    return found.nats_B / torch.from_numpy(objective.predicted(batch.labels[rows])).clamp(min=1), balances
+    assert list(result.parts) == ["balance"] * balance
+    balances = result.parts.get("balance", torch.zeros(()))
+    torch.testing.assert_close(result.total, result.nats_B.sum() / max(batch.step_targets, 1) + balances)
+    return result.nats_B / torch.from_numpy(objective.predicted(batch.labels[rows])).clamp(min=1), balances
 
 
 def alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -171,9 +171,9 @@ def test_a_window_of_masked_documents_has_the_loss_and_gradients_of_the_document
     expected = alone(model, batch)
     wanted = gradients(model, expected.mean())
     model.config._attn_implementation = attention
-    found, _ = run(model, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    got = gradients(model, found.mean())
+    result, _ = run(model, batch)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    got = gradients(model, result.mean())
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -218,10 +218,10 @@ def test_padding_adds_nothing_to_the_loss_the_balance_or_the_gradients(family: s
     cut = replace(short, input_ids=short.input_ids[:, :20], labels=short.labels[:, :20])
     if short.position_ids is not None:
         cut = replace(cut, position_ids=short.position_ids[:, :20], cu_seqlens=short.cu_seqlens[:-1])
-    found, wanted = run(model, short, balance=True), run(model, cut, balance=True)
-    for a, b in zip(found, wanted, strict=True):
+    result, wanted = run(model, short, balance=True), run(model, cut, balance=True)
+    for a, b in zip(result, wanted, strict=True):
         torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-6, atol=1e-7)
-    ours, theirs = (gradients(model, loss.mean() + 0.1 * balance) for loss, balance in (found, wanted))
+    ours, theirs = (gradients(model, loss.mean() + 0.1 * balance) for loss, balance in (result, wanted))
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
 

@@ -80,8 +80,8 @@ def job(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 def other(job: Job, *, distill: dict[str, Any] | None = None, **params: Any) -> Job:
     assert job.params.distill is not None
-    found = job.params.model_copy(update={"distill": job.params.distill.model_copy(update=distill), **params})
-    return replace(job, params=found)
+    result = job.params.model_copy(update={"distill": job.params.distill.model_copy(update=distill), **params})
+    return replace(job, params=result)
 
 
 def made_by(job: Job) -> TeacherCache:
@@ -130,9 +130,9 @@ def test_training_sees_the_losses_and_gradients_of_a_parent_in_memory(job: Job, 
         seen = []
         for distiller in (cached, resident):
             out = SimpleNamespace(logits=logits.clone().requires_grad_())
-            found = distiller.losses(batch, rows=ALL, out=out, target_BL=target)
-            (found["cross_entropy"] + found["kl"]).sum().backward()
-            seen.append((found["cross_entropy"].detach(), found["kl"].detach(), out.logits.grad))
+            result = distiller.losses(batch, rows=ALL, out=out, target_BL=target)
+            (result["cross_entropy"] + result["kl"]).sum().backward()
+            seen.append((result["cross_entropy"].detach(), result["kl"].detach(), out.logits.grad))
         torch.testing.assert_close(seen[0][0], seen[1][0], rtol=0, atol=0)
         torch.testing.assert_close(seen[0][1], seen[1][1], rtol=2e-3, atol=2e-3)  # float16 logs
         torch.testing.assert_close(seen[0][2], seen[1][2], rtol=2e-2, atol=1e-4)
@@ -262,9 +262,9 @@ def test_a_window_that_was_not_foreseen_is_read_by_the_parent_itself(job: Job) -
     short = made_by(other(job, tokens=1))
     whole = made_by(other(job, tokens=job.params.tokens))
     for batch in drawn(job):
-        found, wanted = (cache.kept(batch, rows=ALL) for cache in (short, whole))
-        assert torch.equal(found._ids_TN, wanted._ids_TN)
-        assert torch.equal(found._logs, wanted._logs)
+        result, wanted = (cache.kept(batch, rows=ALL) for cache in (short, whole))
+        assert torch.equal(result._ids_TN, wanted._ids_TN)
+        assert torch.equal(result._logs, wanted._logs)
 
 
 def test_too_small_a_disk_is_told_before_the_parent_is_read(
@@ -329,9 +329,9 @@ def test_two_processes_share_the_work_and_fail_together(job: Job) -> None:
     spawn(_rank, (job,))
     folder = next(Path(".scratch").glob("teacher-*"))
     together = {slot: (folder / name, row) for slot, (name, row) in made_by(job)._index.items()}
-    found = {slot: shards.open_shard(path).slice(row, 1).to_pydict() for slot, (path, row) in together.items()}
+    result = {slot: shards.open_shard(path).slice(row, 1).to_pydict() for slot, (path, row) in together.items()}
     shutil.rmtree(folder)
     alone = made_by(job)
-    assert found.keys() == alone._index.keys()
+    assert result.keys() == alone._index.keys()
     for slot, (name, row) in alone._index.items():
-        assert shards.open_shard(folder / name).slice(row, 1).to_pydict() == found[slot]
+        assert shards.open_shard(folder / name).slice(row, 1).to_pydict() == result[slot]
