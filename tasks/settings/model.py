@@ -25,7 +25,8 @@ class Shape(Frozen):
     model_type: ModelType = architectures.LLAMA.model_type
     hidden_size: Positive
     intermediate_size: Positive
-    num_hidden_layers: Positive
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    """Bounded, because checks list the layers in memory."""
     num_attention_heads: Positive
     num_key_value_heads: Positive
     vocab_size: Positive

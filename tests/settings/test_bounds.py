@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
@@ -53,6 +53,7 @@ NUMBERS = st.one_of(
 
 @settings_of_hypothesis(max_examples=150, deadline=None)
 @given(st.sampled_from([path for path in leaves(FULL) if not PREFECTS & set(path)]), NUMBERS)
+@example(("models", "smollm2-135m-q4", "shape", "num_hidden_layers"), 61_338_116_936)
 def test_a_number_in_any_field_is_refused_by_name_or_is_one_to_work_with(path: tuple[Any, ...], value: float) -> None:
     """No field takes what is not finite, and what is taken survives JSON and float32."""
     raw = copy.deepcopy(FULL)
