@@ -58,25 +58,25 @@ def share(of: list[bool]) -> str:
 
 def domains(cache: Path) -> dict[str, Texts]:
     """The texts of recipes/corpora/wide.yaml, each cut after 20,000 characters."""
-    found = {}
+    texts = {}
     corpus = settings.Corpus.model_validate(settings.read(Path("recipes/corpora/wide.yaml"))["corpora"]["wide"])
     for name, domain in corpus.domains.items():
         reader = open_reader(domain, cache, max_record_bytes=1 << 26, check=False)
         pieces = [piece for task in reader.tasks(task_bytes=1 << 28) for piece in task]
         records = (record for piece in pieces for record in reader.read(piece))
-        found[name] = [r.text[:20_000] for r in records if isinstance(r, Document) and r.text.strip()]
-    return found
+        texts[name] = [r.text[:20_000] for r in records if isinstance(r, Document) and r.text.strip()]
+    return texts
 
 
 def mails(cache: Path) -> dict[str, Texts]:
     """The SpamAssassin corpus: bodies of at least 50 words, markup stripped, by group."""
     fetched = sources.fetch(MAILS, cache)
-    found: dict[str, Texts] = {}
+    groups: dict[str, Texts] = {}
     for path in fetched.paths:
         text = body(fetched.fs.cat_file(path))
         if len(text.split()) >= 50:
-            found.setdefault(path.split("/")[-2], []).append(text)
-    return found
+            groups.setdefault(path.split("/")[-2], []).append(text)
+    return groups
 
 
 def body(raw: bytes) -> str:
@@ -199,9 +199,9 @@ def bench_fluency(cache: Path) -> None:
     print(f"{'':71s}{'zipf':>8s}{'function words':>16s}{'misplaced':>11s}")
     for name, texts in rows.items():
         fluent, gopher = (share(kept(DEFAULTS[rule], texts)) for rule in ("fluency", "gopher_quality"))
-        found = [measure(text, zipf_of("en")) for text in texts]
-        zipf, function = median(m.zipf for m in found), median(m.function_words for m in found)
-        misplaced = median(m.misplaced / max(m.words, 1) for m in found)
+        measures = [measure(text, zipf_of("en")) for text in texts]
+        zipf, function = median(m.zipf for m in measures), median(m.function_words for m in measures)
+        misplaced = median(m.misplaced / max(m.words, 1) for m in measures)
         print(f"{name:40s}{len(texts):5d}{fluent:>10s}{gopher:>16s}{zipf:8.2f}{function:16.2f}{misplaced:11.4f}")
 
 
@@ -242,16 +242,16 @@ def bench_language(cache: Path) -> None:
     }
     for chars in (100, 200, 500, 2000):
         right = []
-        for name, found in texts.items():
+        for name, strings in texts.items():
             rule = rules.Language(rule="language", languages=[same.get(name, name.split("_")[0])], chars=chars)
-            right += kept(rule, [" ".join(r.sample(found, len(found))) for _ in range(20)])
+            right += kept(rule, [" ".join(r.sample(strings, len(strings))) for _ in range(20)])
         print(f"{len(names)} languages, {chars:5d} characters: {share(right)} of {len(right)} kept as themselves")
 
 
 def messages(po: str) -> Texts:
     strings = re.findall(r'^msgstr(?:\[\d\])? ((?:".*"\n)+)', po, re.MULTILINE)[1:]
-    found = [" ".join(re.findall(r'"(.*)"', string)) for string in strings]
-    return [re.sub(r"%\(\w+\)[sd]|%[sd]|\{\w*\}|\\[n\"]", " ", text) for text in found if len(text) > 20]
+    joined = [" ".join(re.findall(r'"(.*)"', string)) for string in strings]
+    return [re.sub(r"%\(\w+\)[sd]|%[sd]|\{\w*\}|\\[n\"]", " ", text) for text in joined if len(text) > 20]
 
 
 def bench_speed(cache: Path) -> None:

@@ -96,12 +96,12 @@ def run(python: Path, tests: Sequence[str], *, report: Path) -> dict[str, Counte
 def table(versions: dict[str, dict[str, str]], outcomes: dict[str, dict[str, Counter[str]]]) -> Table:
     """A column an end; a row a package, then a row a test file."""
     shown = Table("", *versions)
-    for name in {name: None for found in versions.values() for name in found}:
-        shown.add_row(name, *(found.get(name, "") for found in versions.values()))
+    for name in {name: None for packages in versions.values() for name in packages}:
+        shown.add_row(name, *(packages.get(name, "") for packages in versions.values()))
     shown.add_section()
-    for file in {file: None for found in outcomes.values() for file in found}:
+    for file in {file: None for files in outcomes.values() for file in files}:
         shown.add_row(
-            file, *(", ".join(f"{n} {what}" for what, n in found.get(file, {}).items()) for found in outcomes.values())
+            file, *(", ".join(f"{n} {what}" for what, n in files.get(file, {}).items()) for files in outcomes.values())
         )
     return shown
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         versions[end] = installed(python, names)
         outcomes[end] = run(python, args.tests, report=args.folder / f"{end}.xml")
     Console().print(table(versions, outcomes))
-    sys.exit(any(counts["failed"] for found in outcomes.values() for counts in found.values()))
+    sys.exit(any(counts["failed"] for files in outcomes.values() for counts in files.values()))
 
 
 if __name__ == "__main__":

@@ -37,16 +37,16 @@ def nats(model, validation):
 
 def down_inputs(model, *, layer, ids):
     """h of one layer on these windows, [T, N], and |residual|^2 + |output of the whole FFN|^2, [T]."""
-    found, block = [], model.model.layers[layer]
+    got, block = [], model.model.layers[layer]
     hooks = [
-        block.mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0])),
-        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: found.append(args[0])),
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args: got.append(args[0])),
+        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: got.append(args[0])),
     ]
     with torch.no_grad():
         model(input_ids=torch.from_numpy(ids))
     for hook in hooks:
         hook.remove()
-    residual, h = (part.flatten(0, 1) for part in found)
+    residual, h = (part.flatten(0, 1) for part in got)
     output = h @ block.mlp.down_proj.weight.T
     return h, residual.square().sum(1) + output.square().sum(1)
 
@@ -58,15 +58,15 @@ def layer_of(width=24, hidden=8, tokens=200, seed=0):
 
 
 def test_the_dense_ffns_give_the_loss_of_the_whole_model(tiny_model, whole, validation):
-    found = baselines.measure(Streamed(tiny_model), validation, baselines.dense, calibration=windows(2), batch=2)
-    assert found.nats == pytest.approx(nats(whole, validation), rel=1e-5)
+    got = baselines.measure(Streamed(tiny_model), validation, baselines.dense, calibration=windows(2), batch=2)
+    assert got.nats == pytest.approx(nats(whole, validation), rel=1e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_neuron_oracle_is_the_model_with_all_but_the_largest_neurons_of_each_token_masked(
     tiny_model, whole, validation, weighted
 ):
-    found = baselines.measure(Streamed(tiny_model), validation, baselines.neuron_oracle(0.25, weighted=weighted))
+    got = baselines.measure(Streamed(tiny_model), validation, baselines.neuron_oracle(0.25, weighted=weighted))
     hooks = []
     for block in whole.model.layers:
         norm = block.mlp.down_proj.weight.norm(dim=0) if weighted else torch.ones(WIDTH)
@@ -79,13 +79,13 @@ def test_the_neuron_oracle_is_the_model_with_all_but_the_largest_neurons_of_each
     expected = nats(whole, validation)
     for hook in hooks:
         hook.remove()
-    assert found.nats == pytest.approx(expected, rel=1e-5)
-    assert found.nats != pytest.approx(nats(whole, validation), rel=1e-3)
+    assert got.nats == pytest.approx(expected, rel=1e-5)
+    assert got.nats != pytest.approx(nats(whole, validation), rel=1e-3)
 
 
 def test_static_pruning_picks_each_layers_neurons_on_what_the_pruned_layers_below_give(tiny_model, whole, validation):
     seen = windows(3)
-    found = baselines.measure(Streamed(tiny_model), validation, baselines.static(0.5), calibration=seen)
+    got = baselines.measure(Streamed(tiny_model), validation, baselines.static(0.5), calibration=seen)
     hooks = []
     for i, block in enumerate(whole.model.layers):
         h, size = down_inputs(whole, layer=i, ids=seen)  # a token's error counts in proportion to its hidden state
@@ -96,7 +96,7 @@ def test_static_pruning_picks_each_layers_neurons_on_what_the_pruned_layers_belo
     expected = nats(whole, validation)
     for hook in hooks:
         hook.remove()
-    assert found.nats == pytest.approx(expected, rel=1e-5)
+    assert got.nats == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
@@ -112,8 +112,8 @@ def test_the_refit_is_a_splits_around_the_weights_as_they_are_with_drift_and_tok
     ridge = np.sqrt(converted.RIDGE * mean) * np.eye(len(kept))
     around = np.concatenate([root * (y + drift), ridge @ down[:, kept].T])
     best, *_ = np.linalg.lstsq(np.concatenate([root * rows, ridge]), around, rcond=None)
-    found = baselines.static(share, refit=True)(layer)(layer.inputs)
-    np.testing.assert_allclose(found.numpy(), rows @ best, rtol=1e-4, atol=2e-4)
+    got = baselines.static(share, refit=True)(layer)(layer.inputs)
+    np.testing.assert_allclose(got.numpy(), rows @ best, rtol=1e-4, atol=2e-4)
     errors = [
         float((layer.weight_T * (given - torch.from_numpy(y + drift).float()).square().sum(1)).sum())
         for build in (
@@ -143,7 +143,7 @@ def test_static_rows_are_given_the_drift_of_the_layers_below_and_the_weights_of_
 def test_the_expert_oracle_keeps_for_every_token_the_experts_with_most_energy(top_k):
     layer = layer_of()
     index = np.random.default_rng(0).permutation(24).reshape(8, 3).astype(np.int32)
-    found = baselines.expert_oracle({0: index}, shared=2, top_k=top_k)(layer)(layer.inputs)
+    got = baselines.expert_oracle({0: index}, shared=2, top_k=top_k)(layer)(layer.inputs)
     x, gate, up, down = (t.double().numpy() for t in (layer.inputs, layer.gate_ND, layer.up_ND, layer.down_DN))
     g = x @ gate.T
     h = g / (1 + np.exp(-g)) * (x @ up.T)
@@ -151,18 +151,18 @@ def test_the_expert_oracle_keeps_for_every_token_the_experts_with_most_energy(to
         outputs = [down[:, expert] @ token[expert] for expert in index]
         energy = [((token[e] * np.linalg.norm(down[:, e], axis=0)) ** 2).sum() for e in index[2:]]
         chosen = [2 + e for e in np.argsort(energy)[::-1][:top_k]]
-        np.testing.assert_allclose(found[t].numpy(), sum(outputs[e] for e in [0, 1, *chosen]), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(got[t].numpy(), sum(outputs[e] for e in [0, 1, *chosen]), rtol=1e-3, atol=1e-4)
 
 
 def test_a_neuron_in_two_chosen_experts_counts_twice_and_one_in_none_not_at_all():
     layer = layer_of(width=4)
     index = np.array([[0, 1], [1, 2]], dtype=np.int32)
-    found = baselines.expert_oracle({0: index}, shared=0, top_k=2)(layer)(layer.inputs)
+    got = baselines.expert_oracle({0: index}, shared=0, top_k=2)(layer)(layer.inputs)
     h = F.silu(layer.inputs @ layer.gate_ND.T) * (layer.inputs @ layer.up_ND.T)
-    torch.testing.assert_close(found, (h * torch.tensor([1.0, 2.0, 1.0, 0.0])) @ layer.down_DN.T)
+    torch.testing.assert_close(got, (h * torch.tensor([1.0, 2.0, 1.0, 0.0])) @ layer.down_DN.T)
 
 
 def test_a_layer_without_an_entry_in_the_partition_stays_dense():
     layer = layer_of()
-    found = baselines.expert_oracle({1: np.zeros((2, 3), dtype=np.int32)}, shared=0, top_k=1)(layer)(layer.inputs)
-    torch.testing.assert_close(found, layer.dense(layer.inputs))
+    got = baselines.expert_oracle({1: np.zeros((2, 3), dtype=np.int32)}, shared=0, top_k=1)(layer)(layer.inputs)
+    torch.testing.assert_close(got, layer.dense(layer.inputs))

@@ -241,8 +241,8 @@ def test_memory_is_counted_from_the_inputs_with_x_and_without_the_output() -> No
             return 5000
 
     out_and_hidden = by_autograd(lambda: p.x_TD * 1, [p.x_TD], p.grad_out_TD)
-    found = memory(out_and_hidden, p, Counting())
-    assert found == {"kept_bytes": 700 + p.x_TD.nbytes, "peak_bytes": 4000}
+    result = memory(out_and_hidden, p, Counting())
+    assert result == {"kept_bytes": 700 + p.x_TD.nbytes, "peak_bytes": 4000}
 
 
 def test_a_median_is_of_the_step_alone_over_as_many_runs_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:

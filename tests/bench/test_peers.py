@@ -35,20 +35,20 @@ def test_llama_moe_clusters_the_directions_of_the_up_rows_whatever_their_length(
 def test_llama_moe_with_every_expert_on_gives_nearly_the_dense_output_over_their_number(gate):
     """The gate starts so small that its weights are nearly equal, and the scale E / K is then 1."""
     layer = layer_of()
-    found = peers.llama_moe("random", experts=8, top_k=8, gate=gate)(layer)(layer.inputs)
+    got = peers.llama_moe("random", experts=8, top_k=8, gate=gate)(layer)(layer.inputs)
     dense = layer.dense(layer.inputs) / 8
-    assert (found - dense).norm() < 0.2 * dense.norm()
+    assert (got - dense).norm() < 0.2 * dense.norm()
 
 
 def test_llama_moe_gives_a_chosen_expert_the_weight_of_the_scale():
     layer = layer_of()
-    found = peers.llama_moe("random", experts=8, top_k=1)(layer)(layer.inputs)
+    got = peers.llama_moe("random", experts=8, top_k=1)(layer)(layer.inputs)
     draw = np.random.default_rng([0, 0])
     index = peers.llama_moe_split(layer, "random", experts=8, generator=draw)
     h = layer.neurons(layer.inputs)
     each = torch.stack([h[:, expert] @ layer.down_DN[:, expert].T for expert in index]) * 8
-    nearest = (each - found).norm(dim=-1).min(0).values
-    assert nearest.max() < 1e-4 * found.norm(dim=-1).max()
+    nearest = (each - got).norm(dim=-1).min(0).values
+    assert nearest.max() < 1e-4 * got.norm(dim=-1).max()
 
 
 def test_the_same_seed_gives_the_same_layer_and_another_seed_or_layer_another_one():
@@ -90,8 +90,8 @@ def test_cmoe_assigns_at_the_least_total_distance_and_represents_an_expert_by_it
     cost = np.abs(markers[:, rest, None] - centres[:, None]).sum(0)
     gain = np.sort(cost[:, 0] - cost[:, 1])
     least = cost[:, 1].sum() + gain[:10].sum()  # of two experts of 10, the first takes whom it suits best
-    found = sum(np.abs(markers[:, n] - centres[:, e]).sum() for e in (0, 1) for n in index[2 + e])
-    assert found == pytest.approx(least)
+    got = sum(np.abs(markers[:, n] - centres[:, e]).sum() for e in (0, 1) for n in index[2 + e])
+    assert got == pytest.approx(least)
     for neuron, expert in zip(representative, index[2:], strict=True):
         middle = markers[:, expert].mean(1)
         far = [np.abs(markers[:, n] - middle).sum() for n in expert]
@@ -102,7 +102,7 @@ def test_cmoe_assigns_at_the_least_total_distance_and_represents_an_expert_by_it
 def test_cmoe_adds_the_experts_whose_representatives_answer_loudest_with_weight_one(top_k):
     layer = layer_of()
     index, representative = peers.cmoe_split(layer, experts=6, shared=2)
-    found = peers.cmoe(experts=6, shared=2, top_k=top_k)(layer)(layer.inputs)
+    got = peers.cmoe(experts=6, shared=2, top_k=top_k)(layer)(layer.inputs)
     h = layer.neurons(layer.inputs)
     gate, up = (F.normalize(rows[representative], dim=1) for rows in (layer.gate_ND, layer.up_ND))
     score = (F.silu(layer.inputs @ gate.T) * (layer.inputs @ up.T)).abs()
@@ -110,4 +110,4 @@ def test_cmoe_adds_the_experts_whose_representatives_answer_loudest_with_weight_
         chosen = [0, 1, *(2 + e for e in score[t].argsort(descending=True)[:top_k].tolist())]
         neurons = np.concatenate([index[e] for e in chosen])
         expected = layer.down_DN[:, neurons] @ h[t, neurons]
-        torch.testing.assert_close(found[t], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got[t], expected, rtol=1e-3, atol=1e-3)

@@ -44,7 +44,7 @@ def choices_by_hand(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[tu
     import torch
 
     doc = hellaswag.process_doc(item)
-    found = []
+    sums = []
     for ending in doc["choices"]:
         context = tokenizer(doc["query"], add_special_tokens=False)["input_ids"]
         whole = tokenizer(f"{doc['query']} {ending}", add_special_tokens=False)["input_ids"]
@@ -52,8 +52,8 @@ def choices_by_hand(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[tu
             logits = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
         start = len(context)
         total = sum(logits[i - 1, whole[i]].item() for i in range(start, len(whole)))
-        found.append((total, len(ending)))
-    return found
+        sums.append((total, len(ending)))
+    return sums
 
 
 def test_scores_agree_with_a_loop_and_carry_all_that_makes_them_readable(
@@ -125,8 +125,8 @@ def test_prompts_are_those_of_lm_evals_own_hellaswag(ctx_a: str, ctx_b: str) -> 
     original = {"activity_label": "Music", "ctx_a": ctx_a, "ctx_b": ctx_b, "endings": endings, "label": "2"}
     expected = process_docs(Dataset.from_list([original]))[0]
     item = {"activity_label": "Music", "ctx": f"{ctx_a} {ctx_b}", "endings": endings, "expected_index": 2}
-    found = hellaswag.process_doc(item)
-    assert (found["query"], found["choices"], found["gold"]) == (expected["query"], expected["choices"], 2)
+    made = hellaswag.process_doc(item)
+    assert (made["query"], made["choices"], made["gold"]) == (expected["query"], expected["choices"], 2)
 
 
 @pytest.mark.parametrize("pinned", [False, True])

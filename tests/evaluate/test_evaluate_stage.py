@@ -19,33 +19,19 @@ import pytest
 from tasks import corpus
 from tasks.evaluate import __main__ as stage
 from tasks.evaluate.report import card, corpus_section, results
+from tests.conftest import SETTINGS
 from tests.corpus import texts
 
 ROOT = Path(corpus.__file__).parents[2]
-PIPELINES = """\
-models:
-  tiny: {{source: "dir:{model}", license: PSF-2.0}}
-corpora:
-  tiny:
-    model: tiny
-    heldout: 0.2
-    domains:
-      prose: {{source: "dir:{data}/prose.jsonl.gz", format: jsonl, license: PSF-2.0}}
-      code: {{source: "dir:{data}/code.jsonl", format: jsonl, license: PSF-2.0}}
-pipelines:
-  tiny:
-    model: tiny
-    corpus: tiny
-    mixture: {{method: uniform}}
-    partition: {{method: random, experts: 4, top_k: 2}}
-    pretrain: {{tokens: 512, seq_len: 64, batch: 2, learning_rate: 1e-3}}
-    evaluate:
+PIPELINES = SETTINGS.replace(
+    "evaluate: {{seq_len: 64, windows: 4, batch: 4}}",
+    """evaluate:
       seq_len: 64
       windows: 6
       batch: 4
       tasks:
-        - {{name: hellaswag_100, source: "dir:{data}/cases.jsonl", license: MIT}}
-"""
+        - {{name: hellaswag_100, source: "dir:{data}/cases.jsonl", license: MIT}}""",
+)
 CASES = [
     {"activity_label": "A", "ctx": f"Look at {i}. it", "endings": ["is", "was", "if", "on"], "expected_index": i % 4}
     for i in range(8)

@@ -23,7 +23,7 @@ def test_the_implementation_that_runs_is_named_and_ours_comes_back(
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     model = checkpoint.load(tmp_path, dtype=torch.float32)
     windows = {"one": np.arange(32, dtype=np.int64).reshape(2, 16)}
-    found = generation.stock_speed(model, AutoTokenizer.from_pretrained(tiny_model), windows, batch=2)
-    assert found["engine"] == engine
-    assert found["forward"] > 0
+    speed = generation.stock_speed(model, AutoTokenizer.from_pretrained(tiny_model), windows, batch=2)
+    assert speed["engine"] == engine
+    assert speed["forward"] > 0
     assert model.config._experts_implementation == "moe_kernels"

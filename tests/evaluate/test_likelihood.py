@@ -97,16 +97,16 @@ def test_a_domain_cannot_take_the_name_of_the_mean() -> None:
 def test_balance_of_an_even_load_is_one_and_counts_idle_experts() -> None:
     even = routing_balance.balance({"a": [[5, 5], [5, 5]], "b": [[1, 1], [1, 1]]}, layers=[0, 1], top_k=1)
     assert (even["peak"], even["unused"], even["collapsed"]) == (1.0, 0.0, 0)
-    found = routing_balance.balance({"a": [[4, 0, 0, 0], [1, 1, 1, 1]]}, layers=[1, 3], top_k=1)
-    assert (found["peak"], found["unused"]) == (pytest.approx((4 + 1) / 2), pytest.approx(3 / 8))
+    balance = routing_balance.balance({"a": [[4, 0, 0, 0], [1, 1, 1, 1]]}, layers=[1, 3], top_k=1)
+    assert (balance["peak"], balance["unused"]) == (pytest.approx((4 + 1) / 2), pytest.approx(3 / 8))
 
 
 def test_the_worst_layer_is_the_one_whose_busiest_experts_take_most() -> None:
     one, other = {"a": [[3, 3, 3, 3], [6, 4, 1, 1]]}, {"b": [[3, 3, 3, 3], [4, 6, 1, 1]]}
-    found = routing_balance.balance(one | other, layers=[1, 3], top_k=2)
-    assert found["worst"] == {"layer": 3, "busiest": round(20 / 24, 4), "max_share": round(10 / 12, 4), "unused": 0}
-    assert found["layers"]["busiest"] == [0.5, round(20 / 24, 4)]
-    assert (found["even"], found["limit"], found["collapsed"]) == (0.5, 0.75, 1)
+    balance = routing_balance.balance(one | other, layers=[1, 3], top_k=2)
+    assert balance["worst"] == {"layer": 3, "busiest": round(20 / 24, 4), "max_share": round(10 / 12, 4), "unused": 0}
+    assert balance["layers"]["busiest"] == [0.5, round(20 / 24, 4)]
+    assert (balance["even"], balance["limit"], balance["collapsed"]) == (0.5, 0.75, 1)
 
 
 @given(st.integers(1, 8), st.data())
@@ -115,9 +115,9 @@ def test_always_the_same_experts_is_a_load_of_one_and_all_experts_never_a_collap
 ) -> None:
     top_k = data.draw(st.integers(1, experts))
     chosen = [7 if i < top_k else 0 for i in range(experts)]
-    found = routing_balance.balance({"a": [chosen]}, layers=[0], top_k=top_k)
-    assert found["worst"]["busiest"] == 1
-    assert found["collapsed"] == (top_k < experts)
+    balance = routing_balance.balance({"a": [chosen]}, layers=[0], top_k=top_k)
+    assert balance["worst"]["busiest"] == 1
+    assert balance["collapsed"] == (top_k < experts)
 
 
 def test_a_model_without_sparse_layers_has_no_balance() -> None:

@@ -31,8 +31,8 @@ def waste(columns: int, tile: Tile) -> float:
 def test_every_kernel_has_a_tile_at_every_shape_on_every_card(
     kernel: Kernel, rows: float, columns: int, depth: int, itemsize: int, arch: int
 ) -> None:
-    found = config.tile(kernel, rows_per_expert=rows, columns=columns, depth=depth, itemsize=itemsize, arch=arch)
-    assert found.block_m * found.block_n >= 256
+    tile = config.tile(kernel, rows_per_expert=rows, columns=columns, depth=depth, itemsize=itemsize, arch=arch)
+    assert tile.block_m * tile.block_n >= 256
 
 
 def test_a_shape_of_the_table_gets_its_own_tile() -> None:
@@ -62,8 +62,8 @@ def test_rows_of_other_kernels_cards_and_precisions_are_never_answered() -> None
 @pytest.mark.parametrize("width", [512, 688, 704, 768, 896, 1024, 1376, 1792, 14336])
 def test_widths_of_real_experts_lose_little_to_padding(arch: int, width: int) -> None:
     for kernel in ("up", "down_backward"):
-        found = config.tile(kernel, rows_per_expert=2048, columns=width, depth=4096, itemsize=2, arch=arch)  # type: ignore[arg-type]
-        assert waste(width, found) <= 0.15, (kernel, found)
+        tile = config.tile(kernel, rows_per_expert=2048, columns=width, depth=4096, itemsize=2, arch=arch)  # type: ignore[arg-type]
+        assert waste(width, tile) <= 0.15, (kernel, tile)
 
 
 @pytest.mark.parametrize("arch", CARDS)

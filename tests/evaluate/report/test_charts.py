@@ -39,11 +39,11 @@ def test_points_that_are_not_finite_are_left_out() -> None:
 @given(finite, finite, st.integers(2, 9))
 def test_ticks_enclose_the_range_in_round_steps(a: float, b: float, count: int) -> None:
     low, high = min(a, b), max(a, b)
-    found = charts.ticks(low, high, count=count)
+    ticks = charts.ticks(low, high, count=count)
     slack = 1e-6 * max(1.0, abs(low), abs(high))
-    assert found[0] <= low + slack
-    assert found[-1] >= high - slack
-    assert 2 <= len(found) <= 2 * count + 3
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= high - slack
+    assert 2 <= len(ticks) <= 2 * count + 3
 
 
 def test_a_level_lies_across_at_its_height_in_the_colour_of_its_series() -> None:

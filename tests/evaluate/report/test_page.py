@@ -7,9 +7,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -54,6 +56,24 @@ class Page(HTMLParser):
         self.text += data
 
 
+def shown(results: Results) -> str:
+    """The text of the page, with one space for each gap."""
+    return " ".join(Page(page.render(results)).text.split())
+
+
+def plain(html: str) -> str:
+    """The same of a part of the page, with a space for each tag."""
+    return " ".join(re.sub("<[^>]*>", " ", html).split())
+
+
+@contextmanager
+def changed(path: str) -> Iterator[Any]:
+    """The content of a JSON file of the finished pipeline, written back at the end."""
+    content = json.loads(Path(path).read_text())
+    yield content
+    Path(path).write_text(json.dumps(content))
+
+
 def test_the_page_loads_nothing_and_parses(results: Results) -> None:
     html = page.render(results)
     parsed = Page(html)
@@ -63,7 +83,7 @@ def test_the_page_loads_nothing_and_parses(results: Results) -> None:
 
 
 def test_the_page_names_every_domain_licence_source_and_setting(results: Results) -> None:
-    text = " ".join(Page(page.render(results)).text.split())
+    text = shown(results)
     for name, domain in results.corpus.domains.items():
         assert name in text
         assert domain.license in text
@@ -74,7 +94,7 @@ def test_the_page_names_every_domain_licence_source_and_setting(results: Results
 
 
 def test_the_page_shows_the_figures_of_the_evaluation(results: Results) -> None:
-    text = " ".join(Page(page.render(results)).text.split())
+    text = shown(results)
     for model in ("dense", "split", "trained"):
         for domain in [*results.corpus.domains, "mean"]:
             assert f"{results.evaluation[model]['bits_per_byte'][domain]:.3f}" in text
@@ -101,23 +121,20 @@ def test_weights_that_never_change_get_no_chart(finished: Path) -> None:
 
 
 def test_the_recovered_loss_is_one_number_per_domain_and_the_same_everywhere(finished: Path) -> None:
-    path = Path("runs/demo/evaluation.json")
-    evaluation = json.loads(path.read_text())
-    evaluation["split"]["loss"]["code"] = evaluation["dense"]["loss"]["code"]  # the split lost nothing here
-    evaluation["trained"]["loss"]["legal"] = (
-        evaluation["split"]["loss"]["legal"] + 0.074
-    )  # and training made this worse
-    path.write_text(json.dumps(evaluation))
+    with changed("runs/demo/evaluation.json") as evaluation:
+        dense, split, trained = (evaluation[key]["loss"] for key in summary.MODELS)
+        split["code"] = dense["code"]  # the split lost nothing here
+        trained["legal"] = split["legal"] + 0.074  # and training made this worse
     contents = results_module.read("demo")
     share = f"{contents.evaluation['recovery']:.0%}"
     assert share == "34%"
     html = page.render(contents)
-    text = " ".join(re.sub("<[^>]*>", " ", html.split("Gap closed")[1].split("<h2>")[0]).split())
+    text = plain(html.split("Gap closed")[1].split("<h2>")[0])
     assert re.search(r"books [\d.]+ [\d.]+ [\d.]+ 34%", text)
     assert re.search(r"code [\d.]+ [\d.]+ [\d.]+ – ", text)
     assert re.search(r"legal [\d.]+ [\d.]+ [\d.]+ −10%", text)
     pattern = r"(?:Training recovered|mean [\d.]+ [\d.]+ [\d.]+) (\d+%)"
-    stated = re.findall(pattern, " ".join(re.sub("<[^>]*>", " ", html).split()))
+    stated = re.findall(pattern, plain(html))
     stated += re.findall(r"recovered (\d+%)", card.text(contents))
     assert len(stated) == 3
     assert set(stated) == {share}
@@ -138,11 +155,9 @@ def test_training_lists_what_it_reported_and_draws_the_parents_losses(results: R
 
 
 def test_a_run_without_references_or_events_shows_neither(finished: Path) -> None:
-    path = Path("runs/demo/pretrain.json")
-    metrics = json.loads(path.read_text())
-    for key in ("references", "validation_before", "validation_after"):
-        del metrics[key]
-    path.write_text(json.dumps(metrics))
+    with changed("runs/demo/pretrain.json") as metrics:
+        for key in ("references", "validation_before", "validation_after"):
+            del metrics[key]
     log = Path("runs/demo/training/log.jsonl")
     log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"event"' not in line))
     html = page.render(results_module.read("demo"))
@@ -160,15 +175,13 @@ def test_the_sentence_on_training_names_what_was_trained_and_how(results: Result
 
 
 def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finished: Path) -> None:
-    path = Path("runs/demo/evaluation.json")
-    evaluation = json.loads(path.read_text())
-    del evaluation["recovery"]
-    for difference in evaluation["difference"].values():
-        del difference["stderr"]
-    for model in ("dense", "split", "trained"):
-        evaluation[model]["tasks"] = {}
-    path.write_text(json.dumps(evaluation))
-    text = Page(page.render(results_module.read("demo"))).text
+    with changed("runs/demo/evaluation.json") as evaluation:
+        del evaluation["recovery"]
+        for difference in evaluation["difference"].values():
+            del difference["stderr"]
+        for model in summary.MODELS:
+            evaluation[model]["tasks"] = {}
+    text = shown(results_module.read("demo"))
     assert "hellaswag_100" not in text.split("Other sources and licences")[0]
     assert "recovered" not in text
 
@@ -244,8 +257,8 @@ def test_base_model_and_datasets_are_ids_of_the_hub_or_left_out(results: Results
         ({"source": "dir:org/model", "hub_id": None}, None),
         ({"source": "dir:weights", "hub_id": "org/model"}, "org/model"),
     ):
-        changed = dataclasses.replace(results, corpus=corpus, model=results.model.model_copy(update=model))
-        data = yaml.safe_load(hub_metadata.front_matter(changed))
+        other = dataclasses.replace(results, corpus=corpus, model=results.model.model_copy(update=model))
+        data = yaml.safe_load(hub_metadata.front_matter(other))
         assert data.get("base_model") == expected
         assert data["datasets"] == ["allenai/c4", "HuggingFaceFW/fineweb-edu"]
 
@@ -280,9 +293,9 @@ def test_the_words_follow_the_method(
     knobs = results.pipeline.partition.model_copy(update=partition)
     pipeline = results.pipeline.model_copy(update={"partition": knobs})
     evaluation = results.evaluation | {"method": knobs.method}
-    changed = dataclasses.replace(results, pipeline=pipeline, config=results.config | config, evaluation=evaluation)
-    assert words in card.shape(changed)
-    for text in (card.text(changed), Page(page.render(changed)).text):
+    other = dataclasses.replace(results, pipeline=pipeline, config=results.config | config, evaluation=evaluation)
+    assert words in card.shape(other)
+    for text in (card.text(other), shown(other)):
         assert words in " ".join(text.split())
         assert ("after the split" in text) == (knobs.method != "copy")
         assert ("after copying" in text) == (knobs.method == "copy")
@@ -303,9 +316,9 @@ def test_only_scores_within_two_errors_of_random_guessing_are_listed_as_such(res
     for key in summary.MODELS:
         del evaluation[key]["tasks"]["hellaswag_100"]["chance"]
     assert summary.chance(evaluation) == ""
-    changed = dataclasses.replace(results, evaluation=evaluation)
-    assert "chance" not in Page(page.render(changed)).text
-    assert "chance" not in card.text(changed)
+    guessless = dataclasses.replace(results, evaluation=evaluation)
+    assert "chance" not in shown(guessless)
+    assert "chance" not in card.text(guessless)
 
 
 def test_speeds_name_the_engine_and_what_the_user_gets_stands_beside_ours(results: Results) -> None:
@@ -329,25 +342,21 @@ def test_experts_that_the_default_cannot_run_are_said_to_need_another_implementa
 
 
 def test_a_collapsed_layer_is_named_with_a_warning_everywhere(finished: Path) -> None:
-    import numpy as np
-
-    path = Path("runs/demo/evaluation.json")
-    evaluation = json.loads(path.read_text())
-    assert not summary.collapsed(evaluation)
-    assert summary.routing(evaluation).startswith("Most uneven routing: layer ")
     loads = json.loads(Path("runs/demo/routing.json").read_text())["trained"]
     for load in loads.values():
         load[11] = [1000] * 28 + [250] * 4 + [50] * 60 + [0] * 4  # of 96, of which 32 are chosen
-    evaluation["routing"]["trained"] = routing_balance.balance(loads, layers=range(30), top_k=32)
-    path.write_text(json.dumps(evaluation))
-    assert np.isclose(evaluation["routing"]["trained"]["worst"]["busiest"], 29 / 32, atol=1e-4)
+    with changed("runs/demo/evaluation.json") as evaluation:
+        assert not summary.collapsed(evaluation)
+        assert summary.routing(evaluation).startswith("Most uneven routing: layer ")
+        evaluation["routing"]["trained"] = routing_balance.balance(loads, layers=range(30), top_k=32)
+    assert evaluation["routing"]["trained"]["worst"]["busiest"] == pytest.approx(29 / 32, abs=1e-4)
     contents = results_module.read("demo")
     warning = (
         "Warning: collapsed routing in 1 of 30 sparse layers (limit: 67% of the load on the 32 busiest). Most uneven "
         "routing: layer 11, where 32 of 96 experts take 91% of the load (if even, 33%; if always the same 32, 100%) "
         "and 4 get no token."
     )
-    for text in (Page(page.render(contents)).text, card.text(contents)):
+    for text in (shown(contents), card.text(contents)):
         assert warning in " ".join(text.split())
     assert summary.notes(evaluation)[0] == warning
 
@@ -365,7 +374,7 @@ def test_the_page_draws_errors_rates_and_gradients_and_says_how_long_each_stage_
     html = page.render(results)
     for title in ("Error of each layer after the split", "Learning rate", "Gradient norm", "Load of the 32 busiest"):
         assert f"<figure><h3>{title}" in html
-    text = " ".join(re.sub("<[^>]*>", " ", html).split())
+    text = plain(html)
     assert "Largest: 7.9% in layer 29." in text
     assert "Parts with other peaks, on the same curve: router 4e-07." in text
     assert (
@@ -376,19 +385,15 @@ def test_the_page_draws_errors_rates_and_gradients_and_says_how_long_each_stage_
 
 
 def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(finished: Path) -> None:
-    run = Path("runs/demo")
-    routing = json.loads((run / "routing.json").read_text())
-    routing = {key: {"code": loads["code"][:1]} for key, loads in routing.items()}
-    (run / "routing.json").write_text(json.dumps(routing))
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    for key, load in routing.items():
-        evaluation["routing"][key] = routing_balance.balance(load, layers=[7], top_k=32)
-    evaluation["test"]["domains"] = {"code": evaluation["test"]["domains"]["code"]}
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
-    partition = json.loads((run / "partition.json").read_text()) | {"layer_error": {}}
-    (run / "partition.json").write_text(json.dumps(partition))
+    with changed("runs/demo/routing.json") as routing, changed("runs/demo/evaluation.json") as evaluation:
+        for key, loads in routing.items():
+            routing[key] = {"code": loads["code"][:1]}
+            evaluation["routing"][key] = routing_balance.balance(routing[key], layers=[7], top_k=32)
+        evaluation["test"]["domains"] = {"code": evaluation["test"]["domains"]["code"]}
+    with changed("runs/demo/partition.json") as partition:
+        partition["layer_error"] = {}
     contents = results_module.read("demo")
-    text = " ".join(Page(page.render(contents)).text.split())
+    text = shown(contents)
     assert "No error per layer: the method reads no text." in text
     assert "Specialisation" not in text
     assert "layer 7, where 32 of 96" in text
@@ -396,15 +401,13 @@ def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(fin
 
 
 def test_a_model_that_stayed_dense_gives_a_page_and_a_card(finished: Path) -> None:
-    run = Path("runs/demo")
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    evaluation["routing"] = {"experts": 0, "top_k": 0, "split": {}, "trained": {}}
-    for key in ("split", "trained"):
-        evaluation[key]["speed"] = evaluation["dense"]["speed"]
-    (run / "evaluation.json").write_text(json.dumps(evaluation))
-    (run / "routing.json").write_text(json.dumps({"split": {}, "trained": {}}))
+    with changed("runs/demo/evaluation.json") as evaluation, changed("runs/demo/routing.json") as routing:
+        evaluation["routing"] = {"experts": 0, "top_k": 0, "split": {}, "trained": {}}
+        for key in ("split", "trained"):
+            evaluation[key]["speed"] = evaluation["dense"]["speed"]
+            routing[key] = {}
     dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30}
-    (run / "trained" / "config.json").write_text(json.dumps(dense))
+    Path("runs/demo/trained/config.json").write_text(json.dumps(dense))
     contents = results_module.read("demo")
     for text in (Page(page.render(contents)).text, card.text(contents)):
         assert "All 30 layers of smollm2-135m-q4 stay dense (LlamaForCausalLM)." in " ".join(text.split())
@@ -446,10 +449,10 @@ def test_without_a_whole_evaluation_the_table_is_one_line_with_the_file_and_the_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = Path("runs/demo/evaluation.json")
-    changed = change(path.read_text())
+    text = change(path.read_text())
     path.unlink()
-    if changed is not None:
-        path.write_text(changed)
+    if text is not None:
+        path.write_text(text)
     monkeypatch.setattr(sys, "argv", ["summary", "demo"])
     assert summary.main() == 1
     printed = capsys.readouterr().err
@@ -460,7 +463,7 @@ def test_without_a_whole_evaluation_the_table_is_one_line_with_the_file_and_the_
 
 def test_the_corpus_section_shows_each_domain_what_it_lost_and_two_charts(results: Results) -> None:
     html = page.render(results)
-    text = " ".join(re.sub("<[^>]*>", " ", html.split("<h2>Corpus</h2>")[1].split("<h2>")[0]).split())
+    text = plain(html.split("<h2>Corpus</h2>")[1].split("<h2>")[0])
     assert "code pypi:sympy==1.14.0/sympy/**/*.py BSD-3-Clause 1,432 / 22 / 22 2,817,345 / 45,617 / 45,616" in text
     assert "Tokenised by fastokens, compared with the reference tokenizer on 12,345 probes and 678 documents" in text
     assert (
