@@ -28,8 +28,8 @@ def literals():
 
 
 def test_no_other_file_names_a_model_class():
-    found = {each for each in literals() if each[0] != "tasks/architectures.py"} - OTHER_MEANINGS
-    assert not found, "read tasks/architectures.py instead, and add a column there if it lacks one"
+    others = {each for each in literals() if each[0] != "tasks/architectures.py"} - OTHER_MEANINGS
+    assert not others, "read tasks/architectures.py instead, and add a column there if it lacks one"
 
 
 def test_every_class_that_is_written_has_an_exporter_and_says_what_engines_do_with_it():

@@ -18,13 +18,7 @@ def load(
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors, in eval mode; the process keeps its large buffers from then on.
 
-    Args:
-        path: checkpoint directory.
-        dtype: of the weights; the one they are stored in if absent.
-        device: moved there if given.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint at `path`.
+    Its dtype is the stored one if none is given. Raises FileNotFoundError if there is no checkpoint at `path`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -19,9 +19,8 @@ def window_nll(model: PreTrainedModel, ids_BL: np.ndarray, *, batch: int) -> np.
     """Summed negative log-likelihood of each window's tokens 2 to L.
 
     Args:
-        model: a causal language model; put into eval mode for the call.
+        model: put into eval mode for the call.
         ids_BL: int64 [B, L] token ids, L >= 2.
-        batch: windows per forward pass.
 
     Returns:
         float64 [B] in nats; divide by L - 1 for nats per token.

@@ -193,8 +193,6 @@ class Streamed:
         """Hidden states before the final norm, float32 [B, L, D]; each layer is read once.
 
         Args:
-            ids_BL: token ids.
-            batch: windows that run at once.
             blocks: sees, and may alter, every block before it runs.
         """
         hidden_BLD = self.embed(ids_BL)

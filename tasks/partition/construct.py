@@ -44,10 +44,7 @@ def construct(
     """Write `folder`/moe and `folder`/partition.safetensors, and prove that nothing was lost.
 
     Args:
-        model_dir: the dense parent.
         corpus_dir: where calibration windows of `seq_len` tokens are drawn, if the settings need any.
-        partition: the settings.
-        seq_len: tokens per window.
         folder: exists; holds neither result.
         report: called for every layer with how it went.
 

@@ -54,9 +54,7 @@ def slices(
     """Cut a dense FFN into experts; each weight keeps its dtype.
 
     Args:
-        gate_ND, up_ND, down_DN: the dense FFN.
         experts_EF: int [S + E, F], the neuron at every place, shared experts first.
-        shared: S.
         scale: what the routed weights are to sum to; folded into the routed experts' down-projection in float32, then
             rounded.
         router_ED: zeros if absent.
@@ -91,9 +89,6 @@ def moe_writer(
     Args:
         parent: the dense checkpoint; its tokenizer, generation config, model card and licence are copied.
         folder: created here.
-        exporter: class of the result.
-        partition: sizes, and which layers become sparse.
-        shard_bytes: size of the files.
 
     Yields:
         A function that writes one sparse layer, by its number; to be called once for each, in any order.

@@ -42,11 +42,7 @@ def importance(
     """Sum over the tokens of each text cluster of |h dL/dh|, L being the mean cross-entropy over all windows.
 
     Args:
-        parent: a dense model.
-        ids_BL: calibration windows.
         layers: whose neurons are wanted.
-        clusters: C.
-        seed: of the clusters.
         scratch: a folder for layers x B x L x D float32 numbers, from the lowest of `layers` up; left empty.
         report: called with what is done.
 

@@ -28,9 +28,7 @@ def start(name: str, layer: Layer, routed_EF: np.ndarray, *, seed: int) -> torch
 
     Args:
         name: random, centroid, analytical or regression; the last two need calibration tokens.
-        layer: the dense FFN.
         routed_EF: neurons of the routed experts.
-        seed: of `random`.
     """
     if name == "random":
         return random_weights(len(routed_EF), layer.gate_ND.shape[1], seed=seed, layer=layer.number).to(layer.gate_ND)

@@ -198,6 +198,6 @@ def test_transformers_4_itself_gives_the_logits_and_the_ids(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(made("to be <|user|> or not")["input_ids"])
     for number, (kind, rope) in enumerate(EVERY):
-        found = torch.load(tmp_path / f"models/{number:03}.4.pt")
-        error = (found - expected[number]).abs().max() / expected[number].abs().max()
+        theirs = torch.load(tmp_path / f"models/{number:03}.4.pt")
+        error = (theirs - expected[number]).abs().max() / expected[number].abs().max()
         assert error <= 1e-5, (kind, rope)

@@ -49,8 +49,8 @@ def test_a_half_precision_model_keeps_its_dtype_and_its_own_dtype_of_the_weights
     stock, model = build(dtype=torch.bfloat16), build(dtype=torch.bfloat16)
     gate.swap_in(model, {0: lively()})
     x_TD = torch.randn(5, HIDDEN, dtype=torch.bfloat16)
-    found, expected = routers(model)[0](x_TD), routers(stock)[0](x_TD)
-    assert [part.dtype for part in found] == [part.dtype for part in expected]
+    given, expected = routers(model)[0](x_TD), routers(stock)[0](x_TD)
+    assert [part.dtype for part in given] == [part.dtype for part in expected]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -107,12 +107,12 @@ def test_gates_come_back_from_the_file_as_they_were(tmp_path_factory, noisy, dty
         for layer, noise in noisy.items()
     }
     gate.write(folder, gates)
-    found = gate.read(folder)
-    assert list(found) == sorted(gates)
+    read = gate.read(folder)
+    assert list(read) == sorted(gates)
     for layer, made in gates.items():
-        assert torch.equal(found[layer].inner_ED, made.inner_ED)
-        assert torch.equal(found[layer].outer_EE, made.outer_EE)
-        assert (found[layer].noise_ED is None) == (made.noise_ED is None)
+        assert torch.equal(read[layer].inner_ED, made.inner_ED)
+        assert torch.equal(read[layer].outer_EE, made.outer_EE)
+        assert (read[layer].noise_ED is None) == (made.noise_ED is None)
     assert (folder / gate.FILE).stat().st_mode & 0o044 == 0o044
 
 
@@ -125,11 +125,11 @@ def test_gates_are_taken_out_of_a_trained_model_and_leave_the_names_of_the_stock
         stock = {name for name, _ in build(kind).named_parameters()}
         model, gates = swapped(kind)
         weights = dict(model.named_parameters())
-        found = gate.take_out(weights)
+        taken = gate.take_out(weights)
         assert set(weights) == stock
-        assert all(torch.equal(found[layer].inner_ED, gates[layer].inner_ED) for layer in range(2))
-        assert all(torch.equal(found[layer].outer_EE, gates[layer].outer_EE) for layer in range(2))
-        assert all(found[layer].noise_ED is not None for layer in range(2))
+        assert all(torch.equal(taken[layer].inner_ED, gates[layer].inner_ED) for layer in range(2))
+        assert all(torch.equal(taken[layer].outer_EE, gates[layer].outer_EE) for layer in range(2))
+        assert all(taken[layer].noise_ED is not None for layer in range(2))
         router = next(name for name in stock if name.endswith((".gate.weight", "router.weight")))
         assert weights[router].shape == (EXPERTS, HIDDEN)
     assert gate.take_out({"model.layers.0.mlp.gate.weight": torch.zeros(2, 2)}) == {}

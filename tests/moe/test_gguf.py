@@ -141,8 +141,8 @@ def test_an_untied_head_is_read(tmp_path):
 def test_half_precision_is_dequantised_and_stored_in_the_entrys_dtype(tmp_path):
     tensors = _write(tmp_path / "tiny.gguf", dtype=np.float16)
     target, _ = _build(tmp_path / "tiny.gguf", tmp_path, dtype="bfloat16")
-    found = checkpoint.load(target).model.layers[0].mlp.down_proj.weight.detach()
-    assert torch.equal(found, torch.from_numpy(tensors["blk.0.ffn_down.weight"]).bfloat16())
+    stored = checkpoint.load(target).model.layers[0].mlp.down_proj.weight.detach()
+    assert torch.equal(stored, torch.from_numpy(tensors["blk.0.ffn_down.weight"]).bfloat16())
 
 
 def _divisors(factor, **fields):

@@ -63,9 +63,9 @@ def test_a_router_gives_logits_weights_and_choice(block):
 def test_a_stock_routers_forward_reads_nothing_but_its_attributes_and_multiplies_by_its_weight(block):
     (stock,) = only(block, layers.is_router)
     made = extend(copy.deepcopy(stock))
-    for found, wanted in zip(made(X_TD), stock(X_TD), strict=True):
+    for given, wanted in zip(made(X_TD), stock(X_TD), strict=True):
         needs(
-            torch.equal(found, wanted),
+            torch.equal(given, wanted),
             "TrainingRouter._as_stock, which calls the class's forward with logits and the identity as weight,",
             "Write the choice and the weights of this class out in TrainingRouter.",
         )
@@ -180,9 +180,9 @@ def test_the_fourth_argument_of_every_class_is_the_cache(kind):
 def test_frequencies_of_scaled_rotary_embeddings_come_from_the_config_alone():
     scaling = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
     config = transformers.LlamaConfig(hidden_size=16, num_attention_heads=2, rope_parameters=scaling)
-    found, factor = rope.frequencies(config)
+    given, factor = rope.frequencies(config)
     needs(
-        torch.allclose(found, 100.0 ** (-torch.arange(0, 8, 2) / 8) / 2) and factor == 1.0,
+        torch.allclose(given, 100.0 ** (-torch.arange(0, 8, 2) / 8) / 2) and factor == 1.0,
         "rope.frequencies, by which longrope's factor is written for transformers 4 and Llama 3's is read from GGUF,",
         "See modeling_rope_utils for what takes the place of ROPE_INIT_FUNCTIONS.",
     )

@@ -35,9 +35,9 @@ def test_in_evaluation_a_noisy_router_is_the_stock_router_bit_for_bit(kind, dtyp
     stock, noisy = build(kind, dtype), build(kind, dtype)
     gate.add_noise(noisy)
     x_TD = torch.randn(40, HIDDEN, dtype=dtype)
-    for expected, found in zip(first(stock)(x_TD), first(noisy)(x_TD), strict=True):
-        assert torch.equal(expected, found)
-        assert expected.dtype == found.dtype
+    for expected, noised in zip(first(stock)(x_TD), first(noisy)(x_TD), strict=True):
+        assert torch.equal(expected, noised)
+        assert expected.dtype == noised.dtype
     assert isinstance(first(noisy), type(first(stock)))
     with torch.no_grad():
         assert torch.equal(stock(input_ids=IDS).logits, noisy(input_ids=IDS).logits)
@@ -136,9 +136,9 @@ def test_a_half_precision_model_keeps_fp32_biases_exactly_and_its_own_dtypes_oth
     assert json.loads(json.dumps(gate.biases(model))) == torch.tensor(BIAS).tolist()
     assert first(model).selection_bias.dtype == torch.float32
     x_TD = torch.randn(9, HIDDEN, dtype=torch.bfloat16)
-    found, expected = first(model)(x_TD), first(stock)(x_TD)
-    assert [part.dtype for part in found] == [part.dtype for part in expected]
-    assert torch.equal(found[0], expected[0])
+    output, expected = first(model)(x_TD), first(stock)(x_TD)
+    assert [part.dtype for part in output] == [part.dtype for part in expected]
+    assert torch.equal(output[0], expected[0])
     gate.set_biases(model, [[0.0] * EXPERTS] * 2)
     for part, same in zip(first(model)(x_TD), expected, strict=True):
         torch.testing.assert_close(part, same, atol=1e-2, rtol=1e-2)
@@ -259,9 +259,9 @@ def test_the_routers_of_a_checkpoint_are_fitted_to_biased_ones(tmp_path):
     files.save(model, tmp_path)
     before = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     gates = {1: gate.Gate(inner_ED=routing.routers(model)[1].weight.detach() * 20, bias_E=torch.tensor(BIAS[1]) / 9)}
-    found = linear.refit(tmp_path, gates, np.random.default_rng(0).integers(0, 32, (20, 16)))
+    fit = linear.refit(tmp_path, gates, np.random.default_rng(0).integers(0, 32, (20, 16)))
     after = load_file(tmp_path / "model.safetensors")
     changed = [name for name in after if not torch.equal(before[name], after[name])]
     assert changed == ["model.layers.1.mlp.gate.weight"]
-    assert found["layers"].keys() == {"1"}
-    assert found["mean"]["agreement"] > 0.8
+    assert fit["layers"].keys() == {"1"}
+    assert fit["mean"]["agreement"] > 0.8

@@ -53,9 +53,9 @@ def test_blocks_hidden_states_logits_and_loss_are_those_of_the_whole_model(kind,
         block = streamed.block(i)
         attentions = layer.self_attn, block.self_attn
         assert len({getattr(attention, "sliding_window", None) for attention in attentions}) == 1
-        expected, found = layer.state_dict(), block.state_dict()
-        assert list(found) == list(expected)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        expected, ours = layer.state_dict(), block.state_dict()
+        assert list(ours) == list(expected)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
     text = torch.from_numpy(ids())
     before_norm = []
     whole.model.norm.register_forward_pre_hook(lambda _module, inputs: before_norm.append(inputs[0]))
@@ -84,8 +84,8 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_is_the_one_in_use_as_in_t
     path = next(p for p in folder.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(p))
     content = load_file(path)
     save_file(content | {"lm_head.weight": content["model.embed_tokens.weight"].flip(0).contiguous()}, path)
-    found = Streamed(folder).nll(ids(), batch=3)
-    np.testing.assert_allclose(found, loss.window_nll(checkpoint.load(folder), ids(), batch=3), rtol=1e-6)
+    ours = Streamed(folder).nll(ids(), batch=3)
+    np.testing.assert_allclose(ours, loss.window_nll(checkpoint.load(folder), ids(), batch=3), rtol=1e-6)
 
 
 def test_a_long_text_does_not_change_the_loss_at_the_chunks_border(tmp_path):
@@ -105,8 +105,8 @@ def test_attention_keywords_run_the_self_attention_alone(tmp_path):
     )
     with torch.no_grad():
         whole(input_ids=torch.from_numpy(ids()), use_cache=False)
-        found = streamed.block(1).self_attn(seen[0][0], **streamed.attention(1, 40))[0]
-    assert torch.equal(found, seen[0][1])
+        ours = streamed.block(1).self_attn(seen[0][0], **streamed.attention(1, 40))[0]
+    assert torch.equal(ours, seen[0][1])
     assert streamed.attention(1, 7)["attention_mask"] is None
     near = torch.arange(40)[:, None] - torch.arange(40)
     assert torch.equal(streamed.attention(1, 40)["attention_mask"][0, 0], (near >= 0) & (near < 8))

@@ -1,14 +1,14 @@
-"""What a checkpoint of somebody else may hold that nothing may be made of; each refusal names file, value and mend."""
+"""What a checkpoint of somebody else may hold that nothing may be made of; each refusal names file, value and fix."""
 
 import json
 import math
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_dense import _build, _edit, _shard, copy_of  # noqa: F401
+from test_dense import _build, _edit, _shard
 
 from tasks import settings as knobs
 from tasks import sources
@@ -19,7 +19,7 @@ SINGLE = "model.safetensors"
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_weight_that_is_no_number_is_named_with_its_place(copy_of, tmp_path, name, value):  # noqa: F811
+def test_a_weight_that_is_no_number_is_named_with_its_place(copy_of, tmp_path, name, value):
     tensors = load_file(copy_of / SINGLE)
     tensors[name].view(-1)[5] = value
     save_file(tensors, copy_of / SINGLE)
@@ -27,7 +27,7 @@ def test_a_weight_that_is_no_number_is_named_with_its_place(copy_of, tmp_path, n
         _build(copy_of, tmp_path)
 
 
-def test_a_weight_too_large_for_the_dtype_of_the_settings_is_named_with_the_mend(copy_of, tmp_path):  # noqa: F811
+def test_a_weight_too_large_for_the_dtype_of_the_settings_is_named_with_the_fix(copy_of, tmp_path):
     tensors = load_file(copy_of / SINGLE)
     tensors["model.norm.weight"][0] = 3.4e38
     save_file(tensors, copy_of / SINGLE)
@@ -50,7 +50,7 @@ def test_a_weight_too_large_for_the_dtype_of_the_settings_is_named_with_the_mend
         ('{"weight_map": {"a": "none.safetensors"}}', "lacks none.safetensors"),
     ],
 )
-def test_an_index_that_makes_no_sense_is_one_line(copy_of, tmp_path, index, message):  # noqa: F811
+def test_an_index_that_makes_no_sense_is_one_line(copy_of, tmp_path, index, message):
     _shard(copy_of)
     (copy_of / untrusted.INDEX).write_text(index)
     with pytest.raises(sources.SourceError, match=message) as refused:
@@ -58,7 +58,7 @@ def test_an_index_that_makes_no_sense_is_one_line(copy_of, tmp_path, index, mess
     assert "\n" not in str(refused.value)
 
 
-def test_a_tensor_that_stands_in_another_file_than_the_index_says_is_named(copy_of, tmp_path):  # noqa: F811
+def test_a_tensor_that_stands_in_another_file_than_the_index_says_is_named(copy_of, tmp_path):
     _shard(copy_of)
     path = copy_of / untrusted.INDEX
     index = json.loads(path.read_text())
@@ -91,7 +91,7 @@ def test_a_tensor_that_stands_in_another_file_than_the_index_says_is_named(copy_
         ("rope_scaling", "linear", "rope_scaling = 'linear'"),
     ],
 )
-def test_a_config_that_cannot_be_is_one_line_and_takes_no_time(copy_of, tmp_path, field, value, message):  # noqa: F811
+def test_a_config_that_cannot_be_is_one_line_and_takes_no_time(copy_of, tmp_path, field, value, message):
     _edit(copy_of, head_dim=None, **{field: value})
     with pytest.raises(sources.SourceError, match=message) as refused:
         _build(copy_of, tmp_path)
@@ -112,7 +112,7 @@ FIELDS = (
 
 @given(field=st.sampled_from(FIELDS), value=JSON)
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value_of_any_field_is_built_or_refused_in_one_error(copy_of, tmp_path, field, value):  # noqa: F811
+def test_any_value_of_any_field_is_built_or_refused_in_one_error(copy_of, tmp_path, field, value):
     raw = (copy_of / "config.json").read_bytes()
     try:
         _edit(copy_of, **{field: value})
@@ -131,13 +131,9 @@ def test_any_value_of_any_field_is_built_or_refused_in_one_error(copy_of, tmp_pa
 def test_a_gguf_with_a_weight_that_is_no_number_is_refused(tmp_path):
     from test_gguf import _write
 
-    _write(tmp_path / "tiny.gguf", extra={"blk.0.ffn_up.weight": _poisoned()})
+    weights = np.ones((64, 32), np.float32)
+    weights[3, 4] = math.nan
+    _write(tmp_path / "tiny.gguf", extra={"blk.0.ffn_up.weight": weights})
     (tmp_path / "work").mkdir()
     with pytest.raises(sources.SourceError, match=r"tiny\.gguf: blk\.0\.ffn_up\.weight holds nan at \[3, 4\]"):
         dense.build(knobs.Model(source=f"dir:{tmp_path / 'tiny.gguf'}", license="MIT"), tmp_path / "work")
-
-
-def _poisoned():
-    content = torch.ones(64, 32)
-    content[3, 4] = math.nan
-    return content.numpy()

@@ -73,9 +73,9 @@ def test_a_calibrated_scale_is_the_best_one():
     layer = ffn()
     made = _converted(layer)
     made.calibrate()
-    best, found = _error(layer, made), made.scale
+    best, best_scale = _error(layer, made), made.scale
     for other in (0.99, 1.01):
-        made.scale = found * other
+        made.scale = best_scale * other
         assert _error(layer, made) > best
 
 

@@ -1,6 +1,5 @@
 """With all experts on, a converted checkpoint gives its parent's logits, whatever method, family, class and sizes."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -16,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from tasks import settings
 from tasks.moe.streamed import Streamed
-from tasks.partition import convert, exporters, identity, index, methods, positions
+from tasks.partition import construct, convert, exporters, identity, index, methods, positions
+from tasks.partition.fitting import Fitted
 from tasks.partition.layer import Layer, Sizes
-from tasks.partition.methods import copy
 from tests import models
 
 FAMILIES = {
@@ -82,21 +81,12 @@ def sparse_layer(dense, i, options, *, sizes, scale):
         importance_CN=torch.rand(sizes.experts, sizes.width, generator=generator),
     )
     experts = methods.get(options.method).split(seen, sizes, options)
-    dtype = down.dtype
     if options.down_proj == "refit":
         down = down.float()
         down += torch.randn(down.shape, generator=generator) * down.std()
-    differ = bool(options.noise or options.reinitialise)
-    factor = 1.0 if differ else scale
-    sparse = convert.slices(gate, up, down, experts, shared=options.shared_experts, scale=factor, down_dtype=dtype)
-    if differ:  # copies are perturbed as they are in the parent, then scaled
-        weights = (sparse.gate_EFD, sparse.up_EFD, sparse.down_EDF)
-        gate, up, down = copy.perturbed(*(w.float() for w in weights), options=options, layer=i)
-        down *= scale
-        sparse = dataclasses.replace(
-            sparse, gate_EFD=gate.to(weights[0]), up_EFD=up.to(weights[1]), down_EDF=down.to(weights[2])
-        )
-    return experts, sparse
+    router_ED = gate.new_zeros(sizes.experts, gate.shape[1])
+    fitted = Fitted(router_ED=router_ED, scale=scale, gate_ND=gate, up_ND=up, down_DN=down)
+    return experts, construct._experts(dense, i, fitted, experts_EF=experts, scale=scale, partition=options)
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +231,9 @@ def test_the_error_is_that_of_the_whole_models(dense_of, tmp_path):
             layer.mlp.experts.down_proj *= 6 / 2
         expected = AutoModelForCausalLM.from_pretrained(dense.folder)(input_ids=ids).logits
         wanted = (plain(input_ids=ids).logits - expected).abs().max() / expected.abs().max()
-    found = identity.errors(Streamed(moe.folder), dense, made, sample()).equal
-    assert found == pytest.approx(wanted.item(), rel=1e-3)
-    assert found > 1e-4
+    ours = identity.errors(Streamed(moe.folder), dense, made, sample()).equal
+    assert ours == pytest.approx(wanted.item(), rel=1e-3)
+    assert ours > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -301,8 +291,8 @@ def test_the_written_router_is_part_of_the_proof_where_all_experts_are_chosen(de
     ids = torch.from_numpy(sample())
     loaded = [AutoModelForCausalLM.from_pretrained(folder) for folder in (moe.folder, dense.folder)]
     with torch.no_grad():
-        found, wanted = (model(input_ids=ids).logits for model in loaded)
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        ours, wanted = (model(input_ids=ids).logits for model in loaded)
+    error = ((ours - wanted).abs().max() / wanted.abs().max()).item()
     assert error > 1e-2
     assert identity.errors(moe, dense, made, sample()).as_written == pytest.approx(error, rel=1e-3)
     assert identity.errors(moe, dense, made, sample()).equal <= 1e-5

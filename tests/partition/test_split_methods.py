@@ -194,17 +194,17 @@ def test_balanced_k_means_ends_where_no_assignment_to_its_own_centres_is_better(
     rows = random.integers(-2, 3, (groups * size + groups // 2, 4)).astype(np.float64)  # with duplicates and zeros
     sizes = np.full(groups, size)
     sizes[: groups // 2] += 1
-    found = assignment.kmeans(rows, sizes_G=sizes, generator=np.random.default_rng(seed), cosine=cosine)
-    np.testing.assert_array_equal(np.bincount(found, minlength=groups), sizes)
+    assigned = assignment.kmeans(rows, sizes_G=sizes, generator=np.random.default_rng(seed), cosine=cosine)
+    np.testing.assert_array_equal(np.bincount(assigned, minlength=groups), sizes)
     if cosine:
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
-    centres = np.stack([rows[found == group].mean(0) for group in range(groups)])
+    centres = np.stack([rows[assigned == group].mean(0) for group in range(groups)])
     if cosine:
         centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
     cost = -(rows @ centres.T) if cosine else np.square(rows[:, None] - centres).sum(2)
     best = assignment.balanced(cost, sizes_G=sizes)
     everyone = np.arange(len(rows))
-    assert cost[everyone, found].sum() <= cost[everyone, best].sum() + 1e-9
+    assert cost[everyone, assigned].sum() <= cost[everyone, best].sum() + 1e-9
 
 
 # Co-activation
@@ -236,14 +236,14 @@ def test_no_swap_of_two_nodes_lowers_the_cut_and_it_is_below_every_random_one(se
     h = np.abs(random.standard_normal((64, 4)) @ random.standard_normal((4, 48))).astype(np.float32)
     weight = h.T @ h
     np.fill_diagonal(weight, 0)
-    found = coactivation.cut(weight, parts=4, generator=np.random.default_rng(seed))
-    least = cut_weight(weight, found)
+    assigned = coactivation.cut(weight, parts=4, generator=np.random.default_rng(seed))
+    least = cut_weight(weight, assigned)
     for i in range(48):
         for j in range(i):
-            swapped = found.copy()
-            swapped[[i, j]] = found[[j, i]]
+            swapped = assigned.copy()
+            swapped[[i, j]] = assigned[[j, i]]
             assert cut_weight(weight, swapped) >= least * (1 - 1e-5)
-    chance = [cut_weight(weight, random.permutation(found)) for _ in range(200)]
+    chance = [cut_weight(weight, random.permutation(assigned)) for _ in range(200)]
     assert least < np.mean(chance) - 4 * np.std(chance)
     assert least < min(chance)
 

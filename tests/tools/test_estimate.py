@@ -38,16 +38,16 @@ def params(**fields: Any) -> Pretrain:
 def kept_by_autograd(model: Any, ids: torch.Tensor) -> int:
     """Bytes of all storages that a forward pass saves for backward, weights and the logits left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if (where := tensor.untyped_storage().data_ptr()) not in weights:
-            found[where] = tensor
+            kept[where] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(input_ids=ids, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
@@ -81,8 +81,8 @@ def test_gradient_checkpointing_keeps_a_state_for_each_layer_and_one_layer_whole
 def bytes_per_parameter(stage: int, processes: int, **fields: Any) -> float:
     fields = {"precision": "bfloat16", "batch": 64, "micro_batch": 1} | fields
     run = params(zero_stage=stage, processes=processes, **fields)
-    found = estimate.memory(config("mixtral"), run, bfloat16=True).host
-    states = sum(found[part] for part in ("weights", "gradients", "optimizer"))
+    taken = estimate.memory(config("mixtral"), run, bfloat16=True).host
+    states = sum(taken[part] for part in ("weights", "gradients", "optimizer"))
     return states / counts.parameters(config("mixtral"))["total"]
 
 
@@ -102,9 +102,9 @@ def test_sums_of_micro_batches_are_float32_and_divided_from_stage_2_on() -> None
 def test_experts_that_are_spread_are_held_once_by_those_who_share_them(stage: int) -> None:
     sizes = counts.parameters(config("mixtral"))
     run = params(zero_stage=stage, processes=4, batch=4, micro_batch=1, expert_parallel=2)
-    found = estimate.memory(config("mixtral"), run, bfloat16=False).host
-    assert found["weights"] == 4 * (sizes["total"] - sizes["experts"] / 2)
-    assert found["optimizer"] == 12 * sizes["total"] / 4  # every copy of a half of the experts is on two processes
+    taken = estimate.memory(config("mixtral"), run, bfloat16=False).host
+    assert taken["weights"] == 4 * (sizes["total"] - sizes["experts"] / 2)
+    assert taken["optimizer"] == 12 * sizes["total"] / 4  # every copy of a half of the experts is on two processes
 
 
 def test_what_is_never_trained_has_no_gradients_and_no_moments() -> None:
@@ -115,9 +115,9 @@ def test_what_is_never_trained_has_no_gradients_and_no_moments() -> None:
         "all": sizes["total"],
     }
     for what, moved in only.items():
-        found = estimate.memory(config("granite"), params(train=what), bfloat16=False).host
-        assert (found["weights"], found["gradients"]) == (4 * sizes["total"], 4 * moved)
-        assert found["optimizer"] == 12 * moved
+        taken = estimate.memory(config("granite"), params(train=what), bfloat16=False).host
+        assert (taken["weights"], taken["gradients"]) == (4 * sizes["total"], 4 * moved)
+        assert taken["optimizer"] == 12 * moved
     phases = [{"what": "router", "tokens": 1024}, {"what": "experts"}]
     assert estimate.trained(config("granite"), params(train=phases)) == only["experts"]
 
@@ -157,8 +157,8 @@ def test_the_parent_is_in_memory_unless_its_logits_are_kept() -> None:
     dense = SIZES | {"model_type": "llama", "intermediate_size": 192}
     size = 2 * counts.parameters(dense)["total"]
     for distill, held in (({"logits": 1.0}, size), ({"top_n": 8}, 0), (None, 0)):
-        found = estimate.memory(config("mixtral"), params(distill=distill), bfloat16=True, parent=dense).host
-        assert found.get("parent", 0) == held
+        taken = estimate.memory(config("mixtral"), params(distill=distill), bfloat16=True, parent=dense).host
+        assert taken.get("parent", 0) == held
 
 
 def test_the_checkpoints_copy_and_the_gathered_weights_are_the_first_ranks() -> None:

@@ -29,8 +29,8 @@ def difference(folder, config, tensors):
     gate.swap_in(model, gate.read(folder))
     expected = logits(config, tensors, torch.from_numpy(IDS))
     with torch.no_grad():
-        found = model(input_ids=torch.from_numpy(IDS), use_cache=False).logits.double()
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+        given = model(input_ids=torch.from_numpy(IDS), use_cache=False).logits.double()
+    return ((given - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("scale", [4.0, SCALES], ids=["one scale", "a scale a layer"])
@@ -42,10 +42,10 @@ def test_a_v1_checkpoint_with_its_gates_has_the_logits_of_its_own_code(tmp_path,
     assert report["model_type"] == "mixtral"
     assert report["scales"] == (scale if isinstance(scale, list) else [scale] * LAYERS)
     assert json.loads((tmp_path / "new/import.json").read_text()) == report
-    found = gate.read(tmp_path / "new")
+    gates = gate.read(tmp_path / "new")
     for i in range(LAYERS):
-        assert torch.equal(found[i].inner_ED, tensors[f"model.layers.{i}.mlp.gate.gate_network.0.weight"])
-        assert torch.equal(found[i].noise_ED, tensors[f"model.layers.{i}.mlp.gate.weight_noise.weight"])
+        assert torch.equal(gates[i].inner_ED, tensors[f"model.layers.{i}.mlp.gate.gate_network.0.weight"])
+        assert torch.equal(gates[i].noise_ED, tensors[f"model.layers.{i}.mlp.gate.weight_noise.weight"])
     assert (tmp_path / "new/tokenizer_config.json").read_text() == '{"model_max_length": 64}'
 
 

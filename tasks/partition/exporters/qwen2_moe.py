@@ -25,19 +25,12 @@ class Qwen2Moe(Exporter):
     row = architectures.QWEN2_MOE
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
-        size = partition.check_width(dense.intermediate_size)
-        sparse = partition.sparse_layers(dense.num_hidden_layers)
+        fields = common | odd_head_dim(dense) | sparse_fields(dense, partition)
         seen = architectures.windows(dense)
         sliding = next(filter(None, seen), None)
         return Qwen2MoeConfig(
-            **common | odd_head_dim(dense),
-            intermediate_size=dense.intermediate_size,
-            moe_intermediate_size=size,
-            shared_expert_intermediate_size=partition.shared_experts * size or IDLE,
-            num_experts=partition.experts,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[i for i in range(dense.num_hidden_layers) if i not in sparse],
+            **fields,
+            shared_expert_intermediate_size=partition.shared_experts * fields["moe_intermediate_size"] or IDLE,
             qkv_bias=architectures.biases(dense) == "qkv",
             use_sliding_window=sliding is not None,
             sliding_window=sliding,
@@ -55,6 +48,19 @@ class Qwen2Moe(Exporter):
             tensors[f"{prefix}.shared_expert.{name}.weight"] = weight * 2 if name == "down_proj" else weight
         tensors[f"{prefix}.shared_expert_gate.weight"] = torch.zeros_like(sparse.router_ED[:1])
         return tensors
+
+
+def sparse_fields(dense: Any, partition: Partition) -> dict[str, Any]:
+    """Fields of the config that Qwen's classes have in common."""
+    layers = dense.num_hidden_layers
+    return {
+        "intermediate_size": dense.intermediate_size,
+        "moe_intermediate_size": partition.check_width(dense.intermediate_size),
+        "num_experts": partition.experts,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": sorted(set(range(layers)) - set(partition.sparse_layers(layers))),
+    }
 
 
 def routed(prefix: str, sparse: SparseLayer) -> dict[str, Tensor]:

@@ -101,8 +101,8 @@ def assert_same_logits(folder, dense):
     loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(notes.values())
     loaded.set_experts_implementation("eager")
-    expected, found = logits(dense), logits(loaded.eval())
-    assert ((found - expected).abs().max() / expected.abs().max()).item() <= 1e-5
+    expected, ours = logits(dense), logits(loaded.eval())
+    assert ((ours - expected).abs().max() / expected.abs().max()).item() <= 1e-5
     return loaded
 
 
