@@ -18,9 +18,7 @@ import base64
 import hashlib
 import json
 import os
-import random
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import common
+from bench import common, tokenise_text
 from tasks import sources
 
 ENVIRONMENT = {
@@ -41,10 +39,6 @@ ENVIRONMENT = {
 }
 
 EOS = {"llama2": "</s>", "llama3": "<|end_of_text|>", "smollm2": "<|endoftext|>"}
-TEXT = (
-    "pypi:licensedcode-data==32.1.0/licensedcode/data/licenses/*.LICENSE",
-    "pypi:django==5.2.19/django/conf/locale/*/LC_MESSAGES/django.po",
-)
 MAKERS = {
     "llama2": "pypi:mistral-common==1.13.1/mistral_common/data/tokenizer.model.v1",
     "llama3": "pypi:llama-models==0.3.0/llama_models/llama3/tokenizer.model",
@@ -105,14 +99,14 @@ def languages(names: list[str], *, tokenizers: list[str], folder: Path) -> None:
         model, _ = tokenizer(name, folder)
         opened = {backend: encoder.load_encoder(model, backend=backend) for backend in ("auto", "reference")}
         for language in names:
-            found = [
+            fetched = [
                 sources.fetch(
                     f"pypi:django==5.2.19/django/{place}/locale/{language}/LC_MESSAGES/*.po", folder / "packages"
                 )
                 for place in ("conf", "contrib/*")
             ]
-            written = [each.fs.cat_file(path).decode() for each in found for path in each.paths]
-            texts = [" ".join(translated(text)) for text in written]
+            written = [each.fs.cat_file(path).decode() for each in fetched for path in each.paths]
+            texts = [" ".join(tokenise_text.translated(text)) for text in written]
             size = sum(len(text.encode()) for text in texts) / 1e6
             best, ids = {}, {}
             for backend, each in opened.items():  # once: encoders remember words that they have seen
@@ -126,34 +120,6 @@ def languages(names: list[str], *, tokenizers: list[str], folder: Path) -> None:
                 f"{theirs:.1f}; ratio {ours / theirs:.1f}; ids {'identical' if same else 'DIFFER'}",
                 flush=True,
             )
-
-
-def translated(catalogue: str) -> Iterator[str]:
-    """The translations of a gettext catalogue, without the English that they stand for."""
-    inside = False
-    for line in catalogue.splitlines():
-        inside = line.startswith("msgstr") or (inside and line.startswith('"'))
-        if inside and not any(mark in line for mark in (": ", "\\n")):  # nor its header
-            yield line.partition('"')[2].removesuffix('"')
-
-
-def write_text(files: list[Path], *, folder: Path, megabytes: float) -> float:
-    """Write the text to warm up with and the text as JSON lines; returns the size of the text in MB."""
-    import zstandard
-
-    kinds, rng = _kinds(folder), random.Random(0)
-    for kind in kinds:
-        rng.shuffle(kind)
-    seen: set[str] = set()
-    parts = [
-        [text for kind in kinds for text in _first(kind, int(size * 1e6 / len(kinds)), seen=seen)]
-        for size in (2, megabytes)
-    ]
-    for file, texts in zip(files, parts, strict=True):
-        rng.shuffle(texts)
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        file.write_bytes(zstandard.compress(lines.encode()))
-    return sum(len(text.encode()) for text in parts[1]) / 1e6
 
 
 def ours(model: Path, *, work: Path, files: list[Path]) -> Run:
@@ -279,12 +245,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.languages:
         languages(args.languages, tokenizers=args.tokenizers, folder=folder)
         return
-    megabytes = write_text(files, folder=folder, megabytes=args.megabytes)
+    megabytes = tokenise_text.write_text(files, folder=folder, megabytes=args.megabytes)
     for name in args.tokenizers:
         model, oracle = tokenizer(name, folder)
         print(f"{name}: {megabytes:.1f} MB of text, {files[1].stat().st_size / 1e6:.1f} MB in zstd")
         if oracle is not None:
-            print(check(model, oracle, texts=[text for kind in _kinds(folder) for text in kind[::40]]))
+            print(check(model, oracle, texts=[text for kind in tokenise_text.kinds(folder) for text in kind[::40]]))
         compare(name, folder, megabytes=megabytes)
 
 
@@ -307,27 +273,6 @@ def _content(text: str, cache: Path) -> bytes:
     fetched = sources.fetch(text, cache)
     content: bytes = fetched.fs.cat_file(fetched.paths[0])
     return content
-
-
-def _kinds(folder: Path) -> list[list[str]]:
-    """The three kinds of text, each a list of documents."""
-    fetched = [sources.fetch(text, folder / "packages") for text in TEXT]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts)
-    packaged = [[found.fs.cat_file(path).decode() for path in found.paths] for found in fetched]
-    return [*packaged, [path.read_text(errors="replace") for path in files]]
-
-
-def _first(texts: Iterable[str], size: int, *, seen: set[str]) -> Iterator[str]:
-    """Texts not `seen`, up to `size` bytes, without any that datatrove would read special tokens in."""
-    for text in texts:
-        key = " ".join(text.split())
-        if key and key not in seen and not any(mark in text for mark in ("<s>", "</s>", "<unk>", "<|", "<filename>")):
-            size -= len(text.encode())
-            if size < 0:
-                return
-            seen.add(key)
-            yield text
 
 
 if __name__ == "__main__":
