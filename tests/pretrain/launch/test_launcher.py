@@ -19,7 +19,8 @@ from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
 from tests.pretrain.conftest import ROOT
 from tests.pretrain.launch import fake_srun
-from tests.pretrain.projects import checkpoints, configure, processes, stage, start, wait_for, workers
+from tests.pretrain.projects import checkpoints, configure, processes, stage, wait_for, workers
+from tests.pretrain.warm_stages import kill_when
 
 HOST = socket.gethostname()
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
@@ -146,18 +147,12 @@ def test_no_process_outlives_a_stage_that_is_stopped_or_killed(
 
 
 @pytest.mark.e2e
-def test_a_run_stopped_under_slurm_goes_on_by_deepspeeds_launcher(project: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_under_slurm(project: Path, tmp_path: Path) -> None:
+    configure(project, processes=2, tokens=4 * 256)
+    kill_when(lambda: checkpoints(project), cwd=project)
+    configure(project, launcher="slurm")
     environ = SLURM | {"PATH": f"{put_srun(tmp_path)}{os.pathsep}{os.environ['PATH']}"}
-    configure(project, processes=2, launcher="slurm", tokens=4 * 256)
-    with start("tasks.pretrain", "tiny", cwd=project, env=environ) as process:
-        wait_for(lambda: checkpoints(project))
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert not workers(project)
-    (project / "hosts").write_text("localhost slots=2\n")
-    configure(project, launcher="hostfile", hostfile="hosts")
-    done = stage("tasks.pretrain", "tiny", cwd=project)
+    done = stage("tasks.pretrain", "tiny", cwd=project, env=environ)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((project / "runs/tiny/pretrain.json").read_text())
     assert (metrics["processes"], metrics["steps"]) == (2, 4)
