@@ -6,7 +6,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-QUICK := tests/test_code.py tests/test_scratch.py tests/settings tests/bench/test_house.py tests/flows/test_quality_gate.py
+# Rooms, and files of other rooms, whose tests need neither a trained model nor another process
+QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/test_house.py \
+  $(addprefix tests/corpus/,filters readers tokenizer test_shards.py sampling/test_weights.py sampling/test_windows.py) \
+  $(addprefix tests/moe/test_,counts.py files.py gate.py gguf.py internals_contract.py loss.py routing_record.py) \
+  $(addprefix tests/partition/test_,convert.py index.py router_init.py split_methods.py) \
+  $(addprefix tests/pretrain/,test_dynamic.py test_schedule.py test_trainable.py checkpoints/test_resume_settings.py) \
+  $(addprefix tests/pretrain/loss/test_,balance.py distil.py divergence.py objective.py) \
+  $(addprefix tests/evaluate/,test_likelihood.py report/test_charts.py) tests/mixture/test_methods.py \
+  $(addprefix tests/flows/test_,plan.py preflight.py progress.py quality_gate.py) \
+  $(addprefix tests/kernels/test_,config.py cpu.py routing.py)
 
 .PHONY: demo test quick check house versions setup clean
 

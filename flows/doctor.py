@@ -17,21 +17,13 @@ from typing import TYPE_CHECKING
 from flows import environment
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
     from rich.table import Table
 
 PYTHON = (3, 11)
 FREE_GB = 10
 """The demo leaves 6 GB: the model, three checkpoints, training checkpoints, archives."""
-PACKAGES = (
-    "torch",
-    "transformers",
-    "deepspeed",
-    "triton",
-    "prefect",
-    "dvc",
-    "lm-eval",
-    "datasets",
-)
+PACKAGES = ("torch", "transformers", "deepspeed", "triton", "prefect", "dvc", "lm-eval", "datasets")
 EXTRAS = {
     "fast": "without it, tokenising a corpus takes several times as long",
     "filters": "needed for filters of language, fluency and the rules of Gopher, C4 and FineWeb",
@@ -79,16 +71,23 @@ def _python() -> Check:
     )  # fmt: skip
 
 
-def _versions() -> Iterator[Check]:
-    """Installed versions against the requirements that this project's own metadata states."""
+def _requirements() -> list[Requirement] | None:
+    """What this project's own metadata states; None if it is not installed."""
     from packaging.requirements import Requirement
 
     try:
-        stated = importlib.metadata.requires("moeforge") or []
+        return [Requirement(text) for text in importlib.metadata.requires("moeforge") or []]
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[Check]:
+    """Installed versions against what is required."""
+    stated = _requirements()
+    if stated is None:
         yield Check(name="moeforge", ok=False, value="not installed", fix="pip install -e '.[dev]'")
         return
-    wanted = {req.name.lower(): req for req in map(Requirement, stated) if not req.marker or req.marker.evaluate()}
+    wanted = {req.name.lower(): req for req in stated if not req.marker or req.marker.evaluate()}
     for package in PACKAGES:
         requirement = wanted.get(package)
         limits = str(requirement.specifier) if requirement else ""
@@ -99,16 +98,10 @@ def _versions() -> Iterator[Check]:
 
 def _extras() -> Iterator[Check]:
     """Which of the packages of each extra are here; none is needed for the demo."""
-    from packaging.requirements import Requirement
-
-    try:
-        stated = [Requirement(text) for text in importlib.metadata.requires("moeforge") or []]
-    except importlib.metadata.PackageNotFoundError:
-        return  # _versions has said so
     for extra, use in EXTRAS.items():
         names = [
             req.name
-            for req in stated
+            for req in _requirements() or ()
             if req.marker and "extra" in str(req.marker) and req.marker.evaluate({"extra": extra})
         ]
         if not names:  # it has none for this Python

@@ -56,7 +56,6 @@ def connect() -> None:
         ServerError: PREFECT_API_URL, or an address elsewhere, does not answer; or the temporary one does not start.
     """
     from prefect.context import refresh_global_settings_context
-    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import get_current_settings
 
     url = get_current_settings().api.url
@@ -76,6 +75,8 @@ def connect() -> None:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):  # a server that cannot write would be waited for until it is late
             pass
+        from prefect.server.api.server import SubprocessASGIServer  # takes three seconds: only where it is needed
+
         SubprocessASGIServer(port).start()
     except (RuntimeError, OSError) as error:
         raise ServerError(

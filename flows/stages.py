@@ -86,16 +86,17 @@ def run(stages: list[Stage], *, force: set[str] | None = None) -> list[Outcome]:
                 retry_delay_seconds=RETRY_DELAYS[: stage.retries],
                 retry_condition_fn=_may_retry,
             )
-            wait_for = [futures[name] for name in stage.needs if name in futures]
-            if stage.gpu:
-                futures[stage.name] = stage_task(
-                    stage, force=stage.name in force, wait_for=wait_for, return_state=True
-                )
-            else:
-                futures[stage.name] = stage_task.submit(
-                    stage, force=stage.name in force, wait_for=wait_for, return_state=False
-                )
-        states = {name: f if isinstance(f, State) else _wait(f) for name, f in futures.items()}
+            start = stage_task if stage.gpu else stage_task.submit
+            futures[stage.name] = start(
+                stage,
+                force=stage.name in force,
+                wait_for=[futures[name] for name in stage.needs if name in futures],
+                return_state=stage.gpu,
+            )
+        for future in futures.values():
+            if isinstance(future, PrefectFuture):
+                future.wait()
+        states = {name: f if isinstance(f, State) else f.state for name, f in futures.items()}
     for state in states.values():
         if state.is_failed() or state.is_crashed():
             state.result()  # raises what the stage raised
@@ -204,11 +205,6 @@ def _nothing_outlives() -> Iterator[None]:
 
 def _may_retry(*_: object) -> bool:
     return not _stopping.is_set()
-
-
-def _wait(future: PrefectFuture[Any]) -> State[Any]:
-    future.wait()
-    return future.state
 
 
 def _timer(process: subprocess.Popen[str], *, minutes: float | None, late: threading.Event) -> threading.Timer | None:

@@ -65,11 +65,7 @@ def locate(package: str) -> Path:
 
 
 class Project:
-    """The modules and data files of some packages.
-
-    Args:
-        packages: {name of a top-level package: its folder}.
-    """
+    """The modules and data files of `packages`, {name of a top-level package: its folder}."""
 
     def __init__(self, packages: dict[str, Path]) -> None:
         self.modules: dict[str, Path] = {}
@@ -106,9 +102,8 @@ class Project:
         """All modules that a process of `python -m entry` imports. Raises CodeError: there is no such module."""
         main = f"{entry}.__main__" if f"{entry}.__main__" in self.modules else entry
         if main not in self.modules:
-            raise CodeError(
-                f"{entry}: no such module in {', '.join(sorted({m.partition('.')[0] for m in self.modules}))}"
-            )
+            packages = sorted({module.partition(".")[0] for module in self.modules})
+            raise CodeError(f"{entry}: no such module in {', '.join(packages)}")
         done: set[str] = set()
         todo = {main}
         while todo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,15 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import dvc.logger  # noqa: F401 (binds standard error before a CliRunner lends it a stream that it closes)
 import pytest
 
-from tests.conftest import make_repository
+from flows import dag
+from tests.conftest import make_repository, obey_file_modes
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -28,6 +32,7 @@ STEP = '''\
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +80,13 @@ pipelines:
     pretrain: {tokens: 64, seq_len: 8, batch: 1, learning_rate: 1e-3}
     evaluate: {seq_len: 8}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker run all tests that talk to a Prefect server, because each costs a start and is never idle."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("prefect"))
 
 
 def stage(
@@ -169,11 +181,12 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def repro(project: Path) -> None:
-    """Bring a project up to date by `dvc repro` alone."""
+    """Bring a project up to date as `dvc repro` does, in this process."""
+    from dvc.repo import Repo
+
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "repro", "--quiet"], check=True, cwd=project, env={**os.environ, "PATH": path}
-    )
+    with contextlib.chdir(project), patch.dict(os.environ, PATH=path), Repo() as repo:
+        repo.reproduce()
 
 
 @pytest.fixture
@@ -194,6 +207,26 @@ def enter(template: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.chdir(project)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
     return project
+
+
+@pytest.fixture
+def dvc_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process do what the flow asks `dvc` commands for; test_stages.py and test_cli.py run real ones."""
+    from flows import stages
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    lock, log = threading.Lock(), Path("ran.txt")
+
+    def size() -> int:
+        return log.stat().st_size if log.exists() else 0
+
+    def execute(stage: dag.Stage, *, force: bool, log: Callable[[str], None]) -> bool:
+        before = size()
+        with lock, dag._repo() as repo:
+            repo.reproduce(targets=[stage.name], single_item=True, force=force)
+        return size() > before
+
+    monkeypatch.setattr(stages, "execute", execute)
 
 
 def ran(project: Path) -> list[str]:
@@ -309,10 +342,8 @@ def alive(pid: int) -> bool:
 
 
 def moeforge(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in the current directory."""
+    """Run the command line in the current directory, as a user who is not root."""
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+        capture_output=True, text=True, env={**os.environ, **environment}, preexec_fn=obey_file_modes, timeout=300,
+    )  # fmt: skip

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.flows.conftest import moeforge, ran
+from flows import cli
+from tests.flows.conftest import ran
 
 
 def call(*command: str) -> str:
@@ -31,7 +33,7 @@ def test_a_clone_pulls_the_results_and_has_nothing_to_do(
     call("git", "clone", "--quiet", str(done_toy), str(tmp_path / "clone"))
     monkeypatch.chdir(tmp_path / "clone")
     call(*DVC, "pull")
-    assert "toy: everything is up to date" in moeforge("run", "toy").stdout
+    assert "toy: everything is up to date" in CliRunner().invoke(cli.app, ["run", "toy"]).stdout
     assert not ran(tmp_path / "clone")
     assert call("git", "status", "--short") == ""
 
@@ -44,10 +46,10 @@ def test_a_clone_pulls_the_results_and_has_nothing_to_do(
 def test_a_source_archive_says_what_it_lacks(toy: Path) -> None:
     shutil.rmtree(toy / ".git")
     for command in (["run", "toy"], ["status"]):
-        result = moeforge(*command)
-        assert result.returncode == 1
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 1
         assert "run `git init` there" in result.stderr
         assert result.stderr.count("\n") == 1
-    assert "in no git repository" in moeforge("doctor").stdout
+    assert "in no git repository" in CliRunner().invoke(cli.app, ["doctor"]).stdout
     call("git", "init", "--quiet")
-    assert moeforge("status").returncode == 0
+    assert CliRunner().invoke(cli.app, ["status"]).exit_code == 0

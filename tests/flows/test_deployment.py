@@ -1,4 +1,5 @@
-"""Deployments as a platform team uses them: a real server, a real worker, `prefect deployment run`."""
+"""Deployments as a platform team uses them: a real server, a real worker, `prefect deployment run`. The README's test
+runs those of the real pipeline."""
 
 from __future__ import annotations
 
@@ -10,12 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
 
-from tests.flows.conftest import alive, ran, until
+from tests.flows.conftest import alive, until
 
 DEPLOYMENTS = """
 deployments:
@@ -56,11 +56,9 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
         file.write(DEPLOYMENTS)
     prefect("work-pool", "create", "local", "--type", "process")
     prefect("deploy", "--prefect-file", "pipelines.yaml", "--all")
-    assert "0 3 * * 1" in prefect("deployment", "schedule", "ls", "retrain/toy")
-    for wrong in ("pipline=toy", "refresh=perhaps"):
-        said = prefect("deployment", "run", "upcycle/toy", "--param", wrong, code=1)
-        assert wrong.partition("=")[0] in said
-        assert "Traceback" not in said
+    said = prefect("deployment", "run", "upcycle/toy", "--param", "refresh=perhaps", code=1)
+    assert "refresh" in said
+    assert "Traceback" not in said
     log = done_toy / ".scratch" / "worker.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as file:
@@ -71,16 +69,6 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
         )  # fmt: skip
     try:
         until(lambda: "started!" in log.read_text(), seconds=60, otherwise=log.read_text)
-        run = ["deployment", "run", "--watch", "--watch-interval", "1"]
-        prefect(*run, "upcycle/toy", "--param", 'force=["mixture"]')
-        assert ran(done_toy) == ["mixture"]
-        prefect(*run, "retrain/toy")  # refused or failed, this would exit with 1
-        assert ran(done_toy) == ["sources"]
-        assert (done_toy / "runs/toy/accepted.json").exists()
-        page = Artifact.get("upcycle-toy").data
-        assert f"`{done_toy}/runs/toy/report/index.html`" in page
-        assert "file://" not in page
-
         until(next_runs, seconds=60, otherwise=log.read_text)  # of the schedule
 
         (done_toy / "sleep" / "partition").touch()

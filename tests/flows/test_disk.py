@@ -30,10 +30,7 @@ def test_outputs_are_kept_once_through_runs_checkouts_and_changes(toy: Path) -> 
 
     (toy / "source.txt").write_text("other texts")
     judge(toy, 1.4)
-    dvc("repro", "--force")
-    (toy / "source.txt").write_text("texts")
     dvc("repro")
-    assert "up to date" in dvc("status")
     assert_kept_once(toy)
 
     for folder in ("data/corpora/toy", "runs/toy/moe"):

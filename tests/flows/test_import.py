@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows import cli
-from tests.conftest import ROOT
+from tasks.moe import gate
+from tests.corpus.conftest import byte_level, corpus, finished_project
+
+__all__ = ["byte_level", "corpus", "finished_project"]
 
 HIDDEN, EXPERTS, SIZE, LAYERS, VOCAB = 16, 4, 8, 2, 512
 
@@ -76,11 +77,9 @@ def test_an_import_prints_what_it_read_how_well_the_routers_fit_and_where_it_wro
 
 
 def test_with_a_corpus_the_routers_are_fitted_on_its_windows_and_another_tokenizer_is_refused(
-    tiny_project: Path, tiny_model: Path
+    corpus: Path, byte_level: Path
 ) -> None:
-    for stage in ("moe.dense", "corpus.fingerprint", "corpus"):
-        subprocess.run([sys.executable, "-m", f"tasks.{stage}", "tiny"], check=True, capture_output=True)
-    source = checkpoint(tiny_project / "source", tiny_model)
+    source = checkpoint(Path("source").resolve(), byte_level)
     arguments = ["--corpus", "data/corpora/tiny", "--windows", "10"]
     result = CliRunner().invoke(cli.app, ["import", str(source), "new", *arguments])
     assert result.exit_code == 0, result.output
@@ -119,19 +118,14 @@ def test_what_cannot_be_imported_is_one_message_and_leaves_nothing(tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"source", "scale", "doubled", "weights"}
 
 
-@pytest.mark.e2e
-def test_an_import_that_is_killed_leaves_no_half_result(tmp_path: Path) -> None:
+def test_an_import_that_is_killed_leaves_no_half_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = checkpoint(tmp_path / "source"), tmp_path / "new"
-    code = (
-        "import os, signal\n"
-        "from pathlib import Path\n"
-        "from tasks.moe import gate\n"
-        "from tasks.tools import import_llama_moe\n"
-        "gate.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"import_llama_moe.convert(Path({str(source)!r}), Path({str(target)!r}))"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    arguments = ["import", str(source), str(target)]
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "write", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        if not (pid := os.fork()):
+            CliRunner().invoke(cli.app, arguments)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     assert not target.exists()
-    assert CliRunner().invoke(cli.app, ["import", str(source), str(target)]).exit_code == 0
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0

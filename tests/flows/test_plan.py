@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from flows import plan, plan_view
 from tasks import settings
@@ -99,37 +101,35 @@ def test_the_demo_needs_what_its_numbers_say(config: settings.Settings) -> None:
     assert cost.disk[name] == 3 * 14 * total
 
 
+def changed(config: settings.Settings, section: str, **fields: Any) -> plan.Plan:
+    """The demo's plan with other settings in one section."""
+    demo = config.pipelines["demo"]
+    known = getattr(demo, section)
+    pipeline = demo.model_copy(update={section: type(known)(**known.model_dump() | fields)})
+    return plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True)
+
+
 def test_phases_that_train_less_cost_less(config: settings.Settings) -> None:
     """Half of the tokens train the router alone, whose backward pass stops short of the weights' gradients."""
-    whole = plan.plan(config, "demo", bfloat16=True).train_flops
-    demo = config.pipelines["demo"]
-    train = settings.Pretrain(
-        **demo.pretrain.model_dump() | {"train": [{"what": "router", "tokens": 24576}, {"what": "all"}]}
-    )
-    pipeline = demo.model_copy(update={"pretrain": train})
-    phases = plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True).train_flops
+    whole = changed(config, "pretrain").train_flops
+    phases = changed(config, "pretrain", train=[{"what": "router", "tokens": 24576}, {"what": "all"}]).train_flops
     assert whole / 2 < phases < whole
 
 
 def test_a_distilling_parent_reads_every_token_once(config: settings.Settings) -> None:
     from tasks.moe import counts
 
-    demo = config.pipelines["demo"]
-    train = settings.Pretrain(**demo.pretrain.model_dump() | {"distill": {"logits": 1.0}})
-    pipeline = demo.model_copy(update={"pretrain": train})
-    more = plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True)
-    dense = plan.dense_config(config, demo.model)
-    extra = more.other_flops - plan.plan(config, "demo", bfloat16=True).other_flops
+    more = changed(config, "pretrain", distill={"logits": 1.0})
+    dense = plan.dense_config(config, config.pipelines["demo"].model)
+    extra = more.other_flops - changed(config, "pretrain").other_flops
     assert extra == 49152 * counts.flops_per_token(dense, seq_len=512)["forward"]
 
 
 def test_a_fit_costs_seven_products_of_each_token_with_an_ffn_matrix_in_every_layer(config: settings.Settings) -> None:
-    demo = config.pipelines["demo"]
-    less = settings.Partition(**demo.partition.model_dump() | {"fit_passes": demo.partition.fit_passes - 1})
-    pipeline = demo.model_copy(update={"partition": less})
-    without = plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True)
-    extra = plan.plan(config, "demo", bfloat16=True).other_flops - without.other_flops
-    assert extra == 7 * (2 * 576 * 1536) * 30 * demo.partition.calibration_windows * 512
+    partition = config.pipelines["demo"].partition
+    less = changed(config, "partition", fit_passes=partition.fit_passes - 1)
+    extra = changed(config, "partition").other_flops - less.other_flops
+    assert extra == 7 * (2 * 576 * 1536) * 30 * partition.calibration_windows * 512
 
 
 def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,13 +142,14 @@ def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(mon
     assert plan.lacks(first, [other, other]) == "does not fit here (RAM: 11.0 of 10.0 GB)"
 
 
-def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: settings.Settings) -> None:
-    from rich.console import Console
-
+def printed(tables: list[Table]) -> str:
     console = Console(width=160, record=True, file=StringIO())
-    for table in plan_view.figures(config, "demo", tflops=100.0):
-        console.print(table)
-    text = console.export_text()
+    console.print(*tables)
+    return console.export_text()
+
+
+def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: settings.Settings) -> None:
+    text = printed(plan_view.figures(config, "demo", tflops=100.0))
     assert [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│ ")][-4:] == list("0123")
     assert next(line for line in text.splitlines() if line.startswith("│ 1 ")).rstrip("│ ").endswith("set")
 
@@ -156,23 +157,16 @@ def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: s
 def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(
     config: settings.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rich.console import Console
-
     from tasks.tools import calibrate
 
     asked = []
 
     def measure(sparse: dict[str, Any], train: settings.Pretrain, *, parent: dict[str, Any] | None) -> Speed:
         asked.append((sparse["model_type"], train.batch, parent))
-        return Speed(
-            start=20, micro_batch=4, optimizer=1, evaluation=2, copy=0, processes=1, peak=3_210_000_000
-        )  # fmt: skip
+        return Speed(start=20, micro_batch=4, optimizer=1, evaluation=2, copy=0, processes=1, peak=3_210_000_000)
 
     monkeypatch.setattr(calibrate, "measure", measure)
-    console = Console(width=160, record=True, file=StringIO())
-    for table in plan_view.figures(config, "demo", tflops=None, calibrated=True):
-        console.print(table)
-    text = console.export_text()
+    text = printed(plan_view.figures(config, "demo", tflops=None, calibrated=True))
     assert asked == [("granitemoeshared", 2, None)]
     assert "205 tokens/s" in text  # 1024 tokens in 5 s
     assert "4.0 min" in text  # 48 steps

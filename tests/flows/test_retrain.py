@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.artifacts import Artifact
+from typer.testing import CliRunner
 
+from flows import cli, dag, stages
 from flows.retrain import retrain
-from tests.flows.conftest import judge, moeforge, ran
+from tasks import scratch
+from tests.flows.conftest import judge, ran
 
-pytestmark = pytest.mark.usefixtures("server")
+pytestmark = pytest.mark.usefixtures("server", "dvc_in_process")
+
+
+class WithoutDVC:
+    """Runs stages that are `due`, and those that need them. DVC's own part is tested in test_dag and test_stages."""
+
+    def __init__(self) -> None:
+        self.plan = dag.ancestors("report@toy")
+        self.due: dict[str, list[str]] = {}
+
+    def changes(self, names: list[str]) -> dict[str, list[str]]:
+        return {name: self.due.get(name, []) for name in names}
+
+    def run(self, plan: list[dag.Stage], *, force: set[str] | None = None) -> list[stages.Outcome]:
+        done: set[str] = set()
+        for stage in plan:
+            if stage.name in (force or ()) or self.due.pop(stage.name, None) or done & set(stage.needs):
+                done.add(stage.name)
+                self._make(stage)
+        return [stages.Outcome(name=stage.name, ran=stage.name in done, seconds=0) for stage in plan]
+
+    def _make(self, stage: dag.Stage) -> None:
+        sources, model = Path("data/corpora/toy.sources.json"), Path("runs/toy/model")
+        before = sources.read_text()
+        for out in stage.outs:
+            scratch.discard(out)
+        subprocess.run(stage.cmd.split(), check=True, env={**os.environ, "PATH": str(Path(sys.executable).parent)})
+        if sources.read_text() != before:
+            self.due["corpus@toy"] = [f"dependency {sources}: modified"]
+        entry = {"path": str(model), "md5": hashlib.md5((model / "part").read_bytes()).hexdigest()}
+        Path("dvc.lock").write_text(json.dumps({"stages": {"report@toy": {"outs": [entry]}}}))
+
+
+@pytest.fixture
+def without_dvc(done_toy: Path, monkeypatch: pytest.MonkeyPatch) -> WithoutDVC:
+    """The finished toy project, with stages that cost next to nothing."""
+    toy = WithoutDVC()
+    monkeypatch.setattr(dag, "ancestors", lambda _target: toy.plan)
+    monkeypatch.setattr(dag, "changes", toy.changes)
+    monkeypatch.setattr(stages, "run", toy.run)
+    return toy
+
+
+def moeforge(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, arguments)
 
 
 def git(*arguments: str) -> str:
@@ -25,7 +75,7 @@ def shipped() -> str:
     return (Path("runs/toy/release").resolve() / "part").read_text()
 
 
-def test_the_gate_through_the_weeks(done_toy: Path) -> None:
+def test_the_gate_through_the_weeks(done_toy: Path, without_dvc: WithoutDVC) -> None:
     """First model accepted; nothing to do; changed corpus, worse model refused; then one that noise alone makes worse;
     then a person goes back."""
     first = retrain("toy", return_state=True)
@@ -70,7 +120,7 @@ def test_the_gate_through_the_weeks(done_toy: Path) -> None:
     ran(done_toy)
 
     back = moeforge("rollback", "toy")
-    assert back.returncode == 0, back.stderr
+    assert back.exit_code == 0, back.stderr
     assert shipped() == '[1.5, 0.0, "abcd"]texts'
     assert record.read_text() == before
     sixth = retrain("toy", return_state=True)
@@ -78,7 +128,7 @@ def test_the_gate_through_the_weeks(done_toy: Path) -> None:
     assert shipped() == '[1.5, 0.0, "abcd"]texts'
     assert "commit runs/toy/accepted.json" in back.stdout
     again = moeforge("release", "toy")
-    assert again.returncode == 0, again.stderr
+    assert again.exit_code == 0, again.stderr
     assert shipped() == '[1.51, 0.02, "abyz"]other texts'
 
 
@@ -86,8 +136,9 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
     """The remote cannot be reached at first: the next run makes it good, and trains nothing."""
     remote, absent = tmp_path / "remote", tmp_path / "file"
     absent.write_text("no folder")
-    dvc = [sys.executable, "-m", "dvc", "remote"]
-    subprocess.run([*dvc, "add", "--default", "store", str(absent / "store")], check=True)
+    config = Path(".dvc/config.local")
+    address = "[core]\n    remote = store\n['remote \"store\"']\n    url = {}\n"
+    config.write_text(address.format(absent / "store"))
     (done_toy / "README").write_text("staged by somebody else")
     git("add", "README")
     state = retrain("toy", publish=True, force=True, return_state=True)
@@ -103,7 +154,7 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
     )
     assert "README" not in committed
 
-    subprocess.run([*dvc, "modify", "store", "url", str(remote)], check=True)
+    config.write_text(address.format(remote))
     second = retrain("toy", publish=True, return_state=True)
     assert second.name == "Nothing to do"
     assert second.message.endswith("nothing to commit; pushed")
@@ -113,11 +164,11 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
     assert third.message.endswith("everything after them are unchanged")
 
 
-def test_changed_code_alone_retrains_only_if_asked(done_toy: Path) -> None:
+def test_changed_code_alone_retrains_only_if_asked(done_toy: Path, without_dvc: WithoutDVC) -> None:
     assert retrain("toy", return_state=True).name == "Accepted"
     ran(done_toy)
     (done_toy / "values/pretrain").write_text('{"code": "0123abc"}')
-    (done_toy / "jobs/pretrain.py").write_text("import jobs.shared\nRATE = 2\n")
+    without_dvc.due["pretrain@toy"] = ["code: jobs.pretrain modified"]
     judge(done_toy, 1.25)
     idle = retrain("toy", return_state=True)
     assert idle.name == "Nothing to do"
@@ -131,7 +182,7 @@ def test_changed_code_alone_retrains_only_if_asked(done_toy: Path) -> None:
     assert ran(done_toy) == ["sources", "pretrain", "evaluate", "report"]
     assert json.loads(Path("runs/toy/accepted.json").read_text())["code"] == "0123abc"
 
-    (done_toy / "jobs/mixture.py").write_text("import jobs.shared\nRATE = 2\n")
+    without_dvc.due["mixture@toy"] = ["code: jobs.mixture modified"]
     assert "since 0123abc trained the model before: mixture (jobs.mixture" in retrain("toy", return_state=True).message
     ran(done_toy)
     (done_toy / "source.txt").write_text("new texts")
@@ -147,7 +198,7 @@ def test_what_is_released_by_hand_is_what_was_judged(done_toy: Path) -> None:
     with (done_toy / "runs/toy/windows.json").open("a") as file:
         file.write(" ")
     refused = moeforge("release", "toy")
-    assert refused.returncode == 1
+    assert refused.exit_code == 1
     assert "evaluate@toy: output runs/toy/windows.json: modified" in refused.stderr
     assert not (done_toy / "runs/toy/release").exists()
     assert "runs/toy/release" not in moeforge("rollback", "toy").stdout
