@@ -3,7 +3,7 @@
 | path | inspect | verify |
 |---|---|---|
 | shard (*.arrow) | counts, provenance, first tokens as text | against its corpus's manifest |
-| corpus (folder with manifest.json) | counts and rules per domain, licences, first tokens | every byte; repair mends |
+| corpus (folder with manifest.json) | counts and rules per domain, licences, first tokens | every byte |
 | mixture.json | weights beside the uniform and the proportional ones | weights are positive and sum to 1 |
 | partition.safetensors | method, seed, sizes, first indices | with its checkpoint |
 | checkpoint (folder with config.json) | class, sizes, tensors, licence | finite; runs/*/moe: the identity test |

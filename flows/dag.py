@@ -1,7 +1,5 @@
 """The one DAG, read from DVC: which stages lead to a target, in what order, and what is out of date in each.
 
-    python -m flows.dag report@demo        # print the stages in order, and why each would run
-
 Stages that only digest code (tasks/code.py) are no part of what this file lists. `refresh_code` brings them up to
 date, and a stage whose code differs from that of its last run says which modules.
 
@@ -282,16 +280,3 @@ def _repo() -> Iterator[Repo]:
         bare = not any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
         fix = "; run `git init` there: DVC works in a git repository, and a source archive is none" if bare else ""
         raise GraphError(f"DVC: {error}{fix}") from None
-
-
-def main() -> int:
-    """Print the stages that lead to a target, and what is out of date."""
-    stages = ancestors(sys.argv[1])
-    why = changes([stage.name for stage in stages])
-    for stage in stages:
-        print(f"{stage.name}: {'; '.join(why[stage.name]) or 'up to date'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

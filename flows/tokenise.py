@@ -47,7 +47,7 @@ LOST = ("BrokenProcessPool", "KilledWorker", "WorkerCrashedError")
 
 
 class RunnerError(ValueError):
-    """A task runner that cannot be had; the message says why and what mends it."""
+    """A task runner that cannot be had; the message says why, and the fix."""
 
 
 @flow(name="tokenise", persist_result=False)
@@ -116,7 +116,7 @@ def share_out(corpus: str, *, workers: int | None) -> None:
 def units_through(pool: TaskRunner[Any], *, workers: int | None) -> stage.Runner:
     """A Runner for a flow whose task runner is `pool`: units in batches, each of them a Prefect task run.
 
-    A batch that fails is tried again, unless only a person can mend it; the first error that stays ends the call.
+    A batch that fails is tried again, unless only a person can fix it; the first error that stays ends the call.
     """
 
     def run(function: Callable[[Unit], None], units: list[Unit]) -> None:

@@ -220,12 +220,12 @@ def hub_listing(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.partition("?")[0].removeprefix("/api/datasets/").replace("/revision/", "@")
-            found = listed.get(name)
-            self.send_response(404 if found is None else 200)
-            if found is None:
+            files = listed.get(name)
+            self.send_response(404 if files is None else 200)
+            if files is None:
                 self.send_header("X-Error-Code", "RevisionNotFound")
             self.end_headers()
-            siblings = [{"rfilename": path} for path in found or []]
+            siblings = [{"rfilename": path} for path in files or []]
             self.wfile.write(json.dumps({"id": name, "siblings": siblings}).encode())
 
         def log_message(self, format: str, *_: object) -> None:

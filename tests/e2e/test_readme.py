@@ -79,11 +79,11 @@ def left(session: int) -> list[int]:
     """The processes of a session that are still there."""
     import psutil
 
-    found = []
+    pids = []
     for pid in psutil.pids():
         with suppress(ProcessLookupError):  # it has ended since
-            found += [pid] * (os.getsid(pid) == session)
-    return found
+            pids += [pid] * (os.getsid(pid) == session)
+    return pids
 
 
 @pytest.mark.e2e

@@ -97,7 +97,7 @@ def test_a_failing_stage_ends_in_one_message_without_a_traceback(done_toy: Path)
         (["verify", "step.py"], "step.py: not known; give a shard"),
     ],
 )
-def test_what_a_user_can_mend_is_one_message_and_exit_code_1(
+def test_what_a_user_can_fix_is_one_message_and_exit_code_1(
     done_toy: Path, capfd: pytest.CaptureFixture[str], *, arguments: list[str], message: str
 ) -> None:
     result = CliRunner().invoke(cli.app, arguments)
@@ -163,9 +163,9 @@ class TestArtifacts:
         return folder
 
     def test_a_checkpoint_is_described_from_its_headers(self, tmp_path: Path) -> None:
-        found = artifacts.inspect(self.checkpoint(tmp_path / "m"))
-        assert found["stored_values"] == {"F32": 32, "BF16": 3}
-        assert found["tensors"] == 2
+        content = artifacts.inspect(self.checkpoint(tmp_path / "m"))
+        assert content["stored_values"] == {"F32": 32, "BF16": 3}
+        assert content["tensors"] == 2
 
     def test_a_sound_checkpoint_has_no_problems(self, tmp_path: Path) -> None:
         assert artifacts.verify(self.checkpoint(tmp_path / "m")) == []
@@ -207,7 +207,7 @@ class TestDoctor:
         assert set(versions) == set(doctor.PACKAGES)
         assert all(check.ok for check in versions.values()), [c for c in versions.values() if not c.ok]
 
-    def test_every_check_says_what_mends_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_every_check_says_how_to_fix_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
         monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
         checks = {check.name: check for check in doctor.examine()}

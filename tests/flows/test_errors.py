@@ -1,7 +1,8 @@
-"""What a user can mend is told in one message: a Prefect server that is not well, folders that cannot be written."""
+"""What a user can fix is said in one message: a Prefect server that is not well, folders that cannot be written."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import time
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import typer
 
-from flows import environment, errors
+from flows import environment, errors, terminal
 from tasks.settings import SettingsError
 from tests.flows.conftest import moeforge
 
@@ -101,7 +103,8 @@ def test_a_folder_that_cannot_be_written_is_named_in_one_line(
     done_toy: Path, *, folder: str, command: list[str], named: str
 ) -> None:
     path = done_toy / folder
-    path.mkdir(exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
     path.chmod(0o555)
     result = moeforge(*command, PREFECT_HOME=str(done_toy / ".prefect"))
     path.chmod(0o755)
@@ -133,3 +136,13 @@ def test_each_error_is_one_message(
     assert "\n" not in said
     if isinstance(error, KeyError):
         assert "KeyError: 'weight'" in errors.TRACE.read_text()
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (terminal.Terminated, 143)])
+def test_a_command_that_is_stopped_says_how_to_go_on(
+    stop: type[BaseException], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, terminal.clear_errors():
+        raise stop
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == "moeforge: stopped. Finished stages are kept; run again to go on\n"

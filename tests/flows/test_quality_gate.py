@@ -63,9 +63,9 @@ def test_windows_in_common_are_compared_in_pairs_and_others_by_the_distance_to_t
     assert paired is not None
     assert (paired.difference, paired.stderr, paired.other) == (pytest.approx(-0.1), pytest.approx(0, abs=1e-9), [])
     moved = record([1.4, 3.4, 1.4, 3.4], dense=[1.0, 3.0, 1.0, 3.0], windows="wxyz")
-    found = quality_gate.compare(moved, old)
-    assert found is not None
-    assert (found.difference, found.stderr, found.other) == (
+    comparison = quality_gate.compare(moved, old)
+    assert comparison is not None
+    assert (comparison.difference, comparison.stderr, comparison.other) == (
         pytest.approx(-0.1),
         pytest.approx(0, abs=1e-9),
         ["prose"],
@@ -81,17 +81,17 @@ def test_windows_in_common_are_compared_in_pairs_and_others_by_the_distance_to_t
 
 def test_half_of_the_windows_in_common_are_enough_for_pairs() -> None:
     old = record([1.0, 2.0, 3.0, 4.0])
-    found = quality_gate.compare(record([1.1, 2.1, 9.0, 9.0], windows="abyz"), old)
-    assert found is not None
-    assert (found.difference, found.other) == (pytest.approx(0.1), [])
+    comparison = quality_gate.compare(record([1.1, 2.1, 9.0, 9.0], windows="abyz"), old)
+    assert comparison is not None
+    assert (comparison.difference, comparison.other) == (pytest.approx(0.1), [])
 
 
 def test_only_domains_that_both_were_judged_on_count() -> None:
     old, new = record([1.0, 1.0]), record([1.0, 1.0])
     new["domains"]["code"] = {**new["domains"]["prose"], "trained": [900.0, 900.0]}
-    found = quality_gate.compare(new, old)
-    assert found is not None
-    assert (found.difference, found.domains) == (0.0, ["prose"])
+    comparison = quality_gate.compare(new, old)
+    assert comparison is not None
+    assert (comparison.difference, comparison.domains) == (0.0, ["prose"])
     new["domains"].pop("prose")
     verdict = quality_gate.judge(new, old, tolerance=9.0)
     assert not verdict.accepted

@@ -150,6 +150,6 @@ def test_a_clone_that_has_the_record_but_not_the_release_says_how_to_get_it_or_m
     assert read() == ("a", "a")
     shutil.rmtree("runs/toy/releases")
     result("b")
-    told = releases.settle("toy")
-    assert told is not None
-    assert "is not on this machine; `dvc pull report@toy`" in told
+    problem = releases.settle("toy")
+    assert problem is not None
+    assert "is not on this machine; `dvc pull report@toy`" in problem

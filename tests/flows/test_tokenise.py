@@ -106,7 +106,7 @@ class TestUnits:
         assert set(noted(tmp_path)) == {f"{unit.domain}-{unit.task}" for unit in UNITS}
         assert noted(tmp_path)["prose-7"] == 2
 
-    def test_an_error_that_only_a_person_can_mend_arrives_as_it_was_raised_and_is_not_tried_again(
+    def test_an_error_that_only_a_person_can_fix_arrives_as_it_was_raised_and_is_not_tried_again(
         self, tmp_path: Path
     ) -> None:
         with pytest.raises(CorpusError, match=r"^domain prose: 9 of 9 records are bad$"):
