@@ -86,13 +86,15 @@ def run(stages: list[Stage], *, force: set[str] | None = None) -> list[Outcome]:
                 retry_delay_seconds=RETRY_DELAYS[: stage.retries],
                 retry_condition_fn=_may_retry,
             )
-            start = stage_task if stage.gpu else stage_task.submit
-            futures[stage.name] = start(
-                stage,
-                force=stage.name in force,
-                wait_for=[futures[name] for name in stage.needs if name in futures],
-                return_state=stage.gpu,
-            )
+            wait_for = [futures[name] for name in stage.needs if name in futures]
+            if stage.gpu:
+                futures[stage.name] = stage_task(
+                    stage, force=stage.name in force, wait_for=wait_for, return_state=True
+                )
+            else:
+                futures[stage.name] = stage_task.submit(
+                    stage, force=stage.name in force, wait_for=wait_for, return_state=False
+                )
         for future in futures.values():
             if isinstance(future, PrefectFuture):
                 future.wait()
