@@ -136,9 +136,8 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
     """The remote cannot be reached at first: the next run makes it good, and trains nothing."""
     remote, absent = tmp_path / "remote", tmp_path / "file"
     absent.write_text("no folder")
-    config = Path(".dvc/config.local")
-    address = "[core]\n    remote = store\n['remote \"store\"']\n    url = {}\n"
-    config.write_text(address.format(absent / "store"))
+    dvc = [sys.executable, "-m", "dvc", "remote"]
+    subprocess.run([*dvc, "add", "--default", "store", str(absent / "store")], check=True)
     (done_toy / "README").write_text("staged by somebody else")
     git("add", "README")
     state = retrain("toy", publish=True, force=True, return_state=True)
@@ -154,7 +153,7 @@ def test_a_better_model_is_accepted_committed_and_pushed(done_toy: Path, tmp_pat
     )
     assert "README" not in committed
 
-    config.write_text(address.format(remote))
+    subprocess.run([*dvc, "modify", "store", "url", str(remote)], check=True)
     second = retrain("toy", publish=True, return_state=True)
     assert second.name == "Nothing to do"
     assert second.message.endswith("nothing to commit; pushed")
