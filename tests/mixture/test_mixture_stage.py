@@ -56,7 +56,7 @@ def test_the_test_part_may_be_missing_and_neither_it_nor_a_window_may_be_too_sho
     for split in corpus.glob("*/test"):
         shutil.rmtree(split)  # only tasks/evaluate may open it
     assert run("tiny").read_bytes() == first
-    assert json.loads(Path("runs/tiny/mixture.time.json").read_text())["seconds"] > 0
+    assert json.loads(Path("runs/tiny/mixture.time.json").read_text()).keys() == {"seconds"}
 
     # What only the evaluation will ask for is looked at here, before anything is trained.
     path = corpus / "manifest.json"
