@@ -54,12 +54,15 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save(tokenizer, tmp_path_factory.mktemp("sentencepiece"), eos="</s>")
 
 
-@pytest.fixture(scope="session", autouse=True)
+_fingerprint = functools.cache(code.fingerprint)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _no_waiting() -> Iterator[None]:
     """No test cuts the power, and fsync takes most of the time of many small files; the code is digested once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(code, "fingerprint", functools.cache(code.fingerprint))
+        patch.setattr(code, "fingerprint", _fingerprint)
         yield
 
 
