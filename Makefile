@@ -24,7 +24,7 @@ demo: setup
 	@echo 'moeforge, dvc and prefect are found in a shell after: source $(VENV)/bin/activate'
 
 test: setup check
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: check
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m pytest -q -n 2 -m 'not e2e' $(QUICK)

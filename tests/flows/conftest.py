@@ -82,13 +82,6 @@ pipelines:
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker run all tests that talk to a Prefect server, because each costs a start and is never idle."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents and "server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("prefect"))
-
-
 def stage(
     name: str, *, over: str, deps: list[str], outs: list[str], metrics: list[str], meta: str, params: str
 ) -> str:

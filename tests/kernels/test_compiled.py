@@ -7,7 +7,6 @@ import pytest
 from children import run_python
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("compiled kernels")  # one worker compiles, for all tests
 Line = dict[str, Any]
 GEMMS = {"up", "down", "down_backward", "x_gradient", "w13_gradient", "w2_gradient"}
 
