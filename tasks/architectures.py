@@ -1,19 +1,32 @@
 """The model classes that are known here, a row each. Everything that depends on a class reads its row.
 
-A new class is three files: its row here, its exporter in tasks/partition/exporters, its tests. This file imports
-neither torch nor transformers.
+A new class is three files: its row here, its exporter in tasks/partition/exporters, its tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 Biases = Literal["", "qkv", "qkvo"]
 """Which projections of the attention have biases."""
 Windows = Literal["none", "uniform", "per layer"]
 """Whether the attention has sliding windows: none, `sliding_window` in all layers, or by `layer_types`."""
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """An architecture of llama.cpp, which a GGUF file has."""
+
+    name: str
+    _: KW_ONLY
+    of_llama: bool = False
+    """Its rotary embedding pairs neighbours, where transformers pairs halves, and reads rope_freqs.weight."""
+    scales: bool = False
+    """It has Granite's multipliers."""
+    output_bias: bool = True
+    """Attention's output may have a bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,8 @@ class _Architecture:
     """A sigmoid gate before the shared experts; a dense class has none."""
     multipliers: bool = False
     """On embeddings, residuals, attention scores and logits; see MULTIPLIERS."""
+    llama_cpp: LlamaCpp | None = None
+    """What a GGUF file of it is written as; None: it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +91,31 @@ class Sparse(_Architecture):
     """What each engine refuses or computes wrongly; "" where it runs all that is written here (docs/model.md)."""
 
 
+_LLAMA_CPP = LlamaCpp("llama", of_llama=True)
+_LLAMA_CPP_GRANITE = LlamaCpp("granitemoe", of_llama=True, scales=True)
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
 LLAMA = Dense(
-    model_type="llama", architecture="LlamaForCausalLM", biases="qkvo", bias_field="attention_bias", gguf=True
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    llama_cpp=_LLAMA_CPP,
+    biases="qkvo",
+    bias_field="attention_bias",
+    gguf=True,
 )
-MISTRAL = Dense(model_type="mistral", architecture="MistralForCausalLM", window="uniform")
-QWEN2 = Dense(model_type="qwen2", architecture="Qwen2ForCausalLM", biases="qkv", window="per layer", gguf=True)
+MISTRAL = Dense(model_type="mistral", architecture="MistralForCausalLM", llama_cpp=_LLAMA_CPP, window="uniform")
+QWEN2 = Dense(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    llama_cpp=LlamaCpp("qwen2"),
+    biases="qkv",
+    window="per layer",
+    gguf=True,
+)
 QWEN3 = Dense(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    llama_cpp=LlamaCpp("qwen3", output_bias=False),
     biases="qkvo",
     bias_field="attention_bias",
     qk_norm=True,
@@ -95,6 +125,7 @@ QWEN3 = Dense(
 GRANITE = Dense(
     model_type="granite",
     architecture="GraniteForCausalLM",
+    llama_cpp=LlamaCpp("granite", of_llama=True, scales=True),
     biases="qkvo",
     bias_field="attention_bias",
     multipliers=True,
@@ -109,6 +140,7 @@ _GRANITE: dict[str, Any] = {
     "biases": "qkvo",
     "bias_field": "attention_bias",
     "multipliers": True,
+    "llama_cpp": _LLAMA_CPP_GRANITE,
     "experts": "num_local_experts",
     "expert_size": "intermediate_size",
     "router": "router",
@@ -116,7 +148,7 @@ _GRANITE: dict[str, Any] = {
     "autoep": {"moe_layer_pattern": r"model\.layers\.\d+\.block_sparse_moe", "router_pattern": "router"},
     "engines": {
         "transformers 4": _HEAD_DIM,
-        "llama.cpp": f"at most 17 chosen experts at 30 layers, 27 with shared ones; {_HEAD_DIM}",
+        "llama.cpp": "at most 18 chosen experts at 30 layers, 28 with shared ones",
         "vLLM": f"drops attention biases without a word; {_HEAD_DIM}",
         "SGLang": f"drops attention biases without a word; {_HEAD_DIM}",
     },
@@ -124,6 +156,7 @@ _GRANITE: dict[str, Any] = {
 MIXTRAL = Sparse(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    llama_cpp=_LLAMA_CPP,
     window="uniform",
     experts="num_local_experts",
     expert_size="intermediate_size",
@@ -147,6 +180,7 @@ GRANITE_MOE = Sparse(model_type="granitemoe", architecture="GraniteMoeForCausalL
 QWEN2_MOE = Sparse(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
+    llama_cpp=_LLAMA_CPP_GRANITE,
     biases="qkv",
     bias_field="qkv_bias",
     window="per layer",
@@ -159,7 +193,7 @@ QWEN2_MOE = Sparse(
     autoep={"preset_model": "qwen3_moe"},
     engines={
         "transformers 4": f"one attention mask for all layers, whatever layer_types says; {_HEAD_DIM}",
-        "llama.cpp": "refused: takes weights that do not sum to 1, and NaN where the shared gate is zero",
+        "llama.cpp": "as granitemoe: all layers sparse, and the shared gate still zero",
         "vLLM": "reads attention biases always, and leaves them uninitialised where the file has none",
         "SGLang": "",
     },
@@ -167,6 +201,7 @@ QWEN2_MOE = Sparse(
 QWEN3_MOE = Sparse(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    llama_cpp=LlamaCpp("qwen3moe", output_bias=False),
     biases="qkvo",
     bias_field="attention_bias",
     qk_norm=True,
@@ -179,7 +214,7 @@ QWEN3_MOE = Sparse(
     names_in_4={"num_experts": "num_local_experts"},
     engines={
         "transformers 4": "from 4.51",
-        "llama.cpp": "all layers must be sparse",
+        "llama.cpp": "all layers sparse, no biases, at most 24 chosen experts at 30 layers",
         "vLLM": "",
         "SGLang": "",
     },

@@ -105,6 +105,16 @@ def rename(name: str) -> str:
     return f"{_NAMES[stem]}.{kind}" if stem in _NAMES else name
 
 
+def to_gguf(name: str) -> str | None:
+    """The name in GGUF of a tensor that every class has, or of a dense FFN; None for a router or experts."""
+    stem, _, kind = name.rpartition(".")
+    parts = {theirs: ours for ours, theirs in _NAMES.items()}
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{parts[part]}.{kind}" if part in parts else None
+    return f"{parts[stem]}.{kind}" if stem in parts else None
+
+
 def _config(
     file: Path, reader: GGUFReader, *, architecture: str, frequencies: ReaderTensor | None
 ) -> PreTrainedConfig:
