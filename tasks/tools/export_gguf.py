@@ -49,10 +49,13 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
         The architecture, and the number of tensors and bytes by type.
 
     Raises:
+        FileNotFoundError: there is no checkpoint.
         ValueError: llama.cpp cannot express the model or its tokenizer, or a tensor is missing, damaged or left over.
     """
     if kind not in KINDS:
         raise ValueError(f"--quantise {kind}: not known; choose one of {', '.join(KINDS)}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no checkpoint here (config.json is missing); run the stage that writes it")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if reason := engines.llama_cpp(config):
         raise ValueError(f"{folder}: llama.cpp cannot run it: {reason}")
