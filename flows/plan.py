@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import scratch
+from tasks import engines, scratch
 from tasks.moe import counts, families
 from tasks.moe import device as devices
 from tasks.pretrain.checkpoints import branch
@@ -35,6 +35,8 @@ class Plan:
     sparse: dict[str, int]
     model_type: str
     """Class of the sparse model."""
+    llama_cpp: str
+    """Why llama.cpp cannot run it; empty if it can."""
     expert_width: int
     sparse_layers: int
     layers: int
@@ -66,6 +68,8 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
     Raises:
         SettingsError: no such pipeline, or the model has neither a `shape` nor been fetched.
     """
+    from transformers import AutoConfig
+
     pipeline = settings.pipeline(name)
     dense = dense_config(settings, pipeline.model)
     sparse = sparse_config(dense, pipeline.partition)
@@ -79,6 +83,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         dense=sizes["dense"],
         sparse=sizes["sparse"],
         model_type=sparse["model_type"],
+        llama_cpp=engines.llama_cpp(AutoConfig.for_model(**sparse)),
         expert_width=experts["expert_size"],
         sparse_layers=len(experts["layers"]),
         layers=sparse["num_hidden_layers"],

@@ -86,6 +86,7 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
     table.add_row(
         "experts", f"{experts.top_k} of {experts.experts}{shared}", f"{cost.expert_width} neurons each, {where}"
     )
+    table.add_row("llama.cpp", "no" if cost.llama_cpp else "yes", cost.llama_cpp or "a GGUF file of it can be written")
     table.add_row("parameters", count(sparse["total"]), "total")
     table.add_row("", count(sparse["active"]), f"active per token, {sparse['active'] / sparse['total']:.1%}")
     table.add_row("training tokens", count(cost.tokens), f"{cost.steps:,} steps of {train.batch} x {train.seq_len}")

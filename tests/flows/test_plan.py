@@ -12,9 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 
 from flows import plan, plan_view
-from tasks import settings
+from tasks import engines, settings
 from tasks.tools.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
 
@@ -152,6 +153,14 @@ def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: s
     text = printed(plan_view.figures(config, "demo", tflops=100.0))
     assert [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│ ")][-4:] == list("0123")
     assert next(line for line in text.splitlines() if line.startswith("│ 1 ")).rstrip("│ ").endswith("set")
+
+
+def test_the_plan_says_whether_llama_cpp_can_run_the_result(config: settings.Settings) -> None:
+    text = " ".join(printed(plan_view.figures(config, "demo", tflops=100.0)).split())
+    assert "llama.cpp │ no │ 48 chosen experts in 30 layers; at most 28: take fewer and wider ones" in text
+    wide = config.pipeline("demo").partition.model_copy(update={"experts": 16, "top_k": 4, "shared_experts": 8})
+    sparse = plan.sparse_config(plan.dense_config(config, config.pipeline("demo").model), wide)
+    assert engines.llama_cpp(AutoConfig.for_model(**sparse)) == ""
 
 
 def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(
