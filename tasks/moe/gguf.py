@@ -39,6 +39,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 
 
 def convert(file: Path, target: Path, *, dtype: torch.dtype) -> PreTrainedConfig:
@@ -108,11 +109,10 @@ def rename(name: str) -> str:
 def to_gguf(name: str) -> str | None:
     """The name in GGUF of a tensor that every class has, or of a dense FFN; None for a router or experts."""
     stem, _, kind = name.rpartition(".")
-    parts = {theirs: ours for ours, theirs in _NAMES.items()}
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{parts[part]}.{kind}" if part in parts else None
-    return f"{parts[stem]}.{kind}" if stem in parts else None
+        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}" if part in _GGUF_NAMES else None
+    return f"{_GGUF_NAMES[stem]}.{kind}" if stem in _GGUF_NAMES else None
 
 
 def _config(

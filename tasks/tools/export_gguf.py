@@ -2,7 +2,7 @@
 
     python -m tasks.tools.export_gguf runs/NAME/trained FILE.gguf [--quantise Q8_0]
 
-Beside FILE a Modelfile for Ollama is written. One tensor at a time is in memory.
+Beside FILE.gguf, FILE.Modelfile is written for Ollama. One tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0")
 
 
 def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
-    """Write a checkpoint as `target`, and `Modelfile` beside it; both appear whole or not at all.
+    """Write a checkpoint as `target`, and a Modelfile of its name beside it; both appear whole or not at all.
 
     Args:
         folder: the checkpoint, with its tokenizer.
@@ -99,7 +99,7 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
         partial.unlink(missing_ok=True)
     template = "" if _has_template(folder) else 'TEMPLATE """{{ .Prompt }}"""\n'  # a base model continues the text
     scratch.write_text(
-        target.with_name("Modelfile"), f"FROM ./{target.name}\nPARAMETER num_ctx {_context(config)}\n{template}"
+        target.with_suffix(".Modelfile"), f"FROM ./{target.name}\nPARAMETER num_ctx {_context(config)}\n{template}"
     )
     count = dict(Counter(each.name for each in kinds.values()))
     return {"architecture": written_as.name, "bytes": target.stat().st_size, "tensors": count}
@@ -180,7 +180,7 @@ def main() -> int:
         prog="python -m tasks.tools.export_gguf", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("folder", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("target", type=Path, metavar="FILE", help="FILE.gguf; a Modelfile is written beside it")
+    parser.add_argument("target", type=Path, metavar="FILE", help="FILE.gguf; FILE.Modelfile is written beside it")
     parser.add_argument("--quantise", choices=KINDS, default="F16", help="type of the matrices (default: F16)")
     arguments = parser.parse_args()
     try:

@@ -163,7 +163,7 @@ def test_the_command_stores_matrices_in_blocks_of_32_in_q8_0_and_the_rest_as_it_
     assert kinds["blk.0.ffn_down_exps.weight"] == "F16"  # rows of 24
     assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["output_norm.weight"] == "F32"
     assert "model.gguf: llama, " in capsys.readouterr().out
-    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./model.gguf\nPARAMETER num_ctx 256\n")
+    assert (tmp_path / "model.Modelfile").read_text().startswith("FROM ./model.gguf\nPARAMETER num_ctx 256\n")
     llama_cpp.ask(tmp_path / "model.gguf", ids=[[1, 2, 3]])
 
 
