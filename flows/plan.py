@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import engines, scratch
+from tasks import scratch
+from tasks.engines import limits
 from tasks.moe import counts, families
 from tasks.moe import device as devices
 from tasks.pretrain.checkpoints import branch
@@ -83,7 +84,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         dense=sizes["dense"],
         sparse=sizes["sparse"],
         model_type=sparse["model_type"],
-        llama_cpp=engines.llama_cpp(AutoConfig.for_model(**sparse)),
+        llama_cpp=limits.llama_cpp(AutoConfig.for_model(**sparse)),
         expert_width=experts["expert_size"],
         sparse_layers=len(experts["layers"]),
         layers=sparse["num_hidden_layers"],

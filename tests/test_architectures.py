@@ -15,9 +15,9 @@ OTHER_MEANINGS = {
     ("tasks/settings/pretrain.py", "mixtral"),  # a balance loss
     ("tasks/pretrain/loss/balance.py", "mixtral"),
     ("tasks/evaluate/report/hub_metadata.py", "llama"),  # a licence
-    ("tasks/tools/gguf_vocabulary.py", "llama"),  # kinds of tokenizers
-    ("tasks/tools/gguf_vocabulary.py", "gpt2"),
-    ("tasks/tools/gguf_vocabulary.py", "qwen2"),
+    ("tasks/engines/gguf_vocabulary.py", "llama"),  # kinds of tokenizers
+    ("tasks/engines/gguf_vocabulary.py", "gpt2"),
+    ("tasks/engines/gguf_vocabulary.py", "qwen2"),
 }
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from flows import plan, plan_view
-from tasks import engines, settings
+from tasks import settings
+from tasks.engines import limits
 from tasks.tools.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
 
@@ -160,7 +161,7 @@ def test_the_plan_says_whether_llama_cpp_can_run_the_result(config: settings.Set
     assert "llama.cpp │ no │ 48 chosen experts in 30 layers; at most 28: take fewer and wider ones" in text
     wide = config.pipeline("demo").partition.model_copy(update={"experts": 16, "top_k": 4, "shared_experts": 8})
     sparse = plan.sparse_config(plan.dense_config(config, config.pipeline("demo").model), wide)
-    assert engines.llama_cpp(AutoConfig.for_model(**sparse)) == ""
+    assert limits.llama_cpp(AutoConfig.for_model(**sparse)) == ""
 
 
 def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(

@@ -1,6 +1,6 @@
 """What inference engines can run of a model: limits by engine and class, with the version that they were read from.
 
-llama.cpp: read in b11549 (October 2026), and run (tests/tools/test_export_gguf.py). The number of chosen experts is
+llama.cpp: read in b11549 (October 2026), and run (tests/engines/test_gguf_file.py). The number of chosen experts is
 limited because its graph has a budget of nodes, and two of them are spent on each chosen expert of each layer
 (`graph_max_nodes` in llama-context.cpp, `build_moe_ffn` in llama-graph.cpp).
 """

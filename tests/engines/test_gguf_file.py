@@ -23,8 +23,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tasks.engines import gguf as exporter
 from tasks.moe import files
-from tasks.tools import export_gguf
 from tests import llama_cpp
 from tests.conftest import documents
 from tests.corpus.tokenizer import vocabularies
@@ -84,7 +84,7 @@ def _save(config, folder, *, tokenizer, seed=0):
 @pytest.mark.parametrize("name", _CONFIGS)
 def test_llama_cpp_computes_the_logits_and_the_greedy_text_of_transformers(tmp_path, tiny_model, name):
     model = _save(_CONFIGS[name], tmp_path / "model", tokenizer=tiny_model)
-    export_gguf.export(tmp_path / "model", tmp_path / "model.gguf", kind="F32")
+    exporter.export(tmp_path / "model", tmp_path / "model.gguf", kind="F32")
 
     ids = np.random.default_rng(0).integers(1, 512, (2, 96))
     answer = llama_cpp.ask(tmp_path / "model.gguf", ids=ids.tolist(), generate=8)
@@ -142,7 +142,7 @@ def test_llama_cpp_tokenises_as_the_checkpoints_tokenizer_does(tmp_path, layouts
     folder = layouts[layout]
     size = len(AutoTokenizer.from_pretrained(folder))
     _save(LlamaConfig(**_COMMON | {"vocab_size": size + 3}), tmp_path / "model", tokenizer=folder)
-    export_gguf.export(tmp_path / "model", tmp_path / "model.gguf")
+    exporter.export(tmp_path / "model", tmp_path / "model.gguf")
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     answer = llama_cpp.ask(tmp_path / "model.gguf", texts=_TEXTS)
@@ -154,9 +154,9 @@ def test_the_command_stores_matrices_in_blocks_of_32_in_q8_0_and_the_rest_as_it_
 ):
     config = MixtralConfig(**_COMMON, **_EXPERTS | {"intermediate_size": 24}, sliding_window=None)
     _save(config, tmp_path / "model", tokenizer=tiny_model)
-    command = ["export_gguf", str(tmp_path / "model"), str(tmp_path / "model.gguf"), "--quantise", "Q8_0"]
+    command = ["gguf", str(tmp_path / "model"), str(tmp_path / "model.gguf"), "--quantise", "Q8_0"]
     monkeypatch.setattr("sys.argv", command)
-    assert export_gguf.main() == 0
+    assert exporter.main() == 0
 
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert kinds["blk.0.attn_q.weight"] == kinds["blk.1.ffn_up_exps.weight"] == "Q8_0"
@@ -174,13 +174,13 @@ def test_the_largest_top_k_runs_and_one_more_is_refused(tmp_path, tiny_model):
         sliding_window=None,
     )
     _save(config, tmp_path / "model", tokenizer=tiny_model)
-    export_gguf.export(tmp_path / "model", tmp_path / "model.gguf")
+    exporter.export(tmp_path / "model", tmp_path / "model.gguf")
     llama_cpp.ask(tmp_path / "model.gguf", ids=[list(range(1, 97))], generate=1)
 
     config.num_experts_per_tok = 19
     files.write_config(config, tmp_path / "model")
     with pytest.raises(ValueError, match=r"19 chosen experts .* at most 18"):
-        export_gguf.export(tmp_path / "model", tmp_path / "refused.gguf")
+        exporter.export(tmp_path / "model", tmp_path / "refused.gguf")
     assert not (tmp_path / "refused.gguf").exists()
 
 
@@ -196,7 +196,7 @@ def test_the_largest_top_k_runs_and_one_more_is_refused(tmp_path, tiny_model):
 def test_what_llama_cpp_cannot_express_is_refused_with_the_reason(tmp_path, tiny_model, config, reason):
     _save(config, tmp_path / "model", tokenizer=tiny_model)
     with pytest.raises(ValueError, match=reason):
-        export_gguf.export(tmp_path / "model", tmp_path / "model.gguf")
+        exporter.export(tmp_path / "model", tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
@@ -206,9 +206,9 @@ def test_a_gate_that_training_has_moved_and_a_missing_head_are_refused_and_nothi
     model.model.layers[1].mlp.shared_expert_gate.weight.data[0, 5] = 0.01
     files.save(model, tmp_path / "model")
     with pytest.raises(ValueError, match="gate is not zero any more"):
-        export_gguf.export(tmp_path / "model", tmp_path / "model.gguf")
+        exporter.export(tmp_path / "model", tmp_path / "model.gguf")
     config.tie_word_embeddings = True
     files.write_config(config, tmp_path / "model")
     with pytest.raises(ValueError, match=r"1 unknown \(lm_head.weight\)"):
-        export_gguf.export(tmp_path / "model", tmp_path / "model.gguf")
+        exporter.export(tmp_path / "model", tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]

@@ -1,6 +1,6 @@
 """Write a checkpoint, dense or sparse, as one GGUF file for llama.cpp and Ollama.
 
-    python -m tasks.tools.export_gguf runs/NAME/trained FILE.gguf [--quantise Q8_0]
+    python -m tasks.engines.gguf runs/NAME/trained FILE.gguf [--quantise Q8_0]
 
 Beside FILE.gguf, FILE.Modelfile is written for Ollama. One tensor at a time is in memory.
 """
@@ -28,10 +28,10 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from tasks import architectures, engines, scratch
+from tasks import architectures, scratch
+from tasks.engines import gguf_tensors, gguf_vocabulary, limits
 from tasks.moe import families, untrusted
 from tasks.moe.files import read_json
-from tasks.tools import gguf_tensors, gguf_vocabulary
 
 KINDS = ("F32", "F16", "BF16", "Q8_0")
 """Types that matrices are stored in; norms, biases and routers are always F32."""
@@ -57,7 +57,7 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no checkpoint here (config.json is missing); run the stage that writes it")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if reason := engines.llama_cpp(config):
+    if reason := limits.llama_cpp(config):
         raise ValueError(f"{folder}: llama.cpp cannot run it: {reason}")
     written_as = architectures.row(config).llama_cpp
     assert written_as
@@ -176,9 +176,7 @@ def _add_rope(writer: GGUFWriter, parameters: dict[str, Any], *, context: int) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tasks.tools.export_gguf", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tasks.engines.gguf", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="CHECKPOINT")
     parser.add_argument("target", type=Path, metavar="FILE", help="FILE.gguf; FILE.Modelfile is written beside it")
     parser.add_argument("--quantise", choices=KINDS, default="F16", help="type of the matrices (default: F16)")

@@ -1,0 +1,1 @@
+"""Inference engines: what each can load, and the files that it reads."""
