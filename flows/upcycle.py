@@ -50,7 +50,8 @@ def report(pipeline: str, outcomes: list[Outcome]) -> None:
     said = summarise(outcomes)
     get_run_logger().info(said)
     evaluation = summary.read(pipeline)
-    lines = ["| | " + " | ".join(summary.titles(evaluation)) + " |", "|---|" + "---:|" * len(summary.MODELS)]
+    columns = summary.titles(evaluation)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {label} | {' | '.join(values)} |" for label, values in summary.rows(evaluation)]
     lines += ["", *summary.notes(evaluation)]
     # As text: browsers refuse to follow a link to a file from a page that a server gave them.

@@ -1,11 +1,12 @@
-"""Evaluate the dense parent, the MoE right after the split and the MoE after training on the same test windows.
+"""Evaluate the dense parent, the MoE before and after training, and the dense child on the same test windows.
 
     python -m tasks.evaluate PIPELINE
 
-Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}. Writes runs/PIPELINE/evaluation.json (the figures),
-routing.json (tokens per domain, layer and expert), samples.json (each model's continuations of a few prompts),
-heldout.json (the evaluated windows, {domain: [[ids]]}) and windows.json (each model's nats on each window, to compare
-two evaluations by). Results are kept model by model: after a kill, the evaluation continues with the next model.
+Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}, and runs/PIPELINE/control/model where the pipeline has
+a dense child. Writes runs/PIPELINE/evaluation.json (the figures), routing.json (tokens per domain, layer and expert),
+samples.json (each model's continuations of a few prompts), heldout.json (the evaluated windows, {domain: [[ids]]}) and
+windows.json (each model's nats on each window, to compare two evaluations by). Results are kept model by model: after
+a kill, the evaluation continues with the next model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from typing import Any
 from tasks import code, scratch, settings
 from tasks.evaluate import accuracy, generation, likelihood, routing_balance
 
-MODELS = {"dense": "dense parent", "split": "MoE before training", "trained": "MoE after training"}
+MODELS = {
+    "dense": "dense parent",
+    "split": "MoE before training",
+    "trained": "MoE after training",
+    "child": "dense child",
+}
 LEAST_ADDED_LOSS = 1e-3
 """Nats per token. A split that adds less, such as copies of the FFN, leaves nothing for training to recover."""
 
@@ -39,6 +45,8 @@ def evaluate(name: str) -> None:
     knobs = pipeline.evaluate
     run = Path("runs") / name
     folders = {"dense": Path("data/models") / pipeline.model, "split": run / "moe", "trained": run / "trained"}
+    if (child := run / "control/model").is_dir():
+        folders["child"] = child
     corpus = Path("data/corpora") / pipeline.corpus
     contents = manifest.load(corpus)
     manifest.require_tokenizer(contents, folders["dense"])
@@ -140,18 +148,18 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
     """The content of evaluation.json.
 
     Args:
-        done: {dense, split, trained: the measurements}.
+        done: {dense, split, trained, and child where there is one: the measurements}.
         test: likelihood.counts.
         knobs: the settings of the evaluation.
         method: the method that made the experts.
 
     Returns:
-        dense, split, trained: {loss, perplexity, bits_per_byte: {domain, mean}, parameters {total, active},
-        flops_per_token, tokens_per_second, tasks, seconds of its evaluation, speed {engine: {forward, decode}} in
-        tokens per second}; test: {domains: {windows, tokens, bytes}, seq_len, batch}; difference: {trained_dense,
-        trained_split, split_dense: {loss, stderr}}, first minus second; recovery: the share of the loss
-        added by the split that training recovered, absent if the split added no more than noise; routing: {experts,
-        top_k, split, trained: routing_balance.balance}; method; machine.
+        dense, split, trained, child if it was judged: {loss, perplexity, bits_per_byte: {domain, mean}, parameters
+        {total, active}, flops_per_token, tokens_per_second, tasks, seconds of its evaluation, speed {engine: {forward,
+        decode}} in tokens per second}; test: {domains: {windows, tokens, bytes}, seq_len, batch}; difference:
+        {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus second;
+        recovery: the share of the loss added by the split that training recovered, absent if the split added no more
+        than noise; routing: {experts, top_k, split, trained: routing_balance.balance}; method; machine.
     """
     summary: dict[str, Any] = {"method": method}
     for key, result in done.items():
@@ -160,8 +168,8 @@ def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Eva
             summary[key][field] = result[field]
     summary["test"] = {"domains": test, "seq_len": knobs.seq_len, "batch": knobs.batch}
     nats = {key: result["nats"] for key, result in done.items()}
-    pairs = (("trained", "dense"), ("trained", "split"), ("split", "dense"))
-    summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs}
+    pairs = (("trained", "dense"), ("trained", "split"), ("split", "dense"), ("trained", "child"))
+    summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs if b in nats}
     added = summary["difference"]["split_dense"]
     if added["loss"] > max(2 * added.get("stderr", 0.0), LEAST_ADDED_LOSS):
         summary["recovery"] = -summary["difference"]["trained_split"]["loss"] / added["loss"]

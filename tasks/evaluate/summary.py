@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODELS = ("dense", "split", "trained")
+MODELS = ("dense", "split", "trained", "child")
+"""Keys of evaluation.json, in the order of the columns; the dense child is there in pipelines with `control`."""
 ENGINES = {
     "moe_kernels": "moe_kernels",
     "grouped_mm": "stock transformers (grouped_mm)",
@@ -22,6 +23,8 @@ ENGINES = {
     "transformers": "stock transformers",
 }
 """Names of the experts implementations in the tables."""
+DENSE_ENGINE = "transformers"
+"""What a model without experts was measured with."""
 
 
 def read(pipeline: str) -> dict[str, Any]:
@@ -37,9 +40,16 @@ def _path(pipeline: str) -> Path:
     return Path("runs") / pipeline / "evaluation.json"
 
 
+def models(evaluation: dict[str, Any]) -> list[str]:
+    """The keys of the models that were judged, in the order of the columns."""
+    return [key for key in MODELS if key in evaluation]
+
+
 def titles(evaluation: dict[str, Any]) -> list[str]:
     """The table's columns, one per model."""
-    return ["dense parent", f"after {conversion(evaluation)}", "after training"]
+    known = ("dense parent", f"after {conversion(evaluation)}", "after training", "dense child")
+    named = dict(zip(MODELS, known, strict=True))
+    return [named[key] for key in models(evaluation)]
 
 
 def conversion(evaluation: dict[str, Any]) -> str:
@@ -49,7 +59,7 @@ def conversion(evaluation: dict[str, Any]) -> str:
 
 def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """The table's rows: (label with unit, a value per model)."""
-    models = [evaluation[key] for key in MODELS]
+    judged = [evaluation[key] for key in models(evaluation)]
     domains = list(evaluation["test"]["domains"])
     table: list[tuple[str, list[str]]] = []
 
@@ -58,31 +68,31 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
     for metric, label, digits in (("bits_per_byte", "bits/byte", 3), ("loss", "loss, nats/token", 3)):
         for domain in [*domains, "mean"]:
-            add(f"{label}: {domain}", [f"{model[metric][domain]:.{digits}f}" for model in models])
-    add("perplexity: mean", [f"{model['perplexity']['mean']:.2f}" for model in models])
-    for task, first in models[0]["tasks"].items():
+            add(f"{label}: {domain}", [f"{model[metric][domain]:.{digits}f}" for model in judged])
+    add("perplexity: mean", [f"{model['perplexity']['mean']:.2f}" for model in judged])
+    for task, first in judged[0]["tasks"].items():
         guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
         for metric in [key for key in first if f"{key}_stderr" in first]:
-            entries = [model["tasks"][task] for model in models]
+            entries = [model["tasks"][task] for model in judged]
             label = f"{task} {metric} (n = {first['n']}, {first['num_fewshot']}-shot{guess})"
             add(label, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
     for key in ("total", "active"):
-        add(f"parameters: {key}", [count(model["parameters"][key]) for model in models])
-    add("forward FLOPs per token", [count(model["flops_per_token"]) for model in models])
+        add(f"parameters: {key}", [count(model["parameters"][key]) for model in judged])
+    add("forward FLOPs per token", [count(model["flops_per_token"]) for model in judged])
     return table + speeds(evaluation)
 
 
 def speeds(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Rows of tokens per second, forward and decoding; one for each way to compute experts.
 
-    The dense parent has no experts, so that its one figure stands in every row.
+    A dense model has no experts, so that its one figure stands in every row.
     """
-    dense, *sparse = [evaluation[key].get("speed", {}) for key in MODELS]
-    plain: dict[str, float | None] = next(iter(dense.values()), {})
+    judged: list[dict[str, dict[str, float | None]]] = [evaluation[key].get("speed", {}) for key in models(evaluation)]
     table = []
-    for engine in dict.fromkeys(engine for model in sparse for engine in model) or dense:
+    named = dict.fromkeys(engine for model in judged for engine in model)
+    for engine in [engine for engine in named if engine != DENSE_ENGINE] or named:
         for what in ("forward", "decode"):
-            rates = [plain.get(what), *(model.get(engine, {}).get(what) for model in sparse)]
+            rates = [(model.get(engine) or model.get(DENSE_ENGINE, {})).get(what) for model in judged]
             label = f"tokens/s, {what}: {ENGINES.get(engine, engine)}"
             table.append((label, [f"{rate:,.0f}" if rate else "–" for rate in rates]))
     return table
@@ -119,8 +129,10 @@ def table(pipeline: str) -> Table:
 
 
 def notes(evaluation: dict[str, Any]) -> list[str]:
-    """One line each on the data, the change in loss, chance, speed and routing, a warning first; none if not known."""
-    lines = [basis(evaluation), change(evaluation), chance(evaluation), speed_basis(evaluation), routing(evaluation)]
+    """One line each on the data, the change in loss, the dense child, chance, speed and routing, a warning first; none
+    if not known."""
+    parts = (basis, change, rival, chance, speed_basis, routing)
+    lines = [part(evaluation) for part in parts]
     if collapsed(evaluation):
         lines.insert(0, lines.pop())
     return [line for line in lines if line]
@@ -153,6 +165,24 @@ def change(evaluation: dict[str, Any]) -> str:
     return text
 
 
+def rival(evaluation: dict[str, Any]) -> str:
+    """Who is better at equal active parameters, the trained model or the dense child, by how much; "" without a child.
+
+    Less than two standard errors count as no difference.
+    """
+    delta = evaluation.get("difference", {}).get("trained_child")
+    if delta is None:
+        return ""
+    ours, child = (count(evaluation[key]["parameters"]["active"]) for key in ("trained", "child"))
+    better = "the Mixture-of-Experts is better" if delta["loss"] < 0 else "the dense child is better"
+    if abs(delta["loss"]) <= 2 * delta.get("stderr", 0.0):
+        better = "neither is better by two standard errors"
+    return (
+        f"At equal active parameters ({ours}, dense child {child}) and after the same training, {better}: mean loss "
+        f"{signed(delta)} nats/token compared with the dense child, paired by window."
+    )
+
+
 def signed(delta: dict[str, float]) -> str:
     """A difference with its standard error, if it has one: −0.163 ± 0.004."""
     error = f" ± {delta['stderr']:.3f}" if "stderr" in delta else ""
@@ -173,7 +203,7 @@ def chance(evaluation: dict[str, Any]) -> str:
             f"{metric} {evaluation[key]['tasks'][task][metric]:.3f} ({title})"
             for metric in first
             if metric.startswith("acc") and f"{metric}_stderr" in first
-            for key, title in zip(MODELS, titles(evaluation), strict=True)
+            for key, title in zip(models(evaluation), titles(evaluation), strict=True)
             if abs(evaluation[key]["tasks"][task][metric] - guess) <= 2 * error
         ]
         within = (
@@ -193,12 +223,12 @@ def speed_basis(evaluation: dict[str, Any]) -> str:
         f"tokens/s in float32 on {where}. Forward: batches of {evaluation['test']['batch']} windows of "
         f"{evaluation['test']['seq_len']} tokens, with the loss. Decode: one sequence, greedy, with a KV cache."
     )
-    if any("moe_kernels" in evaluation[key]["speed"] for key in MODELS):
+    if any("moe_kernels" in evaluation[key]["speed"] for key in models(evaluation)):
         text += (
             " moe_kernels is this project's package for the experts. AutoModelForCausalLM without it runs stock "
-            "transformers, as the dense parent does in every row."
+            "transformers, as a dense model does in every row."
         )
-    if any("eager" in evaluation[key]["speed"] for key in MODELS):
+    if any("eager" in evaluation[key]["speed"] for key in models(evaluation)):
         text += (
             " Its default, grouped_mm, cannot run these experts: load the model with experts_implementation='eager'."
         )

@@ -56,9 +56,8 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str
     }
 
 
-def write_run(root: Path, *, dynamic: bool = True) -> None:
-    """Write data/corpora/demo.json and runs/demo/ under `root`."""
-    demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
+def judgements(root: Path) -> tuple[dict[str, float], dict[str, dict[str, int]], dict[str, Any]]:
+    """Loss of the parent by domain, what was counted of the windows, and the measurements of three models."""
     domains = {name: BASE.get(name, 3.0) for name in settings.load(root / "pipelines.yaml").corpora["demo"].domains}
     counted = {name: {"windows": 8, "tokens": 8 * 511, "bytes": round(8 * 511 * 3.9)} for name in domains}
     done = {
@@ -66,6 +65,24 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
         "split": judged(0.74, sparse=True, domains=domains),
         "trained": judged(0.49, sparse=True, domains=domains),
     }
+    return domains, counted, done
+
+
+def write_child(root: Path) -> None:
+    """Write the evaluation and the samples anew, as of a pipeline that has a dense child."""
+    domains, counted, done = judgements(root)
+    sizes = {"parameters": {"total": 98_000_000, "active": 98_000_000}}
+    done["child"] = judged(0.6, sparse=False, domains=domains) | sizes
+    demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
+    evaluation = summarise(done, test=counted, knobs=demo.evaluate, method=demo.partition.method)
+    (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluation))
+    (root / "runs/demo/samples.json").write_text(json.dumps(samples(done)))
+
+
+def write_run(root: Path, *, dynamic: bool = True) -> None:
+    """Write data/corpora/demo.json and runs/demo/ under `root`."""
+    domains, counted, done = judgements(root)
+    demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
     run = root / "runs" / "demo"
     (run / "training").mkdir(parents=True)
     (run / "trained").mkdir()

@@ -122,6 +122,37 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_model(judgement: dict[s
     assert {"dense", "split", "trained"} < set(judgement)
 
 
+def test_a_dense_child_is_judged_beside_the_others_and_paired_with_the_trained_model_by_window(
+    judgement: dict[str, Any], project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "child" not in judgement
+    assert "trained_child" not in judgement["difference"]
+    run = project / "runs" / "tiny"
+    kept = {name: (run / name).read_text() for name in ("evaluation.json", "samples.json", "windows.json")}
+    shutil.copytree(project / "data" / "models" / "tiny", run / "control" / "model")
+    measured: dict[str, dict[str, Any]] = {}
+    real = stage._evaluate
+
+    def once_by_class(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        key = "dense" if path.name in ("tiny", "model") else path.name  # the child here is its parent
+        if key not in measured:
+            measured[key] = real(path, *args, **kwargs)
+        return measured[key]
+
+    monkeypatch.setattr(stage, "_evaluate", once_by_class)
+    stage.evaluate("tiny")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["child"].keys() == evaluation["dense"].keys()
+    assert evaluation["child"]["loss"] == evaluation["dense"]["loss"]
+    assert evaluation["difference"]["trained_child"] == evaluation["difference"]["trained_dense"]
+    assert evaluation["difference"]["trained_child"]["stderr"] > 0
+    assert all("child" in sample for sample in json.loads((run / "samples.json").read_text())["samples"])
+    assert all("child" in entry for entry in json.loads((run / "windows.json").read_text()).values())
+    shutil.rmtree(run / "control")
+    for name, text in kept.items():
+        (run / name).write_text(text)
+
+
 def test_every_figure_says_what_it_rests_on(judgement: dict[str, Any]) -> None:
     assert judgement["test"]["seq_len"] == 64
     for counted in judgement["test"]["domains"].values():

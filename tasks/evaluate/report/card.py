@@ -72,7 +72,7 @@ def text(results: Results) -> str:
 
 def samples(results: Results) -> list[dict[str, Any]]:
     """For each prompt: {prompt, texts: [(column, the continuation by that model)]}."""
-    columns = list(zip(summary.MODELS, summary.titles(results.evaluation), strict=True))
+    columns = list(zip(summary.models(results.evaluation), summary.titles(results.evaluation), strict=True))
     return [
         {"prompt": entry["prompt"], "texts": [(title, entry[key]) for key, title in columns]}
         for entry in results.samples["samples"]

@@ -112,5 +112,5 @@ def specialisation(results: Results) -> list[dict[str, Any]]:
 
 def _sparse_models(results: Results) -> list[tuple[str, str]]:
     """(key in evaluation.json, title) of the models whose routing is known."""
-    pairs = list(zip(summary.MODELS, summary.titles(results.evaluation), strict=True))[1:]
+    pairs = list(zip(summary.models(results.evaluation), summary.titles(results.evaluation), strict=True))[1:3]
     return [(key, title) for key, title in pairs if results.evaluation["routing"][key]]

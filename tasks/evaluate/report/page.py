@@ -41,7 +41,7 @@ def context(results: Results) -> dict[str, Any]:
     evaluation = results.evaluation
     domains = list(evaluation["test"]["domains"])
     titles = summary.titles(evaluation)
-    columns = list(zip(summary.MODELS, titles, strict=True))
+    columns = list(zip(summary.models(evaluation), titles, strict=True))
     bits = {
         row: {title: evaluation[key]["bits_per_byte"][row] for key, title in columns} for row in [*domains, "mean"]
     }
@@ -50,7 +50,7 @@ def context(results: Results) -> dict[str, Any]:
         "model": results.pipeline.model,
         "shape": card.shape(results),
         "tiles": tiles(evaluation),
-        "basis": f"{summary.basis(evaluation)} {summary.change(evaluation)}",
+        "basis": " ".join(part(evaluation) for part in (summary.basis, summary.change, summary.rival)).strip(),
         "warning": summary.routing(evaluation) if summary.collapsed(evaluation) else "",
         "quality_chart": Markup(charts.dots(bits, label="bits per byte on test text; fewer is better")),
         "models": titles,
@@ -83,7 +83,7 @@ def context(results: Results) -> dict[str, Any]:
 
 def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
     """The headline figures."""
-    dense, split, trained = (evaluation[key] for key in summary.MODELS)
+    dense, split, trained = (evaluation[key] for key in ("dense", "split", "trained"))
     sizes = trained["parameters"]
     ratio = [model["perplexity"]["mean"] / dense["perplexity"]["mean"] for model in (split, trained)]
     shown = [
@@ -128,7 +128,7 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
 
 def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, Any]]:
     """The side-by-side table: groups of rows (label, one value per model)."""
-    models = [evaluation[key] for key in summary.MODELS]
+    models = [evaluation[key] for key in summary.models(evaluation)]
     return [
         {
             "title": title,
@@ -145,7 +145,7 @@ def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, An
 
 def size(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameters, FLOPs and speed in the same form."""
-    models = [evaluation[key] for key in summary.MODELS]
+    models = [evaluation[key] for key in summary.models(evaluation)]
     rows = [
         (f"parameters, {key}", [summary.count(model["parameters"][key]) for model in models])
         for key in ("total", "active")
@@ -158,7 +158,7 @@ def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """The scores in the same form: a group for every task, a row for every metric that has a standard error."""
     groups = []
     for task, first in evaluation["dense"]["tasks"].items():
-        entries = [evaluation[key]["tasks"][task] for key in summary.MODELS]
+        entries = [evaluation[key]["tasks"][task] for key in summary.models(evaluation)]
         rows = [
             (metric, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
             for metric in first
@@ -198,7 +198,7 @@ def times(results: Results) -> list[tuple[str, str]]:
         "mixture": results.mixture_seconds,
         "partition": sum(results.partition["seconds"].values()),
         "pretrain": results.pretrain["seconds"],
-        "evaluate": sum(results.evaluation[key]["seconds"] for key in summary.MODELS),
+        "evaluate": sum(results.evaluation[key]["seconds"] for key in summary.models(results.evaluation)),
     }
     return [(stage, duration(value)) for stage, value in seconds.items()]
 

@@ -22,6 +22,7 @@ from tasks.evaluate.report import __main__ as stage
 from tasks.evaluate.report import card, corpus_section, hub_metadata, page, training_section
 from tasks.evaluate.report import results as results_module
 from tasks.evaluate.report.results import Results
+from tests.evaluate.conftest import write_child
 
 ROOT = Path(summary.__file__).parents[2]
 VOID = {"meta", "br"}
@@ -122,7 +123,7 @@ def test_weights_that_never_change_get_no_chart(finished: Path) -> None:
 
 def test_the_recovered_loss_is_one_number_per_domain_and_the_same_everywhere(finished: Path) -> None:
     with changed("runs/demo/evaluation.json") as evaluation:
-        dense, split, trained = (evaluation[key]["loss"] for key in summary.MODELS)
+        dense, split, trained = (evaluation[key]["loss"] for key in summary.models(evaluation))
         split["code"] = dense["code"]  # the split lost nothing here
         trained["legal"] = split["legal"] + 0.074  # and training made this worse
     contents = results_module.read("demo")
@@ -179,7 +180,7 @@ def test_an_evaluation_without_tasks_recovery_or_error_still_gives_a_page(finish
         del evaluation["recovery"]
         for difference in evaluation["difference"].values():
             del difference["stderr"]
-        for model in summary.MODELS:
+        for model in summary.models(evaluation):
             evaluation[model]["tasks"] = {}
     text = shown(results_module.read("demo"))
     assert "hellaswag_100" not in text.split("Other sources and licences")[0]
@@ -310,10 +311,10 @@ def test_only_scores_within_two_errors_of_random_guessing_are_listed_as_such(res
     assert "acc_norm 0.390" not in sentence
     assert "acc_norm 0.316 (after the split)" in sentence
     evaluation = json.loads(json.dumps(results.evaluation))
-    for key in summary.MODELS:
+    for key in summary.models(evaluation):
         evaluation[key]["tasks"]["hellaswag_100"].update(acc=0.62, acc_norm=0.05)
     assert summary.chance(evaluation).endswith("; no score is within two of its errors.")
-    for key in summary.MODELS:
+    for key in summary.models(evaluation):
         del evaluation[key]["tasks"]["hellaswag_100"]["chance"]
     assert summary.chance(evaluation) == ""
     guessless = dataclasses.replace(results, evaluation=evaluation)
@@ -489,3 +490,42 @@ def test_lengths_are_read_as_powers_of_two(finished: Path) -> None:
         "domain,tokens_from,documents,tokens\ncode,1,2,2\ncode,512,3,1800\n"
     )
     assert results_module.read("demo").lengths == {"code": {0: 2, 9: 3}}
+
+
+def test_a_dense_child_is_a_column_of_table_page_and_card_and_one_sentence_says_who_is_better(finished: Path) -> None:
+    without = results_module.read("demo")
+    assert summary.rival(without.evaluation) == ""
+    assert "child" not in without.evaluation
+    assert "dense child" not in shown(without) + card.text(without)
+    write_child(finished)
+    results = results_module.read("demo")
+    assert summary.titles(results.evaluation) == ["dense parent", "after the split", "after training", "dense child"]
+    sentence = summary.rival(results.evaluation)
+    assert sentence == (
+        "At equal active parameters (106.3 M, dense child 98.0 M) and after the same training, the Mixture-of-Experts "
+        "is better: mean loss −0.110 ± 0.000 nats/token compared with the dense child, paired by window."
+    )
+    assert sentence in summary.notes(results.evaluation)
+    text = shown(results)
+    assert sentence in text
+    assert sentence in card.text(results)
+    assert f"{results.evaluation['child']['bits_per_byte']['mean']:.3f}" in text
+    assert all(len(values) == 4 for _, values in summary.rows(results.evaluation))
+    assert "| | dense parent | after the split | after training | dense child |" in card.text(results)
+    assert 'class="m3 dot"' in page.render(results)
+    gap = page.render(results).split("Gap closed")[1].split("</thead>")[0]
+    assert "dense child" not in gap
+    rows = dict(summary.speeds(results.evaluation))
+    assert rows["tokens/s, forward: moe_kernels"] == ["392", "432", "432", "392"]
+
+
+def test_a_difference_within_two_standard_errors_is_nobodys(finished: Path) -> None:
+    write_child(finished)
+    evaluation = results_module.read("demo").evaluation
+    for loss, stderr, verdict in (
+        (0.1, 0.06, "neither is better by two standard errors: mean loss +0.100 ± 0.060"),
+        (0.1, 0.04, "the dense child is better: mean loss +0.100 ± 0.040"),
+        (-0.1, 0.04, "the Mixture-of-Experts is better: mean loss −0.100 ± 0.040"),
+    ):
+        evaluation["difference"]["trained_child"] = {"loss": loss, "stderr": stderr}
+        assert verdict in summary.rival(evaluation)
