@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from tasks.engines import gguf as exporter
+from tasks.engines import llama_cpp
 from tasks.moe import files
-from tests import llama_cpp
 from tests.conftest import documents
 from tests.corpus.tokenizer import vocabularies
 
