@@ -84,6 +84,8 @@ def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
         is_due = any(dag.changes(names).values())
         if is_due:
             preflight.require(config, name)
+            for line in preflight.warnings(config, name):
+                print(f"warning: {line}", file=sys.stderr)
         return names, not is_due
 
 

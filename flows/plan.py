@@ -10,10 +10,9 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks import scratch
-from tasks.engines import limits
 from tasks.moe import counts, families
 from tasks.moe import device as devices
 from tasks.pretrain.checkpoints import branch
@@ -22,6 +21,9 @@ from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsErro
 from tasks.settings import model as models
 from tasks.tools import estimate
 from tasks.tools.estimate import Memory
+
+if TYPE_CHECKING:
+    from tasks.partition.shapes import Verdict
 
 UTILISATION = 0.4
 """Share of the matrix-product speed that training reaches: 0.4 is usual on A100s."""
@@ -36,8 +38,8 @@ class Plan:
     sparse: dict[str, int]
     model_type: str
     """Class of the sparse model."""
-    llama_cpp: str
-    """Why llama.cpp cannot run it; empty if it can."""
+    engines: list[Verdict]
+    """What each inference engine makes of it."""
     expert_width: int
     sparse_layers: int
     layers: int
@@ -69,7 +71,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
     Raises:
         SettingsError: no such pipeline, or the model has neither a `shape` nor been fetched.
     """
-    from transformers import AutoConfig
+    from tasks.partition import shapes
 
     pipeline = settings.pipeline(name)
     dense = dense_config(settings, pipeline.model)
@@ -84,7 +86,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         dense=sizes["dense"],
         sparse=sizes["sparse"],
         model_type=sparse["model_type"],
-        llama_cpp=limits.llama_cpp(AutoConfig.for_model(**sparse)),
+        engines=shapes.verdicts(sparse),
         expert_width=experts["expert_size"],
         sparse_layers=len(experts["layers"]),
         layers=sparse["num_hidden_layers"],
@@ -107,7 +109,7 @@ def dense_config(settings: Settings, model: str) -> dict[str, Any]:
             f"pipelines.yaml: models.{model}.shape is missing and {models.FETCHED / model}/config.json is not there "
             f"yet; give its sizes under `shape`, or run `dvc repro model@{model}` first"
         )
-    return known[0]
+    return known[0] | {"dtype": settings.model(model).dtype}
 
 
 def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from flows import dag, plan
+from flows import dag, plan, preflight
 from tasks import scratch
+from tasks.engines.table import ENGINES
 from tasks.pretrain.checkpoints import branch
 from tasks.settings import Pipeline, Pretrain, Settings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tasks.partition.shapes import Verdict
+    from tasks.settings.partition import Engine
     from tasks.tools.estimate import Speed
 
 SHOWN_REASONS = 3
@@ -66,6 +70,8 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
         dense = plan.dense_config(settings, pipeline.model)
         speed = calibrate.measure(plan.split_config(settings, name), train, parent=dense if train.distill else None)
     table = _costs(cost, pipeline, here=tflops is None)
+    for line in preflight.warnings(settings, name)[-1:]:
+        table.add_row("better", "", line)
     for i, short in enumerate(plan.short_windows(settings, name)):
         table.add_row("" if i else "windows", "fewer", short)
     if speed:
@@ -86,7 +92,8 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
     table.add_row(
         "experts", f"{experts.top_k} of {experts.experts}{shared}", f"{cost.expert_width} neurons each, {where}"
     )
-    table.add_row("llama.cpp", "no" if cost.llama_cpp else "yes", cost.llama_cpp or "a GGUF file of it can be written")
+    for each in cost.engines:
+        table.add_row(ENGINES[each.engine].title, *_engine(each, experts.engines))
     table.add_row("parameters", count(sparse["total"]), "total")
     table.add_row("", count(sparse["active"]), f"active per token, {sparse['active'] / sparse['total']:.1%}")
     table.add_row("training tokens", count(cost.tokens), f"{cost.steps:,} steps of {train.batch} x {train.seq_len}")
@@ -104,6 +111,14 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
         table.add_row("", "", lack)
     table.add_section()
     return table
+
+
+def _engine(found: Verdict, wanted: Collection[Engine]) -> tuple[str, str]:
+    """Whether an engine runs the result, and what there is to say about it."""
+    asked = "" if found.engine in wanted else "not in `engines`"
+    if found.refused:
+        return "no", "; ".join(filter(None, (found.refused, asked)))
+    return "slowly" if found.slow else "yes", "; ".join(filter(None, (found.slow, asked)))
 
 
 def _estimated_time(table: Table, cost: plan.Plan, train: Pretrain, *, tflops: float | None) -> None:

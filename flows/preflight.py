@@ -1,4 +1,5 @@
-"""Refuses before a run what would fail after hours: sources and tasks that the hub lacks or cannot serve as data."""
+"""Refuses before a run what would fail after hours: shapes that an inference engine cannot load, and sources and tasks
+that the hub lacks or cannot serve as data."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import re
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from tasks import sources
 from tasks.settings import Settings, SettingsError
+from tasks.settings import model as models
 from tasks.sources import hub
 
 PLACEHOLDER = "YOUR-NAME"
@@ -27,11 +30,19 @@ def require(settings: Settings, pipeline: str) -> None:
 
 
 def refusals(settings: Settings, pipeline: str) -> Iterator[str]:
-    """What of a pipeline is refused for sure, a line each: placeholders, and hub datasets with a loading script.
+    """What of a pipeline is refused for sure, a line each: shapes that one of its engines cannot load, placeholders,
+    and hub datasets with a loading script.
 
     The hub is asked for file listings and nothing is downloaded; out of reach, it says nothing against anything.
     """
     entry = settings.pipeline(pipeline)
+    if (parent := _parent(settings, entry.model)) is not None:
+        from tasks.partition import shapes
+
+        try:
+            shapes.require(parent, entry.partition)
+        except ValueError as error:
+            yield f"pipelines.{pipeline}.partition: {error}"
     parts = settings.corpus(entry.corpus).parts()
     if unfilled := [name.partition(" ")[2] for name, part in parts.items() if PLACEHOLDER in part.source]:
         yield (
@@ -53,6 +64,32 @@ def refusals(settings: Settings, pipeline: str) -> Iterator[str]:
                 )
     except hub.Unreachable:
         return
+
+
+def warnings(settings: Settings, pipeline: str) -> list[str]:
+    """What engines of a pipeline will run slowly, and better shapes; nothing where its model is not known yet."""
+    from tasks.partition import shapes
+
+    entry = settings.pipeline(pipeline)
+    parent = _parent(settings, entry.model)
+    return [] if parent is None else shapes.warnings(parent, entry.partition)
+
+
+def _parent(settings: Settings, model: str) -> Any:
+    """Config object of the dense model; None where nothing is known of it yet."""
+    known = models.config(model, settings.model(model))
+    if known is None:
+        return None
+    from transformers import AutoConfig
+
+    from tasks.moe import families
+
+    fields = known[0] | {"dtype": settings.model(model).dtype}
+    try:
+        families.check(fields)
+    except ValueError:  # the stage `model` says so
+        return None
+    return AutoConfig.for_model(**fields)
 
 
 def _fault(dataset: str) -> str | None:

@@ -25,8 +25,6 @@ class LlamaCpp:
     """Its rotary embedding pairs neighbours, where transformers pairs halves, and reads rope_freqs.weight."""
     scales: bool = False
     """It has Granite's multipliers."""
-    output_bias: bool = True
-    """Attention's output may have a bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +85,6 @@ class Sparse(_Architecture):
     """How DeepSpeed's AutoEP finds the sparse blocks."""
     names_in_4: Mapping[str, str] = field(default_factory=dict)
     """Fields that transformers 4 reads, and the fields that transformers 5 writes in their place."""
-    engines: Mapping[str, str]
-    """What each engine refuses or computes wrongly; "" where it runs all that is written here (docs/model.md)."""
 
 
 _LLAMA_CPP = LlamaCpp("llama", of_llama=True)
@@ -115,7 +111,7 @@ QWEN2 = Dense(
 QWEN3 = Dense(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    llama_cpp=LlamaCpp("qwen3", output_bias=False),
+    llama_cpp=LlamaCpp("qwen3"),
     biases="qkvo",
     bias_field="attention_bias",
     qk_norm=True,
@@ -135,7 +131,6 @@ PHI3 = Rewritten(model_type="phi3", architecture="Phi3ForCausalLM", becomes=MIST
 OLMO = Rewritten(model_type="olmo", architecture="OlmoForCausalLM", becomes=LLAMA)
 REWRITTEN: Mapping[str, Rewritten] = {row.model_type: row for row in (PHI3, OLMO)}
 
-_HEAD_DIM = "head_dim must be hidden / heads"
 _GRANITE: dict[str, Any] = {
     "biases": "qkvo",
     "bias_field": "attention_bias",
@@ -146,12 +141,6 @@ _GRANITE: dict[str, Any] = {
     "router": "router",
     "stored_router": "block_sparse_moe.router.layer.weight",
     "autoep": {"moe_layer_pattern": r"model\.layers\.\d+\.block_sparse_moe", "router_pattern": "router"},
-    "engines": {
-        "transformers 4": _HEAD_DIM,
-        "llama.cpp": "at most 18 chosen experts at 30 layers, 28 with shared ones",
-        "vLLM": f"drops attention biases without a word; {_HEAD_DIM}",
-        "SGLang": f"drops attention biases without a word; {_HEAD_DIM}",
-    },
 }
 MIXTRAL = Sparse(
     model_type="mixtral",
@@ -162,12 +151,6 @@ MIXTRAL = Sparse(
     expert_size="intermediate_size",
     stored_router="block_sparse_moe.gate.weight",
     autoep={"preset_model": "mixtral"},
-    engines={
-        "transformers 4": "",
-        "llama.cpp": "at most 18 chosen experts at 30 layers",
-        "vLLM": "",
-        "SGLang": "",
-    },
 )
 GRANITE_MOE_SHARED = Sparse(
     model_type="granitemoeshared",
@@ -191,17 +174,14 @@ QWEN2_MOE = Sparse(
     dense_layers=True,
     stored_router="mlp.gate.weight",
     autoep={"preset_model": "qwen3_moe"},
-    engines={
-        "transformers 4": f"one attention mask for all layers, whatever layer_types says; {_HEAD_DIM}",
-        "llama.cpp": "as granitemoe: all layers sparse, and the shared gate still zero",
-        "vLLM": "reads attention biases always, and leaves them uninitialised where the file has none",
-        "SGLang": "",
-    },
 )
+IDLE = 8
+"""Neurons of a Qwen2Moe's shared expert where there is none: all zero, and so is the gradient of the gate before them.
+Rows of 16 bytes in bfloat16."""
 QWEN3_MOE = Sparse(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    llama_cpp=LlamaCpp("qwen3moe", output_bias=False),
+    llama_cpp=LlamaCpp("qwen3moe"),
     biases="qkvo",
     bias_field="attention_bias",
     qk_norm=True,
@@ -212,12 +192,6 @@ QWEN3_MOE = Sparse(
     stored_router="mlp.gate.weight",
     autoep={"preset_model": "qwen3_moe"},
     names_in_4={"num_experts": "num_local_experts"},
-    engines={
-        "transformers 4": "from 4.51",
-        "llama.cpp": "all layers sparse, no biases, at most 24 chosen experts at 30 layers",
-        "vLLM": "",
-        "SGLang": "",
-    },
 )
 SPARSE: Mapping[str, Sparse] = {
     row.model_type: row for row in (MIXTRAL, GRANITE_MOE_SHARED, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE)

@@ -99,7 +99,8 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
         partial.unlink(missing_ok=True)
     template = "" if _has_template(folder) else 'TEMPLATE """{{ .Prompt }}"""\n'  # a base model continues the text
     scratch.write_text(
-        target.with_suffix(".Modelfile"), f"FROM ./{target.name}\nPARAMETER num_ctx {_context(config)}\n{template}"
+        target.with_suffix(".Modelfile"),
+        f"FROM ./{target.name}\nPARAMETER num_ctx {limits.context('llama.cpp', config)}\n{template}",
     )
     count = dict(Counter(each.name for each in kinds.values()))
     return {"architecture": written_as.name, "bytes": target.stat().st_size, "tensors": count}
@@ -108,12 +109,6 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
 def _has_template(folder: Path) -> bool:
     settings = folder / "tokenizer_config.json"
     return any(folder.glob("chat_template*")) or (settings.is_file() and "chat_template" in read_json(settings))
-
-
-def _context(config: Any) -> int:
-    """Tokens for which the file computes what the checkpoint does: llama.cpp has no sliding window here."""
-    windows = [window for window in architectures.windows(config) if window]
-    return min(config.max_position_embeddings, *windows) if windows else int(config.max_position_embeddings)
 
 
 def _kind(name: str, shape: tuple[int, ...], *, kind: str) -> GGMLQuantizationType:
@@ -130,7 +125,7 @@ def _add_metadata(writer: GGUFWriter, config: Any, *, kind: str, name: str) -> N
     writer.add_file_type(getattr(LlamaFileType, "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"))
     writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(_context(config))
+    writer.add_context_length(limits.context("llama.cpp", config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)

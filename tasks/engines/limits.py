@@ -1,18 +1,22 @@
-"""What inference engines can run of a model: limits by engine and class, with the version that they were read from.
+"""What each engine cannot load or compute of a model, by its config, and what it runs slowly. The table is table.py.
 
-llama.cpp: read in b11549 (October 2026), and run (tests/engines/test_gguf_file.py). The number of chosen experts is
-limited because its graph has a budget of nodes, and two of them are spent on each chosen expert of each layer
-(`graph_max_nodes` in llama-context.cpp, `build_moe_ffn` in llama-graph.cpp).
+    limits.check("llama.cpp", config)       # why it cannot, with the field to change; "" if it can
+    limits.slow("llama.cpp", config)        # why it will be slow, with a figure; "" if not
+    limits.context("llama.cpp", config)     # tokens up to which it computes what transformers 5 does
+
+The number of chosen experts is limited in llama.cpp because its graph has a budget of nodes, and two of them are spent
+on each chosen expert of each layer (`graph_max_nodes` in llama-context.cpp, `build_moe_ffn` in llama-graph.cpp).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tasks import architectures
+from tasks.engines.table import ENGINES, LLAMA_CPP, ROPES, Row, Support
+from tasks.settings.partition import Engine
 
-_LLAMA_CPP_EXPERTS = 1024
-"""LLAMA_MAX_EXPERTS in llama-hparams.h."""
 _ATTENTION_AND_ROUTER = 43
 """Nodes of a sparse layer, but for those of single chosen experts, biases, norms of queries and keys, shared experts
 and a residual multiplier: 2 a chosen expert, 1 a bias, 4, 5 and 2."""
@@ -21,33 +25,100 @@ _HASH_SIZES = (1031, 2053, 4099, 8209, 16411, 32771)
 _INPUTS = 9
 
 
+def check(engine: Engine, config: Any) -> str:
+    """Why an engine cannot load a model or computes another one, with the field to change; empty if it can."""
+    return next(_reasons(ENGINES[engine], config, trained=True), "")
+
+
 def llama_cpp(config: Any) -> str:
-    """Why llama.cpp cannot compute what a model does, by its config; empty if it can."""
-    row = architectures.row(config)
-    if row.llama_cpp is None:
-        return f"no GGUF file is written of {row.model_type}"
-    biases, kind = architectures.biases(config), config.rope_parameters["rope_type"]
-    carried = ["default", "linear", "yarn", *["llama3"] * row.llama_cpp.of_llama]
-    if kind not in carried:
-        return f"rope scaling {kind!r} is not carried; {row.llama_cpp.name} has {', '.join(carried)}"
-    if config.hidden_act != "silu":
-        return f"hidden_act = {config.hidden_act!r}; it computes SwiGLU alone"
-    if biases == "qkvo" and not row.llama_cpp.output_bias:
-        return f"{row.llama_cpp.name} has no bias on the attention's output"
-    if not isinstance(row, architectures.Sparse):
+    """Why no GGUF file can say what a model computes, whose shared gates are still zero; empty if one can."""
+    return next(_reasons(LLAMA_CPP, config, trained=False), "")
+
+
+def slow(engine: Engine, config: Any) -> str:
+    """Why an engine runs a sparse model slowly, with figures; empty if it does not, or if the model is dense."""
+    row, known = ENGINES[engine], architectures.row(config)
+    if not isinstance(known, architectures.Sparse):
         return ""
-    if dense := config.num_hidden_layers - len(architectures.sparse_layers(config)):
-        return f"{dense} of {config.num_hidden_layers} layers are dense; make all sparse (partition.layers: all)"
-    if not getattr(config, "norm_topk_prob", True):
-        return "norm_topk_prob is false; it normalises the chosen experts' weights"
-    if (experts := getattr(config, row.experts)) > _LLAMA_CPP_EXPERTS:
-        return f"{experts} experts; at most {_LLAMA_CPP_EXPERTS}"
-    if config.num_experts_per_tok > (most := llama_cpp_top_k(config)):
-        return (
-            f"{config.num_experts_per_tok} chosen experts in {config.num_hidden_layers} layers; at most {most}: take "
-            "fewer and wider ones"
+    width, chosen = getattr(config, known.expert_size), config.num_experts_per_tok
+    why = []
+    if width < row.narrow:
+        why.append(f"experts of {width} neurons are narrow: {row.narrow_why}")
+    if width % row.blocks:
+        why.append(f"{width} neurons are no multiple of {row.blocks}: {row.blocks_why}")
+    if row.chosen and chosen > row.chosen:
+        why.append(f"{chosen} chosen experts are more than {row.chosen}: {row.chosen_why}")
+    return "; ".join(why)
+
+
+def context(engine: Engine, config: Any) -> int:
+    """Tokens up to which an engine computes what transformers 5 does: its sliding windows may be others."""
+    support = ENGINES[engine].classes.get(config.model_type)
+    windows, longest = architectures.windows(config), int(config.max_position_embeddings)
+    held = {"none": windows == [None] * len(windows), "uniform": len(set(windows)) == 1, "per layer": True}
+    if support is None or held[support.window]:
+        return longest
+    return min(longest, *filter(None, windows))
+
+
+def _reasons(row: Row, config: Any, *, trained: bool) -> Iterator[str]:
+    known = architectures.row(config)
+    if support := row.classes.get(known.model_type):
+        yield from _of_any_class(row, support, config)
+        if isinstance(known, architectures.Sparse):
+            yield from _of_experts(row, support, known, config=config, trained=trained)
+
+
+def _of_any_class(row: Row, support: Support, config: Any) -> Iterator[str]:
+    known, biases = architectures.row(config), architectures.biases(config)
+    kind = config.rope_parameters["rope_type"]
+    if kind not in support.ropes:
+        has = ", ".join(name for name in ROPES if name in support.ropes)
+        yield f"rope scaling {kind!r} is not carried; a {known.model_type} has {has} there"
+    if config.hidden_act != "silu":
+        yield f"hidden_act = {config.hidden_act!r}; it computes SwiGLU alone"
+    if dropped := set(biases) - set(support.biases):
+        named = ", ".join(name for name in "qkvo" if name in dropped)
+        yield f"it has no bias on the attention's {named} in a {known.model_type}, and drops them without a word"
+    if support.wants_biases and not biases:
+        yield f"it leaves the biases of q, k and v uninitialised, which this {known.model_type} lacks; partition again"
+    usual = config.hidden_size // config.num_attention_heads
+    if not support.head_dim and (size := architectures.head_dim(config)) != usual:
+        yield f"head_dim = {size}; it takes hidden / heads = {usual} in a {known.model_type}"
+    if not support.tied and config.tie_word_embeddings:
+        yield f"tie_word_embeddings: it leaves the head of a {known.model_type} uninitialised"
+
+
+def _of_experts(
+    row: Row, support: Support, known: architectures.Sparse, *, config: Any, trained: bool
+) -> Iterator[str]:
+    layers = config.num_hidden_layers
+    if not support.dense_layers and (dense := layers - len(architectures.sparse_layers(config))):
+        yield f"{dense} of {layers} layers are dense; make all sparse (partition.layers: all)"
+    if not support.unnormalised and not getattr(config, "norm_topk_prob", True):
+        yield "norm_topk_prob is false; it normalises the chosen experts' weights"
+    shared = getattr(config, known.shared_size) if known.shared_size else 0
+    if trained and known.shared_gate and shared > architectures.IDLE and not support.trained_gate:
+        yield (
+            f"it computes the gate before a {known.model_type}'s shared experts wrongly, and training moves it; leave "
+            "them out (partition.shared_experts: 0)"
         )
-    return ""
+    if row.experts and (experts := getattr(config, known.experts)) > row.experts:
+        yield f"{experts} experts; at most {row.experts}"
+    if row.top_k and config.num_experts_per_tok > (most := llama_cpp_top_k(config)):
+        chosen = config.num_experts_per_tok
+        yield f"{chosen} chosen experts in {layers} layers; at most {most}: take fewer and wider ones"
+    width, size = getattr(config, known.expert_size), _bytes(config)
+    if width * size % row.row_bytes:
+        yield (
+            f"experts of {width} neurons have rows of {width * size} bytes, and grouped_mm, its default, "
+            f"takes multiples of {row.row_bytes}: take a multiple of {row.row_bytes // size} neurons"
+        )
+
+
+def _bytes(config: Any) -> int:
+    """Of a number; four where the config does not say."""
+    return getattr(getattr(config, "dtype", None), "itemsize", 4)
 
 
 def llama_cpp_top_k(config: Any) -> int:

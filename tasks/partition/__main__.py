@@ -56,11 +56,15 @@ def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Pat
     from tasks.display import Progress
     from tasks.moe import counts, device
     from tasks.moe.streamed import Streamed
+    from tasks.partition import shapes
     from tasks.partition.construct import construct
 
     partition, seq_len = entry.partition, entry.pretrain.seq_len
-    validation = windows.validation(corpus_dir, seq_len=seq_len, count=VALIDATION_WINDOWS)
     dense = Streamed(model_dir)
+    shapes.require(dense.config, partition)
+    for line in shapes.warnings(dense.config, partition):
+        print(f"partition: warning: {line}", file=sys.stderr)
+    validation = windows.validation(corpus_dir, seq_len=seq_len, count=VALIDATION_WINDOWS)
     sparse_layers = partition.sparse_layers(dense.layers)
     with Progress(len(sparse_layers), label="partition", unit="layer") as progress:
         made = construct(

@@ -71,7 +71,7 @@ def construct(
         "seed": partition.seed,
         "source": model_dir.name,
         "source_sha256": scratch.digest(model_dir),
-        "settings": partition.model_dump(),
+        "settings": partition.model_dump(exclude={"engines"}),  # they shape no byte
         "calibration": [],
     }
     ids_BL = None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     Target = str
 else:
     Target = Literal[("auto", *SPARSE)]
+Engine = Literal["llama.cpp", "vllm", "sglang", "transformers", "transformers4"]
 
 
 class Partition(Frozen):
@@ -30,7 +31,10 @@ class Partition(Frozen):
     layers: Literal["all", "alternate"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
     """Which layers become sparse; the others stay dense."""
     target: Target = "auto"
-    """Class of the result (its model_type); auto: the first that can express it."""
+    """Class of the result (its model_type); auto: the first that can express it and that all `engines` load."""
+    engines: list[Engine] = Field(default=["llama.cpp", "vllm", "transformers"])
+    """Inference engines that must load the result (tasks/engines/table.py); llama.cpp stands for Ollama too,
+    transformers for version 5. A shape that one of them cannot load is refused before anything runs."""
     router: Literal["random", "centroid", "analytical", "regression"] | None = None
     """How the router starts; regression where there is calibration text for the method anyway, else random."""
     gate: Literal["linear", "tanh"] = "linear"
@@ -81,6 +85,8 @@ class Partition(Frozen):
             raise ValueError("sharing: inter needs shared_experts >= 1, which take what most experts want")
         if isinstance(self.layers, list) and len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers = {self.layers} names a layer twice")
+        if len(set(self.engines)) != len(self.engines):
+            raise ValueError(f"engines = {self.engines} names an engine twice")
         return self
 
     @property

@@ -12,11 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from flows import plan, plan_view
 from tasks import settings
-from tasks.engines import limits
 from tasks.tools.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
 
@@ -156,12 +154,15 @@ def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: s
     assert next(line for line in text.splitlines() if line.startswith("│ 1 ")).rstrip("│ ").endswith("set")
 
 
-def test_the_plan_says_whether_llama_cpp_can_run_the_result(config: settings.Settings) -> None:
+def test_the_plan_has_a_line_for_every_engine_and_shapes_that_are_not_slow(config: settings.Settings) -> None:
     text = " ".join(printed(plan_view.figures(config, "demo", tflops=100.0)).split())
-    assert "llama.cpp │ no │ 48 chosen experts in 30 layers; at most 28: take fewer and wider ones" in text
-    wide = config.pipeline("demo").partition.model_copy(update={"experts": 16, "top_k": 4, "shared_experts": 8})
-    sparse = plan.sparse_config(plan.dense_config(config, config.pipeline("demo").model), wide)
-    assert limits.llama_cpp(AutoConfig.for_model(**sparse)) == ""
+    assert "llama.cpp, Ollama │ no │ 48 chosen experts in 30 layers; at most 28: take fewer and wider ones" in text
+    assert "vLLM │ slowly │ 8 neurons are no multiple of 64" in text
+    assert "SGLang │ slowly │" in text
+    assert "transformers 4 │ yes │ not in `engines`" in text
+    assert "better │ │ nearest shapes that none of vllm, transformers runs slowly: experts: 18, " in text
+    good = changed(config, "partition", experts=16, top_k=4, shared_experts=8, engines=["llama.cpp"])
+    assert [each.engine for each in good.engines if each.refused or each.slow] == []
 
 
 def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(

@@ -87,6 +87,23 @@ def test_experts_that_do_not_divide_the_ffn_end_with_the_numbers_that_do(prepare
     assert not RUN.exists()
 
 
+def test_a_shape_that_an_engine_cannot_load_writes_nothing_and_the_engines_shape_no_byte(prepared, capsys):
+    random = "{method: random, experts: 8, top_k: 2, layers: alternate"
+    _edit(SETTINGS, random + "}")
+    assert stage.main() == 1
+    said = capsys.readouterr().err
+    assert "llama.cpp cannot run the qwen2_moe: 1 of 2 layers are dense; make all sparse" in said
+    assert "set engines: [vllm, transformers]" in said
+    assert not RUN.exists()
+    written = []
+    for engines in ("[vllm, transformers]", "[]"):
+        _edit(random, random := random.partition(", engines")[0] + f", engines: {engines}")
+        assert stage.main() == 0
+        written.append(_digests())
+    assert written[0] == written[1]
+    assert "vllm will be slow: 16 neurons" in capsys.readouterr().err
+
+
 def test_a_conversion_that_fails_the_identity_test_writes_nothing(prepared, monkeypatch, capsys):
     """The up rows of the experts lose their order."""
     slices = convert.slices
@@ -117,7 +134,9 @@ def test_kill_9_leaves_the_last_result_and_every_process_writes_the_same_bytes(p
 
 @pytest.mark.e2e
 def test_a_model_of_which_every_other_layer_is_sparse_trains_with_tanh_gates_and_is_judged(prepared):
-    _edit(SETTINGS, SETTINGS.replace("}", ", layers: alternate, down_proj: refit, gate: tanh}"))
+    _edit(
+        SETTINGS, SETTINGS.replace("}", ", engines: [transformers], layers: alternate, down_proj: refit, gate: tanh}")
+    )
     for each in (mixture, stage, pretrain):
         each.run("tiny")
     evaluate.evaluate("tiny")

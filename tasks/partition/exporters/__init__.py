@@ -14,6 +14,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from tasks import architectures
+from tasks.engines import limits
 from tasks.partition.exporters.base import CLASSES, Exporter, SparseLayer
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ EXPORTERS: dict[str, Exporter] = {name: CLASSES[name]() for name in architecture
 def choose(dense: PreTrainedConfig, partition: Partition) -> Exporter:
     """The exporter that `partition.target` names, or the first that can express the result.
 
+    One whose result all of `partition.engines` load goes before one that does not (see engines.py, which refuses).
+
     Raises:
         ValueError: none can, or the named one cannot; with every class's reason. Also: sizes that do not fit the FFN,
             or layers that are not there.
@@ -41,9 +44,10 @@ def choose(dense: PreTrainedConfig, partition: Partition) -> Exporter:
         raise ValueError(f"partition.layers = {partition.layers!r} leaves no layer of this model to become sparse")
     reasons = {name: exporter.supports(dense, partition) for name, exporter in EXPORTERS.items()}
     wanted = [partition.target] if partition.target != "auto" else list(EXPORTERS)
-    for name in wanted:
-        if reasons[name] is None:
-            return EXPORTERS[name]
+    if able := [EXPORTERS[name] for name in wanted if reasons[name] is None]:
+        configs = {exporter: exporter.config(dense, partition) for exporter in able}
+        loaded = (e for e in able if not any(limits.check(engine, configs[e]) for engine in partition.engines))
+        return next(loaded, able[0])
     listed = "".join(f"\n  {name}: {reason or 'can express it'}" for name, reason in reasons.items())
     raise ValueError(
         f"partition.target = {partition.target!r} cannot express this model_type {dense.model_type!r} with "

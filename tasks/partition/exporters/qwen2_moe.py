@@ -1,8 +1,9 @@
-"""Qwen2MoeForCausalLM: q, k, v biases or none, dense layers among the sparse ones, any sliding windows.
+"""Qwen2MoeForCausalLM: q, k, v biases, dense layers among the sparse ones, any sliding windows.
 
 It always has a shared expert, behind a sigmoid gate. With a zero gate that is one half for every token, so the shared
 down-projection is stored doubled, which is exact. Without shared experts it is a few neurons of zero weight, since
-transformers warns of a width of 0 at every load.
+transformers warns of a width of 0 at every load. Biases are written even where the parent has none, as zeros: vLLM
+reads them always, and leaves what it does not find uninitialised.
 """
 
 from __future__ import annotations
@@ -17,33 +18,38 @@ from tasks import architectures
 from tasks.partition.exporters.base import Exporter, SparseLayer, odd_head_dim
 from tasks.settings import Partition
 
-IDLE = 8
-"""Neurons of the shared expert where there is none; rows of 16 bytes in bfloat16."""
-
 
 class Qwen2Moe(Exporter):
     row = architectures.QWEN2_MOE
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:
         fields = common | odd_head_dim(dense) | sparse_fields(dense, partition)
-        seen = architectures.windows(dense)
+        seen, shared = architectures.windows(dense), partition.shared_experts * fields["moe_intermediate_size"]
         sliding = next(filter(None, seen), None)
         return Qwen2MoeConfig(
             **fields,
-            shared_expert_intermediate_size=partition.shared_experts * fields["moe_intermediate_size"] or IDLE,
-            qkv_bias=architectures.biases(dense) == "qkv",
+            shared_expert_intermediate_size=shared or architectures.IDLE,
+            qkv_bias=True,
             use_sliding_window=sliding is not None,
             sliding_window=sliding,
             max_window_layers=seen.index(sliding) if sliding else len(seen),  # read by transformers 4
             layer_types=["sliding_attention" if width else "full_attention" for width in seen],
         )
 
+    def extra(self, i: int, dense: PreTrainedConfig, *, dtype: torch.dtype) -> dict[str, Tensor]:
+        if architectures.biases(dense):
+            return {}
+        size = architectures.head_dim(dense)
+        heads = {"q": dense.num_attention_heads, "k": dense.num_key_value_heads, "v": dense.num_key_value_heads}
+        prefix = f"model.layers.{i}.self_attn"
+        return {f"{prefix}.{name}_proj.bias": torch.zeros(n * size, dtype=dtype) for name, n in heads.items()}
+
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
         prefix = f"model.layers.{i}.mlp"
         tensors = routed(prefix, sparse)
         gate = sparse.gate_EFD
-        idle = gate.new_zeros(IDLE, gate.shape[2])
-        shared = sparse.shared or (idle, idle.clone(), sparse.down_EDF.new_zeros(gate.shape[2], IDLE))
+        idle = gate.new_zeros(architectures.IDLE, gate.shape[2])
+        shared = sparse.shared or (idle, idle.clone(), sparse.down_EDF.new_zeros(gate.shape[2], architectures.IDLE))
         for name, weight in zip(("gate_proj", "up_proj", "down_proj"), shared, strict=True):
             tensors[f"{prefix}.shared_expert.{name}.weight"] = weight * 2 if name == "down_proj" else weight
         tensors[f"{prefix}.shared_expert_gate.weight"] = torch.zeros_like(sparse.router_ED[:1])

@@ -180,7 +180,11 @@ def test_qwen3_moes_config_has_the_published_name_for_the_number_of_experts(tmp_
         ("mistral, window", {}, "mixtral"),
         ("mistral, window", {"shared_experts": 2, "experts": 4}, "qwen2_moe"),
         ("mistral, wide window", {"shared_experts": 2, "experts": 4}, "granitemoeshared"),
-        ("qwen2", {}, "granitemoe"),
+        ("qwen2", {}, "qwen2_moe"),  # vLLM drops GraniteMoe's biases
+        ("qwen2", {"engines": ["llama.cpp", "transformers"]}, "granitemoe"),
+        ("qwen2", {"engines": []}, "granitemoe"),
+        ("qwen2", {"engines": ["transformers4"], "layers": "alternate"}, "qwen2_moe"),
+        ("llama, tied", {"engines": ["sglang"]}, "granitemoe"),  # it leaves the head of the others uninitialised
         ("qwen2", {"layers": "alternate"}, "qwen2_moe"),
         ("qwen2, sliding", {}, "qwen2_moe"),
         ("qwen3", {}, "qwen3_moe"),

@@ -37,7 +37,7 @@ def scaled(model: Path, data: Path) -> dict[str, Any]:
     for name in corpus["domains"]:
         corpus["domains"][name] = {"source": f"dir:{data}/{name}.jsonl", "format": "jsonl", "license": "PSF-2.0"}
     pipeline["mixture"]["windows"] = 4
-    pipeline["partition"]["calibration_windows"] = 8
+    pipeline["partition"] |= {"calibration_windows": 8, "engines": []}  # experts of two neurons
     assert set(SCALED) <= set(pipeline["pretrain"])
     pipeline["pretrain"].update(SCALED)
     pipeline["evaluate"]["seq_len"] = SCALED["seq_len"]
