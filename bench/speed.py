@@ -139,12 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     print(*table(rows, text), sep="\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"text": _basis(text), "engines": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**speed.basis(text), "engines": rows}, indent=2) + "\n")
     return 0
-
-
-def _basis(text: turns.Text) -> dict[str, int]:
-    return {"prompt": text.prompt, "new": text.new, "after": turns.SHORT, "repeats": text.repeats}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "triton", "prefect", "dvc", "l
 EXTRAS = {
     "fast": "without it, tokenising a corpus takes several times as long",
     "filters": "needed for filters of language, fluency and the rules of Gopher, C4 and FineWeb",
+    "llama-cpp": "without it, speed in llama.cpp is not measured",
     "dask": "needed for moeforge tokenise --runner dask",
     "ray": "needed for moeforge tokenise --runner ray",
 }

@@ -35,6 +35,8 @@ class Text:
     """Tokens that are read one by one, as in decoding. They are those of the text and not the model's own, so that all
     models read the same and none ends early; the likeliest token is still looked for."""
     repeats: int = 3
+    seconds: float = 60
+    """No further repeat begins after that time."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if the text is too short to decode anything."""
@@ -63,8 +65,11 @@ def take(
         By name: prompt, in tokens/s of reading `text.prompt` tokens, up to the choice of the next one; and decode,
         1 / the median time of a token; each by repeat. Every model has read a short text before.
     """
+    begun = time.perf_counter()
     rates: dict[Name, dict[str, list[float]]] = {name: {"prompt": [], "decode": []} for name in readers}
     for repeat in range(text.repeats + 1):
+        if repeat > 1 and time.perf_counter() - begun > text.seconds:
+            break
         for name, reader in readers.items():
             begins(name)
             if repeat:

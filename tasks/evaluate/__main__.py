@@ -6,7 +6,7 @@ Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}, and runs/PIPELIN
 a dense child. Writes runs/PIPELINE/evaluation.json (the figures), routing.json (tokens per domain, layer and expert),
 samples.json (each model's continuations of a few prompts), heldout.json (the evaluated windows, {domain: [[ids]]}) and
 windows.json (each model's nats on each window, to compare two evaluations by). Results are kept model by model: after
-a kill, the evaluation continues with the next model.
+a kill, the evaluation continues with the next model. Speed comes last, with the models beside each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks import code, scratch, settings
-from tasks.evaluate import accuracy, generation, likelihood, routing_balance
+from tasks.engines import turns
+from tasks.evaluate import accuracy, generation, likelihood, routing_balance, speed, speed_table
 
 MODELS = {
     "dense": "dense parent",
@@ -73,9 +74,10 @@ def evaluate(name: str) -> None:
                 if result.exists():
                     print(f"{result} is damaged ({error}); evaluating again", flush=True)
                 print(f"{MODELS[key]}: {path}", flush=True)
-                measured = _evaluate(path, ids, knobs=knobs, prepared=prepared, stock=key == "trained")
+                measured = _evaluate(path, ids, knobs=knobs, prepared=prepared)
                 scratch.write_sealed(result, measured)
                 done[key] = scratch.read_sealed(result)
+        speeds = _speeds(folders, ids, scratch=folder)
         counted = likelihood.counts(ids, token_bytes=token_bytes)
         outs = {
             "routing": {key: done[key]["load"] for key in ("split", "trained")},
@@ -88,12 +90,12 @@ def evaluate(name: str) -> None:
         for out, content in outs.items():
             (folder / f"{out}.json").write_text(json.dumps(content))
             scratch.publish(folder / f"{out}.json", run / f"{out}.json")
-        evaluation = summarise(done, test=counted, knobs=knobs, method=pipeline.partition.method)
+        evaluation = summarise(done, test=counted, speeds=speeds, knobs=knobs, method=pipeline.partition.method)
         scratch.write_json(run / "evaluation.json", evaluation)
         shutil.rmtree(folder)
 
 
-def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path, stock: bool) -> dict[str, Any]:
+def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
@@ -108,16 +110,8 @@ def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path,
 
     measured = likelihood.measure(model, ids, batch=knobs.batch, progress=progress)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    written = generation.samples(model, tokenizer)
+    texts = generation.samples(model, tokenizer)
     sparse = counts.experts(model.config)
-    engine = model.config._experts_implementation if sparse["layers"] else "transformers"
-    speed = {engine: {"forward": measured["tokens_per_second"], "decode": written["decode"]}}
-    if stock and sparse["layers"]:
-        as_loaded = generation.stock_speed(model, tokenizer, ids, batch=knobs.batch)
-        speed[as_loaded.pop("engine")] = as_loaded
-    for name, rates in speed.items():
-        shown = ", ".join(f"{what} {rate:,.0f}" for what, rate in rates.items() if rate)
-        print(f"  tokens/s, {name}: {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
     scored = accuracy.run(model, tokenizer, tasks=knobs.tasks, prepared=prepared, batch=knobs.batch)
     for task, entry in scored.items():
         figures = ", ".join(f"{m} {v:.4f}" for m, v in entry.items() if isinstance(v, float))
@@ -128,11 +122,36 @@ def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path,
         "parameters": {"total": sizes["total"], "active": sizes["active"]},
         "flops_per_token": counts.flops_per_token(model.config, seq_len=knobs.seq_len)["forward"],
         "experts": {"layers": sparse["layers"], "top_k": sparse["top_k"], "experts": sparse["experts"]},
-        "texts": written["texts"],
-        "speed": speed,
+        "texts": texts,
         "seconds": round(time.perf_counter() - start, 1),
         "machine": machine(here),
     }
+
+
+def _speeds(folders: dict[str, Path], ids: Any, *, scratch: Path) -> dict[str, Any]:
+    """Speed of the models on the first window: in float32 as all else here, and in llama.cpp; the split is as trained.
+
+    Returns:
+        What `summarise` calls speed.
+    """
+    import torch
+
+    from tasks.moe import allocator, device
+
+    here, threads = device.default(), speed.cores()
+    allocator.release()
+    if here == "cuda":
+        torch.cuda.empty_cache()
+    text = turns.Text(next(iter(ids.values()))[0].tolist())
+    shown: dict[str, Path] = {key: folder for key, folder in folders.items() if key != "split"}
+    print("speed, the models in turns", flush=True)
+    start = time.perf_counter()
+    rows = speed.in_transformers(shown, text, dtypes=["float32"], threads=[threads], device=here)
+    rows += speed.in_llama_cpp(shown, text, threads=sorted({1, threads}), scratch=scratch)
+    result = {**speed.basis(text), "engines": rows, "seconds": round(time.perf_counter() - start, 1)}
+    for label, cells in speed_table.rows(result, list(shown)):
+        print(f"  {label}: {', '.join(f'{MODELS[key]} {cell}' for key, cell in zip(shown, cells, strict=True))}")
+    return result
 
 
 def samples(done: dict[str, Any]) -> dict[str, Any]:
@@ -144,29 +163,33 @@ def samples(done: dict[str, Any]) -> dict[str, Any]:
     return {"new_tokens": generation.NEW_TOKENS, "samples": rows}
 
 
-def summarise(done: dict[str, Any], *, test: dict[str, Any], knobs: settings.Evaluate, method: str) -> dict[str, Any]:
+def summarise(
+    done: dict[str, Any], *, test: dict[str, Any], speeds: dict[str, Any], knobs: settings.Evaluate, method: str
+) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         done: {dense, split, trained, and child where there is one: the measurements}.
         test: likelihood.counts.
+        speeds: what `_speeds` measured.
         knobs: the settings of the evaluation.
         method: the method that made the experts.
 
     Returns:
         dense, split, trained, child if it was judged: {loss, perplexity, bits_per_byte: {domain, mean}, parameters
-        {total, active}, flops_per_token, tokens_per_second, tasks, seconds of its evaluation, speed {engine: {forward,
-        decode}} in tokens per second}; test: {domains: {windows, tokens, bytes}, seq_len, batch}; difference:
-        {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus second;
-        recovery: the share of the loss added by the split that training recovered, absent if the split added no more
-        than noise; routing: {experts, top_k, split, trained: routing_balance.balance}; method; machine.
+        {total, active}, flops_per_token, tasks, seconds of its evaluation}; test: {domains: {windows, tokens, bytes},
+        seq_len, batch}; speed: {prompt, after, new, repeats: tokens read and times, engines: [speed.Row], seconds};
+        difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus
+        second; recovery: the share of the loss added by the split that training recovered, absent if the split added
+        no more than noise; routing: {experts, top_k, split, trained: routing_balance.balance}; method; machine.
     """
     summary: dict[str, Any] = {"method": method}
     for key, result in done.items():
         summary[key] = likelihood.scores(result["nats"], test)
-        for field in ("parameters", "flops_per_token", "tokens_per_second", "tasks", "seconds", "speed"):
+        for field in ("parameters", "flops_per_token", "tasks", "seconds"):
             summary[key][field] = result[field]
     summary["test"] = {"domains": test, "seq_len": knobs.seq_len, "batch": knobs.batch}
+    summary["speed"] = speeds
     nats = {key: result["nats"] for key, result in done.items()}
     pairs = (("trained", "dense"), ("trained", "split"), ("split", "dense"), ("trained", "child"))
     summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs if b in nats}

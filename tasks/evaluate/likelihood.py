@@ -1,11 +1,10 @@
-"""Loss per domain: nats per token, perplexity, bits per byte, tokens per second, expert load."""
+"""Loss per domain: nats per token, perplexity, bits per byte, expert load."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -35,26 +34,22 @@ def measure(
         progress: called with (domain, its loss in nats per token) after each domain.
 
     Returns:
-        nats {domain: [summed nats of each window]}; tokens_per_second (median over the batches of tokens read, per
-        second of forward pass and loss); load {domain: [layers][experts] tokens sent there}, {} for a dense model.
+        nats {domain: [summed nats of each window]}; load {domain: [layers][experts] tokens sent there}, {} for a dense
+        model.
     """
     nats: dict[str, list[float]] = {}
     load: dict[str, list[list[int]]] = {}
-    speeds: list[float] = []
     sparse = architectures.is_moe(model.config)
     for domain, ids_BL in windows.items():
         sums: list[float] = []
         with routing.expert_load(model) if sparse else nullcontext() as load_LE:
             for i in range(0, len(ids_BL), batch):
-                part = ids_BL[i : i + batch]
-                start = time.perf_counter()
-                sums.extend(loss.window_nll(model, part, batch=batch).tolist())
-                speeds.append(part.size / (time.perf_counter() - start))
+                sums.extend(loss.window_nll(model, ids_BL[i : i + batch], batch=batch).tolist())
         nats[domain] = sums
         if load_LE is not None:
             load[domain] = load_LE.tolist()
         progress(domain, sum(sums) / predicted(ids_BL))
-    return {"nats": nats, "tokens_per_second": statistics.median(speeds), "load": load}
+    return {"nats": nats, "load": load}
 
 
 def predicted(ids_BL: np.ndarray) -> int:

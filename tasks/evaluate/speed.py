@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
 from tasks.engines import llama_cpp, turns
+from tasks.evaluate import speed_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PARENT = "dense"
-"""The model that the others are compared with."""
+PARENT = speed_table.PARENT
 STOCK, OURS, LLAMA_CPP = "transformers", "moe_kernels", "llama.cpp"
 QUANTISED = "Q8_0"
 Row = dict[str, Any]
-"""An engine's figures: engine, dtype, threads, models {name: `figures`, or reason if it does not run there}."""
+"""An engine's figures: engine, dtype, threads, device, models {name: `figures`, or a reason if it does not run}."""
 
 
 def cores() -> int:
@@ -55,11 +55,11 @@ def in_transformers(
         device: `cpu` or `cuda`.
 
     Returns:
-        Two rows for each dtype and number of threads. A model without experts has the same figures in both. `experts`
-        is transformers' default implementation of a sparse model's experts, or eager where that cannot run them.
+        Two rows for each dtype and number of threads, one if no model is sparse. A model without experts has the same
+        figures in both. `experts` is transformers' default implementation of a sparse model's experts, or eager where
+        that cannot run them.
 
-    Raises:
-        RuntimeError: the process failed; the message has its last words.
+    If the process fails, for lack of memory for example, every model has its last words as reason.
     """
     request = {
         "folders": {name: str(path) for name, path in folders.items()},
@@ -71,7 +71,14 @@ def in_transformers(
     command = [sys.executable, "-m", "tasks.evaluate.speed"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring speed in transformers failed: {done.stderr.strip()[-1000:]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        models = {name: {"reason": said[-1]} for name in folders}
+        return [
+            _row(engine, dtype, count, device=device, models=models)
+            for dtype in dtypes
+            for count in threads
+            for engine in (STOCK, OURS)
+        ]
     result: list[Row] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -117,12 +124,21 @@ def in_llama_cpp(
             models = {name: figures(rates[name], rates.get(PARENT), text=text) for name in rates}
             others = {name: {"reason": reason} for name, reason in (reasons | refused).items()}
             shown = {name: (models | others)[name] for name in folders}
-            rows.append({"engine": LLAMA_CPP, "dtype": QUANTISED, "threads": count, "models": shown})
+            rows.append(_row(LLAMA_CPP, QUANTISED, count, device="cpu", models=shown))
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)
             file.with_suffix(".Modelfile").unlink(missing_ok=True)
     return rows
+
+
+def _row(engine: str, dtype: str, threads: int, *, device: str, models: dict[str, dict[str, Any]]) -> Row:
+    return {"engine": engine, "dtype": dtype, "threads": threads, "device": device, "models": models}
+
+
+def basis(text: turns.Text) -> dict[str, int]:
+    """What was read: tokens of the prompt, tokens decoded and tokens before them, and the most repeats."""
+    return {"prompt": text.prompt, "after": turns.SHORT, "new": text.new, "repeats": text.repeats}
 
 
 def figures(
@@ -136,10 +152,12 @@ def figures(
         text: what was read.
 
     Returns:
-        prompt, decode: {median, min, max} of the tokens/s; first_token: seconds to the first token after the prompt;
+        prompt, decode: {median, min, max} of the tokens/s; repeats: their number; first_token: seconds to the
+        first token after the prompt;
         ratio: {prompt, decode: {median, min, max}} of the quotients by the parent's, absent without it.
     """
     result: dict[str, Any] = {what: _spread(values) for what, values in rates.items()}
+    result["repeats"] = len(rates["prompt"])
     result["first_token"] = _rounded(text.prompt / result["prompt"]["median"])
     if parent:
         result["ratio"] = {
@@ -227,7 +245,7 @@ def _measure(request: dict[str, Any]) -> list[Row]:
         for threads in request["threads"]:
             torch.set_num_threads(threads)
             rates = turns.take(readers, text)
-            for engine in (STOCK, OURS):
+            for engine in dict.fromkeys(engine for engine, _ in [*readers, *reasons]):
                 models: dict[str, dict[str, Any]] = {}
                 for name in request["folders"]:
                     key = (engine, name) if (engine, name) in readers or (engine, name) in reasons else (STOCK, name)
@@ -237,7 +255,7 @@ def _measure(request: dict[str, Any]) -> list[Row]:
                     models[name] = figures(rates[key], rates[STOCK, PARENT], text=text)
                     if experts := readers[key].experts:
                         models[name]["experts"] = experts
-                rows.append({"engine": engine, "dtype": dtype, "threads": threads, "models": models})
+                rows.append(_row(engine, dtype, threads, device=request["device"], models=models))
     return rows
 
 

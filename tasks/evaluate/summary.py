@@ -11,20 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.evaluate import speed_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 MODELS = ("dense", "split", "trained", "child")
 """Keys of evaluation.json, in the order of the columns; the dense child is there in pipelines with `control`."""
-ENGINES = {
-    "moe_kernels": "moe_kernels",
-    "grouped_mm": "stock transformers (grouped_mm)",
-    "eager": "stock transformers (eager)",
-    "transformers": "stock transformers",
-}
-"""Names of the experts implementations in the tables."""
-DENSE_ENGINE = "transformers"
-"""What a model without experts was measured with."""
 
 
 def read(pipeline: str) -> dict[str, Any]:
@@ -83,19 +76,8 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def speeds(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Rows of tokens per second, forward and decoding; one for each way to compute experts.
-
-    A dense model has no experts, so that its one figure stands in every row.
-    """
-    judged: list[dict[str, dict[str, float | None]]] = [evaluation[key].get("speed", {}) for key in models(evaluation)]
-    table = []
-    named = dict.fromkeys(engine for model in judged for engine in model)
-    for engine in [engine for engine in named if engine != DENSE_ENGINE] or named:
-        for what in ("forward", "decode"):
-            rates = [(model.get(engine) or model.get(DENSE_ENGINE, {})).get(what) for model in judged]
-            label = f"tokens/s, {what}: {ENGINES.get(engine, engine)}"
-            table.append((label, [f"{rate:,.0f}" if rate else "–" for rate in rates]))
-    return table
+    """Rows of speed, prompt and decode, for each engine."""
+    return speed_table.rows(evaluation.get("speed", {}), models(evaluation))
 
 
 def table(pipeline: str) -> Table:
@@ -215,24 +197,8 @@ def chance(evaluation: dict[str, Any]) -> str:
 
 def speed_basis(evaluation: dict[str, Any]) -> str:
     """The conditions under which the speeds were measured."""
-    if not speeds(evaluation):
-        return ""
-    machine = evaluation["machine"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores used"
-    text = (
-        f"tokens/s in float32 on {where}. Forward: batches of {evaluation['test']['batch']} windows of "
-        f"{evaluation['test']['seq_len']} tokens, with the loss. Decode: one sequence, greedy, with a KV cache."
-    )
-    if any("moe_kernels" in evaluation[key]["speed"] for key in models(evaluation)):
-        text += (
-            " moe_kernels is this project's package for the experts. AutoModelForCausalLM without it runs stock "
-            "transformers, as a dense model does in every row."
-        )
-    if any("eager" in evaluation[key]["speed"] for key in models(evaluation)):
-        text += (
-            " Its default, grouped_mm, cannot run these experts: load the model with experts_implementation='eager'."
-        )
-    return text
+    named = dict(zip(models(evaluation), titles(evaluation), strict=True))
+    return speed_table.basis(evaluation.get("speed", {}), machine=evaluation.get("machine", {}), titles=named)
 
 
 def collapsed(evaluation: dict[str, Any]) -> bool:

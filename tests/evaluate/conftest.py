@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from tasks import settings
+from tasks.engines import turns
+from tasks.evaluate import speed
 from tasks.evaluate.__main__ import samples, summarise
 from tasks.evaluate.report import results as results_module
 
@@ -40,7 +42,6 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str
     return {
         "nats": nats,
         "load": load if sparse else {},
-        "tokens_per_second": 432.1 if sparse else 391.7,
         "tasks": {"hellaswag_100": score | basis},
         "parameters": {"total": 136_173_888, "active": 106_315_008}
         if sparse
@@ -48,12 +49,34 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str
         "flops_per_token": 243_000_000 if sparse else 303_000_000,
         "experts": {"layers": list(range(LAYERS)) if sparse else [], "experts": EXPERTS, "top_k": 32},
         "texts": ["Paris.", "there was `a` <b>|cat|</b>\n\n# heading\x07", "    return n"],
-        "speed": {"moe_kernels": {"forward": 432.1, "decode": 8.7}, "grouped_mm": {"forward": 121.4, "decode": 5.5}}
-        if sparse
-        else {"transformers": {"forward": 391.7, "decode": 20.2}},
         "seconds": 31.5,
         "machine": {"processor": "AMD EPYC", "cores": 2, "threads": 2, "device": "cpu"},
     }
+
+
+def speeds(*, child: bool) -> dict[str, Any]:
+    """The `speed` of evaluation.json: the trained model runs in three engines, at 1 and 2 threads in one."""
+    text = turns.Text(list(range(512)))
+
+    def rates(prompt: float, decode: float) -> dict[str, list[float]]:
+        return {"prompt": [prompt, 1.1 * prompt, 0.9 * prompt], "decode": [decode] * 3}
+
+    dense = rates(400.0, 20.0)
+    rows = []
+    for engine, dtype, threads, prompt, decode in (
+        ("transformers", "float32", 2, 120.0, 6.0),
+        ("moe_kernels", "float32", 2, 432.0, 8.0),
+        ("llama.cpp", "Q8_0", 1, 440.0, 22.0),
+        ("llama.cpp", "Q8_0", 2, 480.0, 24.0),
+    ):
+        models = {"dense": speed.figures(dense, dense, text=text)}
+        if child:
+            models["child"] = speed.figures(rates(600.0, 25.0), dense, text=text)
+        models["trained"] = speed.figures(rates(prompt, decode), dense, text=text)
+        if engine != "llama.cpp":
+            models["trained"]["experts"] = "grouped_mm" if engine == "transformers" else engine
+        rows.append({"engine": engine, "dtype": dtype, "threads": threads, "device": "cpu", "models": models})
+    return {**speed.basis(text), "engines": rows, "seconds": 61.0}
 
 
 def judgements(root: Path) -> tuple[dict[str, float], dict[str, dict[str, int]], dict[str, Any]]:
@@ -74,7 +97,9 @@ def write_child(root: Path) -> None:
     sizes = {"parameters": {"total": 98_000_000, "active": 98_000_000}}
     done["child"] = judged(0.6, sparse=False, domains=domains) | sizes
     demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
-    evaluation = summarise(done, test=counted, knobs=demo.evaluate, method=demo.partition.method)
+    evaluation = summarise(
+        done, test=counted, speeds=speeds(child=True), knobs=demo.evaluate, method=demo.partition.method
+    )
     (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluation))
     (root / "runs/demo/samples.json").write_text(json.dumps(samples(done)))
 
@@ -164,7 +189,10 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
     log.append({"kind": "event", "step": 24, "what": "dead_experts", "message": message})
     (run / "validation.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
     (run / "training" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
-    dump(run / "evaluation.json", summarise(done, test=counted, knobs=demo.evaluate, method=demo.partition.method))
+    evaluation = summarise(
+        done, test=counted, speeds=speeds(child=False), knobs=demo.evaluate, method=demo.partition.method
+    )
+    dump(run / "evaluation.json", evaluation)
     dump(run / "samples.json", samples(done))
     dump(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
     dump(run / "heldout.json", {name: [[1, 2, 3]] for name in domains})

@@ -1,4 +1,4 @@
-"""Inline SVG charts without a library: lines, dots on a scale, bars, histograms, a heat map.
+"""Inline SVG charts without a library: lines, dots on a scale or on axes, bars, histograms, a heat map.
 
 Colours are the page's CSS classes. Every function returns markup that stands alone in a page; all text is escaped.
 Series are classes `s0` to `s7`, models `m0` to `m3`, heat levels `h0` to `h8`.
@@ -61,10 +61,7 @@ def lines(
 
     parts = []
     for tick in y_ticks:
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>'
-        )
-        parts.append(f'<text class="end" x="{_LEFT - 7}" y="{py(tick) + 4:.1f}">{number(tick)}</text>')
+        parts.append(_grid_line(py(tick), number(tick)))
     for tick in x_ticks:
         if x_low <= tick <= x_high:
             parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{number(tick)}</text>')
@@ -84,6 +81,37 @@ def lines(
             parts.append(f'<circle class="s{i % COLOURS}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>')
     keys = [(label, "faint" if label == faint else f"s{i % COLOURS}") for i, label in enumerate(series)]
     chart = _svg("".join(parts), width=_WIDTH, height=_HEIGHT, label=f"{y_label} by {x_label}")
+    return f'<p class="unit">{escape(y_label)}</p>{chart}{legend(keys)}'
+
+
+def scatter(points: Sequence[tuple[str, float, float, int]], *, x_label: str, y_label: str) -> str:
+    """One dot per model, named in a legend.
+
+    Args:
+        points: (label, x, y, number of the model's colour).
+        x_label, y_label: axis titles; the x axis begins at 0.
+    """
+    x_ticks = ticks(0.0, max(x for _, x, _, _ in points), count=6)
+    y_ticks = ticks(min(y for _, _, y, _ in points), max(y for _, _, y, _ in points), count=5)
+    parts = []
+
+    def px(x: float) -> float:
+        return _LEFT + x / x_ticks[-1] * (_WIDTH - _LEFT - _RIGHT)
+
+    def py(y: float) -> float:
+        return _TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
+
+    for tick in y_ticks:
+        parts.append(_grid_line(py(tick), number(tick)))
+    axis = _HEIGHT - _BOTTOM
+    for tick in x_ticks:
+        parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{axis + 17}">{number(tick)}</text>')
+    parts.append(f'<text class="end" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}">{escape(x_label)}</text>')
+    for label, x, y, model in points:
+        title = f"<title>{escape(label)}: {x:.1f}, {y:.2f}</title>"
+        parts.append(f'<circle class="m{model} dot" cx="{px(x):.1f}" cy="{py(y):.1f}" r="6.5">{title}</circle>')
+    chart = _svg("".join(parts), width=_WIDTH, height=_HEIGHT, label=f"{y_label} by {x_label}")
+    keys = [(label, f"m{model}") for label, _, _, model in points]
     return f'<p class="unit">{escape(y_label)}</p>{chart}{legend(keys)}'
 
 
@@ -244,6 +272,12 @@ def number(value: float) -> str:
 def _binary(k: int) -> str:
     """2^k as a tick's text: 2^12 is 4k."""
     return f"{1 << k % 10}{('', 'k', 'M', 'G', 'T')[k // 10]}"
+
+
+def _grid_line(y: float, text: str) -> str:
+    """A line across a chart of axes, with its text at the left."""
+    line = f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text class="end" x="{_LEFT - 7}" y="{y + 4:.1f}">{text}</text>'
 
 
 def _scale(marks: Sequence[tuple[float, str]], *, height: int) -> list[str]:

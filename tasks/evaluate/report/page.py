@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tasks.evaluate import summary
+from tasks.evaluate import speed_table, summary
 from tasks.evaluate.report import card, charts, corpus_section, experts_section, training_section
 from tasks.evaluate.report.results import Results
 from tasks.pretrain.job import code_version
@@ -53,6 +53,7 @@ def context(results: Results) -> dict[str, Any]:
         "basis": " ".join(part(evaluation) for part in (summary.basis, summary.change, summary.rival)).strip(),
         "warning": summary.routing(evaluation) if summary.collapsed(evaluation) else "",
         "quality_chart": Markup(charts.dots(bits, label="bits per byte on test text; fewer is better")),
+        "frontier": Markup(frontier(evaluation)),
         "models": titles,
         "conversion": summary.conversion(evaluation),
         "quality": quality(evaluation, domains),
@@ -105,14 +106,15 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
             f"{trained['flops_per_token'] / dense['flops_per_token']:.0%} of the dense parent's",
         },
     ]
-    if rows := summary.speeds(evaluation):
-        forward = [(label.partition(": ")[2], values) for label, values in rows if ", forward:" in label]
+    if row := speed_table.headline(evaluation.get("speed", {})):
+        ratios = row["models"]["trained"]["ratio"]
+        notes = [f"prompt {ratios['prompt']['median']:.2f}×"]
+        if "ratio" in row["models"].get("child", {}):
+            notes.append(f"dense child {row['models']['child']['ratio']['decode']['median']:.2f}×")
         tile = {
-            "label": f"Tokens/s, forward, {forward[0][0]}",
-            "value": forward[0][1][2],
-            "note": "; ".join(
-                [f"dense parent {forward[0][1][0]}", *(f"{name} {values[2]}" for name, values in forward[1:])]
-            ),
+            "label": "Decode speed against the dense parent",
+            "value": f"{ratios['decode']['median']:.2f}×",
+            "note": f"{', '.join(notes)}; {speed_table.title(row)}",
         }
         shown.append(tile)
     if "recovery" in evaluation:
@@ -152,6 +154,20 @@ def size(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     rows.append(("forward FLOPs per token", [summary.count(model["flops_per_token"]) for model in models]))
     return [{"title": "size and speed", "basis": "", "rows": rows + summary.speeds(evaluation)}]
+
+
+def frontier(evaluation: dict[str, Any]) -> str:
+    """The chart of perplexity against decode speed; "" without speeds."""
+    if (row := speed_table.headline(evaluation.get("speed", {}))) is None:
+        return ""
+    measured = {key: found["decode"]["median"] for key, found in row["models"].items() if "decode" in found}
+    points = [
+        (title, measured[key], evaluation[key]["perplexity"]["mean"], summary.MODELS.index(key))
+        for key, title in zip(summary.models(evaluation), summary.titles(evaluation), strict=True)
+        if key in measured
+    ]
+    x_label = f"decode, tokens/s: {speed_table.title(row)}"
+    return charts.scatter(points, x_label=x_label, y_label="perplexity on test text; further down and right is better")
 
 
 def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -198,7 +214,8 @@ def times(results: Results) -> list[tuple[str, str]]:
         "mixture": results.mixture_seconds,
         "partition": sum(results.partition["seconds"].values()),
         "pretrain": results.pretrain["seconds"],
-        "evaluate": sum(results.evaluation[key]["seconds"] for key in summary.models(results.evaluation)),
+        "evaluate": sum(results.evaluation[key]["seconds"] for key in summary.models(results.evaluation))
+        + results.evaluation.get("speed", {}).get("seconds", 0.0),
     }
     return [(stage, duration(value)) for stage, value in seconds.items()]
 

@@ -322,23 +322,60 @@ def test_only_scores_within_two_errors_of_random_guessing_are_listed_as_such(res
     assert "chance" not in card.text(guessless)
 
 
-def test_speeds_name_the_engine_and_what_the_user_gets_stands_beside_ours(results: Results) -> None:
+def test_speeds_stand_with_engine_dtype_and_threads_beside_the_parents_and_as_multiples_of_it(
+    results: Results,
+) -> None:
     rows = dict(summary.speeds(results.evaluation))
     assert rows == {
-        "tokens/s, forward: moe_kernels": ["392", "432", "432"],
-        "tokens/s, decode: moe_kernels": ["20", "9", "9"],
-        "tokens/s, forward: stock transformers (grouped_mm)": ["392", "121", "121"],
-        "tokens/s, decode: stock transformers (grouped_mm)": ["20", "6", "6"],
+        "tokens/s, prompt: transformers float32, 2 threads": ["400", "–", "120 (0.30 ×)"],
+        "tokens/s, decode: transformers float32, 2 threads": ["20", "–", "6 (0.30 ×)"],
+        "tokens/s, prompt: moe_kernels float32, 2 threads": ["400", "–", "432 (1.08 ×)"],
+        "tokens/s, decode: moe_kernels float32, 2 threads": ["20", "–", "8 (0.40 ×)"],
+        "tokens/s, prompt: llama.cpp Q8_0, 1 thread": ["400", "–", "440 (1.10 ×)"],
+        "tokens/s, decode: llama.cpp Q8_0, 1 thread": ["20", "–", "22 (1.10 ×)"],
+        "tokens/s, prompt: llama.cpp Q8_0, 2 threads": ["400", "–", "480 (1.20 ×)"],
+        "tokens/s, decode: llama.cpp Q8_0, 2 threads": ["20", "–", "24 (1.20 ×)"],
     }
     basis = summary.speed_basis(results.evaluation)
-    for label in ("float32", "AMD EPYC, 2 of 2 cores used", "batches of 4 windows of 512 tokens", "one sequence"):
+    for label in ("AMD EPYC, 2 cores", "512 tokens at once", "medians of 3 repeats", "(experts: grouped_mm)"):
         assert label in basis
+    for text in (shown(results), card.text(results)):
+        assert "24 (1.20 ×)" in text
+        assert "AMD EPYC, 2 cores; prompt: 512 tokens at once" in " ".join(text.split())
+
+
+def test_decode_speed_is_a_headline_and_the_axis_of_a_chart_of_quality_by_the_best_engine_that_runs(
+    finished: Path,
+) -> None:
+    write_child(finished)
+    contents = results_module.read("demo")
+    (tile,) = [tile for tile in page.tiles(contents.evaluation) if "speed" in tile["label"]]
+    assert tile["value"] == "1.20×"
+    assert tile["note"] == "prompt 1.20×, dense child 1.25×; llama.cpp Q8_0, 2 threads"
+    chart = page.frontier(contents.evaluation)
+    assert "decode, tokens/s: llama.cpp Q8_0, 2 threads" in chart
+    assert [title for title in ("dense parent", "after training", "dense child") if f"<title>{title}: " in chart] == [
+        "dense parent", "after training", "dense child"
+    ]  # fmt: skip
+    assert "after the split" not in chart
+    assert "Quality and speed" in page.render(contents)
+
+    for row in contents.evaluation["speed"]["engines"][2:]:
+        row["models"]["trained"] = {"reason": "48 chosen experts in 30 layers; at most 27"}
+    assert "moe_kernels float32, 2 threads" in page.frontier(contents.evaluation)
+    assert dict(summary.speeds(contents.evaluation))["tokens/s, decode: llama.cpp Q8_0, 2 threads"][2] == "–"
+    sentence = "llama.cpp does not run: after training (48 chosen experts in 30 layers; at most 27)."
+    assert summary.speed_basis(contents.evaluation).count(sentence) == 1
+    assert sentence in shown(contents)
+    del contents.evaluation["speed"]
+    assert summary.speeds(contents.evaluation) == []
+    assert "Quality and speed" not in page.render(contents)
 
 
 def test_experts_that_the_default_cannot_run_are_said_to_need_another_implementation(results: Results) -> None:
     assert "experts_implementation='eager'" not in summary.speed_basis(results.evaluation)
     evaluation = json.loads(json.dumps(results.evaluation))
-    evaluation["trained"]["speed"]["eager"] = evaluation["trained"]["speed"].pop("grouped_mm")
+    evaluation["speed"]["engines"][0]["models"]["trained"]["experts"] = "eager"
     assert "load the model with experts_implementation='eager'" in summary.speed_basis(evaluation)
 
 
@@ -380,7 +417,7 @@ def test_the_page_draws_errors_rates_and_gradients_and_says_how_long_each_stage_
     assert "Parts with other peaks, on the same curve: router 4e-07." in text
     assert (
         "corpus, sum over processes 30.0 s mixture 12.3 s partition 3.4 minutes pretrain 5.0 minutes "
-        "evaluate 1.6 minutes" in text
+        "evaluate 2.6 minutes" in text
     )
     assert re.search(r"paired by window: \+0\.\d+ ± 0\.\d+ compared with the dense parent, −0\.\d+ ±", text)
 
@@ -404,9 +441,9 @@ def test_one_domain_and_one_sparse_layer_without_text_give_a_page_and_a_card(fin
 def test_a_model_that_stayed_dense_gives_a_page_and_a_card(finished: Path) -> None:
     with changed("runs/demo/evaluation.json") as evaluation, changed("runs/demo/routing.json") as routing:
         evaluation["routing"] = {"experts": 0, "top_k": 0, "split": {}, "trained": {}}
-        for key in ("split", "trained"):
-            evaluation[key]["speed"] = evaluation["dense"]["speed"]
-            routing[key] = {}
+        routing |= {"split": {}, "trained": {}}
+        del evaluation["speed"]["engines"][1]  # that of moe_kernels
+        del evaluation["speed"]["engines"][0]["models"]["trained"]["experts"]
     dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30}
     Path("runs/demo/trained/config.json").write_text(json.dumps(dense))
     contents = results_module.read("demo")
@@ -516,7 +553,8 @@ def test_a_dense_child_is_a_column_of_table_page_and_card_and_one_sentence_says_
     gap = page.render(results).split("Gap closed")[1].split("</thead>")[0]
     assert "dense child" not in gap
     rows = dict(summary.speeds(results.evaluation))
-    assert rows["tokens/s, forward: moe_kernels"] == ["392", "432", "432", "392"]
+    label = "tokens/s, prompt: moe_kernels float32, 2 threads"
+    assert rows[label] == ["400", "–", "432 (1.08 ×)", "600 (1.50 ×)"]
 
 
 def test_a_difference_within_two_standard_errors_is_nobodys(finished: Path) -> None:
