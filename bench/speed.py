@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 folders = random_models.write(Path(folder), sizes, splits)
                 ids = random.Random(0).choices(range(256), k=512)
                 print(f"random weights, {sizes}, {arguments.share:g} % of the FFN active\n")
-            text = turns.Text(ids, new=arguments.new, repeats=arguments.repeats)
+            text = turns.Text(ids, new=arguments.new, repeats=arguments.repeats, seconds=600)
             rows = measure(folders, text, engines=arguments.engines, threads=threads, scratch=Path(folder))
         except (ValueError, OSError) as error:
             print(f"speed: {error}", file=sys.stderr)

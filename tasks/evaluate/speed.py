@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def cores() -> int:
     """The cores that this process may use, or fewer if OMP_NUM_THREADS says so."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, int(os.environ.get("OMP_NUM_THREADS") or available))
+    return min(available, int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or available))
 
 
 def in_transformers(

@@ -78,6 +78,20 @@ def test_dots_are_well_formed_and_one_for_each_value(rows: dict[str, dict[str, f
     assert len(circles) == 2 * len(rows)
 
 
+@given(
+    st.lists(st.tuples(label, st.floats(0, 1e6), st.floats(1, 1e6), st.integers(0, 3)), min_size=1, max_size=4), label
+)
+def test_dots_on_axes_lie_as_far_right_and_up_as_their_numbers_say(
+    points: list[tuple[str, float, float, int]], axis: str
+) -> None:
+    circles = parse(charts.scatter(points, x_label=axis, y_label=axis)).findall(".//circle")
+    assert [circle.attrib["class"] for circle in circles] == [f"m{model} dot" for _, _, _, model in points]
+    drawn = list(zip(points, circles, strict=True))
+    for ((_, x, y, _), one), ((_, other_x, other_y, _), other) in itertools.permutations(drawn, 2):
+        assert x < other_x or float(one.attrib["cx"]) >= float(other.attrib["cx"])
+        assert y < other_y or float(one.attrib["cy"]) <= float(other.attrib["cy"])
+
+
 tokens = st.integers(0, 10**13)
 
 
