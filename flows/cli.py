@@ -1,4 +1,4 @@
-"""`moeforge`: run, tokenise, plan, status, inspect, verify, import, doctor. Each command imports what it needs."""
+"""`moeforge`: run, tokenise, plan, status, inspect, verify, export, import, doctor. Commands import what they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows import dag, environment
+from flows import dag, environment, export
 from flows.terminal import clear_errors, fail, raise_on_sigterm, show
 from tasks import scratch, settings
 
@@ -153,12 +153,10 @@ def plan(
     if calibrate and tflops is not None:
         fail("--calibrate measures this machine, and --tflops is for another; leave one out")
     with clear_errors():
-        if file is None and name.endswith((".yaml", ".yml")):
-            file, names = Path(name), None
-        else:
-            names = [name]
+        is_recipe = file is None and name.endswith((".yaml", ".yml"))
+        file = Path(name) if is_recipe else file
         config = settings.load(file or settings.FILE)
-        for each in names or list(config.pipelines):
+        for each in list(config.pipelines) if is_recipe else [name]:
             if file is None:
                 show(plan_view.stages(each))
             for line in preflight.refusals(config, each):
@@ -254,6 +252,9 @@ def _released(name: str) -> Iterator[Any]:
             if problem := releases.settle(name):
                 print(problem, file=sys.stderr)
             yield releases
+
+
+app.command(epilog="Example: moeforge export demo --gguf --quantise Q8_0")(export.export)
 
 
 @app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")

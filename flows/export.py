@@ -1,0 +1,95 @@
+"""`moeforge export`: a model as a GGUF file for llama.cpp and Ollama, and the command lines of all engines.
+
+moeforge export demo                                # the command lines alone
+moeforge export demo --gguf --quantise Q8_0         # runs/demo/export/demo-Q8_0.gguf and its Modelfile too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from flows.terminal import clear_errors, fail
+from tasks import settings
+
+if TYPE_CHECKING:
+    from tasks.settings.partition import Engine
+
+RESULTS = ("model", "trained")
+"""Folders of runs/NAME that hold a pipeline's result; the first has the model card too."""
+
+
+def export(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A pipeline that was run, or a checkpoint's folder.")],
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file, and a Modelfile for Ollama.")] = False,
+    quantise: Annotated[
+        Literal["F32", "F16", "BF16", "Q8_0"] | None, typer.Option("--quantise", help="With --gguf, else F16.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="With --gguf: FILE.gguf, else in an export folder.")
+    ] = None,
+) -> None:
+    """Say how llama.cpp, Ollama, vLLM and SGLang run a model, or why they cannot; with --gguf write their file."""
+    with clear_errors():
+        if not gguf and (quantise or output):
+            fail(f"{'--quantise' if quantise else '--output'} goes with --gguf")
+        folder, label = checkpoint(name)
+        file = output or folder.parent / "export" / f"{label}-{quantise or 'F16'}.gguf"
+        if gguf:
+            from tasks.engines import gguf as writer
+
+            written = writer.export(folder, file, kind=quantise or "F16")
+            kinds = ", ".join(f"{count} {kind}" for kind, count in written["tensors"].items())
+            print(f"{file}: {written['architecture']}, {written['bytes'] / 1e6:.1f} MB, tensors: {kinds}")
+        for line in commands(folder, file if gguf else None, label=label):
+            print(line)
+
+
+def checkpoint(name: str) -> tuple[Path, str]:
+    """The folder of a pipeline's result, or of a checkpoint, and a name for the model.
+
+    Raises FileNotFoundError where there is none, and SettingsError for a name that is neither.
+    """
+    if (folder := Path(name)).joinpath("config.json").is_file():
+        return folder, folder.resolve().name
+    if folder.is_dir():
+        raise FileNotFoundError(f"{name}: no checkpoint here (config.json is missing)")
+    settings.load().pipeline(name)
+    for result in RESULTS:
+        if (folder := Path("runs", name, result)).joinpath("config.json").is_file():
+            return folder, name
+    raise FileNotFoundError(f"runs/{name}/{RESULTS[0]}: no result yet; run `moeforge run {name}` first")
+
+
+def commands(folder: Path, file: Path | None, *, label: str) -> Iterator[str]:
+    """A line for each engine: how to run a checkpoint with it, or why it cannot.
+
+    Args:
+        file: its GGUF file; None if there is none.
+    """
+    from transformers import AutoConfig
+
+    from tasks.engines import limits
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def unless_refused(title: str, engine: Engine, command: str, *, length: str) -> str:
+        if reason := limits.check(engine, config):
+            return f"{title}: no: {reason}"
+        tokens = limits.context(engine, config)
+        return f"{title}: {command}" + (f" {length} {tokens}" if tokens < config.max_position_embeddings else "")
+
+    if file:
+        name = label.lower()
+        yield f"llama.cpp: llama-cli -m {file} -c {limits.context('llama.cpp', config)}"
+        yield f"Ollama: ollama create {name} -f {file.with_suffix('.Modelfile')} && ollama run {name}"
+    elif reason := limits.llama_cpp(config):
+        yield f"llama.cpp, Ollama: no: {reason}"
+    else:
+        yield "llama.cpp, Ollama: add --gguf, which writes their file"
+    yield unless_refused("vLLM", "vllm", f"vllm serve {folder}", length="--max-model-len")
+    server = f"python -m sglang.launch_server --model-path {folder}"
+    yield unless_refused("SGLang", "sglang", server, length="--context-length")
