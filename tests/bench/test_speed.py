@@ -28,7 +28,24 @@ def test_random_splits_are_measured_beside_their_parent_and_a_dense_child(
         assert f"| llama.cpp, Q8_0, 1 | {model} | " in printed
     (row,) = json.loads((tmp_path / "out.json").read_text())["engines"]
     assert row["models"]["dense"]["ratio"]["decode"] == {"median": 1, "min": 1, "max": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert list(tmp_path.glob("tmp*")) == []  # where the models were
+
+
+def test_a_finished_run_is_measured_beside_its_parent_and_its_child_on_the_text_that_it_was_judged_by(
+    tiny_project: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--engines", "llama.cpp", "--threads", "1", "--repeats", "1", "--new", "2"]
+    assert speed.main(["tiny", *options]) == 1
+    assert "runs/tiny/heldout.json does not exist; `moeforge run tiny` writes it" in capsys.readouterr().err
+    for folder in ("data/models/tiny", "runs/tiny/trained", "runs/tiny/control/model"):
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        Path(folder).symlink_to(tiny_model)
+    Path("runs/tiny/heldout.json").write_text(json.dumps({"prose": [list(range(1, 65))]}))
+    assert speed.main(["tiny", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "prompt of 64, tokens/s" in printed
+    for model in ("dense", "child", "trained"):
+        assert f"| llama.cpp, Q8_0, 1 | {model} | " in printed
 
 
 @pytest.mark.parametrize(("width", "shared", "top_k"), [(100, 1, None), (32, 1, 2), (32, 2, None), (16, 5, 3)])
