@@ -35,7 +35,7 @@ class Text:
     """Tokens that are read one by one, as in decoding. They are those of the text and not the model's own, so that all
     models read the same and none ends early; the likeliest token is still looked for."""
     repeats: int = 3
-    seconds: float = 60
+    seconds: float = 40
     """No further repeat begins after that time."""
 
     def __post_init__(self) -> None:

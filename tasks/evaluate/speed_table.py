@@ -9,17 +9,31 @@ PARENT = "dense"
 _TOLD = ("transformers", "moe_kernels", "llama.cpp")
 
 
-def rows(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Rows of tokens per second, and of how many times the dense parent's that is: a cell for each of `models`.
+def groups(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """For each engine its title, and its rows: prompt or decode, and a cell for each of `models`.
 
-    A cell is `–` for a model that was not measured or that the engine does not run.
+    A cell has tokens per second, and how many times the dense parent's that is; `–` for a model that was not measured
+    or that the engine does not run.
     """
-    table = []
-    for row in measured.get("engines", []):
-        for what in ("prompt", "decode"):
-            cells = [_cell(row["models"].get(key, {}), what, ratio=key != PARENT) for key in models]
-            table.append((f"tokens/s, {what}: {title(row)}", cells))
-    return table
+    return [
+        (
+            title(row),
+            [
+                (what, [_cell(row["models"].get(key, {}), what, ratio=key != PARENT) for key in models])
+                for what in ("prompt", "decode")
+            ],
+        )
+        for row in measured.get("engines", [])
+    ]
+
+
+def rows(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The rows of all `groups`, each with its engine in its label."""
+    return [
+        (f"tokens/s, {what}: {engine}", cells)
+        for engine, of_engine in groups(measured, models)
+        for what, cells in of_engine
+    ]
 
 
 def title(row: Mapping[str, Any]) -> str:

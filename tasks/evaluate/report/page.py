@@ -58,6 +58,7 @@ def context(results: Results) -> dict[str, Any]:
         "conversion": summary.conversion(evaluation),
         "quality": quality(evaluation, domains),
         "size": size(evaluation),
+        "speeds": speeds(evaluation),
         "speed_basis": summary.speed_basis(evaluation),
         "tasks": downstream(evaluation),
         "chance": summary.chance(evaluation),
@@ -146,14 +147,20 @@ def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, An
 
 
 def size(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameters, FLOPs and speed in the same form."""
+    """Parameters and FLOPs in the same form."""
     models = [evaluation[key] for key in summary.models(evaluation)]
     rows = [
         (f"parameters, {key}", [summary.count(model["parameters"][key]) for model in models])
         for key in ("total", "active")
     ]
     rows.append(("forward FLOPs per token", [summary.count(model["flops_per_token"]) for model in models]))
-    return [{"title": "size and speed", "basis": "", "rows": rows + summary.speeds(evaluation)}]
+    return [{"title": "size", "basis": "", "rows": rows}]
+
+
+def speeds(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Speed in the same form: a group for every engine."""
+    found = speed_table.groups(evaluation.get("speed", {}), summary.models(evaluation))
+    return [{"title": f"tokens/s, {engine}", "basis": "", "rows": rows} for engine, rows in found]
 
 
 def frontier(evaluation: dict[str, Any]) -> str:
