@@ -79,7 +79,7 @@ def _of_any_class(row: Row, support: Support, config: Any) -> Iterator[str]:
         yield f"hidden_act = {config.hidden_act!r}; it computes SwiGLU alone"
     if dropped := set(biases) - set(support.biases):
         named = ", ".join(name for name in "qkvo" if name in dropped)
-        yield f"it has no bias on the attention's {named} in a {known.model_type}, and drops them without a word"
+        yield f"it computes no bias on the attention's {named} in a {known.model_type}, and says nothing of it"
     if support.wants_biases and not biases:
         yield f"it leaves the biases of q, k and v uninitialised, which this {known.model_type} lacks; partition again"
     usual = config.hidden_size // config.num_attention_heads

@@ -54,6 +54,7 @@ _CONFIGS = {
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
     "granite": GraniteConfig(**_COMMON, **_MULTIPLIERS, logits_scaling=2.0, attention_bias=True),
     "mixtral": MixtralConfig(**_COMMON, **_EXPERTS, sliding_window=None),
+    "mixtral, tied": MixtralConfig(**_COMMON, **_EXPERTS, sliding_window=None, tie_word_embeddings=True),
     "granitemoe with biases": GraniteMoeConfig(**_COMMON, **_EXPERTS, attention_multiplier=0.25, attention_bias=True),
     "granitemoeshared, tied": GraniteMoeSharedConfig(
         **_COMMON, **_EXPERTS, shared_intermediate_size=64, attention_multiplier=0.25, tie_word_embeddings=True
@@ -62,6 +63,10 @@ _CONFIGS = {
         **_COMMON, **_EXPERTS, shared_intermediate_size=64, attention_multiplier=0.14, head_dim=48
     ),
     "qwen2_moe, gate at zero": Qwen2MoeConfig(**_COMMON, **_QWEN, shared_expert_intermediate_size=64),
+    "qwen2_moe, none shared, tied": Qwen2MoeConfig(
+        **_COMMON, **_QWEN, shared_expert_intermediate_size=8, tie_word_embeddings=True
+    ),
+    "qwen3_moe, tied": Qwen3MoeConfig(**_COMMON, **_QWEN, head_dim=32, tie_word_embeddings=True),
     "qwen3_moe": Qwen3MoeConfig(**_COMMON, **_QWEN, head_dim=32),
 }
 
@@ -96,6 +101,13 @@ def test_llama_cpp_computes_the_logits_and_the_greedy_text_of_transformers(tmp_p
     assert np.quantile(difference, 0.95) < 0.01
     assert (np.load(answer["logits"]).argmax(-1) == expected.argmax(-1)).mean() > 0.97
     assert answer["generated"][:4] == text[0, 96:100].tolist()
+    of_theirs, of_ours = (_perplexity(logits, ids) for logits in (np.load(answer["logits"]), expected))
+    assert of_theirs == pytest.approx(of_ours, rel=0.005)
+
+
+def _perplexity(logits, ids):
+    log_likelihood = torch.from_numpy(logits[:, :-1]).double().log_softmax(-1)
+    return (-log_likelihood.gather(-1, torch.from_numpy(ids[:, 1:, None]))).mean().exp().item()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +201,7 @@ def test_the_largest_top_k_runs_and_one_more_is_refused(tmp_path, tiny_model):
     [
         (Qwen2MoeConfig(**_COMMON, **_QWEN, mlp_only_layers=[0]), "1 of 2 layers are dense"),
         (Qwen2MoeConfig(**_COMMON, **_QWEN | {"norm_topk_prob": False}), "norm_topk_prob is false"),
-        (Qwen3Config(**_COMMON, attention_bias=True), "no bias on the attention's output"),
+        (Qwen3Config(**_COMMON, attention_bias=True), "no bias on the attention's o in a qwen3"),
         (Qwen2Config(**_COMMON, rope_parameters={**_SCALED, **_LLAMA3}), "rope scaling 'llama3'"),
     ],
 )

@@ -40,7 +40,7 @@ def test_every_engine_loads_and_runs_well_a_plain_model_of_every_class(engine, k
     ("engine", "kind", "fields", "reason"),
     [
         ("vllm", "granitemoe", {"attention_bias": True}, "no bias on the attention's q, k, v, o in a granitemoe"),
-        ("sglang", "granitemoeshared", {"attention_bias": True}, "drops them without a word"),
+        ("sglang", "granitemoeshared", {"attention_bias": True}, "says nothing of it"),
         ("vllm", "qwen3_moe", {"attention_bias": True}, "no bias on the attention's o in a qwen3_moe"),
         ("llama.cpp", "qwen3_moe", {"attention_bias": True}, "no bias on the attention's o in a qwen3_moe"),
         ("vllm", "qwen2_moe", {"qkv_bias": False}, "leaves the biases of q, k and v uninitialised"),

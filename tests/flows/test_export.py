@@ -60,7 +60,7 @@ def test_without_gguf_it_says_how_or_why_not_and_writes_nothing(project: Path, t
     folder = save(project / "some/model", tiny_model, "granitemoe", attention_bias=True, rope_parameters=models.LLAMA3)
     said = exported(str(folder)).stdout.splitlines()
     assert said[0] == "llama.cpp, Ollama: add --gguf, which writes their file"
-    assert said[1].startswith("vLLM: no: it has no bias on the attention's q, k, v, o in a granitemoe")
+    assert said[1].startswith("vLLM: no: it computes no bias on the attention's q, k, v, o in a granitemoe")
     assert said[2].startswith("SGLang: no: rope scaling 'llama3' is not carried")
     window = save(project / "windows", tiny_model, sliding_window=8)
     assert "SGLang: python -m sglang.launch_server --model-path" in exported(str(window)).stdout

@@ -78,7 +78,7 @@ def test_a_slow_shape_is_loaded_and_warned_of_with_shapes_that_are_fast():
 
 def test_where_no_shape_helps_the_way_out_is_a_class_or_an_engine():
     qwen2 = refusal(parent("qwen2"), partition(**WIDE))
-    assert "vllm cannot run the granitemoeshared: it has no bias on the attention's q, k, v, o" in qwen2
+    assert "vllm cannot run the granitemoeshared: it computes no bias on the attention's q, k, v, o" in qwen2
     assert "shared_experts: 0, top_k: 12" in qwen2
     assert "set engines: [llama.cpp, transformers]; or set engines: [vllm, transformers], target: qwen2_moe" in qwen2
     odd = refusal(parent(head_dim=128), partition(**WIDE, target="granitemoeshared", engines=["vllm"]))
