@@ -41,7 +41,10 @@ def export(
         if gguf:
             from tasks.engines import gguf as writer
 
-            written = writer.export(folder, file, kind=quantise or "F16")
+            try:
+                written = writer.export(folder, file, kind=quantise or "F16")
+            except ValueError as error:
+                fail(str(error))
             kinds = ", ".join(f"{count} {kind}" for kind, count in written["tensors"].items())
             print(f"{file}: {written['architecture']}, {written['bytes'] / 1e6:.1f} MB, tensors: {kinds}")
         for line in commands(folder, file if gguf else None, label=label):

@@ -82,6 +82,7 @@ def test_what_cannot_be_exported_is_one_message(project: Path, tiny_model: Path)
         assert said.exit_code == 1, said.output
         assert said.stderr.startswith("moeforge: ")
         assert message in said.stderr
+        assert "unexpected" not in said.stderr
     assert not list(project.rglob("*gguf*"))
 
 
