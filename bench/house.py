@@ -22,7 +22,7 @@ FLOORS = [
     {"flows"},
     {"tasks.tools"},
     {"tasks.evaluate"},
-    {"tasks.mixture"},
+    {"tasks.mixture", "tasks.control"},
     {"tasks.pretrain"},
     {"tasks.partition"},
     {"tasks.engines"},

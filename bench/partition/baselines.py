@@ -11,7 +11,6 @@ windows, L their length.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.moe.streamed import Streamed
-from tasks.partition.converted import Converted
-from tasks.partition.layer import Layer, Sizes
+from tasks.partition import dense_child
+from tasks.partition.layer import Layer
 
 Ffn = Callable[[Tensor], Tensor]
 """What a layer computes in place of its dense FFN: [T, D] -> [T, D]."""
@@ -156,26 +155,14 @@ def neuron_oracle(share: float, *, weighted: bool = False) -> Build:
 def static(share: float, *, refit: bool = False, fit_passes: int = 0, seed: int = 0) -> Build:
     """The `share` of neurons that contribute most on the calibration windows, the same for every token.
 
-    What a split does besides choosing is done here by the same code (`Converted`), with the same tokens, token
-    weights, drift of the layers below and penalty: `refit` and `fit_passes` as in settings.Partition.
+    It is the dense child before training, by the code that cuts that (tasks/partition/dense_child.py): `refit` and
+    `fit_passes` as in settings.Partition.
     """
 
     def build(layer: Layer) -> Ffn:
-        width = len(layer.energy_N)
-        order_N = layer.energy_N.argsort(descending=True, stable=True)
-        keep = round(share * width)
-        size = math.gcd(keep, width)
-        experts_EF = order_N.reshape(-1, size).cpu().numpy().astype(np.int32)
-        sizes = Sizes(width=width, experts=(width - keep) // size, shared=keep // size, size=size, top_k=0)
-        router_ED = layer.gate_ND.new_zeros(sizes.experts, layer.gate_ND.shape[1])
-        made = Converted(layer, experts_EF, sizes=sizes, router_ED=router_ED, scale=0.0)
-        if refit:
-            made.refit()
-        if fit_passes:
-            made.fit(fit_passes, seed=seed)
-        kept_M = order_N[:keep].sort().values
-        weights = made.gate_ND[kept_M], made.up_ND[kept_M], made.down_DN[:, kept_M].contiguous()
-        return Layer(number=layer.number, gate_ND=weights[0], up_ND=weights[1], down_DN=weights[2]).dense
+        count = round(share * len(layer.gate_ND))
+        kept = dense_child.keep(layer, count, refit=refit, fit_passes=fit_passes, seed=seed)
+        return Layer(number=layer.number, gate_ND=kept.gate_MD, up_ND=kept.up_MD, down_DN=kept.down_DM).dense
 
     return build
 

@@ -112,7 +112,7 @@ class OnText(WithoutText):
         ffn = Converted(layer, experts_EF, sizes=self._sizes, router_ED=router_ED, scale=scale)
         if not (self._sizes.all_active and ffn.is_dense()):  # there a fit would change rounding alone
             self._fit(ffn)
-        error = _advance(self._states, layer, ffn)
+        error = self.advance(layer, ffn)
         return Fitted(
             router_ED=ffn.router_ED,
             scale=ffn.scale,
@@ -121,6 +121,20 @@ class OnText(WithoutText):
             down_DN=ffn.down_DN,
             error=error,
         )
+
+    def advance(self, layer: Layer, ffn: Converted) -> float:
+        """Move the hidden states through an FFN in place of the dense one.
+
+        Returns:
+            The share of the dense FFN's output energy that it loses.
+        """
+        lost = total = 0.0
+        for part, (x_TD, h_TN) in zip(self._states.residual_TD.split(CHUNK), layer.chunks(), strict=True):
+            dense_TD, given_TD = h_TN @ layer.down_DN.T, ffn.output(x_TD, h_TN)
+            part += given_TD
+            lost += (dense_TD - given_TD).square().sum().item()
+            total += dense_TD.square().sum().item()
+        return lost / max(total, 1e-30)
 
     def _fit(self, ffn: Converted) -> None:
         ffn.temper(std=self._partition.router_std)
@@ -180,14 +194,3 @@ def _pass_block(states: calibration.States, block: Any, i: int) -> None:
 def _add(states: calibration.States, mlp: Any, x_TD: torch.Tensor) -> None:
     for part, x in zip(states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
         part += mlp(x)
-
-
-def _advance(states: calibration.States, layer: Layer, ffn: Converted) -> float:
-    """Add the converted FFN's output to the hidden states; the share of the dense one's energy that is lost."""
-    lost = total = 0.0
-    for part, (x_TD, h_TN) in zip(states.residual_TD.split(CHUNK), layer.chunks(), strict=True):
-        dense_TD, sparse_TD = h_TN @ layer.down_DN.T, ffn.output(x_TD, h_TN)
-        part += sparse_TD
-        lost += (dense_TD - sparse_TD).square().sum().item()
-        total += dense_TD.square().sum().item()
-    return lost / max(total, 1e-30)

@@ -140,12 +140,12 @@ def errors(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, 
     """
 
     def all_on(layer: int, block: nn.Module) -> None:
-        _widen(block)
+        widen(block)
         if layer in index.layers:
             _turn_on(ffn(block, index), index, layer=layer, width=dense.config.intermediate_size)
 
     def reference(layer: int, block: Any) -> None:
-        _widen(block)
+        widen(block)
         if layer not in index.layers:
             return
         times_N = torch.from_numpy(index.times(layer, width=dense.config.intermediate_size))
@@ -175,7 +175,7 @@ def errors(moe: Streamed, dense: Streamed, index: Index, ids_BL: np.ndarray, *, 
     return Errors(equal=equal, as_written=as_written)
 
 
-def _widen(block: nn.Module) -> None:
+def widen(block: nn.Module) -> None:
     """Let the FFN of a block compute in float64; all else is the same in both models, and gives the same numbers.
 
     Experts run by transformers' own loop, which needs no second copy of all their weights.

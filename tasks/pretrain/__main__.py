@@ -11,12 +11,11 @@ with --branch, the next run begins where a kept checkpoint of another pipeline i
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from tasks import scratch, settings
-from tasks.pretrain import outputs
+from tasks.pretrain import inputs, outputs
 from tasks.pretrain.checkpoints import branch as branches
 from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.job import Job, TrainingError
@@ -33,9 +32,9 @@ def run(pipeline: str) -> Path:
     entry = settings.load().pipeline(pipeline)
     root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus
     parent = Path("data/models") / entry.model
-    inputs = _inputs(pipeline, entry)
+    read = inputs.digests(entry, model=root / "moe", mixture=root / "mixture.json")
     trackers.check(entry.pretrain.trackers)
-    with resume.workspace(pipeline, params=entry.pretrain, inputs=inputs) as (workspace, notes):
+    with resume.workspace(pipeline, params=entry.pretrain, inputs=read) as (workspace, notes):
         for note in notes:
             print(note, flush=True)
         job = Job(
@@ -55,31 +54,9 @@ def run(pipeline: str) -> Path:
 def branch(pipeline: str, other: str, *, step: int | None) -> str:
     """Begin the run of `pipeline` where a checkpoint of `other` is; raises as `run` does."""
     entry = settings.load().pipeline(pipeline)
-    inputs = _inputs(pipeline, entry)
-    return branches.branch(pipeline, other, step=step, params=entry.pretrain, inputs=inputs)
-
-
-def _inputs(pipeline: str, entry: settings.Pipeline) -> dict[str, str]:
-    """Digests of what a pipeline is trained from. Raises TrainingError if it is not there."""
-    root, corpus = Path("runs") / pipeline, Path("data/corpora") / entry.corpus
-    model, mixture, manifest = root / "moe", root / "mixture.json", corpus / "manifest.json"
-    needed = {
-        Path("data/models") / entry.model / "config.json": "model",
-        model / "config.json": "partition",
-        mixture: "mixture",
-        manifest: "corpus",
-    }
-    for path, stage in needed.items():
-        if not path.exists():
-            raise TrainingError(f"{path}: not found; run the stage `{stage}` first")
-    return {"model": scratch.digest(model), "mixture": _decided(mixture), "corpus": scratch.digest(manifest)}
-
-
-def _decided(mixture: Path) -> str:
-    """Digest of what training reads of mixture.json."""
-    content = json.loads(mixture.read_text())
-    evidence = {name: content["evidence"].get(name) for name in ("window_losses", "seq_len", "windows")}
-    return scratch.fingerprint({"weights": content["weights"], "evidence": evidence})
+    root = Path("runs") / pipeline
+    read = inputs.digests(entry, model=root / "moe", mixture=root / "mixture.json")
+    return branches.branch(pipeline, other, step=step, params=entry.pretrain, inputs=read)
 
 
 def main() -> int:

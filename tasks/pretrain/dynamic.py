@@ -23,8 +23,15 @@ class Reweighter:
     Every rank has one and comes to the same weights, because the validation losses are the same on all.
     """
 
-    def __init__(self, references: Mapping[str, float], *, rule: domain_weights.Rule) -> None:
-        self.references, self.rule = dict(references), rule
+    def __init__(
+        self,
+        references: Mapping[str, float],
+        *,
+        rule: domain_weights.Rule,
+        given: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> None:
+        """`given`: the weights after the evaluation of each step, to follow instead (Job.weights)."""
+        self.references, self.rule, self.given = dict(references), rule, given
 
     @classmethod
     def load(cls, job: Job, *, validation: Validation) -> Reweighter | None:
@@ -50,15 +57,20 @@ class Reweighter:
         else:
             _same_domains("pretrain.dynamic.references", given, validation.windows)
             references = given
-        return cls({domain: references[domain] for domain in validation.windows}, rule=dynamic.rule)
+        followed = None
+        if job.weights is not None:
+            followed = {int(step): weights for step, weights in json.loads(job.weights.read_text()).items()}
+        return cls({domain: references[domain] for domain in validation.windows}, rule=dynamic.rule, given=followed)
 
-    def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float]) -> dict[str, float]:
-        """The weights after an evaluation (`tasks.corpus.sampling.weights.update`).
+    def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
+        """The weights after the evaluation of a step (`tasks.corpus.sampling.weights.update`).
 
         Args:
             weights: those in use.
             losses: validation losses of this evaluation, nats per token.
         """
+        if self.given is not None:
+            return dict(self.given[step])
         return domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
 
 

@@ -34,10 +34,15 @@ class Job:
     """The dense model that it was split from."""
     mixture: Path
     workspace: Path
+    weights: Path | None = None
+    """Domain weights after each evaluation, {step: {domain: weight}}: dynamic batch loading gives these, whatever the
+    losses are, so that a run gets the batches of another."""
 
     def write(self) -> Path:
         """Write workspace/job.json, which `read` reads."""
         fields = {name: str(getattr(self, name)) for name in ("pipeline", *_FOLDERS)}
+        if self.weights is not None:
+            fields["weights"] = str(self.weights)
         path = self.workspace / JOB
         scratch.write_json(path, {**fields, "params": self.params.model_dump()})
         return path
@@ -54,7 +59,8 @@ class Job:
                 f"{path} was written by code with other settings ({str(error).splitlines()[0]}); read it with that "
                 "code, or train again"
             ) from None
-        return cls(pipeline=fields["pipeline"], params=params, **folders)
+        weights = Path(fields["weights"]) if "weights" in fields else None
+        return cls(pipeline=fields["pipeline"], params=params, weights=weights, **folders)
 
 
 def code_digest() -> str:

@@ -194,7 +194,7 @@ class Trainer:
             what, kept = "the validation loss is not finite", self.recovery.kept()
             raise TrainingError(self.guard.message(what, step=state.step, windows=[], kept=kept))
         if self.reweighter and state.step < self.params.steps:  # the same on every rank, because the losses are
-            state.weights = self.reweighter.update(state.weights, losses=losses)
+            state.weights = self.reweighter.update(state.weights, losses=losses, step=state.step)
             self.sampler.set_weights(state.weights)
         self.run_log.validation(
             state,

@@ -65,6 +65,12 @@ def _sizes(pipeline: Pipeline, entry: Model) -> Iterator[str]:
             yield f"partition.layers = {partition.layers!r}: of {layers} layers ({source}) none would become sparse"
     except ValueError as error:
         yield f"partition: {error}"
+    try:
+        if width and layers and pipeline.control == "dense_child":
+            partition.child_width(width, layers=layers)
+    except ValueError as error:
+        if str(error).startswith("dense_child"):  # else it stands there already
+            yield f"control = {error}"
     limit = model.positions(config)
     for section in ("pretrain", "evaluate"):
         seq_len = getattr(pipeline, section).seq_len

@@ -128,6 +128,25 @@ class Partition(Frozen):
             )
         return width // total
 
+    def child_width(self, width: int, *, layers: int) -> int:
+        """FFN width of the dense child, which is as many neurons as a token passes in a sparse layer.
+
+        Raises ValueError if there is no such model: some of its `layers` stay dense, or nothing would be left out.
+        """
+        fix = "set partition.layers: all, or control: none"
+        if len(self.sparse_layers(layers)) < layers:
+            raise ValueError(
+                f"dense_child: partition.layers = {self.layers!r} keeps layers as wide as they are, and a dense class "
+                f"has one intermediate_size for all; {fix}"
+            )
+        active = (self.shared_experts + self.top_k) * self.check_width(width)
+        if active >= width:
+            raise ValueError(
+                f"dense_child: method `{self.method}` has {active} active neurons a layer and the FFN {width}, so the "
+                "dense model of that size is the parent or larger; set control: none"
+            )
+        return active
+
     def _check_copies(self, width: int) -> int:
         """A copy may be cut into slices (arXiv 2410.07524, granular upcycling); whole copies are routed together."""
         size = self.expert_size or width

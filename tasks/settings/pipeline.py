@@ -75,6 +75,8 @@ class Pipeline(Frozen):
     mixture: Mixture
     partition: Partition
     pretrain: Pretrain
+    control: Literal["dense_child", "none"] = "none"
+    """dense_child: also make, train and judge the dense model of the same active size (tasks/control)."""
     evaluate: Evaluate
 
     @model_validator(mode="after")

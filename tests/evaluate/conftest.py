@@ -102,6 +102,8 @@ def write_child(root: Path) -> None:
     )
     (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluation))
     (root / "runs/demo/samples.json").write_text(json.dumps(samples(done)))
+    control = {"control": "dense_child", "seconds": {"cut": 100.0, "training": 140.0}}
+    (root / "runs/demo/control.json").write_text(json.dumps(control))
 
 
 def write_run(root: Path, *, dynamic: bool = True) -> None:
@@ -168,6 +170,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "references": domains if dynamic else None,
         },
     )
+    dump(run / "control.json", {"control": "none"})
     rng = np.random.default_rng(0)
     lines = [
         f"{s},{s * step_tokens},{3.4 - 0.3 * s / steps + rng.normal() / 5},{1 + s % 7 / 7},{2e-4 * (1 - s / steps)}"

@@ -62,7 +62,7 @@ for out in outs:
     print("wrote", out, flush=True)
 '''
 
-JOBS = ("model", "sources", "corpus", "mixture", "partition", "pretrain", "evaluate", "report")
+JOBS = ("model", "sources", "corpus", "mixture", "partition", "pretrain", "control", "evaluate", "report")
 SETTINGS = """\
 models:
   toy: {source: "dir:nowhere", license: none}
@@ -125,7 +125,7 @@ def dag_file() -> str:
     rows = [
         digest_stage("model-code", over="models", jobs=["model"]),
         digest_stage("corpus-code", over="corpora", jobs=["sources", "corpus"]),
-        digest_stage("code", over="pipelines", jobs=["mixture", "partition", "pretrain", "evaluate", "report"]),
+        digest_stage("code", over="pipelines", jobs=list(JOBS[3:])),
         stage("model", over="models", params="models.${key}", deps=[], outs=["data/models/${key}"],
               metrics=["data/models/${key}.json"], meta="{retries: 1}"),
         stage("sources", over="corpora", params="corpora.${key}", deps=["source.txt"],
@@ -137,7 +137,9 @@ def dag_file() -> str:
         stage("partition", **own, deps=[corpus, model], outs=[f"{run}/moe"], metrics=[], meta="{gpu: true}"),
         stage("pretrain", **own, deps=[f"{run}/mixture.json", f"{run}/moe"], outs=[f"{run}/trained"],
               metrics=[f"{run}/pretrain.json"], meta="{gpu: true}"),
-        stage("evaluate", **own, deps=[f"{run}/trained", corpus], outs=[f"{run}/windows.json"],
+        stage("control", **own, deps=[f"{run}/mixture.json", f"{run}/trained"], outs=[f"{run}/control"],
+              metrics=[f"{run}/control.json"], meta="{gpu: true}"),
+        stage("evaluate", **own, deps=[f"{run}/trained", f"{run}/control", corpus], outs=[f"{run}/windows.json"],
               metrics=[f"{run}/evaluation.json"], meta="{gpu: true}"),
         stage("report", **own, deps=[f"{run}/evaluation.json"], outs=[f"{run}/report", f"{run}/model"], metrics=[],
               meta=""),

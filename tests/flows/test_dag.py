@@ -57,7 +57,7 @@ def test_every_tracked_key_exists() -> None:
 
 def test_every_field_of_settings_is_tracked_and_a_section_by_the_stage_of_its_name() -> None:
     sections = {"mixture", "partition", "pretrain", "evaluate"}
-    assert set(settings.Pipeline.model_fields) == {"model", "corpus", *sections}
+    assert set(settings.Pipeline.model_fields) == {"model", "corpus", "control", *sections}
     assert all(f"pipelines.${{key}}.{section}" in tracked()[section] for section in sections)
     assert {"models.${key}", "corpora.${key}", "pipelines.${key}"} <= set().union(*tracked().values())
 
@@ -70,7 +70,8 @@ def test_metrics_and_plots_are_declared_and_stay_in_git() -> None:
         for item in entry.get(kind, [])
         for path, options in item.items()
     }
-    for path in ("mixture.json", "partition.json", "pretrain.json", "evaluation.json", "loss.csv", "validation.csv"):
+    names = ("mixture", "partition", "pretrain", "control", "evaluation")
+    for path in (*(f"{name}.json" for name in names), "loss.csv", "validation.csv"):
         assert declared[f"runs/${{key}}/{path}"]["cache"] is False
     for path in ("data/models/${key}.json", "data/corpora/${key}.json"):
         assert declared[path]["cache"] is False
@@ -80,7 +81,8 @@ def test_metrics_and_plots_are_declared_and_stay_in_git() -> None:
 def test_what_is_no_metric_and_no_plot_stays_out_of_git() -> None:
     outs = [(name, out) for name, entry in STAGES.items() for out in entry.get("outs", [])]
     assert len(outs) > 10
-    in_git = [name for name, out in outs if not isinstance(out, str)]
+    options = [(name, next(iter(out.values()))) for name, out in outs if not isinstance(out, str)]
+    in_git = [name for name, said in options if said.get("cache") is False]
     assert in_git == ["sources"]  # a line a domain; the rest may be a table of 35,000 lines
 
 
@@ -106,11 +108,15 @@ def test_the_real_graph_leads_from_the_model_to_the_report(monkeypatch: pytest.M
     assert list(stages)[-1] == "report@demo"
     assert set(stages) == {
         "model@smollm2-135m-q4", "sources@demo", "corpus@demo", "mixture@demo", "partition@demo", "pretrain@demo",
-        "evaluate@demo", "report@demo",
+        "control@demo", "evaluate@demo", "report@demo",
     }  # fmt: skip
     parents = ("corpus@demo", "mixture@demo", "model@smollm2-135m-q4", "partition@demo")
     assert stages["pretrain@demo"].needs == parents
     assert stages["pretrain@demo"].gpu
+    parents = ("corpus@demo", "mixture@demo", "model@smollm2-135m-q4", "pretrain@demo")
+    assert stages["control@demo"].needs == parents
+    assert "control@demo" in stages["evaluate@demo"].needs
+    assert "control@demo" in stages["report@demo"].needs
     assert stages["model@smollm2-135m-q4"].retries == 2
     assert Path("runs/demo/pretrain.json") in stages["pretrain@demo"].metrics
     assert Path("runs/demo/loss.csv") in stages["pretrain@demo"].in_git
@@ -128,7 +134,7 @@ class TestReading:
         assert [stage.name for stage in dag.ancestors("corpus@toy")] == order[:3]
 
     def test_an_unknown_target_names_the_known_ones(self, toy: Path) -> None:
-        with pytest.raises(dag.GraphError, match=r"no stage 'report@demo'; it has corpus@toy, .*report@toy"):
+        with pytest.raises(dag.GraphError, match=r"no stage 'report@demo'; it has control@toy, .*report@toy"):
             dag.ancestors("report@demo")
 
     def test_an_unknown_meta_key_is_refused(self, toy: Path) -> None:

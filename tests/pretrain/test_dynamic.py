@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,21 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
         Reweighter.load(job(fit), validation=validation("cc", "wiki"))
 
 
+def test_given_weights_are_followed_whatever_the_losses_are(tmp_path: Path) -> None:
+    recorded = {"0": {"cc": 0.3, "wiki": 0.7}, "4": {"cc": 0.1 + 0.2, "wiki": 0.7}}
+    (tmp_path / "weights.json").write_text(json.dumps(recorded))
+    following = dataclasses.replace(job({"cc": 2.5, "wiki": 1.5}), weights=tmp_path / "weights.json")
+    reweighter = Reweighter.load(following, validation=validation("cc", "wiki"))
+    assert reweighter
+    for step, weights in recorded.items():
+        given = reweighter.update({"cc": 0.5, "wiki": 0.5}, losses={"cc": 9.0, "wiki": 1.0}, step=int(step))
+        assert given == weights
+    with_path = dataclasses.replace(following, workspace=tmp_path)
+    assert Job.read(with_path.write()) == with_path
+    without = dataclasses.replace(with_path, weights=None)
+    assert Job.read(without.write()) == without
+
+
 @pytest.mark.parametrize("rule", ["paper", "code"])
 def test_domains_end_nearer_to_their_references_together_than_with_weights_that_stand_still(rule: Any) -> None:
     """Three made-up learning curves, one of which falls slowly: the spread of loss - reference at the end."""
@@ -128,7 +145,7 @@ def test_domains_end_nearer_to_their_references_together_than_with_weights_that_
         for _ in range(40):
             losses = {d: references[d] + 2.0 * math.exp(-served[d] / scale[d]) for d in references}
             if moving:
-                weights = reweighter.update(weights, losses=losses)
+                weights = reweighter.update(weights, losses=losses, step=0)
             served = {d: served[d] + 8 * weights[d] for d in references}
         return float(np.std([losses[d] - references[d] for d in references]))
 

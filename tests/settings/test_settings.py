@@ -162,6 +162,34 @@ def test_a_size_that_a_method_cannot_make_lists_those_that_it_can(options: dict[
     assert fits in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layers": "alternate"},
+            "control = dense_child: partition.layers = 'alternate' keeps layers as wide",
+        ),
+        (
+            {"top_k": 144},
+            "control = dense_child: method `activation` has 1536 active neurons a layer",
+        ),
+        ({"layers": list(range(30))}, None),
+    ],
+)
+def test_a_dense_child_that_cannot_be_is_refused_with_the_settings(
+    changes: dict[str, Any], message: str | None
+) -> None:
+    raw = changed("pipelines.demo.control", "dense_child")
+    raw["pipelines"]["demo"]["partition"] |= changes
+    if message is None:
+        settings.validate(raw)
+    else:
+        assert message in fault(raw)
+        assert "control: none" in fault(raw)
+        raw["pipelines"]["demo"]["control"] = "none"
+        settings.validate(raw)
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     raw = changed("pipelines.demo.pretrain.tokens", 0)
     raw["models"]["smollm2-135m-q4"]["licence"] = "x"

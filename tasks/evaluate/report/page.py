@@ -221,6 +221,7 @@ def times(results: Results) -> list[tuple[str, str]]:
         "mixture": results.mixture_seconds,
         "partition": sum(results.partition["seconds"].values()),
         "pretrain": results.pretrain["seconds"],
+        **({"control": sum(taken.values())} if (taken := results.control.get("seconds")) else {}),
         "evaluate": sum(results.evaluation[key]["seconds"] for key in summary.models(results.evaluation))
         + results.evaluation.get("speed", {}).get("seconds", 0.0),
     }

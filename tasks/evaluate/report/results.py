@@ -26,6 +26,7 @@ class Results:
     mixture: dict[str, Any]
     partition: dict[str, Any]
     pretrain: dict[str, Any]
+    control: dict[str, Any]
     evaluation: dict[str, Any]
     routing: dict[str, Any]
     config: dict[str, Any]
@@ -75,6 +76,7 @@ def read(name: str) -> Results:
         mixture=load(run / "mixture.json", "mixture"),
         partition=load(run / "partition.json", "partition"),
         pretrain=pretrain,
+        control=load(run / "control.json", "control"),
         evaluation=load(run / "evaluation.json", "evaluate"),
         routing=load(run / "routing.json", "evaluate"),
         config=load(run / "trained" / "config.json", "pretrain"),

@@ -550,6 +550,8 @@ def test_a_dense_child_is_a_column_of_table_page_and_card_and_one_sentence_says_
     assert all(len(values) == 4 for _, values in summary.rows(results.evaluation))
     assert "| | dense parent | after the split | after training | dense child |" in card.text(results)
     assert 'class="m3 dot"' in page.render(results)
+    assert ("control", "4.0 minutes") in page.times(results)
+    assert "control" not in dict(page.times(without))
     gap = page.render(results).split("Gap closed")[1].split("</thead>")[0]
     assert "dense child" not in gap
     rows = dict(summary.speeds(results.evaluation))
