@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows import plan_child
+from flows.plan_child import ChildPlan
 from tasks import scratch
 from tasks.moe import counts, families
-from tasks.moe import device as devices
 from tasks.pretrain.checkpoints import branch
 from tasks.pretrain.log import meters
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 """Share of the matrix-product speed that training reaches: 0.4 is usual on A100s."""
+_CHILD = "dense child, as cut and as trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,13 @@ class Plan:
     disk: dict[str, float]
     checkpoint: float
     """A training checkpoint."""
+    child: ChildPlan | None
+    """The dense child; None without one."""
 
     def seconds(self, flops_per_second: float) -> float:
         """Time for all FLOPs at UTILISATION of a matrix-product speed over all processes."""
-        return (self.train_flops + self.other_flops) / (UTILISATION * flops_per_second)
+        child = self.child.flops if self.child else 0
+        return (self.train_flops + self.other_flops + child) / (UTILISATION * flops_per_second)
 
 
 def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -> Plan:
@@ -81,6 +85,8 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
     is_bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and bfloat16)
     experts = counts.experts(sparse)
     sizes = {"dense": counts.parameters(dense), "sparse": counts.parameters(sparse)}
+    domains = len(settings.corpus(pipeline.corpus).domains)
+    child = plan_child.plan(dense, pipeline, domains=domains, bfloat16=is_bfloat16, cuda=cuda)
     return Plan(
         pipeline=name,
         dense=sizes["dense"],
@@ -96,8 +102,9 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         other_flops=_other_flops(settings, pipeline, dense=dense, sparse=sparse),
         dtype="bfloat16" if is_bfloat16 else "float32",
         memory=_memory(sparse, train, bfloat16=is_bfloat16, cuda=cuda, parent=dense),
-        disk=_disk(settings, name, sizes=sizes) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
+        disk=_disk(settings, name, sizes=sizes, child=child) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
         checkpoint=estimate.checkpoint_bytes(sparse, train, bfloat16=is_bfloat16),
+        child=child,
     )
 
 
@@ -184,7 +191,9 @@ def _memory(
     return known
 
 
-def _disk(settings: Settings, name: str, *, sizes: dict[str, dict[str, int]]) -> dict[str, float]:
+def _disk(
+    settings: Settings, name: str, *, sizes: dict[str, dict[str, int]], child: ChildPlan | None
+) -> dict[str, float]:
     pipeline = settings.pipeline(name)
     dtype = 2 if settings.model(pipeline.model).dtype == "bfloat16" else 4
     total = sizes["sparse"]["total"]
@@ -193,6 +202,9 @@ def _disk(settings: Settings, name: str, *, sizes: dict[str, dict[str, int]]) ->
         "MoE after the split": total * dtype,
         "trained MoE": total * dtype,
     }
+    if child:
+        parts[_CHILD] = 2 * child.parameters * dtype
+        parts |= {f"dense child: {part}": size for part, size in child.scratch.items()}
     if (manifest := Path("data/corpora", pipeline.corpus, "manifest.json")).exists():
         parts["shards"] = sum(path.stat().st_size for path in manifest.parent.rglob("*.arrow"))
     if kept := branch.kept_bytes(name):
@@ -238,6 +250,7 @@ def disk_lacks(cost: Plan, model: str) -> list[str]:
         "dense checkpoint": models.FETCHED / model,
         "MoE after the split": run / "moe",
         "trained MoE": run / "trained",
+        _CHILD: run / "control",
         "shards": Path("data"),
     }
     needed: dict[int, float] = {}
@@ -259,41 +272,3 @@ def disk_lacks(cost: Plan, model: str) -> list[str]:
                 f"{free / 1e9:.2f} GB are free"
             )
     return short
-
-
-def lacks(first: Memory, others: list[Memory]) -> str:
-    """What of this machine the processes that run on it need more of than there is; empty if they fit."""
-    import psutil
-    import torch
-
-    short = []
-    ram = psutil.virtual_memory().total
-    if (needed := sum(memory.host_total for memory in (first, *others))) > ram:
-        short.append(f"RAM: {needed / 1e9:.1f} of {ram / 1e9:.1f} GB")
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0).total_memory
-        if first.device_total > card:
-            short.append(f"GPU: {first.device_total / 1e9:.1f} of {card / 1e9:.1f} GB")
-    return f"does not fit here ({', '.join(short)})" if short else ""
-
-
-def matrix_speed(*, bfloat16: bool, seconds: float = 0.5) -> tuple[float, str]:
-    """Measure this machine's matrix products: (FLOP/s, what was measured), on one GPU or on all CPU threads."""
-    import torch
-
-    device = devices.default()
-    size = 8192 if device == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-
-    def product() -> None:
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    product()
-    start, done = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < seconds:
-        product()
-        done += 1
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return done * 2 * size**3 / spent, where

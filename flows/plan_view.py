@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from flows import dag, plan, preflight
+from flows import dag, plan, plan_machine, preflight
 from tasks import scratch
 from tasks.engines.table import ENGINES
 from tasks.pretrain.checkpoints import branch
@@ -103,6 +103,11 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
         )
     table.add_row("FLOPs", f"{cost.train_flops:.2e}", "training, forward and backward")
     table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, evaluation")
+    if child := cost.child:
+        memory = child.memory.device_total or child.memory.host_total
+        table.add_row("dense child", count(child.parameters), f"parameters, FFNs of {child.ffn_width} neurons")
+        table.add_row("", f"{child.flops:.2e}", "FLOPs of its cut, training on the same tokens, and evaluation")
+        table.add_row("", gigabytes(memory), "peak memory of its training, rank 0")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)
@@ -123,7 +128,7 @@ def _engine(found: Verdict, wanted: Collection[Engine]) -> tuple[str, str]:
 
 def _estimated_time(table: Table, cost: plan.Plan, train: Pretrain, *, tflops: float | None) -> None:
     if tflops is None:
-        measured, where = plan.matrix_speed(bfloat16=cost.dtype == "bfloat16")
+        measured, where = plan_machine.matrix_speed(bfloat16=cost.dtype == "bfloat16")
         processes = train.processes if "CPU" not in where else 1  # processes on one CPU share it
         speed, basis = measured * processes, f"{where}, measured now at {measured / 1e12:.2f} TFLOP/s in {cost.dtype}"
     else:
@@ -158,7 +163,7 @@ def _memory(cost: plan.Plan, train: Pretrain, *, here: bool, measured: Speed | N
         shown += [sum(parts.values()), memory.host_total]
         figures = [f"{size / 1e9:.2f}" for size in shown]
         mark = "set" if stage == train.zero_stage else ""
-        lacks = plan.lacks(memory, [other] * beside) if here else ""
+        lacks = plan_machine.lacks(memory, [other] * beside) if here else ""
         table.add_row(str(stage), *figures, "; ".join(filter(None, (mark, lacks))))
     if measured:
         where = "GPU" if cost.memory[train.zero_stage][0].device else "RAM"

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flows import plan, plan_view
+from flows import plan, plan_child, plan_machine, plan_view
 from tasks import settings
 from tasks.tools.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
@@ -138,8 +138,8 @@ def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(mon
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10e9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     first, other = Memory(host={"weights": 4e9, "process": 1e9}, device={}), Memory(host={"weights": 3e9}, device={})
-    assert plan.lacks(first, [other]) == ""
-    assert plan.lacks(first, [other, other]) == "does not fit here (RAM: 11.0 of 10.0 GB)"
+    assert plan_machine.lacks(first, [other]) == ""
+    assert plan_machine.lacks(first, [other, other]) == "does not fit here (RAM: 11.0 of 10.0 GB)"
 
 
 def printed(tables: list[Table]) -> str:
@@ -201,7 +201,7 @@ def test_time_follows_from_flops_and_speed(config: settings.Settings) -> None:
 
 
 def test_the_speed_of_matrix_products_is_plausible() -> None:
-    speed, where = plan.matrix_speed(bfloat16=False, seconds=0.1)
+    speed, where = plan_machine.matrix_speed(bfloat16=False, seconds=0.1)
     assert 1e9 < speed < 1e16
     assert where
 
@@ -242,3 +242,41 @@ def test_windows_that_the_corpus_does_not_have_are_told(config: settings.Setting
         "mixture.windows = 8: the validation part of books has 0 of 512 tokens; raise its `heldout`, or lower "
         "seq_len: no run can be finished",
     ]
+
+
+def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_and_time(
+    config: settings.Settings,
+) -> None:
+    without = changed(config, "pretrain")
+    assert without.child is None
+    demo = config.pipelines["demo"].model_copy(update={"control": "dense_child"})
+    both = config.model_copy(update={"pipelines": {"demo": demo}})
+    dense = plan.dense_config(both, demo.model)
+    cost = plan.plan(both, "demo", bfloat16=True)
+    child = cost.child
+    assert child is not None
+    split = demo.partition
+    width = (split.shared_experts + split.top_k) * 1536 // (split.shared_experts + split.experts)
+    assert child.ffn_width == width
+    assert child.parameters == 134_515_008 - 30 * 3 * 576 * (1536 - width)
+    shorter = demo.pretrain.model_copy(update={"tokens": demo.pretrain.tokens // 2, "eval_tokens": 1 << 20})
+    longer = demo.pretrain.model_copy(update={"eval_tokens": 1 << 20})
+    half, whole = (
+        plan_child.plan(dense, demo.model_copy(update={"pretrain": train}), domains=4, bfloat16=True)
+        for train in (shorter, longer)
+    )
+    assert half
+    assert whole
+    assert whole.flops - half.flops == pytest.approx(6 * child.parameters * demo.pretrain.tokens / 2, rel=0.25)
+    assert child.memory.host["weights"] == 2 * child.parameters
+    assert child.memory.host["optimizer"] == 12 * child.parameters
+    assert cost.disk["dense child, as cut and as trained"] == 2 * 4 * child.parameters
+    assert cost.seconds(1e12) == pytest.approx(without.seconds(1e12) + child.flops / (plan.UTILISATION * 1e12))
+    text = StringIO()
+    for table in plan_view.figures(both, "demo", tflops=100.0):
+        Console(file=text, width=160).print(table)
+    assert f"FFNs of {width} neurons" in text.getvalue()
+    assert "peak memory of its training" in text.getvalue()
+    refused = demo.model_copy(update={"partition": split.model_copy(update={"layers": "alternate"})})
+    with pytest.raises(settings.SettingsError, match=r"control: dense_child: partition.layers = 'alternate'"):
+        plan_child.plan(dense, refused, domains=4, bfloat16=True)

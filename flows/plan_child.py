@@ -1,0 +1,73 @@
+"""What the stage `control` costs: the dense child of a pipeline, from the settings alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.control import child
+from tasks.moe import counts
+from tasks.pretrain.log import meters
+from tasks.settings import Pipeline, SettingsError
+from tasks.tools import estimate
+from tasks.tools.estimate import Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildPlan:
+    """Figures of a dense child."""
+
+    parameters: int
+    ffn_width: int
+    flops: int
+    """Of its cut, training and evaluation."""
+    memory: Memory
+    """Of rank 0 at its training, with the ZeRO stage of the settings."""
+    scratch: dict[str, float]
+    """Bytes in .scratch while it is trained, by what takes them."""
+
+
+def plan(
+    dense: dict[str, Any], pipeline: Pipeline, *, domains: int, bfloat16: bool, cuda: bool = False
+) -> ChildPlan | None:
+    """Compute the figures; None without a child.
+
+    Args:
+        dense: the parent's config.json.
+        domains: of the corpus.
+        bfloat16: the training dtype; float32 if not.
+        cuda: train on GPUs.
+
+    Raises:
+        SettingsError: the settings ask for a child that cannot be.
+    """
+    if pipeline.control == "none":
+        return None
+    partition, judge = pipeline.partition, pipeline.evaluate
+    try:
+        config = child.config(dense, partition)
+    except ValueError as error:
+        raise SettingsError(f"control: {error}") from None
+    train = child.training(pipeline.pretrain)
+
+    def forward(of: dict[str, Any], *, windows: int, seq_len: int) -> int:
+        flops: int = counts.flops_per_token(of, seq_len=seq_len)["forward"]
+        return windows * seq_len * flops
+
+    calibration, layers = partition.calibration_windows, dense["num_hidden_layers"]
+    matrix = 2 * dense["hidden_size"] * dense["intermediate_size"]
+    flops = (
+        7 * matrix * calibration * partition.fit_passes * train.seq_len * layers  # 3 products forward, 4 backward
+        + forward(dense, windows=calibration, seq_len=train.seq_len)
+        + train.steps * train.step_tokens * meters.flops(config, seq_len=train.seq_len, what="all")
+        + forward(dense, windows=train.steps * train.batch if train.distill else 0, seq_len=train.seq_len)
+        + forward(config, windows=estimate.evaluated_windows(train, domains=domains), seq_len=train.seq_len)
+        + forward(config, windows=judge.windows * domains, seq_len=judge.seq_len)
+    )
+    return ChildPlan(
+        parameters=counts.parameters(config)["total"],
+        ffn_width=config["intermediate_size"],
+        flops=flops,
+        memory=estimate.memory(config, train, bfloat16=bfloat16, cuda=cuda, parent=dense),
+        scratch=estimate.disk(config, train, bfloat16=bfloat16),
+    )
