@@ -140,9 +140,11 @@ def test_a_dense_child_is_judged_beside_the_others_and_paired_with_the_trained_m
         return measured[key]
 
     monkeypatch.setattr(stage, "_evaluate", once_by_class)
+    monkeypatch.setattr(stage, "_speeds", lambda folders, ids, scratch: {"engines": [], "of": list(folders)})
     stage.evaluate("tiny")
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["child"].keys() == evaluation["dense"].keys()
+    assert "child" in evaluation["speed"]["of"]
     assert evaluation["child"]["loss"] == evaluation["dense"]["loss"]
     assert evaluation["difference"]["trained_child"] == evaluation["difference"]["trained_dense"]
     assert evaluation["difference"]["trained_child"]["stderr"] > 0
