@@ -189,6 +189,9 @@ def _experts(
         router_ED=fitted.router_ED.cpu(),
         down_dtype=down,
     )
+    if fitted.change_EFD is not None:
+        change_EDF = (fitted.change_EFD * scale).transpose(1, 2).cpu()
+        experts = dataclasses.replace(experts, down_EDF=(experts.down_EDF.float() + change_EDF).to(down))
     if not differ:
         return experts
     weights = (experts.gate_EFD, experts.up_EFD, experts.down_EDF)

@@ -22,6 +22,8 @@ ADDED = 0.05
 """Most that unequal weights of the chosen experts may add to a layer's squared error, as a share of it."""
 RIDGE = 0.3
 """Ridge penalty on the change of the down-projection, as a share of the mean diagonal of its inputs' moments."""
+OWN_RIDGE = 1.0
+"""The same of each expert's own change: its tokens are fewer."""
 FIT_RATE = 0.01
 """Peak of the fit's learning rates, as a share of each matrix's root mean square."""
 FIT_BATCH = 512  # tokens
@@ -53,6 +55,8 @@ class Converted:
         self._layer, self._sizes = layer, sizes
         self.router_ED, self.scale = router_ED, scale
         self.gate_ND, self.up_ND, self.down_DN = layer.gate_ND, layer.up_ND, layer.down_DN
+        self.change_EFD: torch.Tensor | None = None
+        self._routed_EF = torch.from_numpy(experts_EF[sizes.shared :]).long().to(layer.down_DN.device)
         member_GN = torch.zeros(sizes.experts + 1, sizes.width)
         row_P = np.repeat(np.arange(len(experts_EF)) - sizes.shared, experts_EF.shape[1])
         row_P[row_P < 0] = sizes.experts
@@ -78,9 +82,18 @@ class Converted:
 
     def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
         """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
-        if self.gate_ND is not self._layer.gate_ND:
-            h_TN = neurons(x_TD, self.gate_ND, self.up_ND)
-        return (h_TN * self.coefficients(x_TD, self.router_ED)) @ self.down_DN.T
+        h_TN = self._fitted(x_TD, h_TN)
+        output_TD = (h_TN * self.coefficients(x_TD, self.router_ED)) @ self.down_DN.T
+        if self.change_EFD is not None:
+            expert_T = (x_TD @ self.router_ED.T).argmax(1)
+            for e, change_FD in enumerate(self.change_EFD):
+                mine = (expert_T == e).nonzero()[:, 0]
+                output_TD[mine] += self.scale * (h_TN[mine][:, self._routed_EF[e]] @ change_FD)
+        return output_TD
+
+    def _fitted(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
+        """What the neurons give as they are now, from what the dense FFN's give."""
+        return h_TN if self.gate_ND is self._layer.gate_ND else neurons(x_TD, self.gate_ND, self.up_ND)
 
     def temper(self, *, std: float) -> None:
         """Centre the router over experts, and size it.
@@ -137,6 +150,31 @@ class Converted:
         moments_NN.diagonal().add_(RIDGE * moments_NN.diagonal().mean().clamp_min(1e-30))
         change_ND: torch.Tensor = torch.linalg.solve(moments_NN, target_ND)
         self.down_DN = self.down_DN + change_ND.T
+
+    def refit_experts(self) -> None:
+        """Least squares of each expert's own down-projection on what `refit` leaves of its tokens' error.
+
+        For experts that overlap, of which a token passes one: a neuron then need not do the same in all of them. The
+        penalty is on the change from the common down-projection.
+        """
+        expert_T = (self._layer.inputs @ self.router_ED.T).argmax(1)
+        weight_T = torch.cat(list(self._layer.weights()))
+        drift_TD, (experts, size) = self._drift(), self._routed_EF.shape
+        changes = []
+        for e in range(experts):
+            moments_FF = self.down_DN.new_zeros(size, size)
+            target_FD = self.down_DN.new_zeros(size, len(self.down_DN))
+            mine = (expert_T == e).nonzero()[:, 0]
+            parts = zip(self._layer.chunks(mine), mine.split(CHUNK), strict=True)
+            for (x_TD, h_TN), part in parts:
+                input_TF = self._fitted(x_TD, h_TN)[:, self._routed_EF[e]]
+                weighted_TF = input_TF * weight_T[part, None]
+                error_TD = h_TN @ self._layer.down_DN.T + drift_TD[part] - self.output(x_TD, h_TN)
+                moments_FF += weighted_TF.T @ input_TF
+                target_FD += weighted_TF.T @ error_TD
+            moments_FF.diagonal().add_(OWN_RIDGE * moments_FF.diagonal().mean().clamp_min(1e-30))
+            changes.append(torch.linalg.solve(moments_FF, target_FD) / self.scale)
+        self.change_EFD = torch.stack(changes)
 
     @torch.enable_grad()
     def fit(self, passes: int, *, seed: int) -> None:

@@ -36,6 +36,8 @@ class Fitted:
     """The neurons' weights: in the stored dtype or in float32, which holds every stored one exactly."""
     up_ND: torch.Tensor
     down_DN: torch.Tensor
+    change_EFD: torch.Tensor | None = None
+    """What each routed expert's down-projection has beyond that of its neurons; None: nothing."""
     error: float | None = None
     """Share of the dense FFN's output energy that is lost on the calibration text; None without text."""
 
@@ -119,6 +121,7 @@ class OnText(WithoutText):
             gate_ND=ffn.gate_ND,
             up_ND=ffn.up_ND,
             down_DN=ffn.down_DN,
+            change_EFD=ffn.change_EFD,
             error=error,
         )
 
@@ -165,6 +168,8 @@ class RefitOnText(OnText):
         ffn.refit()
         if self._partition.fit_passes:
             ffn.fit(self._partition.fit_passes, seed=self._partition.seed)
+        if self._partition.method == "token_clusters":
+            ffn.refit_experts()
 
 
 def start(

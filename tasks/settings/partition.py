@@ -19,7 +19,9 @@ Engine = Literal["llama.cpp", "vllm", "sglang", "transformers", "transformers4"]
 class Partition(Frozen):
     """Expert construction (tasks/partition): which neurons form an expert, who routes to it, what it is scaled by."""
 
-    method: Literal["random", "clustering", "coactivation", "importance", "moebert", "copy", "activation"]
+    method: Literal[
+        "random", "clustering", "coactivation", "importance", "moebert", "copy", "activation", "token_clusters"
+    ]
     experts: Positive
     """Routed experts E."""
     top_k: Positive
@@ -81,6 +83,11 @@ class Partition(Frozen):
                 f"method `{self.method}` has no shared experts; set shared_experts: 0, or method activation, or "
                 "importance with sharing: inter"
             )
+        if self.method == "token_clusters" and self.top_k != 1:
+            raise ValueError(
+                f"top_k = {self.top_k}: experts of method `token_clusters` overlap, and a token passes one; set "
+                "top_k: 1 and a larger expert_size"
+            )
         if self.sharing == "inter" and not self.shared_experts:
             raise ValueError("sharing: inter needs shared_experts >= 1, which take what most experts want")
         if isinstance(self.layers, list) and len(set(self.layers)) != len(self.layers):
@@ -91,12 +98,12 @@ class Partition(Frozen):
 
     @property
     def may_share(self) -> bool:
-        return self.method == "activation" or self.sharing == "inter"
+        return self.method in {"activation", "token_clusters"} or self.sharing == "inter"
 
     @property
     def may_overlap(self) -> bool:
         """True if a neuron may stand in several experts or in none, which makes expert_size free."""
-        return self.method in {"moebert", "copy"} or self.sharing == "inner"
+        return self.method in {"moebert", "copy", "token_clusters"} or self.sharing == "inner"
 
     def sparse_layers(self, layers: int) -> list[int]:
         """The layers, of so many, that become sparse. Raises ValueError for one that is not there."""
@@ -112,6 +119,8 @@ class Partition(Frozen):
         """Neurons per expert for an FFN of `width`. Raises ValueError listing the sizes that fit."""
         if self.method == "copy":
             return self._check_copies(width)
+        if self.method == "token_clusters":
+            return self._check_token_clusters(width)
         if self.may_overlap:
             return self._check_overlap(width)
         total = self.experts + self.shared_experts
@@ -159,6 +168,17 @@ class Partition(Frozen):
                 f"{', '.join(map(str, fits))}"
             )
         return size
+
+    def _check_token_clusters(self, width: int) -> int:
+        """One routed expert at a time beside the shared ones, and neurons enough for both."""
+        largest = width // (self.shared_experts + 1)
+        if self.expert_size is None or self.expert_size > largest:
+            raise ValueError(
+                f"expert_size = {self.expert_size}: method `token_clusters` with shared_experts = "
+                f"{self.shared_experts} wants a size from 1 to {largest}, {width} neurons over "
+                f"{self.shared_experts} + 1; half of the FFN is active at {max(largest // 2, 1)}"
+            )
+        return self.expert_size
 
     def _check_overlap(self, width: int) -> int:
         size = self.expert_size or width // self.experts

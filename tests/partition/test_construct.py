@@ -205,8 +205,12 @@ def test_on_a_trained_model_what_is_fitted_more_loses_less(tmp_path, tiny_model,
         "refit": {"method": "activation", "down_proj": "refit"},
         "fit": {"method": "activation", "down_proj": "refit", "fit_passes": 6},
     }
+    width = Streamed(tiny_model).config.intermediate_size
+    clusters = {"method": "token_clusters", "shared_experts": 1, "expert_size": width // 8, "top_k": 1}
+    kinds |= {f"{n} clusters": clusters | {"experts": n, "down_proj": "refit"} for n in (1, 8)}
     losses = {"dense": Streamed(tiny_model).nll(prose[60:], batch=12).mean()}
     for name, options in kinds.items():
-        moe = make(tmp_path, tiny_model, **options, **sizes)[2]
+        moe = make(tmp_path, tiny_model, **sizes | options)[2]
         losses[name] = Streamed(moe).nll(prose[60:], batch=12).mean()
     assert losses["dense"] < losses["fit"] < losses["refit"] < losses["activation"] < losses["random"]
+    assert losses["dense"] < losses["8 clusters"] < losses["1 clusters"] < losses["random"]

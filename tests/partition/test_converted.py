@@ -98,6 +98,27 @@ def test_a_refit_solves_the_penalised_weighted_least_squares():
     torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
 
 
+def test_experts_of_which_a_token_passes_one_are_refitted_to_their_own_tokens():
+    layer = ffn(tokens=4000)
+    layer.weight_T = torch.linspace(0.5, 1.5, 4000)
+    routed = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9, 10, 11]], dtype=np.int32)
+    made = _converted(layer, experts=routed, sizes=Sizes(width=48, experts=2, shared=0, size=8, top_k=1))
+    made.refit()
+    ((x, h),) = list(_all(layer))
+    common, before = made.output(x, h), _error(layer, made)
+    made.refit_experts()
+    assert _error(layer, made) < before
+    expert = (x @ made.router_ED.T).argmax(1)
+    for e, change in enumerate(made.change_EFD.double() * made.scale):
+        mine = expert == e
+        inputs, weight = h[mine][:, routed[e]].double(), layer.weight_T[mine].double()[:, None]
+        penalty = (inputs.square() * weight).sum(0).mean()
+        wanted = h[mine].double() @ layer.down_DN.double().T - common[mine].double()
+        gradient = (inputs * weight).T @ (inputs @ change - wanted)
+        size = (penalty * change).abs().max().item()
+        torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
+
+
 def _fitted(layer, *, passes, seed=0):
     made = _converted(layer)
     made.fit(passes, seed=seed)

@@ -40,6 +40,7 @@ METHODS = {
     "copies": {"method": "copy", "experts": 3, "top_k": 1},
     "slices of copies": {"method": "copy", "experts": 6, "top_k": 3, "expert_size": 16, "scale": "variance"},
     "activation": {"method": "activation", "experts": 6, "shared_experts": 2, "top_k": 2, "scale": "mean"},
+    "token clusters": {"method": "token_clusters", "experts": 3, "shared_experts": 2, "top_k": 1, "expert_size": 12},
 }
 WIDTH = 48
 

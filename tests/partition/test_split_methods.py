@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tasks import settings
 from tasks.partition import assignment, methods
 from tasks.partition.layer import Layer, Sizes
-from tasks.partition.methods import clustering, coactivation, constraints, copy, importance
+from tasks.partition.methods import clustering, coactivation, constraints, copy, importance, token_clusters
 
 KINDS = {
     "random": {},
@@ -24,11 +25,12 @@ KINDS = {
     "inter": {"method": "importance", "sharing": "inter"},
     "moebert": {},
     "copy": {},
+    "token_clusters": {},
 }
 
 
 def options_of(kind, *, experts=4, top_k=2, shared_experts=0, seed=0, **more):
-    shared = max(shared_experts, 1) if kind == "inter" else 0
+    shared = max(shared_experts, 1) if kind == "inter" else shared_experts if kind == "token_clusters" else 0
     fields = {"method": kind, "experts": experts, "top_k": top_k, "shared_experts": shared, "seed": seed}
     return settings.Partition(**(fields | KINDS[kind] | more))
 
@@ -56,8 +58,10 @@ def made(options, width, **layer):
 def test_every_method_gives_the_same_int32_indices_again_and_they_keep_its_constraints(data):
     kind = data.draw(st.sampled_from(sorted(KINDS)))
     experts, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    shared = data.draw(st.integers(1, 3)) if kind == "inter" else 0
+    shared = data.draw(st.integers(1, 3)) if kind in {"inter", "token_clusters"} else 0
     width, more = size * (experts + shared), {}
+    if kind == "token_clusters":
+        more["expert_size"] = data.draw(st.integers(1, width // (shared + 1)))
     if kind == "inner":
         more["expert_size"] = data.draw(st.integers(1, width))
     if kind == "moebert":
@@ -93,6 +97,7 @@ def test_the_needs_of_every_method_are_known():
         "importance": "gradients",
         "moebert": "gradients",
         "copy": "nothing",
+        "token_clusters": "activations",
     }
 
 
@@ -115,6 +120,11 @@ BROKEN = {
     "a copy incomplete": ("copy", lambda i: i.__setitem__((0, 0), i[1, 0]), "not there exactly 2 times"),
     "common neurons missing": ("moebert", lambda i: i.__setitem__((0, 0), 15), "has 1 neurons in all 4 experts"),
     "others dealt twice": ("moebert", lambda i: i.__setitem__((0, 2), i[1, 2]), "neither one nor all"),
+    "a shared neuron routed too": (
+        "token_clusters",
+        lambda i: i.__setitem__((1, 0), i[0, 0]),
+        "has neurons in shared experts and in others",
+    ),
     "an expert's neuron twice": ("inner", lambda i: i.__setitem__((0, 0), i[0, 1]), "has experts with a neuron twice"),
 }
 
@@ -122,7 +132,11 @@ BROKEN = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_what_breaks_a_constraint_is_named(fault):
     kind, breaks, message = BROKEN[fault]
-    more = {"moebert": {"common_neurons": 2, "expert_size": 5}, "copy": {"expert_size": 8}}.get(kind, {})
+    more = {
+        "moebert": {"common_neurons": 2, "expert_size": 5},
+        "copy": {"expert_size": 8},
+        "token_clusters": {"shared_experts": 1, "expert_size": 4, "top_k": 1},
+    }.get(kind, {})
     options = options_of(kind, **more)
     sizes, index = Sizes.of(options, 16), np.array(made(options, 16))
     if kind == "moebert":
@@ -130,6 +144,37 @@ def test_what_breaks_a_constraint_is_named(fault):
     breaks(index)
     problems = constraints.problems(index, sizes=sizes, options=options)
     assert any(re.search(message, text) for text in problems)
+
+
+# Token clusters
+
+
+def test_each_expert_takes_the_neurons_that_a_cluster_of_tokens_uses_and_the_shared_one_those_that_all_use():
+    # Inputs of three kinds, each of which switches on 4 neurons of its own; 4 more are always on.
+    random = np.random.default_rng(0)
+    kind_T = random.integers(0, 3, 600)
+    x_TD = 0.05 * random.standard_normal((600, 8)) + np.eye(8)[kind_T] + 2 * np.eye(8)[7]
+    gate_ND = 4 * np.concatenate([np.eye(8)[np.repeat(np.arange(3), 4)] - np.eye(8)[7] / 4, np.eye(8)[[7] * 4] * 4])
+    neurons = random.permutation(16)
+    layer = Layer(
+        number=0,
+        gate_ND=torch.from_numpy(gate_ND[neurons]).float(),
+        up_ND=torch.from_numpy(np.tile(np.eye(8)[7], (16, 1))).float(),
+        down_DN=torch.from_numpy(random.standard_normal((8, 16))).float(),
+        x_TD=torch.from_numpy(x_TD).float(),
+    )
+    options = options_of("token_clusters", experts=3, top_k=1, shared_experts=1, expert_size=4)
+    index = token_clusters.split(layer, Sizes.of(options, 16), options)
+    group_N = np.repeat(np.arange(4), 4)[neurons]
+    assert group_N[index[0]].tolist() == [3] * 4
+    assert sorted(group_N[row].tolist() for row in index[1:]) == [[kind] * 4 for kind in range(3)]
+
+
+def test_token_clusters_refuse_more_than_one_expert_a_token_and_experts_wider_than_the_ffn():
+    with pytest.raises(ValidationError, match="a token passes one; set top_k: 1"):
+        options_of("token_clusters", top_k=2, expert_size=4)
+    with pytest.raises(ValueError, match="wants a size from 1 to 8, 16 neurons over 1 \\+ 1"):
+        options_of("token_clusters", top_k=1, shared_experts=1, expert_size=9).check_width(16)
 
 
 # Clustering

@@ -13,7 +13,8 @@ def problems(layer_EF: np.ndarray, *, sizes: Sizes, options: settings.Partition)
 
     Every method's experts hold distinct neurons. Beyond that: importance with sharing inner lets experts overlap;
     moebert has `common_neurons` in all experts, and others in one or none; copy has every neuron in as many experts as
-    there are copies; all others have every neuron exactly once.
+    there are copies; token_clusters has those of shared experts nowhere else, and others anywhere; all others have
+    every neuron exactly once.
 
     Returns:
         predicates without a subject ("is no partition of ..."), to be put behind "layer 3".
@@ -37,6 +38,10 @@ def problems(layer_EF: np.ndarray, *, sizes: Sizes, options: settings.Partition)
             wrong.append(f"has {everywhere} neurons in all {sizes.experts} experts, but common_neurons = {common}")
         if elsewhere := np.flatnonzero((times_N > 1) & (times_N != sizes.experts))[:5].tolist():
             wrong.append(f"has neurons in some experts, neither one nor all: {elsewhere}")
+    elif options.method == "token_clusters":
+        shared_M = layer_EF[: sizes.shared].reshape(-1)
+        if elsewhere := shared_M[times_N[shared_M] != 1][:5].tolist():
+            wrong.append(f"has neurons in shared experts and in others: {elsewhere}")
     elif options.sharing != "inner":
         copies = sizes.experts * sizes.size // sizes.width if options.method == "copy" else 1
         if others := np.flatnonzero(times_N != copies)[:5].tolist():
