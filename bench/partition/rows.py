@@ -83,6 +83,10 @@ def methods(width: int) -> dict[str, dict[int, Partition]]:
         for share, n in quarter.items()
     }
 
+    def clusters(total: int) -> dict[int, dict[str, int]]:
+        halves = {share: {"shared_experts": 1, "expert_size": width * share // 200} for share in SHARES}
+        return {share: {"experts": total, "top_k": 1, **half} for share, half in halves.items()}
+
     def row(method: str, sizes: dict[int, dict[str, int]], **options: Any) -> dict[int, Partition]:
         common = {"method": method, "calibration_windows": CALIBRATION, "router": "regression", **options}
         return {share: Partition.model_validate({**common, **sizes[share]}) for share in SHARES}
@@ -96,6 +100,10 @@ def methods(width: int) -> dict[str, dict[int, Partition]]:
         "importance, inter sharing": row("importance", shared, sharing="inter"),
         "moebert": row("moebert", quarters),
         "peer: MoEBERT": row("moebert", quarters, router="random"),
+        **{
+            f"token clusters, {total} experts, refit": row("token_clusters", clusters(total), down_proj="refit")
+            for total in (8, 16)
+        },
         "activation, 8 experts": row("activation", shared),
         **{
             f"activation, {total} experts{fitted}": row("activation", fine(total), **_FITTED[fitted])

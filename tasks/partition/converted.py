@@ -22,7 +22,7 @@ ADDED = 0.05
 """Most that unequal weights of the chosen experts may add to a layer's squared error, as a share of it."""
 RIDGE = 0.3
 """Ridge penalty on the change of the down-projection, as a share of the mean diagonal of its inputs' moments."""
-OWN_RIDGE = 1.0
+OWN_RIDGE = 3.0
 """The same of each expert's own change: its tokens are fewer."""
 FIT_RATE = 0.01
 """Peak of the fit's learning rates, as a share of each matrix's root mean square."""

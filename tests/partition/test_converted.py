@@ -112,7 +112,7 @@ def test_experts_of_which_a_token_passes_one_are_refitted_to_their_own_tokens():
     for e, change in enumerate(made.change_EFD.double() * made.scale):
         mine = expert == e
         inputs, weight = h[mine][:, routed[e]].double(), layer.weight_T[mine].double()[:, None]
-        penalty = (inputs.square() * weight).sum(0).mean()
+        penalty = 3.0 * (inputs.square() * weight).sum(0).mean()
         wanted = h[mine].double() @ layer.down_DN.double().T - common[mine].double()
         gradient = (inputs * weight).T @ (inputs @ change - wanted)
         size = (penalty * change).abs().max().item()
