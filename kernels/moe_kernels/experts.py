@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import moe_kernels.autograd as autograd
+import moe_kernels.few_rows as few_rows
 
 from .autograd import Path
 from .cpu import choose_regime
@@ -39,8 +40,8 @@ def experts_layer(
             the mark that expert parallelism gives to the experts of other ranks.
         top_k_weights_TK: routing weights, (T, K), any floating dtype; need not sum to one.
         path: forces a path, for tests and benchmarks. By default ``"triton"`` on CUDA of sm_80 and newer where it is
-            installed (fp32, fp16, bf16), the choice of :func:`moe_kernels.cpu.choose_regime` on CPU, and ``"sorted"``
-            elsewhere.
+            installed (fp32, fp16, bf16); on CPU :mod:`moe_kernels.few_rows` for a token or two without gradients, else
+            the choice of :func:`moe_kernels.cpu.choose_regime`; and ``"sorted"`` elsewhere.
 
     Returns:
         (T, D) in the dtype of ``x_TD``. Under autocast the GEMMs run in its dtype, otherwise in that of ``w13_EGD``.
@@ -54,6 +55,8 @@ def experts_layer(
     dtype = compute_dtype(x_TD, w13_EGD)
     if path is None:
         tokens, top_k = top_k_index_TK.shape
+        if few_rows.fits(x_TD, w13_EGD, w2_EDF, top_k=top_k) and not _keeps(x_TD, w13_EGD, w2_EDF, top_k_weights_TK):
+            return few_rows.forward(x_TD, w13_EGD, w2_EDF, weights_TK=top_k_weights_TK, index_TK=top_k_index_TK)
         experts, _, width = w2_EDF.shape
         path = _path_of_device(x_TD, dtype) or choose_regime(experts, top_k, width=width, tokens=tokens, dtype=dtype)
     return _apply(x_TD, w13_EGD, None, w2_EDF, top_k_index_TK, top_k_weights_TK, None, path=path, dtype=dtype)
@@ -125,9 +128,14 @@ def _apply(
         raise ValueError(f"experts layer: path is {path!r}, expected one of {', '.join(get_args(Path))}")
     if path == "triton" and dtype not in _TRITON_DTYPES:
         raise ValueError(f"experts layer: path='triton' computes in fp32, fp16 or bf16, not in {dtype}; use 'sorted'")
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w13, w3, w2, weights))
+    keep = _keeps(x, w13, w3, w2, weights)
     out: torch.Tensor = autograd.experts_forward(x.to(dtype), w13, w3, w2, index, weights, offset, path, keep)[0]
     return out.to(x.dtype)
+
+
+def _keeps(*tensors: Tensor | None) -> bool:
+    """True if a backward may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(x: Tensor, w13: Tensor, w3: Tensor | None, w2: Tensor, **routing: Tensor) -> None:

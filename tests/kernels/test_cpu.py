@@ -180,3 +180,22 @@ def test_what_lies_behind_the_rows_of_the_last_expert_is_in_no_gradient(last: in
     out = experts_layer(x, w13, w2, index_TK, torch.ones(rows, 1).bfloat16(), path="sorted")
     for gradient in torch.autograd.grad(out.float().square().sum(), (x, w13, w2)):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 8), (2, 3)])
+def test_one_or_two_tokens_without_gradients_are_as_accurate_as_any_and_run_without_routing(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int, top_k: int
+) -> None:
+    p = make_problem(tokens, 9, top_k=top_k, hidden=40, width=WIDE)
+    x, w13, w2, weights = (t.to(dtype) for t in (p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_weights_TK))
+    index = p.top_k_index_TK.clone()
+    index[-1, -1] = 9  # absent
+    expected = experts_layer(x, w13, w2, index, weights, path="sorted")
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_kernels.autograd.experts_forward", None)
+        alone = experts_layer(x, w13, w2, index, weights)
+    tolerance = 8 * torch.finfo(dtype).eps * x.abs().max().item()
+    torch.testing.assert_close(alone, expected, rtol=0, atol=tolerance)
+    with pytest.raises(IndexError, match=r"top_k_index must lie in \[0, 9\)"):
+        experts_layer(x, w13, w2, index + 1, weights)
