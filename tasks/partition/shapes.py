@@ -133,8 +133,14 @@ def _share(part: int, partition: Partition) -> float:
 def _scaled(dense: Any, partition: Partition) -> Iterator[Partition]:
     """Other numbers of experts, shared among them, with as many neurons in all and active."""
     routed, shared, chosen = partition.experts, partition.shared_experts, partition.top_k
+    size = partition.check_width(dense.intermediate_size)
+    if partition.method == "token_clusters":  # a token passes one routed expert, whatever its size
+        active = (shared + 1) * size
+        for s in range(1, active) if shared else []:
+            if s != shared and active % (s + 1) == 0:
+                yield _with(partition, shared_experts=s, expert_size=active // (s + 1))
+        return
     if partition.may_overlap:
-        size = partition.check_width(dense.intermediate_size)
         for factor in range(2, routed + 1):
             if routed % factor == chosen % factor == 0:
                 each = _with(partition, experts=routed // factor, top_k=chosen // factor, expert_size=size * factor)
@@ -143,18 +149,19 @@ def _scaled(dense: Any, partition: Partition) -> Iterator[Partition]:
                     yield each
         return
     for total in range(2, min(dense.intermediate_size, 1024) + 1):
-        active = (shared + chosen) * total / (shared + routed)
-        if dense.intermediate_size % total or active != int(active):
+        exact = (shared + chosen) * total / (shared + routed)
+        if dense.intermediate_size % total or exact != int(exact):
             continue
+        active = int(exact)
         usual = shared * total / (shared + routed)
         for s in range(math.ceil(usual / 2), int(usual * 1.5) + 1) if shared else [0]:
             if bool(s) == bool(shared) and s < active and (s, total) != (shared, shared + routed):
-                yield _with(partition, experts=total - s, shared_experts=s, top_k=int(active) - s)
+                yield _with(partition, experts=total - s, shared_experts=s, top_k=active - s)
 
 
 def _unshared(dense: Any, partition: Partition) -> Iterator[Partition]:
     """The same without shared experts, where an engine has trouble with those."""
-    if partition.shared_experts and partition.sharing != "inter":
+    if partition.shared_experts and partition.method == "activation":
         routed = partition.experts + partition.shared_experts
         bare = _with(partition, experts=routed, shared_experts=0, top_k=partition.top_k + partition.shared_experts)
         yield bare
@@ -177,7 +184,8 @@ def _way_out(dense: Any, partition: Partition, config: Any) -> str:
     """Which settings can be changed, each with values that work."""
     ways = []
     if found := nearest(dense, partition):
-        share = _share(partition.top_k + partition.shared_experts, partition)
+        width = partition.check_width(dense.intermediate_size)
+        share = (partition.top_k + partition.shared_experts) * width / dense.intermediate_size
         ways.append(f"take one of the nearest shapes that they load, {share:.0%} of the FFN active: {_listed(found)}")
     seen: list[list[Engine]] = [[]]
     classes = _configs(dense, partition.model_copy(update={"target": "auto"}))

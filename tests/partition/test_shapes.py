@@ -76,6 +76,14 @@ def test_a_slow_shape_is_loaded_and_warned_of_with_shapes_that_are_fast():
     assert shapes.warnings(parent(), partition(**WIDE)) == []
 
 
+def test_shared_parts_of_token_clusters_are_cut_anew_and_their_routed_expert_with_them():
+    asked = partition(method="token_clusters", experts=8, shared_experts=23, top_k=1, expert_size=32)
+    assert "experts of 32 neurons are narrow" in shapes.warnings(parent(), asked)[0]
+    found = shapes.nearest(parent(), asked, fast=True)
+    assert [(each.shared_experts, each.expert_size) for each in found] == [(11, 64), (5, 128), (3, 192)]
+    assert all(shapes.warnings(parent(), each) == [] for each in found)
+
+
 def test_where_no_shape_helps_the_way_out_is_a_class_or_an_engine():
     qwen2 = refusal(parent("qwen2"), partition(**WIDE))
     assert "vllm cannot run the granitemoeshared: it computes no bias on the attention's q, k, v, o" in qwen2
