@@ -128,7 +128,7 @@ class Partition(Frozen):
             fits = [n for n in range(2, min(width, 257)) if width % n == 0]
             raise ValueError(
                 f"experts + shared_experts = {self.experts} + {self.shared_experts} = {total} does not divide "
-                f"the FFN width {width}; totals that do: {', '.join(map(str, fits))}"
+                f"the FFN width {width} (intermediate_size); totals that do: {', '.join(map(str, fits))}"
             )
         if self.expert_size not in (None, width // total):
             raise ValueError(
@@ -175,7 +175,7 @@ class Partition(Frozen):
         if self.expert_size is None or self.expert_size > largest:
             raise ValueError(
                 f"expert_size = {self.expert_size}: method `token_clusters` with shared_experts = "
-                f"{self.shared_experts} wants a size from 1 to {largest}, {width} neurons over "
+                f"{self.shared_experts} takes 1 to {largest}, an intermediate_size of {width} over "
                 f"{self.shared_experts} + 1; half of the FFN is active at {max(largest // 2, 1)}"
             )
         return self.expert_size

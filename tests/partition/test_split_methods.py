@@ -173,7 +173,7 @@ def test_each_expert_takes_the_neurons_that_a_cluster_of_tokens_uses_and_the_sha
 def test_token_clusters_refuse_more_than_one_expert_a_token_and_experts_wider_than_the_ffn():
     with pytest.raises(ValidationError, match="a token passes one; set top_k: 1"):
         options_of("token_clusters", top_k=2, expert_size=4)
-    with pytest.raises(ValueError, match="wants a size from 1 to 8, 16 neurons over 1 \\+ 1"):
+    with pytest.raises(ValueError, match="takes 1 to 8, an intermediate_size of 16 over 1 \\+ 1"):
         options_of("token_clusters", top_k=1, shared_experts=1, expert_size=9).check_width(16)
 
 

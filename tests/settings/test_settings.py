@@ -132,7 +132,7 @@ def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str,
 
 def test_experts_that_do_not_divide_the_ffn_list_the_numbers_that_do() -> None:
     result = fault(changed("pipelines.demo.partition.experts", 145))
-    assert "experts + shared_experts = 145 + 48 = 193 does not divide the FFN width 1536" in result
+    assert "experts + shared_experts = 145 + 48 = 193 does not divide the FFN width 1536 (intermediate_size)" in result
     assert "96, 128" in result
 
 

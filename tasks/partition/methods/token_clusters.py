@@ -41,26 +41,21 @@ def split(layer: Layer, sizes: Sizes, options: settings.Partition) -> np.ndarray
     x_TD, energy_TM = layer.inputs[some], _energies(layer, rest_M, tokens=some)
     weight_T = energy_TM.sum(1)
     cluster_T = _first_clusters(layer, rest_M, x_TD, weight_T, count=sizes.experts, generator=generator)
+    weighted_TD = x_TD * weight_T[:, None]
+    moments_DD = weighted_TD.T @ x_TD
+    moments_DD.diagonal().add_(router_init.RIDGE * moments_DD.diagonal().mean().clamp_min(1e-30))
     prior_M = energy_TM.mean(0) * _PRIOR
     for _ in range(TURNS):
         wanted_EM = prior_M.repeat(sizes.experts, 1).index_add_(0, cluster_T, energy_TM)
         place_EF = wanted_EM.argsort(dim=1, descending=True, stable=True)[:, : sizes.size]
         member_EM = torch.zeros_like(wanted_EM).scatter_(1, place_EF, 1.0)
         share_TE = energy_TM @ member_EM.T / weight_T.clamp_min(1e-30)[:, None]
-        router_DE = _ridge(x_TD, share_TE - share_TE.mean(1, keepdim=True), weight_T)
+        target_DE = weighted_TD.T @ (share_TE - share_TE.mean(1, keepdim=True))
+        router_DE = torch.linalg.solve(moments_DD, target_DE)
         cluster_T = (x_TD @ router_DE).argmax(1)
     routed_EF = rest_M[place_EF]
     experts_EF = torch.cat([shared_N.view(sizes.shared, sizes.size), routed_EF]).sort(dim=1).values
     return experts_EF.cpu().numpy().astype(np.int32)
-
-
-def _ridge(x_TD: torch.Tensor, target_TE: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
-    """Ridge regression of the targets on the inputs, each token with its weight: [D, E]."""
-    weighted_TD = x_TD * weight_T[:, None]
-    moments_DD = weighted_TD.T @ x_TD
-    moments_DD.diagonal().add_(router_init.RIDGE * moments_DD.diagonal().mean().clamp_min(1e-30))
-    solution_DE: torch.Tensor = torch.linalg.solve(moments_DD, weighted_TD.T @ target_TE)
-    return solution_DE
 
 
 def _energies(layer: Layer, neurons_M: torch.Tensor, *, tokens: torch.Tensor) -> torch.Tensor:
