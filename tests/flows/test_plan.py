@@ -81,12 +81,12 @@ def test_a_plan_of_a_fetched_model_reads_its_config_and_no_weights(config: setti
     folder = Path("data/models/smollm2-135m-q4")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **SIZES | {"intermediate_size": 1536}}))
-    cost = plan.plan(config, "demo", bfloat16=True)
+    cost = plan.plan(config, "fine", bfloat16=True)
     assert cost.dense["total"] == 4 * (3 * 32 * 1536 + 32 * 96 + 64 + 2 * 32) + 32 + 2 * 100 * 32
 
 
-def test_the_demo_needs_what_its_numbers_say(config: settings.Settings) -> None:
-    cost = plan.plan(config, "demo", bfloat16=True)
+def test_a_pipeline_needs_what_its_numbers_say(config: settings.Settings) -> None:
+    cost = plan.plan(config, "fine", bfloat16=True)
     assert cost.dense["total"] == 134_515_008
     assert (cost.steps, cost.tokens, cost.expert_width) == (48, 49152, 8)
     assert (cost.model_type, cost.sparse_layers, cost.layers) == ("granitemoeshared", 30, 30)
@@ -102,11 +102,11 @@ def test_the_demo_needs_what_its_numbers_say(config: settings.Settings) -> None:
 
 
 def changed(config: settings.Settings, section: str, **fields: Any) -> plan.Plan:
-    """The demo's plan with other settings in one section."""
-    demo = config.pipelines["demo"]
-    known = getattr(demo, section)
-    pipeline = demo.model_copy(update={section: type(known)(**known.model_dump() | fields)})
-    return plan.plan(config.model_copy(update={"pipelines": {"demo": pipeline}}), "demo", bfloat16=True)
+    """The plan of `fine` with other settings in one section."""
+    fine = config.pipelines["fine"]
+    known = getattr(fine, section)
+    pipeline = fine.model_copy(update={section: type(known)(**known.model_dump() | fields)})
+    return plan.plan(config.model_copy(update={"pipelines": {"fine": pipeline}}), "fine", bfloat16=True)
 
 
 def test_phases_that_train_less_cost_less(config: settings.Settings) -> None:
@@ -120,13 +120,13 @@ def test_a_distilling_parent_reads_every_token_once(config: settings.Settings) -
     from tasks.moe import counts
 
     more = changed(config, "pretrain", distill={"logits": 1.0})
-    dense = plan.dense_config(config, config.pipelines["demo"].model)
+    dense = plan.dense_config(config, config.pipelines["fine"].model)
     extra = more.other_flops - changed(config, "pretrain").other_flops
     assert extra == 49152 * counts.flops_per_token(dense, seq_len=512)["forward"]
 
 
 def test_a_fit_costs_seven_products_of_each_token_with_an_ffn_matrix_in_every_layer(config: settings.Settings) -> None:
-    partition = config.pipelines["demo"].partition
+    partition = config.pipelines["fine"].partition
     less = changed(config, "partition", fit_passes=partition.fit_passes - 1)
     extra = changed(config, "partition").other_flops - less.other_flops
     assert extra == 7 * (2 * 576 * 1536) * 30 * partition.calibration_windows * 512
@@ -149,13 +149,13 @@ def printed(tables: list[Table]) -> str:
 
 
 def test_the_plan_shows_every_zero_stage_and_marks_the_one_that_is_set(config: settings.Settings) -> None:
-    text = printed(plan_view.figures(config, "demo", tflops=100.0))
+    text = printed(plan_view.figures(config, "fine", tflops=100.0))
     assert [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│ ")][-4:] == list("0123")
     assert next(line for line in text.splitlines() if line.startswith("│ 1 ")).rstrip("│ ").endswith("set")
 
 
 def test_the_plan_has_a_line_for_every_engine_and_shapes_that_are_not_slow(config: settings.Settings) -> None:
-    text = " ".join(printed(plan_view.figures(config, "demo", tflops=100.0)).split())
+    text = " ".join(printed(plan_view.figures(config, "fine", tflops=100.0)).split())
     assert "llama.cpp, Ollama │ no │ 48 chosen experts in 30 layers; at most 28: take fewer and wider ones" in text
     assert "vLLM │ slowly │ 8 neurons are no multiple of 64" in text
     assert "SGLang │ slowly │" in text
@@ -177,7 +177,7 @@ def test_a_calibrated_plan_takes_time_and_peak_from_the_measured_steps(
         return Speed(start=20, micro_batch=4, optimizer=1, evaluation=2, copy=0, processes=1, peak=3_210_000_000)
 
     monkeypatch.setattr(calibrate, "measure", measure)
-    text = printed(plan_view.figures(config, "demo", tflops=None, calibrated=True))
+    text = printed(plan_view.figures(config, "fine", tflops=None, calibrated=True))
     assert asked == [("granitemoeshared", 2, None)]
     assert "205 tokens/s" in text  # 1024 tokens in 5 s
     assert "4.0 min" in text  # 48 steps
@@ -191,11 +191,11 @@ def test_a_model_without_shape_says_what_to_do(config: settings.Settings) -> Non
     with pytest.raises(
         settings.SettingsError, match=r"models\.smollm2-135m-q4\.shape is missing .* or run `dvc repro"
     ):
-        plan.plan(bare, "demo", bfloat16=True)
+        plan.plan(bare, "fine", bfloat16=True)
 
 
 def test_time_follows_from_flops_and_speed(config: settings.Settings) -> None:
-    cost = plan.plan(config, "demo", bfloat16=True)
+    cost = plan.plan(config, "fine", bfloat16=True)
     assert cost.seconds(1e12) == pytest.approx((cost.train_flops + cost.other_flops) / 0.4e12)
     assert cost.seconds(2e12) == pytest.approx(cost.seconds(1e12) / 2)
 
@@ -219,23 +219,23 @@ def test_reasons_are_shortened_with_their_number() -> None:
 def test_a_disk_that_is_too_small_is_told_with_what_lies_on_it(
     config: settings.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cost = plan.plan(config, "demo", bfloat16=True)
+    cost = plan.plan(config, "fine", bfloat16=True)
     needed = sum(cost.disk.values())
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1e6))
     (lack,) = plan.disk_lacks(cost, "smollm2-135m-q4")
     assert lack.startswith("does not fit here: .scratch, data, runs needs")
-    Path("runs/demo/moe").mkdir(parents=True)  # what is there needs no more place
+    Path("runs/fine/moe").mkdir(parents=True)  # what is there needs no more place
     assert plan.disk_lacks(cost, "smollm2-135m-q4") == []
 
 
 def test_windows_that_the_corpus_does_not_have_are_told(config: settings.Settings) -> None:
-    assert plan.short_windows(config, "demo") == []
+    assert plan.short_windows(config, "fine") == []
     folder = Path("data/corpora/demo")
     folder.mkdir(parents=True)
     parts = {"validation": {"tokens": 512 * 8}, "test": {"tokens": 512 * 3 + 511}}
     domains = {"code": parts, "books": {"validation": {"tokens": 511}, "test": {"tokens": 512 * 8}}}
     (folder / "manifest.json").write_text(json.dumps({"domains": domains}))
-    assert plan.short_windows(config, "demo") == [
+    assert plan.short_windows(config, "fine") == [
         "evaluate.windows = 8: the test part of code has 3 of 512 tokens",
         "pretrain.eval_windows = 2: the validation part of books has 0 of 512 tokens; raise its `heldout`, or lower "
         "seq_len: no run can be finished",
@@ -249,34 +249,34 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
 ) -> None:
     without = changed(config, "pretrain")
     assert without.child is None
-    demo = config.pipelines["demo"].model_copy(update={"control": "dense_child"})
-    both = config.model_copy(update={"pipelines": {"demo": demo}})
-    dense = plan.dense_config(both, demo.model)
-    cost = plan.plan(both, "demo", bfloat16=True)
+    fine = config.pipelines["fine"].model_copy(update={"control": "dense_child"})
+    both = config.model_copy(update={"pipelines": {"fine": fine}})
+    dense = plan.dense_config(both, fine.model)
+    cost = plan.plan(both, "fine", bfloat16=True)
     child = cost.child
     assert child is not None
-    split = demo.partition
+    split = fine.partition
     width = (split.shared_experts + split.top_k) * 1536 // (split.shared_experts + split.experts)
     assert child.ffn_width == width
     assert child.parameters == 134_515_008 - 30 * 3 * 576 * (1536 - width)
-    shorter = demo.pretrain.model_copy(update={"tokens": demo.pretrain.tokens // 2, "eval_tokens": 1 << 20})
-    longer = demo.pretrain.model_copy(update={"eval_tokens": 1 << 20})
+    shorter = fine.pretrain.model_copy(update={"tokens": fine.pretrain.tokens // 2, "eval_tokens": 1 << 20})
+    longer = fine.pretrain.model_copy(update={"eval_tokens": 1 << 20})
     half, whole = (
-        plan_child.plan(dense, demo.model_copy(update={"pretrain": train}), domains=4, bfloat16=True)
+        plan_child.plan(dense, fine.model_copy(update={"pretrain": train}), domains=4, bfloat16=True)
         for train in (shorter, longer)
     )
     assert half
     assert whole
-    assert whole.flops - half.flops == pytest.approx(6 * child.parameters * demo.pretrain.tokens / 2, rel=0.25)
+    assert whole.flops - half.flops == pytest.approx(6 * child.parameters * fine.pretrain.tokens / 2, rel=0.25)
     assert child.memory.host["weights"] == 2 * child.parameters
     assert child.memory.host["optimizer"] == 12 * child.parameters
     assert cost.disk["dense child, as cut and as trained"] == 2 * 4 * child.parameters
     assert cost.seconds(1e12) == pytest.approx(without.seconds(1e12) + child.flops / (plan.UTILISATION * 1e12))
     text = StringIO()
-    for table in plan_view.figures(both, "demo", tflops=100.0):
+    for table in plan_view.figures(both, "fine", tflops=100.0):
         Console(file=text, width=160).print(table)
     assert f"FFNs of {width} neurons" in text.getvalue()
     assert "peak memory of its training" in text.getvalue()
-    refused = demo.model_copy(update={"partition": split.model_copy(update={"layers": "alternate"})})
+    refused = fine.model_copy(update={"partition": split.model_copy(update={"layers": "alternate"})})
     with pytest.raises(settings.SettingsError, match=r"control: dense_child: partition.layers = 'alternate'"):
         plan_child.plan(dense, refused, domains=4, bfloat16=True)

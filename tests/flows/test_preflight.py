@@ -45,16 +45,16 @@ def test_datasets_with_a_loading_script_are_refused_domain_or_task(hub_listing: 
 
 def test_a_shape_that_an_engine_cannot_load_is_refused_with_near_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings.load(ROOT / "pipelines.yaml")
-    partition = config.pipeline("demo").partition.model_copy(
+    partition = config.pipeline("fine").partition.model_copy(
         update={"engines": ["llama.cpp"], "experts": 144, "shared_experts": 48, "top_k": 48}
     )
-    demo = config.pipeline("demo").model_copy(update={"partition": partition})
-    monkeypatch.setitem(config.pipelines, "demo", demo)
-    (refusal,) = preflight.refusals(config, "demo")
-    assert refusal.startswith("pipelines.demo.partition: engines: llama.cpp cannot run the granitemoeshared: 48")
+    fine = config.pipeline("fine").model_copy(update={"partition": partition})
+    monkeypatch.setitem(config.pipelines, "fine", fine)
+    (refusal,) = preflight.refusals(config, "fine")
+    assert refusal.startswith("pipelines.fine.partition: engines: llama.cpp cannot run the granitemoeshared: 48")
     assert "experts: 18, shared_experts: 6, top_k: 6" in refusal
     with pytest.raises(settings.SettingsError, match="cannot run the granitemoeshared"):
-        preflight.require(config, "demo")
+        preflight.require(config, "fine")
 
 
 def test_a_hub_out_of_reach_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

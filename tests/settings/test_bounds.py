@@ -20,15 +20,15 @@ from tasks import settings
 from tasks.settings.deployments import FLOWS, Deployment, Schedule, cron_fault
 from tests.settings.test_settings import GOOD, changed, fault
 
-FULL = changed("pipelines.demo.pretrain.distill", {"logits": 1.0, "temperature": 2.0})
+FULL = changed("pipelines.fine.pretrain.distill", {"logits": 1.0, "temperature": 2.0})
 FULL["corpora"]["demo"]["filters"] = [{"rule": rule} for rule in ("length", "gopher_quality", "gopher_repetition",
     "c4_quality", "fineweb_quality", "fluency", "advertisement")]  # fmt: skip
-FULL["pipelines"]["demo"]["mixture"] |= {"weights": dict.fromkeys(GOOD["corpora"]["demo"]["domains"], 1.0)}
-FULL["pipelines"]["demo"]["pretrain"]["dynamic"]["references"] = {
+FULL["pipelines"]["fine"]["mixture"] |= {"weights": dict.fromkeys(GOOD["corpora"]["demo"]["domains"], 1.0)}
+FULL["pipelines"]["fine"]["pretrain"]["dynamic"]["references"] = {
     "losses": {domain: [3.0, 2.5, 2.2] for domain in GOOD["corpora"]["demo"]["domains"]},
     "sizes": [1000, 10_000, 100_000],
 }
-FULL["pipelines"]["demo"]["pretrain"]["train"] = [{"what": "router", "tokens": 4096}, {"what": "all"}]
+FULL["pipelines"]["fine"]["pretrain"]["train"] = [{"what": "router", "tokens": 4096}, {"what": "all"}]
 FULL["deployments"][1]["parameters"] |= {"tolerance": 0.1}
 FULL = settings.validate(FULL).model_dump()  # every field, those with a default too
 PREFECTS = {"build", "push", "pull", "triggers", "sla", "interval", "anchor_date", "work_pool", "concurrency_limit"}
@@ -96,7 +96,7 @@ def test_a_window_longer_than_the_models_positions_is_refused_once_its_config_is
     """By the folder that it comes from, before anything runs; by what was fetched, unless of another source."""
     monkeypatch.chdir(tmp_path)
     raw = changed("models.smollm2-135m-q4.shape", None)
-    raw["pipelines"]["demo"]["evaluate"]["seq_len"] = limit + 1
+    raw["pipelines"]["fine"]["evaluate"]["seq_len"] = limit + 1
     settings.validate(raw)
     fetched = tmp_path / "data/models/smollm2-135m-q4"
     for folder in (tmp_path / "parent", fetched):
@@ -105,9 +105,9 @@ def test_a_window_longer_than_the_models_positions_is_refused_once_its_config_is
     assert f"evaluate.seq_len = {limit + 1}: smollm2-135m-q4 has max_position_embeddings = {limit} (data/" in fault(
         raw
     )
-    raw["pipelines"]["demo"]["evaluate"]["seq_len"] = limit
+    raw["pipelines"]["fine"]["evaluate"]["seq_len"] = limit
     settings.validate(raw)
-    raw["pipelines"]["demo"]["evaluate"]["seq_len"] = limit + 1
+    raw["pipelines"]["fine"]["evaluate"]["seq_len"] = limit + 1
     fetched.with_suffix(".json").write_text('{"source": "dir:elsewhere"}')
     settings.validate(raw)
     raw["models"]["smollm2-135m-q4"] |= {"source": "dir:parent", "sha256": None}

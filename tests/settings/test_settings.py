@@ -51,45 +51,45 @@ def test_the_projects_own_settings_are_valid() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("pipelines.demo.pretrain.learning_rat", 1, "pretrain.learning_rat = 1: unknown key; allowed here: tokens"),
+        ("pipelines.fine.pretrain.learning_rat", 1, "pretrain.learning_rat = 1: unknown key; allowed here: tokens"),
         ("models.smollm2-135m-q4.shape.hidden", 1, "shape.hidden = 1: unknown key; allowed here: model_type, h"),
         ("pipeline", {}, "pipeline: unknown key"),
-        ("pipelines.demo.pretrain.batch", "two", "pretrain.batch = 'two': Input should be a valid integer"),
-        ("pipelines.demo.pretrain.batch", 2.5, "pipelines.demo.pretrain.batch = 2.5: Input should be a valid integer"),
-        ("pipelines.demo.pretrain.dynamic", "yes", "pretrain.dynamic = 'yes': Input should be a valid dict"),
-        ("pipelines.demo.pretrain.tokens", 0, "pipelines.demo.pretrain.tokens = 0: Input should be greater than 0"),
-        ("pipelines.demo.pretrain.tokens", None, "pipelines.demo.pretrain.tokens: Field required"),
-        ("pipelines.demo.pretrain.zero_stage", 4, "pretrain.zero_stage = 4: Input should be 0, 1, 2 or 3"),
-        ("pipelines.demo.pretrain.micro_batch", 3, "batch = 2 is not a multiple of micro_batch x processes = 3"),
-        ("pipelines.demo.pretrain.warmup_tokens", 48129, "warmup_tokens = 48129 (48 steps) leaves none"),
-        ("pipelines.demo.pretrain.train", [{"what": "router"}] * 2, "every phase but the last has `tokens`"),
-        ("pipelines.demo.pretrain.train", "gate", "'gate': Input should be 'all', 'router' or 'experts'"),
-        ("pipelines.demo.pretrain.expert_parallel", 2, "processes = 1 is not a multiple of expert_parallel = 2"),
-        ("pipelines.demo.pretrain.launcher", "hostfile", "launcher: hostfile and `hostfile: FILE` go together"),
-        ("pipelines.demo.pretrain.distill", {"top_n": 8}, "distill.top_n needs windows that are known"),
-        ("pipelines.demo.pretrain.distill", {"logits": 0.0}, "logits and hidden are both 0; leave `distill` out"),
-        ("pipelines.demo.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
-        ("pipelines.demo.partition.top_k", 145, "top_k = 145 is more than experts = 144; allowed: 1 to 144"),
-        ("pipelines.demo.partition.noise", 0.1, "`noise` is an option of method `copy`, not of `activation`"),
-        ("pipelines.demo.partition.down_proj", "keep", "fit_passes = 2 goes on from the refit; set down_proj: refit"),
-        ("pipelines.demo.partition.layers", [1, 1], "layers = [1, 1] names a layer twice"),
-        ("pipelines.demo.partition.layers", [3, 30], "layers: [30] are not there; the model has layers 0 to 29"),
-        ("pipelines.demo.partition.expert_size", 9, "expert_size = 9, but method `activation` places every neuron"),
-        ("pipelines.demo.partition.method", "random", "partition: method `random` has no shared experts"),
-        ("pipelines.demo.mixture.method", "explicit", "pipelines.demo.mixture: method `explicit` needs `weights`"),
-        ("pipelines.demo.mixture.method", "uniform", "pretrain.dynamic.references: parent needs the parent's losses"),
-        ("pipelines.demo.mixture.weights", {"cod": 1.0}, "weights must name exactly the domains of corpora.demo, c"),
-        ("pipelines.demo.mixture.weights", {"code": 0.0}, "mixture: `weights` must have a positive sum"),
-        ("pipelines.demo.mixture.weights", {"code": -1.0}, "mixture.weights.code = -1.0: Input should be greater"),
-        ("pipelines.demo.model", "smollm", "pipelines.demo.model = 'smollm' is not defined; defined: smollm2-135m-q4"),
-        ("pipelines.demo.corpus", "dem", "pipelines.demo.corpus = 'dem' is not defined; defined: demo"),
+        ("pipelines.fine.pretrain.batch", "two", "pretrain.batch = 'two': Input should be a valid integer"),
+        ("pipelines.fine.pretrain.batch", 2.5, "pipelines.fine.pretrain.batch = 2.5: Input should be a valid integer"),
+        ("pipelines.fine.pretrain.dynamic", "yes", "pretrain.dynamic = 'yes': Input should be a valid dict"),
+        ("pipelines.fine.pretrain.tokens", 0, "pipelines.fine.pretrain.tokens = 0: Input should be greater than 0"),
+        ("pipelines.fine.pretrain.tokens", None, "pipelines.fine.pretrain.tokens: Field required"),
+        ("pipelines.fine.pretrain.zero_stage", 4, "pretrain.zero_stage = 4: Input should be 0, 1, 2 or 3"),
+        ("pipelines.fine.pretrain.micro_batch", 3, "batch = 2 is not a multiple of micro_batch x processes = 3"),
+        ("pipelines.fine.pretrain.warmup_tokens", 48129, "warmup_tokens = 48129 (48 steps) leaves none"),
+        ("pipelines.fine.pretrain.train", [{"what": "router"}] * 2, "every phase but the last has `tokens`"),
+        ("pipelines.fine.pretrain.train", "gate", "'gate': Input should be 'all', 'router' or 'experts'"),
+        ("pipelines.fine.pretrain.expert_parallel", 2, "processes = 1 is not a multiple of expert_parallel = 2"),
+        ("pipelines.fine.pretrain.launcher", "hostfile", "launcher: hostfile and `hostfile: FILE` go together"),
+        ("pipelines.fine.pretrain.distill", {"top_n": 8}, "distill.top_n needs windows that are known"),
+        ("pipelines.fine.pretrain.distill", {"logits": 0.0}, "logits and hidden are both 0; leave `distill` out"),
+        ("pipelines.fine.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
+        ("pipelines.fine.partition.top_k", 145, "top_k = 145 is more than experts = 144; allowed: 1 to 144"),
+        ("pipelines.fine.partition.noise", 0.1, "`noise` is an option of method `copy`, not of `activation`"),
+        ("pipelines.fine.partition.down_proj", "keep", "fit_passes = 2 goes on from the refit; set down_proj: refit"),
+        ("pipelines.fine.partition.layers", [1, 1], "layers = [1, 1] names a layer twice"),
+        ("pipelines.fine.partition.layers", [3, 30], "layers: [30] are not there; the model has layers 0 to 29"),
+        ("pipelines.fine.partition.expert_size", 9, "expert_size = 9, but method `activation` places every neuron"),
+        ("pipelines.fine.partition.method", "random", "partition: method `random` has no shared experts"),
+        ("pipelines.fine.mixture.method", "explicit", "pipelines.fine.mixture: method `explicit` needs `weights`"),
+        ("pipelines.fine.mixture.method", "uniform", "pretrain.dynamic.references: parent needs the parent's losses"),
+        ("pipelines.fine.mixture.weights", {"cod": 1.0}, "weights must name exactly the domains of corpora.demo, c"),
+        ("pipelines.fine.mixture.weights", {"code": 0.0}, "mixture: `weights` must have a positive sum"),
+        ("pipelines.fine.mixture.weights", {"code": -1.0}, "mixture.weights.code = -1.0: Input should be greater"),
+        ("pipelines.fine.model", "smollm", "pipelines.fine.model = 'smollm' is not defined; defined: smollm2-135m-q4"),
+        ("pipelines.fine.corpus", "dem", "pipelines.fine.corpus = 'dem' is not defined; defined: demo"),
         ("corpora.demo.model", "x", "corpora.demo.model = 'x' is not defined"),
         ("corpora.demo.domains", {}, "corpora.demo.domains: Dictionary should have at least 1 item"),
         ("corpora.demo.domains.code.source", "sympy", "source = 'sympy': source 'sympy' is not understood"),
         ("corpora.demo.domains.code.sha256", "abc", "corpora.demo.domains.code.sha256 = 'abc': String should match"),
         ("corpora.demo.domains.code.format", "csv", "domains.code.format = 'csv': Input should be 'text'"),
         ("corpora.demo.heldout", 1.0, "corpora.demo.heldout = 1.0: Input should be less than 1"),
-        ("pipelines.Demo", GOOD["pipelines"]["demo"], "pipelines.Demo"),
+        ("pipelines.Demo", GOOD["pipelines"]["fine"], "pipelines.Demo"),
         ("deployments.0.parameters", {"pipeline": "x"}, "deployments[0].parameters.pipeline = 'x' is not defined"),
         ("deployments.0.parameters", {"corpus": "demo"}, "deployments.0: parameters.pipeline is missing; parameters."),
         ("deployments.0.parameters", {}, "deployments.0: parameters.pipeline is missing; upcycle takes pipeline, ref"),
@@ -105,21 +105,21 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("deployments.1.schedules.0.cron", None, "schedules.0: give one of cron, interval and rrule; given: none"),
         ("deployments.0.entrypoint", "flows/upcycle.py:run", "entrypoint = 'flows/upcycle.py:run' is no flow; the f"),
         ("deployments.0.shedules", [], "deployments.0.shedules: unknown key; allowed here: name, entrypoint"),
-        ("pipelines.demo.mixture.weights", {"code": 1.0}, "encyclopedia: books, encyclopedia, legal missing; give a"),
-        ("pipelines.demo.pretrain.dynamic.references", {"code": 2.0}, "dynamic.references must name exactly the doma"),
-        ("pipelines.demo.pretrain.learning_rate", math.inf, "learning_rate = inf: Input should be a finite number"),
-        ("pipelines.demo.pretrain.learning_rates", {"router": math.nan}, "learning_rates.router = nan: Input should"),
-        ("pipelines.demo.pretrain.betas", [0.9, 1.5], "pretrain.betas.1 = 1.5: Input should be less than 1"),
-        ("pipelines.demo.pretrain.seed", -1, "pretrain.seed = -1: Input should be greater than or equal to 0"),
-        ("pipelines.demo.pretrain.seq_len", 1, "pretrain.seq_len = 1: Input should be greater than or equal to 2"),
-        ("pipelines.demo.pretrain.seq_len", 8193, "seq_len = 8193: smollm2-135m-q4 has max_position_embeddings = 819"),
-        ("pipelines.demo.evaluate.seq_len", 9000, "evaluate.seq_len = 9000: smollm2-135m-q4 has max_position_embeddi"),
-        ("pipelines.demo.pretrain.tokens", 10**30, "Input should be less than or equal to 9007199254740992"),
-        ("pipelines.demo.partition.layers", [], "partition.layers"),
-        ("pipelines.demo.evaluate.tasks.0.name", "hellaswag", "tasks.0.name = 'hellaswag': it has a `source`, so tas"),
-        ("pipelines.demo.evaluate.tasks", [{"name": "glue"}], "'glue': is a tag of lm-eval 0.4.13 for several tasks;"),
-        ("pipelines.demo.evaluate.tasks", [{"name": "helaswag"}], "is no task of lm-eval 0.4.13; did you mean hellas"),
-        ("pipelines.demo.evaluate.tasks", [{"name": "piqa"}] * 2, "tasks: piqa stands there twice"),
+        ("pipelines.fine.mixture.weights", {"code": 1.0}, "encyclopedia: books, encyclopedia, legal missing; give a"),
+        ("pipelines.fine.pretrain.dynamic.references", {"code": 2.0}, "dynamic.references must name exactly the doma"),
+        ("pipelines.fine.pretrain.learning_rate", math.inf, "learning_rate = inf: Input should be a finite number"),
+        ("pipelines.fine.pretrain.learning_rates", {"router": math.nan}, "learning_rates.router = nan: Input should"),
+        ("pipelines.fine.pretrain.betas", [0.9, 1.5], "pretrain.betas.1 = 1.5: Input should be less than 1"),
+        ("pipelines.fine.pretrain.seed", -1, "pretrain.seed = -1: Input should be greater than or equal to 0"),
+        ("pipelines.fine.pretrain.seq_len", 1, "pretrain.seq_len = 1: Input should be greater than or equal to 2"),
+        ("pipelines.fine.pretrain.seq_len", 8193, "seq_len = 8193: smollm2-135m-q4 has max_position_embeddings = 819"),
+        ("pipelines.fine.evaluate.seq_len", 9000, "evaluate.seq_len = 9000: smollm2-135m-q4 has max_position_embeddi"),
+        ("pipelines.fine.pretrain.tokens", 10**30, "Input should be less than or equal to 9007199254740992"),
+        ("pipelines.fine.partition.layers", [], "partition.layers"),
+        ("pipelines.fine.evaluate.tasks.0.name", "hellaswag", "tasks.0.name = 'hellaswag': it has a `source`, so tas"),
+        ("pipelines.fine.evaluate.tasks", [{"name": "glue"}], "'glue': is a tag of lm-eval 0.4.13 for several tasks;"),
+        ("pipelines.fine.evaluate.tasks", [{"name": "helaswag"}], "is no task of lm-eval 0.4.13; did you mean hellas"),
+        ("pipelines.fine.evaluate.tasks", [{"name": "piqa"}] * 2, "tasks: piqa stands there twice"),
         ("models.smollm2-135m-q4.shape.num_key_value_heads", 2, "num_attention_heads = 9 is not a multiple of num_ke"),
         ("corpora.demo.filters", [{"rule": "gopher_quality", "max_doc_words": 9}], "max_doc_words = 9 is less than m"),
     ],
@@ -131,7 +131,7 @@ def test_a_mistake_is_named_with_its_field_value_and_what_is_allowed(where: str,
 
 
 def test_experts_that_do_not_divide_the_ffn_list_the_numbers_that_do() -> None:
-    result = fault(changed("pipelines.demo.partition.experts", 145))
+    result = fault(changed("pipelines.fine.partition.experts", 145))
     assert "experts + shared_experts = 145 + 48 = 193 does not divide the FFN width 1536 (intermediate_size)" in result
     assert "96, 128" in result
 
@@ -179,19 +179,19 @@ def test_a_size_that_a_method_cannot_make_lists_those_that_it_can(options: dict[
 def test_a_dense_child_that_cannot_be_is_refused_with_the_settings(
     changes: dict[str, Any], message: str | None
 ) -> None:
-    raw = changed("pipelines.demo.control", "dense_child")
-    raw["pipelines"]["demo"]["partition"] |= changes
+    raw = changed("pipelines.fine.control", "dense_child")
+    raw["pipelines"]["fine"]["partition"] |= changes
     if message is None:
         settings.validate(raw)
     else:
         assert message in fault(raw)
         assert "control: none" in fault(raw)
-        raw["pipelines"]["demo"]["control"] = "none"
+        raw["pipelines"]["fine"]["control"] = "none"
         settings.validate(raw)
 
 
 def test_all_mistakes_are_told_at_once() -> None:
-    raw = changed("pipelines.demo.pretrain.tokens", 0)
+    raw = changed("pipelines.fine.pretrain.tokens", 0)
     raw["models"]["smollm2-135m-q4"]["licence"] = "x"
     assert len(fault(raw).splitlines()) == 2
 
@@ -220,7 +220,7 @@ def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> N
 def test_an_unknown_name_lists_the_known_ones_and_suggests_one_that_is_near(name: str, suggestion: str) -> None:
     with pytest.raises(settings.SettingsError) as caught:
         settings.validate(GOOD).pipeline(name)
-    assert str(caught.value) == f"pipelines.yaml: pipelines has no {name!r}; it has demo{suggestion}"
+    assert str(caught.value) == f"pipelines.yaml: pipelines has no {name!r}; it has demo, fine{suggestion}"
 
 
 def test_settings_do_not_change_after_they_were_read() -> None:
@@ -258,7 +258,7 @@ def test_the_module_prints_what_is_defined_and_fails_on_faults(
     (tmp_path / "p.yaml").write_text(TEXT.replace("tokens: 49152", "tokens: -1"))
     monkeypatch.setattr(sys, "argv", ["settings", str(tmp_path / "p.yaml")])
     assert command.main() == 1
-    assert "pipelines.demo.pretrain.tokens = -1" in capsys.readouterr().err
+    assert "pipelines.fine.pretrain.tokens = -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
