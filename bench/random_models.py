@@ -28,28 +28,25 @@ _COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A split of an FFN: shared experts, and top_k of the others for each token, all of one width."""
+    """Experts in place of an FFN: shared ones, and top_k of the routed ones for each token, all of one width."""
 
-    ffn: int
     width: int
     shared: int
     top_k: int
+    routed: int
 
     @classmethod
-    def of(cls, *, ffn: int, share: float, width: int, shared: int, top_k: int | None) -> Shape:
-        """The shape with `share` percent of the FFN active. Raises ValueError if it has no such split."""
+    def of(cls, *, ffn: int, share: float, width: int, shared: int, top_k: int | None, routed: int | None) -> Shape:
+        """The shape with `share` percent of the FFN active; without `routed` a split of it. Raises ValueError."""
         active = round(ffn * share / 100)
         chosen = active // width - shared if top_k is None else top_k
-        if ffn % width or (shared + chosen) * width != active or not 0 < chosen <= ffn // width - shared:
+        experts = ffn // width - shared if routed is None else routed
+        if (routed is None and ffn % width) or (shared + chosen) * width != active or not 0 < chosen <= experts:
             raise ValueError(
                 f"--share {share:g} --width {width} --shared {shared} --top-k {chosen}: {shared} + {chosen} experts "
-                f"of {width} of an FFN of {ffn}; --share asks for {active} active neurons"
+                f"of {width}, {experts} of them routed, for an FFN of {ffn}; --share asks for {active} active neurons"
             )
-        return cls(ffn=ffn, width=width, shared=shared, top_k=chosen)
-
-    @property
-    def routed(self) -> int:
-        return self.ffn // self.width - self.shared
+        return cls(width=width, shared=shared, top_k=chosen, routed=experts)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.shared}+{self.top_k}of{self.routed}"

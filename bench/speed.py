@@ -55,6 +55,7 @@ def shapes(arguments: argparse.Namespace, *, ffn: int) -> list[random_models.Sha
             width=(widths[i:] or widths[-1:])[0],
             shared=(shared[i:] or shared[-1:])[0],
             top_k=(top_k[i:] or top_k[-1:])[0],
+            routed=arguments.experts,
         )
         for i in range(count)
     ]
@@ -111,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, nargs="+", default=[128], help="of an expert (default: 128)")
     parser.add_argument("--shared", type=int, nargs="+", default=[0], help="number of shared experts (default: 0)")
     parser.add_argument("--top-k", type=int, nargs="+", help="of the routed experts (default: what the share leaves)")
+    parser.add_argument("--experts", type=int, help="routed experts that overlap (default: those of a split)")
     parser.add_argument("--layers", type=int, help="default: 30 for smollm2, 4 for 1b")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and the number of cores")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)

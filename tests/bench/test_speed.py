@@ -51,4 +51,9 @@ def test_a_finished_run_is_measured_beside_its_parent_and_its_child_on_the_text_
 @pytest.mark.parametrize(("width", "shared", "top_k"), [(100, 1, None), (32, 1, 2), (32, 2, None), (16, 5, 3)])
 def test_a_split_that_does_not_have_the_share_is_refused(width: int, shared: int, top_k: int | None) -> None:
     with pytest.raises(ValueError, match="asks for 64 active neurons"):
-        random_models.Shape.of(ffn=128, share=50, width=width, shared=shared, top_k=top_k)
+        random_models.Shape.of(ffn=128, share=50, width=width, shared=shared, top_k=top_k, routed=None)
+
+
+def test_experts_that_overlap_may_be_more_than_a_split_has() -> None:
+    shape = random_models.Shape.of(ffn=128, share=50, width=32, shared=1, top_k=None, routed=8)
+    assert str(shape) == "32x1+1of8"
