@@ -1,10 +1,12 @@
-"""A finished pipeline in a temporary project: the metrics files of pipelines.yaml's `demo`, with made-up numbers."""
+"""A finished pipeline in a temporary project: the metrics files of a `demo`, with made-up numbers.
+
+Its settings are those of pipelines.yaml's `fine`, which has more of them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +216,9 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project root where pipeline `demo` is finished; the test runs inside it."""
-    shutil.copy(ROOT / "pipelines.yaml", tmp_path)
+    content = settings.read(ROOT / "pipelines.yaml")
+    content["pipelines"]["demo"] = content["pipelines"].pop("fine")
+    (tmp_path / "pipelines.yaml").write_text(json.dumps(content))
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -110,7 +110,8 @@ def shape(results: Results) -> str:
     else:
         made = f"is split into {routed}"
     if partition.shared_experts:
-        made += f" beside {partition.shared_experts} shared ones"
+        ones = "one" if partition.shared_experts == 1 else "ones"
+        made += f"{',' * partition.may_overlap} beside {partition.shared_experts} shared {ones}"
     return (
         f"{where} {made} (method {partition.method}). Each token uses {sparse['top_k']} of the routed experts, and "
         f"{summary.count(sizes['active'])} of {summary.count(sizes['total'])} parameters "
