@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PYTHON = (3, 11)
-FREE_GB = 15
-"""The demo leaves 7 GB, and 10 while it trains: the model, five checkpoints, training checkpoints, archives."""
+FREE_GB = 10
+"""The demo leaves 6 GB, up to 10 while it trains: the model, five checkpoints, training checkpoints, archives."""
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "prefect", "dvc", "lm-eval", "datasets")
 EXTRAS = {
     "fast": "without it, tokenising a corpus takes several times as long",
