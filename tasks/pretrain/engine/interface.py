@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import configuration, expert_parallel, fp32_weights, optimizer, step, universal
+from tasks.pretrain.engine import configuration, cpu_step, expert_parallel, fp32_weights, optimizer, step, universal
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -160,7 +160,9 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any] | 
     expert_parallel.prepare(engine, biases=biases)
     optimizer.undo_first_step(engine)
     optimizer.prepare(engine.basic_optimizer)
-    return Engine(engine, config=config)
+    built = Engine(engine, config=config)
+    cpu_step.install(engine)  # after the hooks that its update must come after
+    return built
 
 
 @contextlib.contextmanager
