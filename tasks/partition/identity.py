@@ -247,9 +247,9 @@ def stored_dtype(dense: Streamed, index: Index) -> torch.dtype:
 
 
 def sample_ids(dense: Streamed) -> np.ndarray:
-    """A fixed text of four kinds in the model's tokens, repeated as positions.text_length asks, int64 [1, L]."""
+    """A fixed text of four kinds in the model's tokens, as long as positions.text_length says, int64 [1, L]."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(dense.folder, local_files_only=True)
     ids = np.array(tokenizer(_TEXT, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    return np.resize(ids, (1, max(len(ids), positions.text_length(dense))))
+    return np.resize(ids, (1, positions.text_length(dense, least=len(ids))))

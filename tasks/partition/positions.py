@@ -72,6 +72,11 @@ def _lengths(dense: Streamed) -> list[int]:
     return sorted({config.max_position_embeddings, *filter(None, [rope, *windows])})
 
 
-def text_length(dense: Streamed) -> int:
-    """Tokens that a text needs to reach behind the lengths in the config, as far as LONGEST allows."""
-    return max((length + 16 for length in _lengths(dense) if length + 16 <= LONGEST), default=0)
+def text_length(dense: Streamed, *, least: int = 0) -> int:
+    """Tokens that a text needs to reach behind the lengths in the config, as far as LONGEST allows, or `least`.
+
+    It does not reach behind a window that spans all positions of the model, which a class without windows may drop.
+    """
+    whole = [w for w in architectures.windows(dense.config) if w and w >= dense.config.max_position_embeddings]
+    reach = max((length + 16 for length in _lengths(dense) if length + 16 <= LONGEST), default=0)
+    return min([max(least, reach), *whole])

@@ -355,3 +355,11 @@ def test_the_text_is_longer_than_a_window_where_that_is_cheap(dense_of, tmp_path
     assert positions.text_length(far) == 716
     farther = parent(tmp_path / "c", "mistral", sliding_window=4096, max_position_embeddings=32_768)
     assert positions.text_length(farther) == 0
+
+
+def test_the_text_stays_within_a_window_that_spans_all_positions_which_a_class_without_windows_may_drop(tmp_path):
+    dense = parent(tmp_path / "dense", "mistral", sliding_window=128, max_position_embeddings=128)
+    assert positions.text_length(dense) == positions.text_length(dense, least=500) == 128
+    moe, made = converted(dense, tmp_path / "moe", settings.Partition(**METHODS["activation"]))
+    assert moe.config.model_type == "granitemoeshared"
+    identity.prove(moe, dense, made, sample((1, positions.text_length(dense))))
