@@ -8,6 +8,7 @@ Beside FILE.gguf, FILE.Modelfile is written for Ollama. One tensor at a time is 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -32,6 +33,7 @@ from tasks import architectures, scratch
 from tasks.engines import gguf_tensors, gguf_vocabulary, limits
 from tasks.moe import families, untrusted
 from tasks.moe.files import read_json
+from tasks.moe.internals import rope
 
 KINDS = ("F32", "F16", "BF16", "Q8_0")
 """Types that matrices are stored in; norms, biases and routers are always F32."""
@@ -134,7 +136,7 @@ def _add_metadata(writer: GGUFWriter, config: Any, *, kind: str, name: str) -> N
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
-    _add_rope(writer, config.rope_parameters, context=config.max_position_embeddings)
+    _add_rope(writer, config)
     width = getattr(config, row.expert_size) if isinstance(row, architectures.Sparse) else config.intermediate_size
     writer.add_feed_forward_length(width)
     if isinstance(row, architectures.Sparse):
@@ -155,7 +157,8 @@ def _add_metadata(writer: GGUFWriter, config: Any, *, kind: str, name: str) -> N
         writer.add_attention_scale(scales["attention_multiplier"])
 
 
-def _add_rope(writer: GGUFWriter, parameters: dict[str, Any], *, context: int) -> None:
+def _add_rope(writer: GGUFWriter, config: Any) -> None:
+    parameters = config.rope_parameters
     writer.add_rope_freq_base(parameters["rope_theta"])
     if parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
@@ -163,11 +166,11 @@ def _add_rope(writer: GGUFWriter, parameters: dict[str, Any], *, context: int) -
     if parameters["rope_type"] == "yarn":
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(parameters["factor"])
-        writer.add_rope_scaling_orig_ctx_len(parameters.get("original_max_position_embeddings") or context)
-        if "beta_fast" in parameters:
-            writer.add_rope_scaling_yarn_beta_fast(parameters["beta_fast"])
-        if "beta_slow" in parameters:
-            writer.add_rope_scaling_yarn_beta_slow(parameters["beta_slow"])
+        context = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(context)
+        _, attention = rope.frequencies(config)
+        if (share := attention / (1 + 0.1 * math.log(parameters["factor"]))) != 1:  # it multiplies by the divisor
+            writer.add_rope_scaling_attn_factors(share)
 
 
 def main() -> int:

@@ -75,6 +75,9 @@ def _of_any_class(row: Row, support: Support, config: Any) -> Iterator[str]:
     if kind not in support.ropes:
         has = ", ".join(name for name in ROPES if name in support.ropes)
         yield f"rope scaling {kind!r} is not carried; a {known.model_type} has {has} there"
+    for field, fixed in row.yarn_fixed.items() if kind == "yarn" else ():
+        if (value := config.rope_parameters.get(field)) is not None and value != fixed:
+            yield f"rope_parameters.{field} = {value}; of rope scaling 'yarn' it has {fixed or 'none'} there"
     if config.hidden_act != "silu":
         yield f"hidden_act = {config.hidden_act!r}; it computes SwiGLU alone"
     if dropped := set(biases) - set(support.biases):

@@ -6,7 +6,7 @@ Every entry says what it was read from. docs/model.md shows the table; a test co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tasks import architectures
 from tasks.architectures import Biases, Windows
@@ -54,6 +54,8 @@ class Row:
     """The most that it loads."""
     top_k: bool = False
     """The number of chosen experts is limited (limits.llama_cpp_top_k)."""
+    yarn_fixed: Mapping[str, float | None] = field(default_factory=dict)
+    """Fields of `rope_parameters` of the kind yarn that it does not read, with the values that it takes."""
     row_bytes: int = 1
     """The width of an expert times the size of a number must be a multiple of this."""
     narrow: int = 0
@@ -107,6 +109,7 @@ LLAMA_CPP = Row(
     },
     experts=1024,  # LLAMA_MAX_EXPERTS in llama-hparams.h
     top_k=True,
+    yarn_fixed={"beta_fast": 32, "beta_slow": 1, "truncate": True},  # llama-hparams.h, ggml_rope_yarn_corr_dims
     narrow=64,
     narrow_why="with half of a 135M's FFN active, Q8_0 reads a prompt at 0.34 x the dense parent's speed with experts "
     "of 16 neurons, at 0.73 x with 32, at 1.06 x with 96",
@@ -154,6 +157,7 @@ SGLANG = Row(
             read=f"{_SGLANG}qwen3_moe.py", tied=False, dense_layers=False, ropes=_STATIC, window="none"
         ),
     },
+    yarn_fixed={"attention_factor": None},  # sglang/srt/layers/rotary_embedding
     blocks=64,
     blocks_why=_GPU_TILES,
     fast_experts="powers of two up to 512",

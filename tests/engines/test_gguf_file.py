@@ -49,6 +49,9 @@ _CONFIGS = {
     "llama 3.1": LlamaConfig(**_COMMON, rope_parameters={**_SCALED, **_LLAMA3}),
     "llama, linear rope": LlamaConfig(**_COMMON, rope_parameters={"rope_type": "linear", **_SCALED}),
     "llama, yarn": LlamaConfig(**_COMMON, rope_parameters={"rope_type": "yarn", **_SCALED}),
+    "llama, yarn with its own attention factor": LlamaConfig(
+        **_COMMON, rope_parameters={"rope_type": "yarn", **_SCALED, "mscale": 0.5, "mscale_all_dim": 1.0}
+    ),
     "mistral, wide heads": MistralConfig(**_COMMON, head_dim=32, sliding_window=None),
     "qwen2, tied": Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
