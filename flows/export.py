@@ -2,6 +2,7 @@
 
 moeforge export demo                                # the command lines alone
 moeforge export demo --gguf --quantise Q8_0         # runs/demo/export/demo-Q8_0.gguf and its Modelfile too
+moeforge export demo --child --gguf                 # the same of its dense child: demo-child-F16.gguf
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
 RESULTS = ("model", "trained")
 """Folders of runs/NAME that hold a pipeline's result; the first has the model card too."""
+CHILD = "control/model"
+"""The folder of runs/NAME that holds its dense child."""
 
 
 def export(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A pipeline that was run, or a checkpoint's folder.")],
+    child: Annotated[bool, typer.Option("--child", help="The pipeline's dense child in place of its result.")] = False,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file, and a Modelfile for Ollama.")] = False,
     quantise: Annotated[
         Literal["F32", "F16", "BF16", "Q8_0"] | None, typer.Option("--quantise", help="With --gguf, else F16.")
@@ -36,8 +40,8 @@ def export(
     with clear_errors():
         if not gguf and (quantise or output):
             fail(f"{'--quantise' if quantise else '--output'} goes with --gguf")
-        folder, label = checkpoint(name)
-        file = output or folder.parent / "export" / f"{label}-{quantise or 'F16'}.gguf"
+        folder, label = checkpoint(name, child=child)
+        file = output or _place(folder) / "export" / f"{label}-{quantise or 'F16'}.gguf"
         if gguf:
             from tasks.engines import gguf as writer
 
@@ -51,20 +55,32 @@ def export(
             print(line)
 
 
-def checkpoint(name: str) -> tuple[Path, str]:
-    """The folder of a pipeline's result, or of a checkpoint, and a name for the model.
+def checkpoint(name: str, *, child: bool = False) -> tuple[Path, str]:
+    """The folder of a pipeline's result, of its dense child, or of a checkpoint, and a name for the model.
 
     Raises FileNotFoundError where there is none, and SettingsError for a name that is neither.
     """
-    if (folder := Path(name)).joinpath("config.json").is_file():
+    if not child and (folder := Path(name)).joinpath("config.json").is_file():
         return folder, folder.resolve().name
-    if folder.is_dir():
+    if not child and folder.is_dir():
         raise FileNotFoundError(f"{name}: no checkpoint here (config.json is missing)")
-    settings.load().pipeline(name)
-    for result in RESULTS:
+    pipeline = settings.load().pipeline(name)
+    for result in (CHILD,) if child else RESULTS:
         if (folder := Path("runs", name, result)).joinpath("config.json").is_file():
-            return folder, name
-    raise FileNotFoundError(f"runs/{name}/{RESULTS[0]}: no result yet; run `moeforge run {name}` first")
+            return folder, f"{name}-child" if child else name
+    if child and pipeline.control == "none":
+        raise FileNotFoundError(f"pipelines.{name}.control = none: it has no dense child; set control: dense_child")
+    raise FileNotFoundError(
+        f"runs/{name}/{CHILD if child else RESULTS[0]}: not there yet; run `moeforge run {name}` first"
+    )
+
+
+def _place(folder: Path) -> Path:
+    """Where the export folder of a checkpoint stands: in the folder of its run, since DVC watches those below it."""
+    runs = Path("runs").resolve()
+    if folder.resolve().is_relative_to(runs):
+        return Path("runs", folder.resolve().relative_to(runs).parts[0])
+    return folder.parent
 
 
 def commands(folder: Path, file: Path | None, *, label: str) -> Iterator[str]:

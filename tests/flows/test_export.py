@@ -56,6 +56,25 @@ def test_a_pipelines_result_is_written_beside_it_with_a_line_for_every_engine(pr
     assert export.checkpoint("demo") == (Path("runs/demo/model"), "demo")
 
 
+def test_the_dense_child_is_written_beside_the_result_and_not_into_a_folder_that_dvc_watches(
+    project: Path, tiny_model: Path
+) -> None:
+    said = exported("demo", "--child", "--gguf")
+    assert said.exit_code == 1
+    assert "runs/demo/control/model: not there yet; run `moeforge run demo` first" in said.stderr
+    assert "has no dense child; set control: dense_child" in exported("fine", "--child").stderr
+    assert "pipelines has no 'runs/demo/control/model'" in exported("runs/demo/control/model", "--child").stderr
+    save(Path("runs/demo/control/model"), tiny_model, "llama")
+    said = exported("demo", "--child", "--gguf")
+    assert "llama.cpp: llama-cli -m runs/demo/export/demo-child-F16.gguf -c 64" in said.stdout
+    assert "vLLM: vllm serve runs/demo/control/model" in said.stdout
+    said = exported("runs/demo/control/model", "--gguf", "--quantise", "F32")
+    assert said.exit_code == 0, said.output
+    found = {path.name for path in Path("runs/demo/export").glob("*.gguf")}
+    assert found == {"demo-child-F16.gguf", "model-F32.gguf"}
+    assert [path.name for path in Path("runs/demo/control").iterdir()] == ["model"]
+
+
 def test_without_gguf_it_says_how_or_why_not_and_writes_nothing(project: Path, tiny_model: Path) -> None:
     folder = save(project / "some/model", tiny_model, "granitemoe", attention_bias=True, rope_parameters=models.LLAMA3)
     said = exported(str(folder)).stdout.splitlines()
@@ -71,7 +90,7 @@ def test_without_gguf_it_says_how_or_why_not_and_writes_nothing(project: Path, t
 def test_what_cannot_be_exported_is_one_message(project: Path, tiny_model: Path) -> None:
     refused = save(project / "refused", tiny_model, "qwen3_moe", norm_topk_prob=False)
     for arguments, message in (
-        (["demo", "--gguf"], "runs/demo/model: no result yet; run `moeforge run demo` first"),
+        (["demo", "--gguf"], "runs/demo/model: not there yet; run `moeforge run demo` first"),
         (["nothing"], "nothing"),
         ([str(project)], "no checkpoint here (config.json is missing)"),
         ([str(refused), "--gguf"], "llama.cpp cannot run it: norm_topk_prob is false"),
