@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tasks import architectures
+from tasks.moe import device
 from tasks.moe.streamed import Streamed
 
 _BATCH = 4  # windows per attention call
@@ -49,16 +50,24 @@ class States:
         self.hidden_BLD = model.embed(torch.from_numpy(ids_BL)) / self._multiplier
         """float32, over the model's residual multiplier, so that outputs are added as they are; all that is kept of
         the text."""
+        self.dtype = torch.bfloat16 if device.has_bfloat16(model.device.type) else torch.float32
+        """Of the products of attention and FFN. What is lost by bfloat16 is small beside what the experts lose."""
+
+    def products(self) -> torch.autocast:
+        """A context in which modules multiply in `dtype`."""
+        return torch.autocast(self._model.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def attend(self, block: Any, layer: int) -> torch.Tensor:
         """Pass the attention of `layer`, whose block is given; return what its FFN reads, [T, D]."""
         where = self._model.attention(layer, self.hidden_BLD.shape[1])
-        for part in self.hidden_BLD.split(_BATCH):
-            attended, _ = block.self_attn(hidden_states=block.input_layernorm(self._whole(part)), **where)
+        read_BLD = torch.empty_like(self.hidden_BLD)
+        for part, read in zip(self.hidden_BLD.split(_BATCH), read_BLD.split(_BATCH), strict=True):
+            with self.products():
+                attended, _ = block.self_attn(hidden_states=block.input_layernorm(self._whole(part)), **where)
             part += attended
-        normed: torch.Tensor = block.post_attention_layernorm(self._whole(self.hidden_BLD))
-        return normed.flatten(0, 1)
+            read.copy_(block.post_attention_layernorm(self._whole(part)))
+        return read_BLD.flatten(0, 1)
 
     def _whole(self, part: torch.Tensor) -> torch.Tensor:
         return part if self._multiplier == 1 else part * self._multiplier

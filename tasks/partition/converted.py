@@ -10,6 +10,8 @@ experts, K experts per token.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,6 +50,29 @@ def sum_of_weights(partition: Partition, width: int) -> float:
     }[partition.scale]
 
 
+@dataclass(frozen=True)
+class _Route:
+    """Tokens that pass the same neurons."""
+
+    tokens: torch.Tensor
+    """Their indices, ascending."""
+    neurons_P: torch.Tensor
+    """Ascending."""
+    coefficient_P: torch.Tensor | None
+    """What the neurons' outputs are multiplied by; None where that differs by token."""
+
+
+@dataclass(frozen=True)
+class _OwnSums:
+    """What an expert's own change is solved from: rows of its route's sums, those of its own neurons."""
+
+    neurons_P: torch.Tensor
+    place_F: torch.Tensor
+    """Of the expert's neurons among those of the route."""
+    moments_FP: torch.Tensor
+    target_FD: torch.Tensor
+
+
 class Converted:
     """A dense FFN's neurons, its experts, a router and the routed experts' scale, all but the experts to be fitted."""
 
@@ -65,6 +90,7 @@ class Converted:
         )
         self._member_GN = member_GN.to(layer.down_DN.device)
         self._group_N = self._member_GN.argmax(0) if (member_GN.sum(0) == 1).all() else None
+        self._own: list[_OwnSums] | None = None
 
     def coefficients(self, x_TD: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
         """What each neuron's output is multiplied by: the weights of the experts that it stands in, [T, N]."""
@@ -80,15 +106,35 @@ class Converted:
         is_even = not self.router_ED.any()
         return is_even and bool(((self.coefficients(one_TD, self.router_ED) - 1).abs() < 1e-6).all())
 
+    def _routes(self, x_TD: torch.Tensor) -> Iterator[_Route]:
+        """Tokens that pass the same neurons. Where a token passes one routed expert or none, that leaves out zeros."""
+        count = len(x_TD)
+        if self._sizes.top_k > 1:
+            every_N = torch.arange(self._sizes.width, device=x_TD.device)
+            yield _Route(torch.arange(count, device=x_TD.device), every_N, None)
+            return
+        scores_TE = x_TD @ self.router_ED.T if self._sizes.top_k else x_TD.new_zeros(count, 1)
+        expert_T = scores_TE.argmax(1)
+        for e in range(scores_TE.shape[1]):
+            coefficient_N = self._member_GN[-1] + (self.scale * self._member_GN[e] if self._sizes.top_k else 0)
+            neurons_P = coefficient_N.nonzero()[:, 0]
+            yield _Route((expert_T == e).nonzero()[:, 0], neurons_P, coefficient_N[neurons_P])
+
+    def _inputs(self, x_TD: torch.Tensor, h_TN: torch.Tensor, route: _Route) -> torch.Tensor:
+        """What the down-projection gets of a route's neurons, [T, P]."""
+        h_TN = self._fitted(x_TD, h_TN)
+        if route.coefficient_P is None:
+            return h_TN * self.coefficients(x_TD, self.router_ED)
+        return h_TN.index_select(1, route.neurons_P).mul_(route.coefficient_P)
+
     def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
         """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
-        h_TN = self._fitted(x_TD, h_TN)
-        output_TD = (h_TN * self.coefficients(x_TD, self.router_ED)) @ self.down_DN.T
-        if self.change_EFD is not None:
-            expert_T = (x_TD @ self.router_ED.T).argmax(1)
-            for e, change_FD in enumerate(self.change_EFD):
-                mine = (expert_T == e).nonzero()[:, 0]
-                output_TD[mine] += self.scale * (h_TN[mine][:, self._routed_EF[e]] @ change_FD)
+        output_TD = torch.empty_like(x_TD)
+        for e, route in enumerate(self._routes(x_TD)):
+            down_PD = self.down_DN.T[route.neurons_P]
+            if self.change_EFD is not None:
+                down_PD[torch.searchsorted(route.neurons_P, self._routed_EF[e])] += self.change_EFD[e]
+            output_TD[route.tokens] = self._inputs(x_TD[route.tokens], h_TN[route.tokens], route) @ down_PD
         return output_TD
 
     def _fitted(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
@@ -108,8 +154,10 @@ class Converted:
         of a few tokens with massive activations is one that a training step moves by much of its size.
         """
         weight_ED = self.router_ED - self.router_ED.mean(0)
-        spread = [(x_TD @ weight_ED.T).square().mean() for x_TD, _ in self._layer.chunks()]
-        weight_ED *= std / torch.stack(spread).mean().sqrt().clamp_min(1e-12)
+        weight_ED *= std / (self._layer.inputs @ weight_ED.T).square().mean().sqrt().clamp_min(1e-12)
+        self.router_ED = weight_ED
+        if self._sizes.top_k == 1:  # its weight is 1 whatever the logits
+            return
         error = moved = torch.zeros(())
         first = torch.arange(min(_TEMPER_TOKENS, len(self._layer.inputs)))
         for (x_TD, h_TN), weight_T in zip(self._layer.chunks(first), self._layer.weights(first), strict=True):
@@ -138,17 +186,21 @@ class Converted:
         That is the dense FFN's output, and what the layers below have lost already (`Layer.drift_TD`). The penalty is
         on the change, so that what the calibration tokens say nothing of stays as it was.
         """
-        width, hidden = self._sizes.width, len(self.down_DN)
-        moments_NN = self.down_DN.new_zeros(width, width)
-        target_ND = self.down_DN.new_zeros(width, hidden)
-        parts = zip(self._layer.chunks(), self._layer.weights(), self._drift().split(CHUNK), strict=True)
-        for (x_TD, h_TN), weight, drift in parts:
-            input_TN = h_TN * self.coefficients(x_TD, self.router_ED)
-            weighted_TN = input_TN * weight[:, None]
-            moments_NN += weighted_TN.T @ input_TN
-            target_ND += weighted_TN.T @ ((h_TN - input_TN) @ self.down_DN.T + drift)
+        width = self._sizes.width
+        moments_NN, target_ND = self.down_DN.new_zeros(width, width), torch.zeros_like(self.down_DN.T)
+        self._own = []
+        for e, route in enumerate(self._routes(self._layer.inputs)):
+            whole = len(route.neurons_P) == width and route.coefficient_P is None
+            moments_PP, target_PD = self._sums(route, moments_NN if whole else None)
+            if not whole:
+                moments_NN[route.neurons_P[:, None], route.neurons_P] += moments_PP
+            target_ND[route.neurons_P] += target_PD
+            if self._sizes.top_k == 1:
+                self._own.append(self._own_sums(e, route, moments_PP, target_PD))
         moments_NN.diagonal().add_(RIDGE * moments_NN.diagonal().mean().clamp_min(1e-30))
-        change_ND: torch.Tensor = torch.linalg.solve(moments_NN, target_ND)
+        change_ND = _solve(moments_NN, target_ND)
+        for own in self._own:
+            own.target_FD.sub_(own.moments_FP @ change_ND[own.neurons_P])
         self.down_DN = self.down_DN + change_ND.T
 
     def refit_experts(self) -> None:
@@ -157,24 +209,43 @@ class Converted:
         For experts that overlap, of which a token passes one: a neuron then need not do the same in all of them. The
         penalty is on the change from the common down-projection.
         """
-        expert_T = (self._layer.inputs @ self.router_ED.T).argmax(1)
-        weight_T = torch.cat(list(self._layer.weights()))
-        drift_TD, (experts, size) = self._drift(), self._routed_EF.shape
+        if self._own is None:
+            routes = enumerate(self._routes(self._layer.inputs))
+            self._own = [self._own_sums(e, route, *self._sums(route)) for e, route in routes]
         changes = []
-        for e in range(experts):
-            moments_FF = self.down_DN.new_zeros(size, size)
-            target_FD = self.down_DN.new_zeros(size, len(self.down_DN))
-            mine = (expert_T == e).nonzero()[:, 0]
-            parts = zip(self._layer.chunks(mine), mine.split(CHUNK), strict=True)
-            for (x_TD, h_TN), part in parts:
-                input_TF = self._fitted(x_TD, h_TN)[:, self._routed_EF[e]]
-                weighted_TF = input_TF * weight_T[part, None]
-                error_TD = h_TN @ self._layer.down_DN.T + drift_TD[part] - self.output(x_TD, h_TN)
-                moments_FF += weighted_TF.T @ input_TF
-                target_FD += weighted_TF.T @ error_TD
+        for own in self._own:
+            moments_FF = own.moments_FP[:, own.place_F]
             moments_FF.diagonal().add_(OWN_RIDGE * moments_FF.diagonal().mean().clamp_min(1e-30))
-            changes.append(torch.linalg.solve(moments_FF, target_FD) / self.scale)
-        self.change_EFD = torch.stack(changes)
+            changes.append(torch.linalg.solve(moments_FF, own.target_FD))
+        self.change_EFD, self._own = torch.stack(changes), None
+
+    def _sums(self, route: _Route, moments_PP: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted moments [P, P] of what the down-projection gets on a route, and with the error that is left [P, D].
+
+        Args:
+            moments_PP: where the moments go; new if absent.
+        """
+        count, drift_TD = len(route.neurons_P), self._drift()
+        if moments_PP is None:
+            moments_PP = self.down_DN.new_zeros(count, count)
+        target_PD, down_PD = self.down_DN.new_zeros(count, len(self.down_DN)), self.down_DN.T[route.neurons_P]
+        parts = zip(
+            self._layer.chunks(route.tokens),
+            self._layer.weights(route.tokens),
+            route.tokens.split(CHUNK),
+            strict=True,
+        )
+        for (x_TD, h_TN), weight_T, part in parts:
+            input_TP = self._inputs(x_TD, h_TN, route)
+            weighted_TP = input_TP * weight_T[:, None]
+            error_TD = self._layer.output_TD[part] + drift_TD[part]
+            moments_PP.addmm_(weighted_TP.T, input_TP)
+            target_PD.addmm_(weighted_TP.T, error_TD.addmm_(input_TP, down_PD, alpha=-1))
+        return moments_PP, target_PD
+
+    def _own_sums(self, expert: int, route: _Route, moments_PP: torch.Tensor, target_PD: torch.Tensor) -> _OwnSums:
+        place_F = torch.searchsorted(route.neurons_P, self._routed_EF[expert].sort().values)
+        return _OwnSums(route.neurons_P, place_F, moments_PP[place_F], target_PD[place_F])
 
     @torch.enable_grad()
     def fit(self, passes: int, *, seed: int) -> None:
@@ -197,7 +268,7 @@ class Converted:
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
         steps = order.to(drift_TD.device).split(FIT_BATCH)
         with torch.no_grad():
-            output_TD = torch.cat([h_TN @ self._layer.down_DN.T for _, h_TN in self._layer.chunks()])
+            output_TD = self._layer.output_TD
             weight_T = torch.cat(list(self._layer.weights()))
         for step, part in enumerate(steps):
             x_TD, weight = self._layer.inputs[part], weight_T[part]
@@ -213,7 +284,18 @@ class Converted:
                 group["lr"] = peak * share
             optimizer.step()
         self.gate_ND, self.up_ND, self.down_DN = (weight.detach() for weight in weights)
+        self._own = None
 
     def _drift(self) -> torch.Tensor:
         drift_TD = self._layer.drift_TD
         return torch.zeros_like(self._layer.inputs) if drift_TD is None else drift_TD
+
+
+def _solve(moments_NN: torch.Tensor, target_ND: torch.Tensor) -> torch.Tensor:
+    """moments^-1 target, [N, D]; 0 for what has no target, as neurons that no token passes."""
+    used_M = target_ND.any(1).nonzero()[:, 0]
+    change_ND = torch.zeros_like(target_ND)
+    if len(used_M) == len(target_ND):
+        return torch.linalg.solve(moments_NN, target_ND)
+    change_ND[used_M] = torch.linalg.solve(moments_NN[used_M[:, None], used_M], target_ND[used_M])
+    return change_ND

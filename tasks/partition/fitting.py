@@ -103,6 +103,7 @@ class OnText(WithoutText):
             up_ND=block.mlp.up_proj.weight,
             down_DN=block.mlp.down_proj.weight,
             x_TD=self._states.attend(block, i),
+            dtype=self._states.dtype,
             importance_CN=torch.from_numpy(self._importance[i]) if i in self._importance else None,
         )
         layer.weight_T = layer.relative(self._states.residual_TD)
@@ -132,8 +133,9 @@ class OnText(WithoutText):
             The share of the dense FFN's output energy that it loses.
         """
         lost = total = 0.0
-        for part, (x_TD, h_TN) in zip(self._states.residual_TD.split(CHUNK), layer.chunks(), strict=True):
-            dense_TD, given_TD = h_TN @ layer.down_DN.T, ffn.output(x_TD, h_TN)
+        parts = zip(self._states.residual_TD.split(CHUNK), layer.output_TD.split(CHUNK), layer.chunks(), strict=True)
+        for part, dense_TD, (x_TD, h_TN) in parts:
+            given_TD = ffn.output(x_TD, h_TN)
             part += given_TD
             lost += (dense_TD - given_TD).square().sum().item()
             total += dense_TD.square().sum().item()
@@ -197,5 +199,6 @@ def _pass_block(states: calibration.States, block: Any, i: int) -> None:
 
 
 def _add(states: calibration.States, mlp: Any, x_TD: torch.Tensor) -> None:
-    for part, x in zip(states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
-        part += mlp(x)
+    with states.products():
+        for part, x in zip(states.residual_TD.split(CHUNK), x_TD.split(CHUNK), strict=True):
+            part += mlp(x)

@@ -72,10 +72,13 @@ class Layer:
     """
     drift_TD: torch.Tensor | None = None
     """The dense model's hidden states less those here, before this FFN: a refit makes good what was lost below."""
+    dtype: torch.dtype = torch.float32
+    """Of the products that give the neurons and the output on the calibration tokens."""
     importance_CN: torch.Tensor | None = None
     """Sum over the tokens of each text cluster of |h dL/dh|, for methods that need gradients."""
     _cache: torch.Tensor | None = field(default=None, repr=False)
     _energy: torch.Tensor | None = field(default=None, repr=False)
+    _output: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -94,15 +97,19 @@ class Layer:
     def chunks(self, tokens: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(x, h) of the calibration tokens in order, or of those at the indices `tokens`, CHUNK at a time.
 
-        h = silu(gate x) * up x, [CHUNK, N].
+        h = silu(gate x) * up x, float32 [CHUNK, N].
         """
         x_TD = self.inputs
-        keep = x_TD.shape[0] * self.gate_ND.shape[0] * x_TD.element_size() <= CACHE_BYTES
+        keep = x_TD.shape[0] * self.gate_ND.shape[0] * self.dtype.itemsize <= CACHE_BYTES
         if keep and self._cache is None:
-            self._cache = self.neurons(x_TD)
-        places = torch.arange(len(x_TD), device=x_TD.device) if tokens is None else tokens
-        for part in places.split(CHUNK):
-            yield x_TD[part], self._cache[part] if self._cache is not None else self.neurons(x_TD[part])
+            self._cache = torch.cat([self._given(part) for part in x_TD.split(CHUNK)])
+        if tokens is None:  # views
+            parts = [slice(start, start + CHUNK) for start in range(0, len(x_TD), CHUNK)]
+        else:
+            parts = list(tokens.split(CHUNK))
+        for part in parts:
+            h_TN = self._cache[part] if self._cache is not None else self._given(x_TD[part])
+            yield x_TD[part], h_TN.float()
 
     @property
     def energy_N(self) -> torch.Tensor:
@@ -114,11 +121,23 @@ class Layer:
             self._energy = total_N / len(self.inputs)
         return self._energy
 
+    @property
+    def output_TD(self) -> torch.Tensor:
+        """What the dense FFN gives on the calibration tokens."""
+        if self._output is None:
+            down_ND = self.down_DN.T.to(self.dtype)
+            self._output = torch.cat([(h_TN.to(self.dtype) @ down_ND).float() for _, h_TN in self.chunks()])
+        return self._output
+
     def relative(self, residual_TD: torch.Tensor) -> torch.Tensor:
         """`weight_T` for the residual that the FFN's output is added to."""
-        output_T = torch.cat([(h_TN @ self.down_DN.T).square().sum(1) for _, h_TN in self.chunks()])
-        weight_T = (residual_TD.square().sum(1) + output_T).clamp_min(1e-12).reciprocal()
+        size_T = residual_TD.square().sum(1) + self.output_TD.square().sum(1)
+        weight_T = size_T.clamp_min(1e-12).reciprocal()
         return weight_T / weight_T.mean()
+
+    def _given(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """`neurons` in `dtype`."""
+        return neurons(x_TD.to(self.dtype), self.gate_ND.to(self.dtype), self.up_ND.to(self.dtype))
 
     def neurons(self, x_TD: torch.Tensor) -> torch.Tensor:
         """h = silu(gate x) * up x, [T, N]."""

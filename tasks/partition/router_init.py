@@ -47,10 +47,13 @@ def random_weights(experts: int, hidden: int, *, seed: int, layer: int) -> torch
 
 def energies(h_TN: torch.Tensor, down_DN: torch.Tensor, routed_EF: np.ndarray) -> torch.Tensor:
     """What each expert contributes to each token: the sum over its neurons of (h * norm of its down column)^2."""
-    place_P = torch.from_numpy(routed_EF).long().reshape(-1).to(h_TN.device)
-    energy_TN = (h_TN * down_DN.norm(dim=0)).square_()
-    energy_TE: torch.Tensor = energy_TN.index_select(1, place_P).unflatten(1, routed_EF.shape).sum(2)
-    return energy_TE
+    place_EF = torch.from_numpy(routed_EF).long().to(h_TN.device)
+    norm_N = down_DN.norm(dim=0)
+    if place_EF.shape[1] == 1:
+        place_E = place_EF[:, 0]
+        return (h_TN.index_select(1, place_E) * norm_N[place_E]).square_()
+    member_EN = norm_N.new_zeros(len(place_EF), len(norm_N)).scatter_(1, place_EF, 1.0)
+    return h_TN.square() @ (member_EN * norm_N.square()).T
 
 
 def representatives(layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:
@@ -85,11 +88,11 @@ def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | No
     place_EF = torch.from_numpy(routed_EF).long().to(layer.gate_ND.device)
     floor = FLOOR * layer.energy_N[place_EF].sum(1).mean() + 1e-12
     for (x_TD, h_TN), weight_T in zip(layer.chunks(tokens), layer.weights(tokens), strict=True):
-        energy_TE = energies(h_TN, layer.down_DN, routed_EF) * weight_T[:, None]
-        log_TE = (energy_TE + floor).log()
+        energy_TE = energies(h_TN, layer.down_DN, routed_EF).mul_(weight_T[:, None])
         weighted_TD = x_TD * energy_TE.mean(1, keepdim=True).sqrt()
-        moments_DD += weighted_TD.T @ x_TD
-        target_DE += weighted_TD.T @ (log_TE - log_TE.mean(1, keepdim=True))
+        log_TE = energy_TE.add_(floor).log_()
+        moments_DD.addmm_(weighted_TD.T, x_TD)
+        target_DE.addmm_(weighted_TD.T, log_TE.sub_(log_TE.mean(1, keepdim=True)))
     moments_DD.diagonal().add_(RIDGE * moments_DD.diagonal().mean().clamp_min(1e-30))
     solution_DE: torch.Tensor = torch.linalg.solve(moments_DD, target_DE)
     return solution_DE.T.contiguous()

@@ -3,6 +3,13 @@
 import pytest
 
 from tasks import settings
+from tasks.moe import device
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch):
+    """The same numbers on every machine, also on one that multiplies in bfloat16."""
+    monkeypatch.setattr(device, "has_bfloat16", lambda _: False)
 
 
 @pytest.fixture
