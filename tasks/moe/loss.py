@@ -55,7 +55,9 @@ def summed(logits: Callable[[Tensor], Tensor], hidden_BLD: Tensor, target_BL: Te
 
     total_B = hidden_BLD.new_zeros(len(hidden_BLD), dtype=torch.float64)
     for hidden, target in zip(hidden_BLD.split(_CHUNK, dim=1), target_BL.split(_CHUNK, dim=1), strict=True):
-        total_B += F.cross_entropy(logits(hidden).transpose(1, 2), target, reduction="none").double().sum(1)
+        # Vocabulary last: along any other dimension the softmax takes nine times as long on a CPU.
+        nats = F.cross_entropy(logits(hidden).flatten(0, 1), target.flatten(), reduction="none")
+        total_B += nats.view_as(target).double().sum(1)
     return total_B
 
 

@@ -294,8 +294,10 @@ class Converted:
 def _solve(moments_NN: torch.Tensor, target_ND: torch.Tensor) -> torch.Tensor:
     """moments^-1 target, [N, D]; 0 for what has no target, as neurons that no token passes."""
     used_M = target_ND.any(1).nonzero()[:, 0]
-    change_ND = torch.zeros_like(target_ND)
+    change_ND: torch.Tensor
     if len(used_M) == len(target_ND):
-        return torch.linalg.solve(moments_NN, target_ND)
+        change_ND = torch.linalg.solve(moments_NN, target_ND)
+        return change_ND
+    change_ND = torch.zeros_like(target_ND)
     change_ND[used_M] = torch.linalg.solve(moments_NN[used_M[:, None], used_M], target_ND[used_M])
     return change_ND

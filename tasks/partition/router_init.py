@@ -51,9 +51,11 @@ def energies(h_TN: torch.Tensor, down_DN: torch.Tensor, routed_EF: np.ndarray) -
     norm_N = down_DN.norm(dim=0)
     if place_EF.shape[1] == 1:
         place_E = place_EF[:, 0]
-        return (h_TN.index_select(1, place_E) * norm_N[place_E]).square_()
-    member_EN = norm_N.new_zeros(len(place_EF), len(norm_N)).scatter_(1, place_EF, 1.0)
-    return h_TN.square() @ (member_EN * norm_N.square()).T
+        energy_TE: torch.Tensor = (h_TN.index_select(1, place_E) * norm_N[place_E]).square_()
+    else:
+        member_EN = norm_N.new_zeros(len(place_EF), len(norm_N)).scatter_(1, place_EF, 1.0)
+        energy_TE = h_TN.square() @ (member_EN * norm_N.square()).T
+    return energy_TE
 
 
 def representatives(layer: Layer, routed_EF: np.ndarray) -> torch.Tensor:

@@ -31,6 +31,11 @@ stage.run("tiny")
 """
 
 
+@pytest.fixture(autouse=True)
+def _float32():
+    """The stage multiplies as this machine does, in this process as in others."""
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tmp_path_factory.mktemp("made") / "data"
