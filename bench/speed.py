@@ -30,8 +30,11 @@ from tasks.moe import device
 ENGINES = ("transformers", "llama.cpp")
 
 
-def of_run(name: str) -> tuple[dict[str, Path], list[int]]:
-    """The checkpoints of a run, and the text that it was evaluated on. Raises FileNotFoundError if it is not done."""
+def of_run(name: str) -> tuple[dict[str, Path], list[list[int]]]:
+    """The checkpoints of a run, and the first held-out window of each domain that it was evaluated on.
+
+    Raises FileNotFoundError if it is not done.
+    """
     run = Path("runs") / name
     folders = {
         speed.PARENT: Path("data/models") / settings.load().pipeline(name).model,
@@ -40,8 +43,9 @@ def of_run(name: str) -> tuple[dict[str, Path], list[int]]:
     }
     if not (run / "heldout.json").is_file():
         raise FileNotFoundError(f"{run}/heldout.json does not exist; `moeforge run {name}` writes it")
-    windows = next(iter(json.loads((run / "heldout.json").read_text()).values()))
-    return {key: folder for key, folder in folders.items() if key != "child" or folder.is_dir()}, windows[0]
+    if not folders["child"].is_dir():
+        print(f"{folders.pop('child')} does not exist; the dense child is left out", file=sys.stderr)
+    return folders, [windows[0] for windows in json.loads((run / "heldout.json").read_text()).values()]
 
 
 def shapes(arguments: argparse.Namespace, *, ffn: int) -> list[random_models.Shape]:
@@ -90,14 +94,15 @@ def table(rows: Sequence[speed.Row], text: turns.Text) -> Iterator[str]:
             experts = figures.get("experts", row["engine"])
             shown = name if experts == row["engine"] else f"{name} ({experts})"
             cells = [
-                _cell(group.get(what), digits=digits)
+                cell(group.get(what), digits=digits)
                 for what in ("prompt", "decode")
                 for group, digits in ((figures, 1), (figures.get("ratio", {}), 2))
             ]
             yield f"| {where} | {shown} | {' | '.join(cells)} |"
 
 
-def _cell(spread: Mapping[str, float] | None, *, digits: int) -> str:
+def cell(spread: Mapping[str, float] | None, *, digits: int) -> str:
+    """The median, and the lowest and the highest; a dash where nothing was measured."""
     if not spread:
         return "–"
     median, low, high = (f"{spread[key]:,.{digits}f}" for key in ("median", "min", "max"))
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             if arguments.run:
-                folders, ids = of_run(arguments.run)
+                folders, (ids, *_) = of_run(arguments.run)
             else:
                 sizes: dict[str, Any] = dict(random_models.SIZES[arguments.random])
                 sizes["num_hidden_layers"] = arguments.layers or sizes["num_hidden_layers"]
