@@ -31,6 +31,8 @@ MODELS = {
     "trained": "MoE after training",
     "child": "dense child",
 }
+_DECODED = 16
+"""Tokens whose median time is the speed of decoding: half of those of `bench.speed`."""
 LEAST_ADDED_LOSS = 1e-3
 """Nats per token. A split that adds less, such as copies of the FFN, leaves nothing for training to recover."""
 
@@ -142,7 +144,7 @@ def _speeds(folders: dict[str, Path], ids: Any, *, scratch: Path) -> dict[str, A
     allocator.release()
     if here == "cuda":
         torch.cuda.empty_cache()
-    text = turns.Text(next(iter(ids.values()))[0].tolist())
+    text = turns.Text(next(iter(ids.values()))[0].tolist(), new=_DECODED)
     shown: dict[str, Path] = {key: folder for key, folder in folders.items() if key != "split"}
     print("speed, the models in turns", flush=True)
     start = time.perf_counter()
