@@ -36,13 +36,17 @@ def forward(x_TD: Tensor, w13_EGD: Tensor, w2_EDF: Tensor, *, weights_TK: Tensor
     Raises:
         IndexError: an index is outside ``[0, E]``.
     """
-    experts = w2_EDF.shape[0]
-    rows = zip(x_TD.split(1), in_range(index_TK, experts=experts).tolist(), weights_TK.tolist(), strict=True)
-    out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    for out_1D, (x_1D, index_K, weight_K) in zip(out_TD.split(1), rows, strict=True):
+    experts, index = w2_EDF.shape[0], index_TK.tolist()
+    if not all(0 <= expert <= experts for row in index for expert in row):
+        in_range(index_TK, experts=experts)  # raises
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    rows = []
+    for x_1D, index_K, weight_K in zip(x_TD.split(1), index, weights_TK.tolist(), strict=True):
+        out_1D = None
         for expert, weight in zip(index_K, weight_K, strict=True):
             if expert < experts:
                 gate_1F, up_1F = F.linear(x_1D, w13_EGD[expert]).chunk(2, dim=1)
-                act_1F = F.silu(gate_1F).mul_(up_1F)
-                out_1D.add_(F.linear(act_1F, w2_EDF[expert]), alpha=weight)
-    return out_TD.to(x_TD.dtype)
+                y_1D = F.linear(F.silu(gate_1F).mul_(up_1F), w2_EDF[expert])
+                out_1D = y_1D.to(dtype).mul_(weight) if out_1D is None else out_1D.add_(y_1D, alpha=weight)
+        rows.append(torch.zeros_like(x_1D, dtype=dtype) if out_1D is None else out_1D)
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(x_TD.dtype)
