@@ -84,7 +84,9 @@ def compare(folder: Path, found: Mapping[str, Any], windows: Sequence[Sequence[i
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
     def log_likelihoods(ids: Sequence[int]) -> torch.Tensor:

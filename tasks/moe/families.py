@@ -42,6 +42,12 @@ def check(fields: Mapping[str, Any]) -> None:
                 f"config.json: {field} = {rope!r}; needed: one table for all layers, since no sparse class here has "
                 "rotary embeddings by kind of layer"
             )
+        part = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+        if part not in (None, 1):
+            raise ValueError(
+                f"config.json: partial_rotary_factor = {part!r}: transformers rotates whole heads in a {kind}, and vLLM "
+                "would rotate a part of each; remove the field if the checkpoint was trained with whole ones"
+            )
 
 
 def expected(config: Any) -> dict[str, tuple[int, ...]]:

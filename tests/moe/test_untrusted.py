@@ -89,6 +89,7 @@ def test_a_tensor_that_stands_in_another_file_than_the_index_says_is_named(copy_
         ("quantization_config", "fp8", "quant_method = 'fp8'"),
         ("rope_parameters", {"full_attention": {"rope_type": "default"}}, "one table for all layers"),
         ("rope_scaling", "linear", "rope_scaling = 'linear'"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5: transformers rotates whole heads in a llama"),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line_and_takes_no_time(copy_of, tmp_path, field, value, message):
