@@ -45,8 +45,8 @@ def check(fields: Mapping[str, Any]) -> None:
         part = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
         if part not in (None, 1):
             raise ValueError(
-                f"config.json: partial_rotary_factor = {part!r}: transformers rotates whole heads in a {kind}, and vLLM "
-                "would rotate a part of each; remove the field if the checkpoint was trained with whole ones"
+                f"config.json: partial_rotary_factor = {part!r}: transformers rotates whole heads in a {kind}, and "
+                "vLLM would rotate a part of each; remove the field if the checkpoint was trained with whole ones"
             )
 
 
