@@ -52,12 +52,10 @@ def sum_of_weights(partition: Partition, width: int) -> float:
 
 @dataclass(frozen=True)
 class _Route:
-    """Tokens that pass the same neurons."""
+    """Tokens that pass the same neurons: the indices of both, ascending."""
 
     tokens: torch.Tensor
-    """Their indices, ascending."""
     neurons_P: torch.Tensor
-    """Ascending."""
     coefficient_P: torch.Tensor | None
     """What the neurons' outputs are multiplied by; None where that differs by token."""
 
@@ -127,11 +125,15 @@ class Converted:
             return h_TN * self.coefficients(x_TD, self.router_ED)
         return h_TN.index_select(1, route.neurons_P).mul_(route.coefficient_P)
 
+    def _down(self, route: _Route) -> torch.Tensor:
+        """The down-projection of a route's neurons, [P, D]: a copy, or the whole of it where every neuron counts."""
+        return self.down_DN.T if route.coefficient_P is None else self.down_DN.T[route.neurons_P]
+
     def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
         """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
         output_TD = torch.empty_like(x_TD)
         for e, route in enumerate(self._routes(x_TD)):
-            down_PD = self.down_DN.T[route.neurons_P]
+            down_PD = self._down(route)
             if self.change_EFD is not None:
                 down_PD[torch.searchsorted(route.neurons_P, self._routed_EF[e])] += self.change_EFD[e]
             output_TD[route.tokens] = self._inputs(x_TD[route.tokens], h_TN[route.tokens], route) @ down_PD
@@ -222,19 +224,13 @@ class Converted:
     def _sums(self, route: _Route, moments_PP: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted moments [P, P] of what the down-projection gets on a route, and with the error that is left [P, D].
 
-        Args:
-            moments_PP: where the moments go; new if absent.
+        The moments are added to `moments_PP`, if that is given.
         """
-        count, drift_TD = len(route.neurons_P), self._drift()
+        count, tokens, drift_TD = len(route.neurons_P), route.tokens, self._drift()
         if moments_PP is None:
             moments_PP = self.down_DN.new_zeros(count, count)
-        target_PD, down_PD = self.down_DN.new_zeros(count, len(self.down_DN)), self.down_DN.T[route.neurons_P]
-        parts = zip(
-            self._layer.chunks(route.tokens),
-            self._layer.weights(route.tokens),
-            route.tokens.split(CHUNK),
-            strict=True,
-        )
+        target_PD, down_PD = self.down_DN.new_zeros(count, len(self.down_DN)), self._down(route)
+        parts = zip(self._layer.chunks(tokens), self._layer.weights(tokens), tokens.split(CHUNK), strict=True)
         for (x_TD, h_TN), weight_T, part in parts:
             input_TP = self._inputs(x_TD, h_TN, route)
             weighted_TP = input_TP * weight_T[:, None]
@@ -244,7 +240,7 @@ class Converted:
         return moments_PP, target_PD
 
     def _own_sums(self, expert: int, route: _Route, moments_PP: torch.Tensor, target_PD: torch.Tensor) -> _OwnSums:
-        place_F = torch.searchsorted(route.neurons_P, self._routed_EF[expert].sort().values)
+        place_F = torch.searchsorted(route.neurons_P, self._routed_EF[expert])
         return _OwnSums(route.neurons_P, place_F, moments_PP[place_F], target_PD[place_F])
 
     @torch.enable_grad()
