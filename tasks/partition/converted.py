@@ -24,7 +24,7 @@ ADDED = 0.05
 """Most that unequal weights of the chosen experts may add to a layer's squared error, as a share of it."""
 RIDGE = 0.3
 """Ridge penalty on the change of the down-projection, as a share of the mean diagonal of its inputs' moments."""
-OWN_RIDGE = 3.0
+OWN_RIDGE = 1.0
 """The same of each expert's own change: its tokens are fewer."""
 FIT_RATE = 0.01
 """Peak of the fit's learning rates, as a share of each matrix's root mean square."""
@@ -60,17 +60,6 @@ class _Route:
     """What the neurons' outputs are multiplied by; None where that differs by token."""
 
 
-@dataclass(frozen=True)
-class _OwnSums:
-    """What an expert's own change is solved from: rows of its route's sums, those of its own neurons."""
-
-    neurons_P: torch.Tensor
-    place_F: torch.Tensor
-    """Of the expert's neurons among those of the route."""
-    moments_FP: torch.Tensor
-    target_FD: torch.Tensor
-
-
 class Converted:
     """A dense FFN's neurons, its experts, a router and the routed experts' scale, all but the experts to be fitted."""
 
@@ -88,7 +77,6 @@ class Converted:
         )
         self._member_GN = member_GN.to(layer.down_DN.device)
         self._group_N = self._member_GN.argmax(0) if (member_GN.sum(0) == 1).all() else None
-        self._own: list[_OwnSums] | None = None
 
     def coefficients(self, x_TD: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
         """What each neuron's output is multiplied by: the weights of the experts that it stands in, [T, N]."""
@@ -190,36 +178,44 @@ class Converted:
         """
         width = self._sizes.width
         moments_NN, target_ND = self.down_DN.new_zeros(width, width), torch.zeros_like(self.down_DN.T)
-        self._own = []
-        for e, route in enumerate(self._routes(self._layer.inputs)):
+        for route in self._routes(self._layer.inputs):
             whole = len(route.neurons_P) == width and route.coefficient_P is None
             moments_PP, target_PD = self._sums(route, moments_NN if whole else None)
             if not whole:
                 moments_NN[route.neurons_P[:, None], route.neurons_P] += moments_PP
             target_ND[route.neurons_P] += target_PD
-            if self._sizes.top_k == 1:
-                self._own.append(self._own_sums(e, route, moments_PP, target_PD))
         moments_NN.diagonal().add_(RIDGE * moments_NN.diagonal().mean().clamp_min(1e-30))
         change_ND = _solve(moments_NN, target_ND)
-        for own in self._own:
-            own.target_FD.sub_(own.moments_FP @ change_ND[own.neurons_P])
         self.down_DN = self.down_DN + change_ND.T
 
     def refit_experts(self) -> None:
-        """Least squares of each expert's own down-projection on what `refit` leaves of its tokens' error.
+        """Least squares of the down-projection together with each expert's own change of it.
 
-        For experts that overlap, of which a token passes one: a neuron then need not do the same in all of them. The
-        penalty is on the change from the common down-projection.
+        For experts that overlap, of which a token passes one: a neuron then need not do the same in all of them. Both
+        changes have a penalty, the experts' own the larger one. Each expert's change is eliminated from the sums of
+        its tokens, which leaves a system of all neurons as `refit` has it (the Schur complement).
         """
-        if self._own is None:
-            routes = enumerate(self._routes(self._layer.inputs))
-            self._own = [self._own_sums(e, route, *self._sums(route)) for e, route in routes]
-        changes = []
-        for own in self._own:
-            moments_FF = own.moments_FP[:, own.place_F]
-            moments_FF.diagonal().add_(OWN_RIDGE * moments_FF.diagonal().mean().clamp_min(1e-30))
-            changes.append(torch.linalg.solve(moments_FF, own.target_FD))
-        self.change_EFD, self._own = torch.stack(changes), None
+        width = self._sizes.width
+        moments_NN, target_ND = self.down_DN.new_zeros(width, width), torch.zeros_like(self.down_DN.T)
+        energy, eliminated = 0.0, []
+        for e, route in enumerate(self._routes(self._layer.inputs)):
+            neurons_P = route.neurons_P
+            moments_PP, target_PD = self._sums(route)
+            place_F = torch.searchsorted(neurons_P, self._routed_EF[e])
+            own_FF = moments_PP[place_F[:, None], place_F]
+            own_FF.diagonal().add_(OWN_RIDGE * own_FF.diagonal().mean().clamp_min(1e-30))
+            beside_FP, target_FD = moments_PP[place_F], target_PD[place_F]
+            # own change = target_FD - beside_FP @ change of the route's neurons, both solved by own_FF
+            solved = torch.linalg.solve(own_FF, torch.cat([beside_FP, target_FD], dim=1))
+            beside_solved_FP, target_solved_FD = solved[:, : len(neurons_P)], solved[:, len(neurons_P) :]
+            energy += moments_PP.trace().item()
+            moments_NN[neurons_P[:, None], neurons_P] += moments_PP - beside_FP.T @ beside_solved_FP
+            target_ND[neurons_P] += target_PD - beside_FP.T @ target_solved_FD
+            eliminated.append((neurons_P, beside_solved_FP, target_solved_FD))
+        moments_NN.diagonal().add_(max(RIDGE * energy / width, 1e-30))
+        change_ND = _solve(moments_NN, target_ND)
+        self.change_EFD = torch.stack([target - beside @ change_ND[neurons] for neurons, beside, target in eliminated])
+        self.down_DN = self.down_DN + change_ND.T
 
     def _sums(self, route: _Route, moments_PP: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted moments [P, P] of what the down-projection gets on a route, and with the error that is left [P, D].
@@ -238,10 +234,6 @@ class Converted:
             moments_PP.addmm_(weighted_TP.T, input_TP)
             target_PD.addmm_(weighted_TP.T, error_TD.addmm_(input_TP, down_PD, alpha=-1))
         return moments_PP, target_PD
-
-    def _own_sums(self, expert: int, route: _Route, moments_PP: torch.Tensor, target_PD: torch.Tensor) -> _OwnSums:
-        place_F = torch.searchsorted(route.neurons_P, self._routed_EF[expert])
-        return _OwnSums(route.neurons_P, place_F, moments_PP[place_F], target_PD[place_F])
 
     @torch.enable_grad()
     def fit(self, passes: int, *, seed: int) -> None:
@@ -280,7 +272,6 @@ class Converted:
                 group["lr"] = peak * share
             optimizer.step()
         self.gate_ND, self.up_ND, self.down_DN = (weight.detach() for weight in weights)
-        self._own = None
 
     def _drift(self) -> torch.Tensor:
         drift_TD = self._layer.drift_TD

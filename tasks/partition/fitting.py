@@ -167,10 +167,12 @@ class RefitOnText(OnText):
 
     def _fit(self, ffn: Converted) -> None:
         super()._fit(ffn)
-        ffn.refit()
+        overlap = self._partition.method == "token_clusters"
+        if self._partition.fit_passes or not overlap:
+            ffn.refit()
         if self._partition.fit_passes:
             ffn.fit(self._partition.fit_passes, seed=self._partition.seed)
-        if self._partition.method == "token_clusters":
+        if overlap:
             ffn.refit_experts()
 
 

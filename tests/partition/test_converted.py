@@ -98,25 +98,30 @@ def test_a_refit_solves_the_penalised_weighted_least_squares():
     torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
 
 
-def test_experts_of_which_a_token_passes_one_are_refitted_to_their_own_tokens():
+def test_experts_of_which_a_token_passes_one_are_refitted_together_with_what_each_has_of_its_own():
     layer = ffn(tokens=4000)
-    layer.weight_T = torch.linspace(0.5, 1.5, 4000)
-    routed = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9, 10, 11]], dtype=np.int32)
-    made = _converted(layer, experts=routed, sizes=Sizes(width=48, experts=2, shared=0, size=8, top_k=1))
-    made.refit()
-    ((x, h),) = list(_all(layer))
-    common, before = made.output(x, h), _error(layer, made)
+    weight = layer.weight_T = torch.linspace(0.5, 1.5, 4000)
+    drift = layer.drift_TD = 0.1 * torch.randn(4000, 16)
+    experts = np.array([[12, 13, 20, 21], [0, 1, 4, 5], [4, 5, 8, 9]], dtype=np.int32)
+    made = _converted(layer, experts=experts, sizes=Sizes(width=48, experts=2, shared=1, size=4, top_k=1))
+    before = _error(layer, made)
     made.refit_experts()
     assert _error(layer, made) < before
+    ((x, h),) = list(_all(layer))
+    error = (made.output(x, h) - h @ layer.down_DN.T - drift).double() * weight[:, None]
     expert = (x @ made.router_ED.T).argmax(1)
-    for e, change in enumerate(made.change_EFD.double() * made.scale):
-        mine = expert == e
-        inputs, weight = h[mine][:, routed[e]].double(), layer.weight_T[mine].double()[:, None]
-        penalty = 3.0 * (inputs.square() * weight).sum(0).mean()
-        wanted = h[mine].double() @ layer.down_DN.double().T - common[mine].double()
-        gradient = (inputs * weight).T @ (inputs @ change - wanted)
-        size = (penalty * change).abs().max().item()
-        torch.testing.assert_close(gradient + penalty * change, torch.zeros_like(change), rtol=0, atol=1e-3 * size)
+    inputs = (h * made.coefficients(x, made.router_ED)).double()
+    own_sum, energy = torch.zeros(48, 16, dtype=torch.float64), 0.0
+    for e in (0, 1):
+        mine, passed = expert == e, [*experts[0], *experts[1 + e]]
+        energy += (inputs[mine][:, passed].square() * weight[mine, None]).sum().item()
+        own = inputs[mine][:, experts[1 + e]]
+        change = made.change_EFD[e].double()
+        penalty = 1.0 * (own.square() * weight[mine, None]).sum(0).mean() * change
+        torch.testing.assert_close(own.T @ error[mine], -penalty, rtol=0, atol=1e-3 * penalty.abs().max().item())
+        own_sum[passed] += inputs[mine][:, passed].T @ error[mine]
+    common = 0.3 * energy / 48 * (made.down_DN - layer.down_DN).T.double()
+    torch.testing.assert_close(own_sum, -common, rtol=0, atol=1e-3 * common.abs().max().item())
 
 
 def _fitted(layer, *, passes, seed=0):
