@@ -91,7 +91,8 @@ def commands(folder: Path, file: Path | None, *, label: str) -> Iterator[str]:
     """
     from transformers import AutoConfig
 
-    from tasks.engines import limits
+    from tasks import architectures
+    from tasks.engines import limits, overrides
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
 
@@ -112,3 +113,7 @@ def commands(folder: Path, file: Path | None, *, label: str) -> Iterator[str]:
     yield unless_refused("vLLM", "vllm", f"vllm serve {folder}", length="--max-model-len")
     server = f"python -m sglang.launch_server --model-path {folder}"
     yield unless_refused("SGLang", "sglang", server, length="--context-length")
+    if more := overrides.by_engine(config):
+        values = ", ".join(map(str, architectures.elastic(config)))
+        yield f"top_k: {config.num_experts_per_tok} of {values}; for another K add"
+        yield from (f"  {engine}: {option}" for engine, option in more.items())

@@ -92,6 +92,11 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
     table.add_row(
         "experts", f"{experts.top_k} of {experts.experts}{shared}", f"{cost.expert_width} neurons each, {where}"
     )
+    for k in experts.elastic or ():
+        width = cost.expert_width * (experts.experts + experts.shared_experts)
+        table.add_row(
+            "", f"top_k {k}", f"{experts.active(width, top_k=k):.0%} of each FFN active, by an engine's override"
+        )
     for each in cost.engines:
         table.add_row(ENGINES[each.engine].title, *_engine(each, experts.engines))
     table.add_row("parameters", count(sparse["total"]), "total")

@@ -65,7 +65,7 @@ class Rewritten:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse(_Architecture):
-    """Sparse models that are written: softmax over the chosen experts' logits, weights that sum to 1."""
+    """Sparse models that are written: softmax over the chosen experts' logits, or over all (`unnormalised`)."""
 
     experts: str
     """Config field of the number of routed experts."""
@@ -83,6 +83,10 @@ class Sparse(_Architecture):
     """Name of the router's weight in published checkpoints, behind `model.layers.N.`."""
     autoep: Mapping[str, str]
     """How DeepSpeed's AutoEP finds the sparse blocks."""
+    unnormalised: bool = False
+    """With `norm_topk_prob: false` a weight is the expert's share of all, whatever the number of chosen ones."""
+    llama_cpp_unnormalised: LlamaCpp | None = None
+    """`llama_cpp` of those."""
     names_in_4: Mapping[str, str] = field(default_factory=dict)
     """Fields that transformers 4 reads, and the fields that transformers 5 writes in their place."""
 
@@ -172,6 +176,8 @@ QWEN2_MOE = Sparse(
     shared_size="shared_expert_intermediate_size",
     shared_gate=True,
     dense_layers=True,
+    unnormalised=True,
+    llama_cpp_unnormalised=LlamaCpp("deepseek", of_llama=True),
     stored_router="mlp.gate.weight",
     autoep={"preset_model": "qwen3_moe"},
 )
@@ -189,6 +195,7 @@ QWEN3_MOE = Sparse(
     experts="num_experts",
     expert_size="moe_intermediate_size",
     dense_layers=True,
+    unnormalised=True,
     stored_router="mlp.gate.weight",
     autoep={"preset_model": "qwen3_moe"},
     names_in_4={"num_experts": "num_local_experts"},
@@ -234,6 +241,28 @@ def row(config: Any) -> Dense | Sparse:
 def is_moe(config: Any) -> bool:
     """True for the config (object or dict) of a sparse model."""
     return (config["model_type"] if isinstance(config, dict) else config.model_type) in SPARSE
+
+
+def normalises(config: Any) -> bool:
+    """True if the weights of a sparse model's chosen experts sum to 1, by a config object or dict."""
+    if elastic(config):  # a dict may leave out what is its class's default
+        return False
+    return bool((config if isinstance(config, dict) else vars(config)).get("norm_topk_prob", True))
+
+
+def llama_cpp(config: Any) -> LlamaCpp | None:
+    """What a GGUF file of a model is written as, by a config object or dict; None: there is nothing for it."""
+    known = row(config)
+    return known.llama_cpp if normalises(config) else getattr(known, "llama_cpp_unnormalised", None)
+
+
+ELASTIC = "elastic_top_k"
+"""Field of config.json, of this project alone: every top_k that the checkpoint was made for."""
+
+
+def elastic(config: Any) -> list[int]:
+    """The values of top_k that a model was made for, by a config object or dict; empty if it has one."""
+    return list((config if isinstance(config, dict) else vars(config)).get(ELASTIC) or [])
 
 
 def biases(config: Any) -> Biases:

@@ -61,7 +61,7 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if reason := limits.llama_cpp(config):
         raise ValueError(f"{folder}: llama.cpp cannot run it: {reason}")
-    written_as = architectures.row(config).llama_cpp
+    written_as = architectures.llama_cpp(config)
     assert written_as
     listed = untrusted.indexed(folder)
     shards = sorted(set(listed.values())) if listed else ["model.safetensors"]
@@ -81,7 +81,7 @@ def export(folder: Path, target: Path, *, kind: str = "F16") -> dict[str, Any]:
     partial = target.with_name(f".{target.name}.partial")
     writer = GGUFWriter(partial, written_as.name)
     try:
-        _add_metadata(writer, config, kind=kind, name=folder.resolve().parent.name)
+        _add_metadata(writer, config, kind=kind, scales=written_as.scales, name=folder.resolve().parent.name)
         gguf_vocabulary.add(writer, folder, size=config.vocab_size)
         for name, made in plan.items():
             of_bytes = quant_shape_to_byte_shape(made.shape, kinds[name])
@@ -121,7 +121,7 @@ def _kind(name: str, shape: tuple[int, ...], *, kind: str) -> GGMLQuantizationTy
     return GGMLQuantizationType[kind]
 
 
-def _add_metadata(writer: GGUFWriter, config: Any, *, kind: str, name: str) -> None:
+def _add_metadata(writer: GGUFWriter, config: Any, *, kind: str, scales: bool, name: str) -> None:
     row, head_dim = architectures.row(config), architectures.head_dim(config)
     writer.add_name(name)
     writer.add_file_type(getattr(LlamaFileType, "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"))
@@ -145,16 +145,17 @@ def _add_metadata(writer: GGUFWriter, config: Any, *, kind: str, name: str) -> N
         writer.add_expert_feed_forward_length(width)
         if row.shared_size and (shared := getattr(config, row.shared_size)):
             writer.add_expert_shared_feed_forward_length(shared)
-    if row.llama_cpp and row.llama_cpp.scales:
-        scales = architectures.multipliers(config)
-        writer.add_logit_scale(scales["logits_scaling"])  # required
+            writer.add_expert_shared_count(shared // width)
+    if scales:
+        multipliers = architectures.multipliers(config)
+        writer.add_logit_scale(multipliers["logits_scaling"])  # required
         for field, add in (
             ("embedding_multiplier", writer.add_embedding_scale),
             ("residual_multiplier", writer.add_residual_scale),
         ):
-            if scales[field] != 1:  # each scale is an operation of the graph
-                add(scales[field])
-        writer.add_attention_scale(scales["attention_multiplier"])
+            if multipliers[field] != 1:  # each scale is an operation of the graph
+                add(multipliers[field])
+        writer.add_attention_scale(multipliers["attention_multiplier"])
 
 
 def _add_rope(writer: GGUFWriter, config: Any) -> None:

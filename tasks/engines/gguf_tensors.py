@@ -32,7 +32,7 @@ class Made:
 
 def plan(config: Any) -> dict[str, Made]:
     """Every tensor of the file of a model, by its name there."""
-    row = architectures.row(config)
+    row, written_as = architectures.row(config), architectures.llama_cpp(config)
     tensors: dict[str, Made] = {}
     if config.rope_parameters["rope_type"] == "llama3":
         scaled, _ = rope.frequencies(config)
@@ -42,7 +42,7 @@ def plan(config: Any) -> dict[str, Made]:
     for name, shape in families.expected(config).items():
         if theirs := gguf.to_gguf(name):
             part = theirs.split(".")[-2]
-            make = _interleaved(heads[part]) if row.llama_cpp and row.llama_cpp.of_llama and part in heads else _first
+            make = _interleaved(heads[part]) if written_as and written_as.of_llama and part in heads else _first
             tensors[theirs] = Made(shape=shape, sources={name: shape}, make=make)
     if isinstance(row, architectures.Sparse):
         for i in range(config.num_hidden_layers):

@@ -98,10 +98,13 @@ def _of_experts(
     layers = config.num_hidden_layers
     if not support.dense_layers and (dense := layers - len(architectures.sparse_layers(config))):
         yield f"{dense} of {layers} layers are dense; make all sparse (partition.layers: all)"
-    if not support.unnormalised and not getattr(config, "norm_topk_prob", True):
-        yield "norm_topk_prob is false; it normalises the chosen experts' weights"
-    shared = getattr(config, known.shared_size) if known.shared_size else 0
-    if trained and known.shared_gate and shared > architectures.IDLE and not support.trained_gate:
+    shared, normalises = (
+        getattr(config, known.shared_size) if known.shared_size else 0,
+        architectures.normalises(config),
+    )
+    if not normalises:
+        yield from _of_unnormalised(support, config, shared=shared, width=getattr(config, known.expert_size))
+    if trained and normalises and known.shared_gate and shared > architectures.IDLE and not support.trained_gate:
         yield (
             f"it computes the gate before a {known.model_type}'s shared experts wrongly, and training moves it; leave "
             "them out (partition.shared_experts: 0)"
@@ -117,6 +120,20 @@ def _of_experts(
             f"experts of {width} neurons have rows of {width * size} bytes, and grouped_mm, its default, "
             f"takes multiples of {row.row_bytes}: take a multiple of {row.row_bytes // size} neurons"
         )
+
+
+def _of_unnormalised(support: Support, config: Any, *, shared: int, width: int) -> Iterator[str]:
+    if not support.unnormalised:
+        yield "norm_topk_prob is false; it normalises the chosen experts' weights"
+    if not support.whole_shared:
+        return
+    if not shared or shared % width:
+        yield (
+            f"norm_topk_prob is false and {shared} neurons are shared; without normalisation it takes shared experts "
+            f"of {width} neurons each: set partition.shared_experts to 1 or more"
+        )
+    if (size := architectures.head_dim(config)) * config.num_attention_heads != config.hidden_size:
+        yield f"norm_topk_prob is false and head_dim = {size}; without normalisation it takes hidden / heads"
 
 
 def _bytes(config: Any) -> int:

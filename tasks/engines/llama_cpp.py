@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,21 @@ _ERROR = 4
 
 
 class _ModelParams(C.Structure):
-    """Larger than llama.cpp's, whatever the version: only ever handed back."""
+    """llama.cpp's up to kv_overrides, and larger than that, whatever the version: all else is only handed back."""
 
-    _fields_ = [("content", C.c_byte * 1024)]
+    _fields_ = [
+        ("lists", C.c_void_p * 2),
+        ("numbers", C.c_int32 * 5),
+        ("pointers", C.c_void_p * 3),
+        ("kv_overrides", C.c_void_p),
+        ("rest", C.c_byte * 1024),
+    ]
+
+
+class _Override(C.Structure):
+    """A whole number in place of what the file says; a list of them ends with an empty key."""
+
+    _fields_ = [("tag", C.c_int), ("key", C.c_char * 128), ("value", C.c_int64), ("rest", C.c_byte * 120)]
 
 
 class _ContextParams(C.Structure):
@@ -73,9 +86,11 @@ _SIGNATURES = {
 
 
 class Model:
-    """A GGUF file in memory, with a context of `length` tokens."""
+    """A GGUF file in memory, with a context of `length` tokens; `override`: llama.cpp's --override-kv."""
 
-    def __init__(self, file: str, *, length: int = 256, threads: int = 1) -> None:
+    def __init__(
+        self, file: str, *, length: int = 256, threads: int = 1, override: tuple[str, int] | None = None
+    ) -> None:
         import xllamacpp.xllamacpp
 
         self._c = C.CDLL(xllamacpp.xllamacpp.__file__)
@@ -87,7 +102,12 @@ class Model:
             lambda level, text, _: errors.append(text.decode(errors="replace").strip()) if level == _ERROR else None
         )
         self._c.llama_log_set(self._log, None)
-        self._model = self._c.llama_model_load_from_file(file.encode(), self._c.llama_model_default_params())
+        model_params = self._c.llama_model_default_params()
+        if override:
+            key, value = override
+            overrides = (_Override * 2)(_Override(key=key.encode(), value=value))
+            model_params.kv_overrides = C.cast(overrides, C.c_void_p)
+        self._model = self._c.llama_model_load_from_file(file.encode(), model_params)
         if not self._model:
             raise ValueError(f"llama.cpp does not load {file}: {'; '.join(errors)}")
         params = self._c.llama_context_default_params()
@@ -140,8 +160,22 @@ def installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def override(file: Path, *, top_k: int) -> tuple[str, int]:
+    """Key and value by which llama.cpp chooses so many experts of a GGUF file: --override-kv KEY=int:VALUE."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("general.architecture")
+    assert field
+    return f"{field.contents()}.expert_used_count", top_k
+
+
 def ask(
-    file: Path, *, ids: Sequence[Sequence[int]] = (), texts: Sequence[str] = (), generate: int = 0
+    file: Path,
+    *,
+    ids: Sequence[Sequence[int]] = (),
+    texts: Sequence[str] = (),
+    generate: int = 0,
+    top_k: int | None = None,
 ) -> dict[str, Any]:
     """What llama.cpp computes of a GGUF file with one thread.
 
@@ -150,6 +184,7 @@ def ask(
         ids: sequences of one length, [sequences, L].
         texts: to be tokenised.
         generate: number of tokens to continue ids[0] by, the likeliest each time.
+        top_k: routed experts of a token; what the file says if absent.
 
     Returns:
         logits: a .npy file of [sequences, L, V]; tokens: ids of each text; generated: ids.
@@ -158,6 +193,7 @@ def ask(
         RuntimeError: llama.cpp refused; the message has its last words.
     """
     request = {"file": str(file), "ids": [list(row) for row in ids], "texts": list(texts), "generate": generate}
+    request["override"] = override(file, top_k=top_k) if top_k else None
     lines, error = _child(request)
     if error:
         raise RuntimeError(error)
@@ -165,9 +201,15 @@ def ask(
 
 
 def measure(
-    files: Mapping[str, Path], text: turns.Text, *, threads: int
+    files: Mapping[str, Path], text: turns.Text, *, threads: int, top_ks: Mapping[str, int] = MappingProxyType({})
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, str]]:
     """Speed of GGUF files that take turns in one process.
+
+    Args:
+        files: their paths; one may come under several names.
+        text: what they read.
+        threads: number of them.
+        top_ks: routed experts of a token by name, where they are not what the file says.
 
     Returns:
         The rates of `turns.take` of each file that runs, and the last words of llama.cpp for each that does not.
@@ -175,8 +217,9 @@ def measure(
     files = dict(files)
     refused: dict[str, str] = {}
     while files:
-        paths = {name: str(path) for name, path in files.items()}
-        lines, error = _child({"files": paths, "text": asdict(text), "threads": threads})
+        request: dict[str, Any] = {"files": {name: str(path) for name, path in files.items()}, "text": asdict(text)}
+        kept = {name: override(files[name], top_k=top_k) for name, top_k in top_ks.items() if name in files}
+        lines, error = _child(request | {"threads": threads, "overrides": kept})
         if not error:
             return dict(lines[-1]), refused
         blamed = str(lines[-1]) if lines else next(iter(files))
@@ -198,7 +241,7 @@ def _child(request: dict[str, Any]) -> tuple[list[Any], str]:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    model = Model(request["file"])
+    model = Model(request["file"], override=request["override"])
     answer: dict[str, Any] = {"tokens": [model.tokenize(text) for text in request["texts"]]}
     if ids := request["ids"]:
         rows = []
@@ -226,7 +269,8 @@ def _rates(request: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     models = {}
     for name, file in request["files"].items():
         begins(name)
-        models[name] = Model(file, length=text.length, threads=request["threads"])
+        changed = request["overrides"].get(name)
+        models[name] = Model(file, length=text.length, threads=request["threads"], override=changed)
     return turns.take(models, text, begins=begins)
 
 

@@ -35,8 +35,10 @@ class Support:
     """Dense layers among sparse ones."""
     unnormalised: bool = True
     """norm_topk_prob: false."""
+    whole_shared: bool = False
+    """Those with at least one shared expert, all as wide as the routed ones, and the usual head_dim."""
     trained_gate: bool = True
-    """A gate before the shared experts that is not zero any more."""
+    """A gate before the shared experts that is not zero any more, as training leaves it where weights sum to 1."""
     ropes: tuple[str, ...] = ROPES
     window: Windows = "per layer"
     """The sliding windows that it has; where a model's are others, its results are equal up to the window's length."""
@@ -84,12 +86,10 @@ _MIXTRAL, _SHARED, _GRANITE, _QWEN2, _QWEN3 = (
 assert set(architectures.SPARSE) == {_MIXTRAL, _SHARED, _GRANITE, _QWEN2, _QWEN3}
 
 
-def _llama_cpp(read: str, *, llama3: bool = True, biases: Biases = "qkvo", trained_gate: bool = True) -> Support:
+def _llama_cpp(read: str, *, llama3: bool = True, biases: Biases = "qkvo", **more: bool) -> Support:
     ropes = ("default", "linear", "yarn", *["llama3"] * llama3)
-    return Support(
-        read=read, biases=biases, dense_layers=False, unnormalised=False, trained_gate=trained_gate, ropes=ropes,
-        window="none",
-    )  # fmt: skip
+    fields = {"unnormalised": False, **more}
+    return Support(read=read, biases=biases, dense_layers=False, ropes=ropes, window="none", **fields)
 
 
 LLAMA_CPP = Row(
@@ -104,7 +104,12 @@ LLAMA_CPP = Row(
         _MIXTRAL: _llama_cpp("src/models/llama.cpp"),
         _SHARED: _llama_cpp("src/models/granite-moe.cpp"),
         _GRANITE: _llama_cpp("src/models/granite-moe.cpp"),
-        _QWEN2: _llama_cpp("src/models/granite-moe.cpp and qwen2moe.cpp", trained_gate=False),
+        _QWEN2: _llama_cpp(
+            "src/models/granite-moe.cpp, qwen2moe.cpp and deepseek.cpp",
+            trained_gate=False,
+            unnormalised=True,
+            whole_shared=True,
+        ),
         _QWEN3: _llama_cpp("src/models/qwen3moe.cpp", llama3=False, biases="qkv"),
     },
     experts=1024,  # LLAMA_MAX_EXPERTS in llama-hparams.h
@@ -203,7 +208,8 @@ def describe(engine: Engine, model_type: str) -> str:
         "head_dim = hidden / heads": not support.head_dim,
         "untied embeddings": not support.tied,
         "all layers sparse": known.dense_layers and not support.dense_layers,
-        "norm_topk_prob": known.dense_layers and not support.unnormalised,  # Qwen's classes have both
+        "norm_topk_prob": known.unnormalised and not support.unnormalised,
+        "norm_topk_prob or shared experts": known.unnormalised and support.whole_shared,
         "shared experts' gate at zero": known.shared_gate and not support.trained_gate,
         "rope " + ", ".join(support.ropes): support.ropes != ROPES,
         "text within the sliding window": rank[support.window] < rank[known.window],

@@ -111,6 +111,7 @@ def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path)
         print(f"  {domain}: {nats:.4f} nats/token ({time.perf_counter() - start:.0f} s)", flush=True)
 
     measured = likelihood.measure(model, ids, batch=knobs.batch, progress=progress)
+    elastic = likelihood.by_top_k(model, ids, batch=knobs.batch)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     texts = generation.samples(model, tokenizer)
     sparse = counts.experts(model.config)
@@ -121,6 +122,7 @@ def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path)
     sizes = counts.parameters(model.config)
     return measured | {
         "tasks": scored,
+        "elastic": elastic,
         "parameters": {"total": sizes["total"], "active": sizes["active"]},
         "flops_per_token": counts.flops_per_token(model.config, seq_len=knobs.seq_len)["forward"],
         "experts": {"layers": sparse["layers"], "top_k": sparse["top_k"], "experts": sparse["experts"]},
@@ -179,7 +181,8 @@ def summarise(
 
     Returns:
         dense, split, trained, child if it was judged: {loss, perplexity, bits_per_byte: {domain, mean}, parameters
-        {total, active}, flops_per_token, tasks, seconds of its evaluation}; test: {domains: {windows, tokens, bytes},
+        {total, active}, flops_per_token, tasks, seconds of its evaluation; of an elastic model elastic: {top_k: {loss,
+        perplexity, bits_per_byte, active}}}; test: {domains: {windows, tokens, bytes},
         seq_len, batch}; speed: {prompt, after, new, repeats: tokens read and times, engines: [speed.Row], seconds};
         difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus
         second; recovery: the share of the loss added by the split that training recovered, absent if the split added
@@ -190,6 +193,11 @@ def summarise(
         summary[key] = likelihood.scores(result["nats"], test)
         for field in ("parameters", "flops_per_token", "tasks", "seconds"):
             summary[key][field] = result[field]
+        if result.get("elastic"):
+            summary[key]["elastic"] = {
+                top_k: likelihood.scores(each["nats"], test) | {"active": each["active"]}
+                for top_k, each in result["elastic"].items()
+            }
     summary["test"] = {"domains": test, "seq_len": knobs.seq_len, "batch": knobs.batch}
     summary["speed"] = speeds
     nats = {key: result["nats"] for key, result in done.items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import architectures
+from tasks.moe import counts as counts_of
 from tasks.moe import loss, routing
 
 if TYPE_CHECKING:
@@ -50,6 +51,31 @@ def measure(
             load[domain] = load_LE.tolist()
         progress(domain, sum(sums) / predicted(ids_BL))
     return {"nats": nats, "load": load}
+
+
+def by_top_k(model: PreTrainedModel, windows: Mapping[str, np.ndarray], *, batch: int) -> dict[str, dict[str, Any]]:
+    """An elastic model at each value of top_k that it serves, on the windows of `measure`; {} for any other model.
+
+    Returns:
+        {top_k: {nats: as `measure` gives; active: parameters of a token}}.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    usual = counts_of.experts(model.config)["top_k"]
+    try:
+        for top_k in architectures.elastic(model.config):
+            _choose(model, top_k)
+            nats = measure(model, windows, batch=batch)["nats"]
+            found[str(top_k)] = {"nats": nats, "active": counts_of.parameters(model.config)["active"]}
+    finally:
+        if found:
+            _choose(model, usual)
+    return found
+
+
+def _choose(model: PreTrainedModel, top_k: int) -> None:
+    model.config.num_experts_per_tok = top_k
+    for router in routing.routers(model):
+        router.top_k = top_k  # type: ignore[assignment]
 
 
 def predicted(ids_BL: np.ndarray) -> int:

@@ -99,7 +99,8 @@ def in_llama_cpp(
         progress: called with a line on each file.
 
     Returns:
-        A row for each number of threads; a model that llama.cpp does not run has a reason.
+        A row for each number of threads; a model that llama.cpp does not run has a reason. `elastic` has the figures
+        at the other values of top_k that a model serves: {top_k: {name: figures}}.
     """
     reasons, files = {}, {}
     if llama_cpp.installed():
@@ -118,18 +119,31 @@ def in_llama_cpp(
             folders, f"{llama_cpp.PACKAGE} is not installed; pip install 'moeforge[llama-cpp]' brings it"
         )
     rows = []
+    others_of = {name: _other_top_ks(folders[name]) for name in files}
+    at = {f"{name}, top_k {top_k}": (name, top_k) for name, top_ks in others_of.items() for top_k in top_ks}
+    top_ks = {label: top_k for label, (_, top_k) in at.items()}
+    read = files | {label: files[name] for label, (name, _) in at.items()}
     try:
         for count in threads:
-            rates, refused = llama_cpp.measure(files, text, threads=count)
+            rates, refused = llama_cpp.measure(read, text, threads=count, top_ks=top_ks)
             models = {name: figures(rates[name], rates.get(PARENT), text=text) for name in rates}
             others = {name: {"reason": reason} for name, reason in (reasons | refused).items()}
             shown = {name: (models | others)[name] for name in folders}
             rows.append(_row(LLAMA_CPP, QUANTISED, count, device="cpu", models=shown))
+            for label, (name, top_k) in at.items():
+                if label in models:
+                    rows[-1].setdefault("elastic", {}).setdefault(str(top_k), {})[name] = models[label]
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)
             file.with_suffix(".Modelfile").unlink(missing_ok=True)
     return rows
+
+
+def _other_top_ks(folder: Path) -> list[int]:
+    """Those that a checkpoint serves beside the one that it loads with."""
+    config = json.loads((folder / "config.json").read_text())
+    return [top_k for top_k in architectures.elastic(config) if top_k != config["num_experts_per_tok"]]
 
 
 def _row(engine: str, dtype: str, threads: int, *, device: str, models: dict[str, dict[str, Any]]) -> Row:

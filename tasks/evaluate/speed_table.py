@@ -36,6 +36,22 @@ def rows(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, 
     ]
 
 
+def by_top_k(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Rows of an elastic model at each other value of top_k that it serves, beside the parent."""
+    return [
+        (
+            f"tokens/s, {what}, top_k {top_k}: {title(row)}",
+            [
+                _cell(row["models"][key] if key == PARENT else of_model.get(key, {}), what, ratio=key != PARENT)
+                for key in models
+            ],
+        )
+        for row in measured.get("engines", [])
+        for top_k, of_model in row.get("elastic", {}).items()
+        for what in ("prompt", "decode")
+    ]
+
+
 def title(row: Mapping[str, Any]) -> str:
     """Engine, dtype and threads of a row."""
     count = row["threads"]

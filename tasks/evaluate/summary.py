@@ -69,6 +69,10 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
             entries = [model["tasks"][task] for model in judged]
             label = f"{task} {metric} (n = {first['n']}, {first['num_fewshot']}-shot{guess})"
             add(label, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
+    for top_k, at in evaluation["trained"].get("elastic", {}).items():
+        cells = [model.get("elastic", {}).get(top_k) for model in judged]
+        label = f"perplexity: mean, top_k {top_k} ({count(at['active'])} active)"
+        add(label, [f"{cell['perplexity']['mean']:.2f}" if cell else "–" for cell in cells])
     for key in ("total", "active"):
         add(f"parameters: {key}", [count(model["parameters"][key]) for model in judged])
     add("forward FLOPs per token", [count(model["flops_per_token"]) for model in judged])
@@ -77,7 +81,8 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def speeds(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Rows of speed, prompt and decode, for each engine."""
-    return speed_table.rows(evaluation.get("speed", {}), models(evaluation))
+    measured, columns = evaluation.get("speed", {}), models(evaluation)
+    return speed_table.rows(measured, columns) + speed_table.by_top_k(measured, columns)
 
 
 def table(pipeline: str) -> Table:

@@ -8,6 +8,7 @@ in it.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,8 @@ def parameters(config: Any) -> dict[str, int]:
 def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[str, int]:
     """Floating-point operations per token of a sequence of `seq_len` tokens: {forward, train}.
 
+    Training an elastic model draws top_k for each step, and `train` is the mean over its values.
+
     Args:
         config: as in `experts`.
         what: is trained: all; experts, the routers and all experts, shared ones too; router. A product costs a forward
@@ -114,6 +117,9 @@ def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[st
     scores = 2 * p.attention_width * seq_len
     layers = p.layers * (p.attention + scores) + p.sparse * (routing + chosen + shared) + (p.layers - p.sparse) * p.ffn
     forward = layers + p.head
+    if elastic := architectures.elastic(config):
+        shares = [_once(config, k, seq_len=seq_len, what=what) for k in elastic]
+        return {"forward": 2 * forward, "train": round(sum(shares) / len(shares))}
     if what == "all":
         return {"forward": 2 * forward, "train": 6 * forward}
     lowest = sparse[0]  # the input of its block has no gradient
@@ -129,6 +135,14 @@ def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[st
         weights += p.sparse * (chosen + shared)
         inputs += (chosen + p.shared) // 3  # in the lowest too, down_proj's input has one
     return {"forward": 2 * forward, "train": 2 * (forward + inputs + weights)}
+
+
+def _once(config: Any, top_k: int, *, seq_len: int, what: What) -> int:
+    """FLOPs of training at one top_k of an elastic model."""
+    at = copy.copy(config)
+    at.num_experts_per_tok = top_k
+    setattr(at, architectures.ELASTIC, None)
+    return flops_per_token(at, seq_len=seq_len, what=what)["train"]
 
 
 def _object(config: Any) -> Any:

@@ -80,19 +80,29 @@ def _make(entry: settings.Pipeline, model_dir: Path, corpus_dir: Path, work: Pat
     dense_losses, moe_losses = (
         _losses(model, validation) for model in (Streamed(model_dir, device=device.default()), moe)
     )
-    made["seconds"]["validation loss"] = round(time.perf_counter() - started, 1)
     width = dense.config.intermediate_size
-    active = (partition.top_k + partition.shared_experts) * partition.check_width(width) / width
-    return made | {
-        "validation_loss": moe_losses,
-        "perplexity": _perplexity(moe_losses),
-        "dense": {"validation_loss": dense_losses, "perplexity": _perplexity(dense_losses)},
-        "perplexity_ratio": _perplexity(moe_losses) / _perplexity(dense_losses),
-        "validation_windows": {domain: len(ids) for domain, ids in validation.items()},
-        "parameters": counts.parameters(moe.config),
-        "sparse_layers": sparse_layers,
-        "ffn_active": active,
-    }
+    served = {}
+    for top_k in partition.elastic or ():
+        moe.config.num_experts_per_tok = top_k
+        losses = moe_losses if top_k == partition.top_k else _losses(moe, validation)
+        ratio = _perplexity(losses) / _perplexity(dense_losses)
+        served[str(top_k)] = {"ffn_active": partition.active(width, top_k=top_k), "perplexity_ratio": ratio}
+    moe.config.num_experts_per_tok = partition.top_k
+    made["seconds"]["validation loss"] = round(time.perf_counter() - started, 1)
+    return (
+        made
+        | {
+            "validation_loss": moe_losses,
+            "perplexity": _perplexity(moe_losses),
+            "dense": {"validation_loss": dense_losses, "perplexity": _perplexity(dense_losses)},
+            "perplexity_ratio": _perplexity(moe_losses) / _perplexity(dense_losses),
+            "validation_windows": {domain: len(ids) for domain, ids in validation.items()},
+            "parameters": counts.parameters(moe.config),
+            "sparse_layers": sparse_layers,
+            "ffn_active": partition.active(width),
+        }
+        | ({"elastic": served} if served else {})
+    )
 
 
 def _losses(model: Streamed, validation: dict[str, np.ndarray]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Shapes: B windows, L tokens each, T = B x L, D hidden, N neurons of the dense FF
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def draw(corpus_dir: Path, *, seq_len: int, count: int, seed: int) -> tuple[np.n
     )
     slots = sampler.next()
     return np.stack([windows[domain][i] for domain, i in slots]), slots
+
+
+def deal(slots: Sequence[tuple[str, int]], values: Sequence[int]) -> np.ndarray:
+    """A value of `elastic` for each calibration window, int64 [B]: in turn within a domain, so that each value sees
+    all domains; the domains begin with different ones."""
+    turns: dict[str, int] = {}
+    dealt = []
+    for domain, _ in slots:
+        turns[domain] = turns.get(domain, len(turns) - 1) + 1
+        dealt.append(values[turns[domain] % len(values)])
+    return np.array(dealt, dtype=np.int64)
 
 
 class States:

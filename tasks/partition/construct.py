@@ -74,15 +74,17 @@ def construct(
         "settings": partition.model_dump(exclude={"engines"}),  # they shape no byte
         "calibration": [],
     }
-    ids_BL = None
+    ids_BL = top_k_B = None
     if needs_text(partition):
         count = partition.calibration_windows
         ids_BL, meta["calibration"] = calibration.draw(corpus_dir, seq_len=seq_len, count=count, seed=partition.seed)
         meta["seq_len"] = seq_len
+        if partition.elastic:
+            top_k_B = calibration.deal(meta["calibration"], partition.elastic)
     lap("reading")
 
     importance = {} if ids_BL is None else _importance(parent, partition, ids_BL, scratch=folder)
-    source = fitting.start(parent, partition, sizes=sizes, ids_BL=ids_BL, importance=importance)
+    source = fitting.start(parent, partition, sizes=sizes, ids_BL=ids_BL, importance=importance, top_k_B=top_k_B)
     lap("gradients")
 
     router = partition.router or ("random" if ids_BL is None else "regression")

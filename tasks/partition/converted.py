@@ -34,13 +34,16 @@ _TEMPER_TOKENS = 2 * CHUNK
 
 
 def sum_of_weights(partition: Partition, width: int) -> float:
-    """What the routed experts' weights sum to (settings.Partition.scale), before any calibration.
+    """What the routed experts' weights sum to (settings.Partition.scale), before any calibration; with
+    `settings.Partition.elastic` those of all experts.
 
     The dense FFN is the plain sum of its slices. A partition's chosen experts therefore want the weight 1 each; where
     copies are chosen whole, the slices of all chosen copies together want the weight that one copy has.
     """
     experts, top_k = partition.experts, partition.top_k
-    unit = width / partition.check_width(width) if partition.method == "copy" else top_k
+    unit: float = experts if partition.elastic else top_k
+    if partition.method == "copy":
+        unit = width / partition.check_width(width)
     return {
         "unit": float(unit),
         "paper": experts / top_k,
@@ -78,13 +81,27 @@ class Converted:
         self._member_GN = member_GN.to(layer.down_DN.device)
         self._group_N = self._member_GN.argmax(0) if (member_GN.sum(0) == 1).all() else None
 
-    def coefficients(self, x_TD: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
-        """What each neuron's output is multiplied by: the weights of the experts that it stands in, [T, N]."""
-        index_TK, weights_TK = router_init.chosen(router_ED, x_TD, top_k=self._sizes.top_k)
+    def coefficients(
+        self, x_TD: torch.Tensor, router_ED: torch.Tensor, top_k_T: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What each neuron's output is multiplied by: the weights of the experts that it stands in, [T, N].
+
+        Args:
+            top_k_T: routed experts of each token; None: the usual number.
+        """
+        most = self._sizes.top_k if top_k_T is None else int(top_k_T.max())
+        index_TK, weights_TK = router_init.chosen(router_ED, x_TD, top_k=most, normalised=not self._sizes.elastic)
+        if top_k_T is not None:
+            weights_TK = weights_TK * (torch.arange(most, device=x_TD.device) < top_k_T[:, None])
         weights_TG = torch.zeros(len(x_TD), len(self._member_GN), device=x_TD.device)
         weights_TG.scatter_(1, index_TK, weights_TK * self.scale)
         weights_TG[:, -1] = 1  # the shared experts
         return weights_TG @ self._member_GN if self._group_N is None else weights_TG[:, self._group_N]
+
+    @property
+    def _single(self) -> bool:
+        """True if a token passes one routed expert, whose weight is 1."""
+        return self._sizes.top_k == 1 and not self._sizes.elastic
 
     def is_dense(self) -> bool:
         """True if it gives the dense FFN's output already: every neuron counts once, whatever the input."""
@@ -95,7 +112,7 @@ class Converted:
     def _routes(self, x_TD: torch.Tensor) -> Iterator[_Route]:
         """Tokens that pass the same neurons. Where a token passes one routed expert or none, that leaves out zeros."""
         count = len(x_TD)
-        if self._sizes.top_k > 1:
+        if self._sizes.top_k > 1 or self._sizes.elastic:
             every_N = torch.arange(self._sizes.width, device=x_TD.device)
             yield _Route(torch.arange(count, device=x_TD.device), every_N, None)
             return
@@ -106,25 +123,28 @@ class Converted:
             neurons_P = coefficient_N.nonzero()[:, 0]
             yield _Route((expert_T == e).nonzero()[:, 0], neurons_P, coefficient_N[neurons_P])
 
-    def _inputs(self, x_TD: torch.Tensor, h_TN: torch.Tensor, route: _Route) -> torch.Tensor:
+    def _inputs(
+        self, x_TD: torch.Tensor, h_TN: torch.Tensor, route: _Route, top_k_T: torch.Tensor | None
+    ) -> torch.Tensor:
         """What the down-projection gets of a route's neurons, [T, P]."""
         h_TN = self._fitted(x_TD, h_TN)
         if route.coefficient_P is None:
-            return h_TN * self.coefficients(x_TD, self.router_ED)
+            return h_TN * self.coefficients(x_TD, self.router_ED, top_k_T)
         return h_TN.index_select(1, route.neurons_P).mul_(route.coefficient_P)
 
     def _down(self, route: _Route) -> torch.Tensor:
         """The down-projection of a route's neurons, [P, D]: a copy, or the whole of it where every neuron counts."""
         return self.down_DN.T if route.coefficient_P is None else self.down_DN.T[route.neurons_P]
 
-    def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
+    def output(self, x_TD: torch.Tensor, h_TN: torch.Tensor, top_k_T: torch.Tensor | None = None) -> torch.Tensor:
         """[T, D]; `h_TN` is what the dense FFN's neurons give, good until the neurons are fitted."""
         output_TD = torch.empty_like(x_TD)
         for e, route in enumerate(self._routes(x_TD)):
             down_PD = self._down(route)
             if self.change_EFD is not None:
                 down_PD[torch.searchsorted(route.neurons_P, self._routed_EF[e])] += self.change_EFD[e]
-            output_TD[route.tokens] = self._inputs(x_TD[route.tokens], h_TN[route.tokens], route) @ down_PD
+            input_TP = self._inputs(x_TD[route.tokens], h_TN[route.tokens], route, top_k_T)
+            output_TD[route.tokens] = input_TP @ down_PD
         return output_TD
 
     def _fitted(self, x_TD: torch.Tensor, h_TN: torch.Tensor) -> torch.Tensor:
@@ -146,13 +166,14 @@ class Converted:
         weight_ED = self.router_ED - self.router_ED.mean(0)
         weight_ED *= std / (self._layer.inputs @ weight_ED.T).square().mean().sqrt().clamp_min(1e-12)
         self.router_ED = weight_ED
-        if self._sizes.top_k == 1:  # its weight is 1 whatever the logits
+        if self._single:  # its weight is 1 whatever the logits
             return
         error = moved = torch.zeros(())
         first = torch.arange(min(_TEMPER_TOKENS, len(self._layer.inputs)))
-        for (x_TD, h_TN), weight_T in zip(self._layer.chunks(first), self._layer.weights(first), strict=True):
-            even_TN = self.coefficients(x_TD, weight_ED * _PROBE**2)
-            step_TN = self.coefficients(x_TD, weight_ED * _PROBE) - even_TN
+        parts = zip(self._layer.chunks(first), self._layer.weights(first), self._layer.chosen(first), strict=True)
+        for (x_TD, h_TN), weight_T, top_k in parts:
+            even_TN = self.coefficients(x_TD, weight_ED * _PROBE**2, top_k)
+            step_TN = self.coefficients(x_TD, weight_ED * _PROBE, top_k) - even_TN
             error = error + weight_T @ ((h_TN * (1 - even_TN)) @ self.down_DN.T).square().sum(1)
             moved = moved + weight_T @ ((h_TN * step_TN) @ self.down_DN.T).square().sum(1)
         allowed = (ADDED * error).sqrt() * _PROBE / moved.sqrt().clamp_min(1e-12)
@@ -226,11 +247,14 @@ class Converted:
         if moments_PP is None:
             moments_PP = self.down_DN.new_zeros(count, count)
         target_PD, down_PD = self.down_DN.new_zeros(count, len(self.down_DN)), self._down(route)
-        parts = zip(self._layer.chunks(tokens), self._layer.weights(tokens), tokens.split(CHUNK), strict=True)
-        for (x_TD, h_TN), weight_T, part in parts:
-            input_TP = self._inputs(x_TD, h_TN, route)
+        layer = self._layer
+        chosen, places = layer.chosen(tokens), tokens.split(CHUNK)
+        for (x_TD, h_TN), weight_T, top_k, part in zip(
+            layer.chunks(tokens), layer.weights(tokens), chosen, places, strict=True
+        ):
+            input_TP = self._inputs(x_TD, h_TN, route, top_k)
             weighted_TP = input_TP * weight_T[:, None]
-            error_TD = self._layer.output_TD[part] + drift_TD[part]
+            error_TD = layer.output_TD[part] + drift_TD[part]
             moments_PP.addmm_(weighted_TP.T, input_TP)
             target_PD.addmm_(weighted_TP.T, error_TD.addmm_(input_TP, down_PD, alpha=-1))
         return moments_PP, target_PD
@@ -262,7 +286,8 @@ class Converted:
             x_TD, weight = self._layer.inputs[part], weight_T[part]
             with torch.no_grad():
                 target_TD = output_TD[part] + drift_TD[part]
-                coefficient_TN = self.coefficients(x_TD, self.router_ED)
+                top_k_T = None if self._layer.top_k_T is None else self._layer.top_k_T[part]
+                coefficient_TN = self.coefficients(x_TD, self.router_ED, top_k_T)
             gate_ND, up_ND, down_DN = weights
             error_TD = (neurons(x_TD, gate_ND, up_ND) * coefficient_TN) @ down_DN.T - target_TD
             optimizer.zero_grad()

@@ -42,6 +42,11 @@ class Fitted:
     """Share of the dense FFN's output energy that is lost on the calibration text; None without text."""
 
 
+def logits_std(partition: Partition) -> float:
+    """`router_std`, or its default."""
+    return partition.router_std or (0.02 if partition.elastic else 0.1)
+
+
 class WithoutText:
     """Nothing is fitted: there is no calibration text."""
 
@@ -60,7 +65,7 @@ class WithoutText:
         norm_D = self._parent.tensor(f"model.layers.{layer.number}.post_attention_layernorm.weight").float()
         spread = (router_ED.cpu() * norm_D).square().sum(1).mean().sqrt()
         return Fitted(
-            router_ED=router_ED * (self._partition.router_std / spread.clamp_min(1e-12)),
+            router_ED=router_ED * (logits_std(self._partition) / spread.clamp_min(1e-12)),
             scale=sum_of_weights(self._partition, self._sizes.width),
             gate_ND=layer.gate_ND,
             up_ND=layer.up_ND,
@@ -79,9 +84,13 @@ class OnText(WithoutText):
         *,
         ids_BL: np.ndarray,
         importance: dict[int, np.ndarray],
+        top_k_B: np.ndarray | None = None,
     ) -> None:
         super().__init__(parent, partition, sizes)
         self._importance = importance
+        self._top_k_T = None
+        if top_k_B is not None:
+            self._top_k_T = torch.from_numpy(top_k_B.repeat(ids_BL.shape[1])).to(parent.device)
         self._states = calibration.States(parent, ids_BL)
         self._read = 0  # layers that the hidden states have reached
 
@@ -105,6 +114,7 @@ class OnText(WithoutText):
             x_TD=self._states.attend(block, i),
             dtype=self._states.dtype,
             importance_CN=torch.from_numpy(self._importance[i]) if i in self._importance else None,
+            top_k_T=self._top_k_T,
         )
         layer.weight_T = layer.relative(self._states.residual_TD)
         return layer
@@ -133,16 +143,16 @@ class OnText(WithoutText):
             The share of the dense FFN's output energy that it loses.
         """
         lost = total = 0.0
-        parts = zip(self._states.residual_TD.split(CHUNK), layer.output_TD.split(CHUNK), layer.chunks(), strict=True)
-        for part, dense_TD, (x_TD, h_TN) in parts:
-            given_TD = ffn.output(x_TD, h_TN)
+        outputs = (self._states.residual_TD.split(CHUNK), layer.output_TD.split(CHUNK))
+        for part, dense_TD, (x_TD, h_TN), top_k in zip(*outputs, layer.chunks(), layer.chosen(), strict=True):
+            given_TD = ffn.output(x_TD, h_TN, top_k)
             part += given_TD
             lost += (dense_TD - given_TD).square().sum().item()
             total += dense_TD.square().sum().item()
         return lost / max(total, 1e-30)
 
     def _fit(self, ffn: Converted) -> None:
-        ffn.temper(std=self._partition.router_std)
+        ffn.temper(std=logits_std(self._partition))
         if self._partition.scale == "calibrated":
             ffn.calibrate()
 
@@ -183,17 +193,19 @@ def start(
     sizes: Sizes,
     ids_BL: np.ndarray | None,
     importance: dict[int, np.ndarray],
+    top_k_B: np.ndarray | None = None,
 ) -> WithoutText:
     """The fit that the settings ask for.
 
     Args:
         ids_BL: calibration windows; None if the settings need none.
         importance: of the neurons by layer, for methods that need gradients.
+        top_k_B: routed experts that the tokens of each window pass; None: `partition.top_k`.
     """
     if ids_BL is None:
         return WithoutText(parent, partition, sizes)
     kind = RefitOnText if partition.down_proj == "refit" else OnText
-    return kind(parent, partition, sizes, ids_BL=ids_BL, importance=importance)
+    return kind(parent, partition, sizes, ids_BL=ids_BL, importance=importance, top_k_B=top_k_B)
 
 
 def _pass_block(states: calibration.States, block: Any, i: int) -> None:

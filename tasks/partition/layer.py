@@ -35,6 +35,8 @@ class Sizes:
     shared: int
     size: int
     top_k: int
+    elastic: bool = False
+    """A token may pass other numbers of routed experts too (`Layer.top_k_T`), each with a weight of its own."""
 
     @classmethod
     def of(cls, partition: Partition, width: int) -> Self:
@@ -45,12 +47,13 @@ class Sizes:
             shared=partition.shared_experts,
             size=partition.check_width(width),
             top_k=partition.top_k,
+            elastic=bool(partition.elastic),
         )
 
     @property
     def all_active(self) -> bool:
         """True if every token gets every expert, so that there is nothing to choose."""
-        return self.top_k == self.experts
+        return self.top_k == self.experts and not self.elastic
 
 
 @dataclass(kw_only=True)
@@ -70,6 +73,8 @@ class Layer:
     their sum. Without it the few tokens of massive activations (arXiv 2402.17762), whose y is a thousand times as
     large, would be all that the layer that makes them, and the one that takes them back, are fitted to.
     """
+    top_k_T: torch.Tensor | None = None
+    """How many routed experts each calibration token passes; None: `Sizes.top_k`."""
     drift_TD: torch.Tensor | None = None
     """The dense model's hidden states less those here, before this FFN: a refit makes good what was lost below."""
     dtype: torch.dtype = torch.float32
@@ -93,6 +98,14 @@ class Layer:
         if weight_T is None:
             weight_T = torch.ones(len(self.inputs), device=self.inputs.device)
         yield from (weight_T if tokens is None else weight_T[tokens]).split(CHUNK)
+
+    def chosen(self, tokens: torch.Tensor | None = None) -> Iterator[torch.Tensor | None]:
+        """`top_k_T` in the parts that `chunks` gives, [CHUNK]; None for each part without it."""
+        count = len(self.inputs if tokens is None else tokens)
+        if self.top_k_T is None:
+            yield from [None] * -(-count // CHUNK)
+        else:
+            yield from (self.top_k_T if tokens is None else self.top_k_T[tokens]).split(CHUNK)
 
     def chunks(self, tokens: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(x, h) of the calibration tokens in order, or of those at the indices `tokens`, CHUNK at a time.

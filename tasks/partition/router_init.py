@@ -100,7 +100,13 @@ def regression(layer: Layer, routed_EF: np.ndarray, *, tokens: torch.Tensor | No
     return solution_DE.T.contiguous()
 
 
-def chosen(weight_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices [T, K] of the chosen experts, and their softmax weights [T, K] that sum to 1."""
-    values, index = (x_TD @ weight_ED.T).topk(top_k, dim=1)
-    return index, values.softmax(1)
+def chosen(
+    weight_ED: torch.Tensor, x_TD: torch.Tensor, *, top_k: int, normalised: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices [T, K] of the chosen experts, best first, and their softmax weights [T, K].
+
+    The weights sum to 1 over the chosen experts, or if not `normalised` over all.
+    """
+    logits_TE = x_TD @ weight_ED.T
+    values, index = logits_TE.topk(top_k, dim=1)
+    return index, values.softmax(1) if normalised else logits_TE.softmax(1).gather(1, index)

@@ -47,7 +47,7 @@ def verdict(engine: Engine, config: Any) -> Verdict:
 
 def verdicts(fields: dict[str, Any]) -> list[Verdict]:
     """What every engine that is known here makes of a model with this config.json."""
-    config = AutoConfig.for_model(**fields)
+    config = _largest(AutoConfig.for_model(**fields))
     return [verdict(engine, config) for engine in ENGINES]
 
 
@@ -57,7 +57,7 @@ def require(dense: Any, partition: Partition) -> None:
     Args:
         dense: config object of the parent.
     """
-    config = exporters.choose(dense, partition).config(dense, partition)
+    config = _largest(exporters.choose(dense, partition).config(dense, partition))
     if refused := [each for each in (verdict(e, config) for e in partition.engines) if each.refused]:
         lines = [f"engines: {each.engine} cannot run the {config.model_type}: {each.refused}" for each in refused]
         raise ValueError("\n  ".join([*lines, _way_out(dense, partition, config)]))
@@ -65,7 +65,7 @@ def require(dense: Any, partition: Partition) -> None:
 
 def warnings(dense: Any, partition: Partition) -> list[str]:
     """What engines of `partition.engines` will run slowly, a line each, and the nearest shapes that they do not."""
-    config = exporters.choose(dense, partition).config(dense, partition)
+    config = _largest(exporters.choose(dense, partition).config(dense, partition))
     slow = [each for each in (verdict(e, config) for e in partition.engines) if each.slow]
     lines = [f"{each.engine} will be slow: {each.slow}" for each in slow]
     if slow and (better := nearest(dense, partition, fast=True)):
@@ -73,11 +73,19 @@ def warnings(dense: Any, partition: Partition) -> list[str]:
     return lines
 
 
+def _largest(config: Any) -> Any:
+    """The config with the largest top_k that it must serve."""
+    config.num_experts_per_tok = max([config.num_experts_per_tok, *architectures.elastic(config)])
+    return config
+
+
 def nearest(dense: Any, partition: Partition, *, fast: bool = False) -> list[Partition]:
     """Shapes at the same active share of the FFN that all engines load, those of the most similar width first.
 
     Those that an engine runs slowly come last, or with `fast` not at all.
     """
+    if partition.elastic:  # its values of top_k go with this number of experts
+        return []
     width = partition.check_width(dense.intermediate_size)
     for candidates in (list(_scaled(dense, partition)), list(_unshared(dense, partition))):
         configs = _configs(dense, candidates[0]) if candidates else {}
@@ -184,8 +192,7 @@ def _way_out(dense: Any, partition: Partition, config: Any) -> str:
     """Which settings can be changed, each with values that work."""
     ways = []
     if found := nearest(dense, partition):
-        width = partition.check_width(dense.intermediate_size)
-        share = (partition.top_k + partition.shared_experts) * width / dense.intermediate_size
+        share = partition.active(dense.intermediate_size)
         ways.append(f"take one of the nearest shapes that they load, {share:.0%} of the FFN active: {_listed(found)}")
     seen: list[list[Engine]] = [[]]
     classes = _configs(dense, partition.model_copy(update={"target": "auto"}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.pretrain import batches, schedule, step_result
+from tasks.pretrain import batches, elastic, schedule, step_result
 from tasks.pretrain.checkpoints.recovery import Recovery
 from tasks.pretrain.checkpoints.run_state import RunState
 from tasks.pretrain.dynamic import Reweighter
@@ -58,6 +58,7 @@ class Trainer:
         models = [job.model, job.parent] if self.params.distill else [job.model]
         self.guard = LossGuard(self.params.guard, seq_len=self.params.seq_len, models=models)
         self.monitor = RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
+        self.dial = elastic.Dial(engine.module, seed=self.params.seed)
         epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.domains.items()}
         self.run_log = RunLog(job, engine=engine, process=process, epoch_tokens=epoch_tokens)
         self.recovery = Recovery(
@@ -106,8 +107,9 @@ class Trainer:
         step = self.state.step = self.state.step + 1
         with watch("data"):
             rates = self.engine.set_rates(step=step, params=self.params)
+            top_k = self.dial.turn(step)
             batch = self.loader.next()
-        losses = self._forward_backward(batch, watch)
+        losses = self._forward_backward(batch, watch, top_k=top_k)
         result = self._collect(batch, losses, seconds=watch.spent["forward"] + watch.spent["backward"])
         with watch("optimizer"):
             verdict, norm = self._update(result)
@@ -117,17 +119,18 @@ class Trainer:
         timing = {"seconds": watch.total(), **watch.spent}
         self.state.add(result, seconds=timing["seconds"])
         if verdict == "sound":
-            self.run_log.step(self.state, result, rates=rates, norm=norm, timing=timing, what=self.params.phase(step))
-            for event in self.monitor.check(result.load_LE, step=step) if result.load_LE.size else ():
+            what, drawn = self.params.phase(step), top_k if self.dial.values else None
+            self.run_log.step(self.state, result, rates=rates, norm=norm, timing=timing, what=what, top_k=drawn)
+            for event in self.monitor.check(result.load_LE, step=step, top_k=top_k) if result.load_LE.size else ():
                 self.run_log.event(
                     step, what=event.what, message=event.message, layer=event.layer, experts=list(event.experts)
                 )
         return True
 
-    def _forward_backward(self, batch: Batch, watch: Stopwatch) -> list[Losses]:
+    def _forward_backward(self, batch: Batch, watch: Stopwatch, *, top_k: int) -> list[Losses]:
         """Accumulate the gradients of a batch; the losses of its micro-batches."""
         if self.objective.balancer:
-            self.objective.balancer.begin()
+            self.objective.balancer.begin(top_k=top_k)
         losses = []
         for start in range(0, len(batch.input_ids), self.params.micro_batch):
             if start:
@@ -187,6 +190,7 @@ class Trainer:
     def _evaluate(self) -> list[list[int]]:
         """Log the validation losses, move dynamic domain weights, return tokens per layer and expert."""
         begun, state = time.perf_counter(), self.state
+        self.dial.reset()
         losses, load_LE = self.validation.measure(
             self.engine.module, batch=self.params.micro_batch, process=self.process
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from tasks import architectures
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 from tasks.settings.pretrain import Part, What
@@ -111,7 +112,7 @@ def groups(model: PreTrainedModel, params: Pretrain) -> list[dict[str, Any]]:
     tokens = model.get_input_embeddings().weight
     members: dict[tuple[Part, bool], list[torch.Tensor]] = {}
     for name, part in part_of.items():
-        if part in trained:
+        if part in trained and not _stays(model, name):
             parameter = by_name[name]
             decayed = parameter.ndim > 1 and part != "router" and parameter is not tokens
             members.setdefault((part, decayed), []).append(parameter)
@@ -133,6 +134,11 @@ def freeze(model: PreTrainedModel, params: Pretrain) -> None:
     require(model, _trained(params))
 
 
+def _stays(model: PreTrainedModel, name: str) -> bool:
+    """True for the gate before an elastic model's shared experts: llama.cpp runs one that is zero, as it begins."""
+    return bool(architectures.elastic(model.config)) and name.endswith("shared_expert_gate.weight")
+
+
 def _trained(params: Pretrain) -> set[Part]:
     return {part for _, what in params.phases for part in TRAINED[what]}
 
@@ -141,4 +147,4 @@ def require(model: PreTrainedModel, trained: Collection[Part]) -> None:
     """Let the parts in `trained` alone require gradients."""
     by_name = dict(model.named_parameters())
     for name, part in parts(model).items():
-        by_name[name].requires_grad_(part in trained)
+        by_name[name].requires_grad_(part in trained and not _stays(model, name))

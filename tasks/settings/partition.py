@@ -26,6 +26,9 @@ class Partition(Frozen):
     """Routed experts E."""
     top_k: Positive
     """Routed experts per token, K."""
+    elastic: Annotated[list[Positive], Field(min_length=2)] | None = None
+    """Every top_k that the result must serve, `top_k` among them: an expert weighs the same, however many are chosen.
+    Fit and training see all of them."""
     shared_experts: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Experts that every token passes."""
     expert_size: Positive | None = None
@@ -44,8 +47,9 @@ class Partition(Frozen):
     scale: Literal["unit", "paper", "mean", "variance", "calibrated"] = "unit"
     """Sum of the routed weights, folded into down_proj: unit K (what the dense sum wants), paper E/K, mean E, variance
     sqrt(K E), calibrated by least squares on the dense output, layer by layer."""
-    router_std: Above = 0.1
-    """Standard deviation of the router's logits over experts: small keeps the chosen weights near 1/K each."""
+    router_std: Above | None = None
+    """Standard deviation of the router's logits over experts: small keeps the weights of the chosen near each other.
+    0.1 if absent, with `elastic` 0.02: with all experts on, what their weights differ by is all that is lost."""
     down_proj: Literal["keep", "refit"] = "keep"
     """refit: least squares of the kept neurons' down-projection on the dense FFN's output."""
     fit_passes: Annotated[int, Field(ge=0, le=LARGEST)] = 0
@@ -73,6 +77,7 @@ class Partition(Frozen):
             raise ValueError(
                 f"top_k = {self.top_k} is more than experts = {self.experts}; allowed: 1 to {self.experts}"
             )
+        self._check_elastic()
         if self.fit_passes and self.down_proj != "refit":
             raise ValueError(f"fit_passes = {self.fit_passes} goes on from the refit; set down_proj: refit")
         for field, method in _METHOD_OPTIONS.items():
@@ -95,6 +100,33 @@ class Partition(Frozen):
         if len(set(self.engines)) != len(self.engines):
             raise ValueError(f"engines = {self.engines} names an engine twice")
         return self
+
+    def _check_elastic(self) -> None:
+        if self.elastic is None:
+            return
+        given = f"elastic = {self.elastic}"
+        if self.elastic != sorted(set(self.elastic)) or self.elastic[-1] > self.experts:
+            raise ValueError(f"{given}: name each top_k once, in ascending order, from 1 to experts = {self.experts}")
+        if self.top_k not in self.elastic:
+            raise ValueError(f"{given} leaves out top_k = {self.top_k}, which is used where none is named; add it")
+        if self.may_overlap:
+            raise ValueError(
+                f"{given}: experts of method `{self.method}` overlap, so no top_k gives the dense sum; take method "
+                "activation, clustering, coactivation or random"
+            )
+        if self.scale != "unit":
+            raise ValueError(f"{given}: each expert weighs 1, so that their sum is the dense FFN; set scale: unit")
+        if self.gate != "linear":
+            raise ValueError(f"{given}: the weights of a tanh gate sum to 1 over the chosen; set gate: linear")
+
+    @property
+    def all_chosen(self) -> bool:
+        """True if every token gets every expert, so that there is nothing to choose."""
+        return self.top_k == self.experts and not self.elastic
+
+    def active(self, width: int, *, top_k: int | None = None) -> float:
+        """Share of an FFN of `width` neurons that a token passes with `top_k` routed experts; the setting if None."""
+        return (self.shared_experts + (top_k or self.top_k)) * self.check_width(width) / width
 
     @property
     def may_share(self) -> bool:

@@ -203,7 +203,7 @@ def test_the_largest_top_k_runs_and_one_more_is_refused(tmp_path, tiny_model):
     ("config", "reason"),
     [
         (Qwen2MoeConfig(**_COMMON, **_QWEN, mlp_only_layers=[0]), "1 of 2 layers are dense"),
-        (Qwen2MoeConfig(**_COMMON, **_QWEN | {"norm_topk_prob": False}), "norm_topk_prob is false"),
+        (Qwen3MoeConfig(**_COMMON, **_QWEN | {"norm_topk_prob": False}), "norm_topk_prob is false"),
         (Qwen3Config(**_COMMON, attention_bias=True), "no bias on the attention's o in a qwen3"),
         (Qwen2Config(**_COMMON, rope_parameters={**_SCALED, **_LLAMA3}), "rope scaling 'llama3'"),
     ],

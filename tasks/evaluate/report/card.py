@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks import scratch
+from tasks import architectures, scratch
+from tasks.engines import overrides
 from tasks.evaluate import summary
 from tasks.evaluate.report import hub_metadata
 from tasks.evaluate.report.results import Results
@@ -112,10 +113,14 @@ def shape(results: Results) -> str:
     if partition.shared_experts:
         ones = "one" if partition.shared_experts == 1 else "ones"
         made += f"{',' * partition.may_overlap} beside {partition.shared_experts} shared {ones}"
+    dial = ""
+    if values := architectures.elastic(results.config):
+        ways = "; ".join(f"{engine} `{option}`" for engine, option in overrides.by_engine(results.config).items())
+        dial = f" It serves {', '.join(map(str, values[:-1]))} or {values[-1]} of them (K) by override: {ways}."
     return (
         f"{where} {made} (method {partition.method}). Each token uses {sparse['top_k']} of the routed experts, and "
         f"{summary.count(sizes['active'])} of {summary.count(sizes['total'])} parameters "
-        f"({results.config['architectures'][0]})."
+        f"({results.config['architectures'][0]}).{dial}"
     )
 
 

@@ -124,6 +124,8 @@ class Exporter:
             yield f"config.json: sliding_window = {dense.sliding_window}; this class attends to the whole text"
         if self.row.window == "uniform" and len(set(seen)) > 1:
             yield "config.json: layer_types: sliding and full attention alternate, and this class has one kind"
+        if partition.elastic and not self.row.unnormalised:
+            yield f"partition.elastic = {partition.elastic}: this class divides the weights by the sum of the chosen"
         if not self.row.shared_size and partition.shared_experts:
             yield f"partition.shared_experts = {partition.shared_experts}; this class has none"
         if self.row.shared_always and not partition.shared_experts:
@@ -138,6 +140,8 @@ class Exporter:
         common = {name: copy.deepcopy(getattr(dense, name)) for name in _CARRIED}
         common |= {"num_experts_per_tok": partition.top_k, "output_router_logits": False}
         common |= {"architectures": [self.row.architecture]}
+        if partition.elastic:
+            common[architectures.ELASTIC] = partition.elastic
         return self._config(common, dense, partition=partition)
 
     def _config(self, common: dict[str, Any], dense: Any, *, partition: Partition) -> PreTrainedConfig:

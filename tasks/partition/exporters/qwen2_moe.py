@@ -63,7 +63,7 @@ def sparse_fields(dense: Any, partition: Partition) -> dict[str, Any]:
         "intermediate_size": dense.intermediate_size,
         "moe_intermediate_size": partition.check_width(dense.intermediate_size),
         "num_experts": partition.experts,
-        "norm_topk_prob": True,
+        "norm_topk_prob": not partition.elastic,
         "decoder_sparse_step": 1,
         "mlp_only_layers": sorted(set(range(layers)) - set(partition.sparse_layers(layers))),
     }

@@ -61,6 +61,8 @@ def check(model: nn.Module, params: Pretrain) -> None:
     experts = counts.experts(config)["experts"]
     if experts % params.expert_parallel:
         raise _refusal(params, f"it doesn't divide the model's {experts} experts a layer")
+    if values := architectures.elastic(config):
+        raise _refusal(params, f"the model serves top_k {values}, and DeepSpeed's router has one; set it to 1")
     if jitter := getattr(config, "router_jitter_noise", 0):
         raise _refusal(
             params, f"config.json: router_jitter_noise = {jitter}, which DeepSpeed's router lacks; set it to 0"

@@ -47,18 +47,21 @@ class RouterMonitor:
 
     def __init__(self, *, layers: Sequence[int], experts: int, top_k: int) -> None:
         self.layers, self.experts, self.top_k = list(layers), experts, top_k
+        self._usual = top_k
         shape = (len(self.layers), experts)
         self._silent_LE = np.zeros(shape, dtype=np.int64)  # assignments in the layer since the expert's last token
         self._steps_LE = np.zeros(shape, dtype=np.int64)
         self._collapsed_L = np.zeros(len(self.layers), dtype=np.int64)  # steps in a row
 
-    def check(self, load_LE: np.ndarray, *, step: int) -> list[Event]:
+    def check(self, load_LE: np.ndarray, *, step: int, top_k: int | None = None) -> list[Event]:
         """Check a step.
 
         Args:
             load_LE: tokens per sparse layer and expert of the whole global batch, int [L, E].
             step: its number, for the messages.
+            top_k: K of this step; the usual one if None.
         """
+        self.top_k = top_k or self._usual
         if load_LE.shape != self._silent_LE.shape:
             raise ValueError(f"load has the shape {load_LE.shape}; needed: {self._silent_LE.shape}")
         return [*self._dead(load_LE, step), *self._collapse(load_LE, step)]

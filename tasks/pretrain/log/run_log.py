@@ -80,8 +80,9 @@ class RunLog:
         norm: float,
         timing: dict[str, float],
         what: What,
+        top_k: int | None = None,
     ) -> None:
-        """Log a step that the guard let pass."""
+        """Log a step that the guard let pass; `top_k` is what an elastic model had in it."""
         if not self._log:
             return
         params = self.params
@@ -101,6 +102,8 @@ class RunLog:
             "domains": self._domains(state, result),
             "experts": meters.expert_load(result.load_LE, detailed=params.expert_log == "detailed"),
         }
+        if top_k is not None:
+            record["top_k"] = top_k
         if len(set(rates.values())) > 1:
             record["rates"] = dict(rates)
         spent = {name: value for name, value in timing.items() if name != "seconds"}

@@ -51,8 +51,9 @@ class Balancer:
         """This rank's tokens per layer and expert in this step, without padding: int64 [L, E]."""
         return np.asarray(self._mine_LE.cpu().numpy())
 
-    def begin(self) -> None:
-        """Start a new optimizer step."""
+    def begin(self, *, top_k: int | None = None) -> None:
+        """Start a new optimizer step, in which a token passes `top_k` experts; the model's usual number if None."""
+        self._top_k = top_k or counts.experts(self.model.config)["top_k"]
         self._mine_LE.zero_()
         self._all_LE.zero_()
 
