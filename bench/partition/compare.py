@@ -47,6 +47,7 @@ class Job:
     model_dir: str
     corpus_dir: str
     windows: int
+    calibration: int = rows.CALIBRATION
     partition: dict[str, Any] | None = None
     """Settings of the stage; None for rows that are none."""
 
@@ -58,13 +59,15 @@ def jobs(
     windows: int,
     seeds: int,
     only: list[str],
+    calibration: int = rows.CALIBRATION,
     shares: Sequence[int] = rows.SHARES,
 ) -> Iterator[Job]:
     """The dense parent, then every row whose name has one of the words `only` in it, or all, share by share."""
     width = json.loads((model_dir / "config.json").read_text())["intermediate_size"]
-    where: Any = {"model_dir": str(model_dir), "corpus_dir": str(corpus_dir), "windows": windows}
+    where: Any = {"model_dir": str(model_dir), "corpus_dir": str(corpus_dir)}
+    where |= {"windows": windows, "calibration": calibration}
     yield Job(row="dense", share=100, seed=0, **where)
-    own = rows.methods(width)
+    own = rows.methods(width, calibration=calibration)
     names = [name for name in [*rows.plain(rows.SHARES[0], 0), *own] if not only or any(word in name for word in only)]
     for share in shares:
         for name in names:
@@ -94,7 +97,7 @@ def _plain(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dic
 
     row, text = rows.plain(job.share, job.seed)[job.row], None
     if row.calibrated:
-        text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=rows.CALIBRATION, seed=job.seed)
+        text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=job.calibration, seed=job.seed)
     measured = baselines.measure(parent, validation, row.build, calibration=text)
     return {
         "nats": measured.nats,
@@ -250,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m-q4", help="a dense model under data/models")
     parser.add_argument("--corpus", default="wide", help="a corpus under data/corpora")
     parser.add_argument("--windows", type=int, default=2, help=f"validation windows of {SEQ_LEN} tokens per domain")
+    parser.add_argument(
+        "--calibration", type=int, default=rows.CALIBRATION, help="training windows that rows are fitted to"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose name has one of these in it")
     parser.add_argument(
         "--shares", type=int, nargs="+", default=rows.SHARES, choices=rows.SHARES, help="per cent of the FFN"
@@ -261,7 +267,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         inputs = [scratch.digest(model_dir), scratch.digest(corpus_dir / "manifest.json")]
         wanted = list(
-            jobs(model_dir, corpus_dir, windows=args.windows, seeds=args.seeds, only=args.only, shares=args.shares)
+            jobs(
+                model_dir,
+                corpus_dir,
+                windows=args.windows,
+                seeds=args.seeds,
+                only=args.only,
+                calibration=args.calibration,
+                shares=args.shares,
+            )
         )
     except (ValueError, OSError) as error:
         _say(f"compare: {error}")

@@ -11,7 +11,7 @@ from tasks.settings import Partition
 
 SHARES = (50, 75, 25)  # in the order in which they are computed
 CALIBRATION = 28
-"""Training windows, the same ones for every row with the same seed."""
+"""Training windows by default, the same ones for every row with the same seed."""
 SEEDED = {"random", "clustering", "activation, 64 experts"}
 """Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
 FIT_PASSES = 1  # of every row with a fit
@@ -60,7 +60,7 @@ def plain(share: int, seed: int) -> dict[str, Plain]:
     }
 
 
-def methods(width: int) -> dict[str, dict[int, Partition]]:
+def methods(width: int, *, calibration: int = CALIBRATION) -> dict[str, dict[int, Partition]]:
     """The rows that the stage itself makes, by share of the FFN active, for an FFN of `width` neurons."""
     quarter = {share: share // 25 for share in SHARES}
     eighths = {share: {"experts": 8, "top_k": 2 * n} for share, n in quarter.items()}
@@ -88,7 +88,7 @@ def methods(width: int) -> dict[str, dict[int, Partition]]:
         return {share: {"experts": total, "top_k": 1, **half} for share, half in halves.items()}
 
     def row(method: str, sizes: dict[int, dict[str, int]], **options: Any) -> dict[int, Partition]:
-        common = {"method": method, "calibration_windows": CALIBRATION, "router": "regression", **options}
+        common = {"method": method, "calibration_windows": calibration, "router": "regression", **options}
         return {share: Partition.model_validate({**common, **sizes[share]}) for share in SHARES}
 
     return {
