@@ -245,9 +245,8 @@ def is_moe(config: Any) -> bool:
 
 def normalises(config: Any) -> bool:
     """True if the weights of a sparse model's chosen experts sum to 1, by a config object or dict."""
-    if elastic(config):  # a dict may leave out what is its class's default
-        return False
-    return bool((config if isinstance(config, dict) else vars(config)).get("norm_topk_prob", True))
+    fields = config if isinstance(config, dict) else vars(config)  # a dict may leave out its class's default
+    return not elastic(config) and bool(fields.get("norm_topk_prob", True))
 
 
 def llama_cpp(config: Any) -> LlamaCpp | None:
@@ -256,8 +255,7 @@ def llama_cpp(config: Any) -> LlamaCpp | None:
     return known.llama_cpp if normalises(config) else getattr(known, "llama_cpp_unnormalised", None)
 
 
-ELASTIC = "elastic_top_k"
-"""Field of config.json, of this project alone: every top_k that the checkpoint was made for."""
+ELASTIC = "elastic_top_k"  # a field of config.json, of this project alone
 
 
 def elastic(config: Any) -> list[int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tasks.partition import router_init
+from tasks.partition import gradient_fit, router_init
 from tasks.partition.layer import CHUNK, Layer, Sizes, neurons
 from tasks.settings import Partition
 
@@ -24,11 +24,8 @@ ADDED = 0.05
 """Most that unequal weights of the chosen experts may add to a layer's squared error, as a share of it."""
 RIDGE = 0.3
 """Ridge penalty on the change of the down-projection, as a share of the mean diagonal of its inputs' moments."""
-OWN_RIDGE = 1.0
-"""The same of each expert's own change: its tokens are fewer."""
-FIT_RATE = 0.01
-"""Peak of the fit's learning rates, as a share of each matrix's root mean square."""
-FIT_BATCH = 512  # tokens
+OWN_TOKENS = 2560
+"""The same of each expert's own change: as much as so many tokens of the expert's mean energy give."""
 _PROBE = 0.01  # share of the router's size at which its effect on the weights is still linear
 _TEMPER_TOKENS = 2 * CHUNK
 
@@ -213,8 +210,9 @@ class Converted:
         """Least squares of the down-projection together with each expert's own change of it.
 
         For experts that overlap, of which a token passes one: a neuron then need not do the same in all of them. Both
-        changes have a penalty, the experts' own the larger one. Each expert's change is eliminated from the sums of
-        its tokens, which leaves a system of all neurons as `refit` has it (the Schur complement).
+        changes have a penalty; the more tokens an expert has, the less its own weighs. Each expert's own change is
+        eliminated from the sums of its tokens, which leaves a system of all neurons as `refit` has it (the Schur
+        complement).
         """
         width = self._sizes.width
         moments_NN, target_ND = self.down_DN.new_zeros(width, width), torch.zeros_like(self.down_DN.T)
@@ -224,7 +222,8 @@ class Converted:
             moments_PP, target_PD = self._sums(route)
             place_F = torch.searchsorted(neurons_P, self._routed_EF[e])
             own_FF = moments_PP[place_F[:, None], place_F]
-            own_FF.diagonal().add_(OWN_RIDGE * own_FF.diagonal().mean().clamp_min(1e-30))
+            share = OWN_TOKENS / max(len(route.tokens), 1)
+            own_FF.diagonal().add_(share * own_FF.diagonal().mean().clamp_min(1e-30))
             beside_FP, target_FD = moments_PP[place_F], target_PD[place_F]
             # own change = target_FD - beside_FP @ change of the route's neurons, both solved by own_FF
             solved = torch.linalg.solve(own_FF, torch.cat([beside_FP, target_FD], dim=1))
@@ -259,44 +258,19 @@ class Converted:
             target_PD.addmm_(weighted_TP.T, error_TD.addmm_(input_TP, down_PD, alpha=-1))
         return moments_PP, target_PD
 
-    @torch.enable_grad()
     def fit(self, passes: int, *, seed: int) -> None:
-        """Train gate, up and down of all neurons on what `refit` is fitted to, so many times over the tokens.
+        """Train all weights of the neurons on what `refit` is fitted to (`gradient_fit`); the router stays."""
 
-        Adam, batches of FIT_BATCH tokens, cosine to 0. The rate of a matrix follows its size. The router's choices are
-        given: no gradient reaches the router.
+        def target(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            top_k_T = None if self._layer.top_k_T is None else self._layer.top_k_T[part]
+            coefficient_TN = self.coefficients(self._layer.inputs[part], self.router_ED, top_k_T)
+            return coefficient_TN, self._layer.output_TD[part] + drift_TD[part]
 
-        Args:
-            seed: of the order of the tokens.
-        """
         drift_TD = self._drift()
-        weights = [weight.detach().clone().requires_grad_() for weight in (self.gate_ND, self.up_ND, self.down_DN)]
-        peaks = [FIT_RATE * weight.detach().square().mean().sqrt().item() for weight in weights]
-        optimizer = torch.optim.Adam(
-            [{"params": [weight], "lr": 0.0} for weight in weights], betas=(0.9, 0.95), fused=True
+        weights = (self.gate_ND, self.up_ND, self.down_DN)
+        self.gate_ND, self.up_ND, self.down_DN = gradient_fit.fit(
+            weights, layer=self._layer, target=target, passes=passes, seed=seed
         )
-        generator = torch.Generator().manual_seed(seed * 100_003 + self._layer.number)
-        count = len(drift_TD)
-        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
-        steps = order.to(drift_TD.device).split(FIT_BATCH)
-        with torch.no_grad():
-            output_TD = self._layer.output_TD
-            weight_T = torch.cat(list(self._layer.weights()))
-        for step, part in enumerate(steps):
-            x_TD, weight = self._layer.inputs[part], weight_T[part]
-            with torch.no_grad():
-                target_TD = output_TD[part] + drift_TD[part]
-                top_k_T = None if self._layer.top_k_T is None else self._layer.top_k_T[part]
-                coefficient_TN = self.coefficients(x_TD, self.router_ED, top_k_T)
-            gate_ND, up_ND, down_DN = weights
-            error_TD = (neurons(x_TD, gate_ND, up_ND) * coefficient_TN) @ down_DN.T - target_TD
-            optimizer.zero_grad()
-            (error_TD.square().sum(1) * weight).mean().backward()
-            share = min(1.0, 10 * (step + 1) / len(steps)) * 0.5 * (1 + math.cos(math.pi * step / len(steps)))
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * share
-            optimizer.step()
-        self.gate_ND, self.up_ND, self.down_DN = (weight.detach() for weight in weights)
 
     def _drift(self) -> torch.Tensor:
         drift_TD = self._layer.drift_TD

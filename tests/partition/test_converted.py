@@ -6,7 +6,7 @@ import torch
 from dense_models import ffn
 
 from tasks import settings
-from tasks.partition import converted, router_init
+from tasks.partition import gradient_fit, router_init
 from tasks.partition.converted import Converted, sum_of_weights
 from tasks.partition.layer import Sizes
 
@@ -117,7 +117,7 @@ def test_experts_of_which_a_token_passes_one_are_refitted_together_with_what_eac
         energy += (inputs[mine][:, passed].square() * weight[mine, None]).sum().item()
         own = inputs[mine][:, experts[1 + e]]
         change = made.change_EFD[e].double()
-        penalty = 1.0 * (own.square() * weight[mine, None]).sum(0).mean() * change
+        penalty = 2560 / mine.sum() * (own.square() * weight[mine, None]).sum(0).mean() * change
         torch.testing.assert_close(own.T @ error[mine], -penalty, rtol=0, atol=1e-3 * penalty.abs().max().item())
         own_sum[passed] += inputs[mine][:, passed].T @ error[mine]
     common = 0.3 * energy / 48 * (made.down_DN - layer.down_DN).T.double()
@@ -168,7 +168,7 @@ def test_a_fits_step_is_adams_on_the_gradient_of_the_mean_weighted_squared_error
     error = (h * coefficient) @ down.T - (h @ down.T).detach() - drift
     (error.square().sum(1) * weight).mean().backward()
     for before, after in [(gate, made.gate_ND), (up, made.up_ND), (down, made.down_DN)]:
-        size = converted.FIT_RATE * before.detach().square().mean().sqrt()  # Adam's first step moves by the rate
+        size = gradient_fit.RATE * before.detach().square().mean().sqrt()  # Adam's first step moves by the rate
         clear = before.grad.abs() > 1e-6
         torch.testing.assert_close(
             (after - before)[clear], -size * before.grad.sign()[clear], rtol=1e-2, atol=size.item() * 1e-2
