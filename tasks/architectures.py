@@ -272,10 +272,8 @@ def biases(config: Any) -> Biases:
 def windows(config: Any) -> list[int | None]:
     """The sliding window of each layer's attention, by a config object; None where it spans the whole text."""
     layers, known = config.num_hidden_layers, row(config)
-    if known.window == "none":
-        return [None] * layers
-    if known.window == "uniform":
-        return [config.sliding_window] * layers
+    if known.window != "per layer":
+        return [config.sliding_window if known.window == "uniform" else None] * layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
