@@ -98,10 +98,8 @@ def _of_experts(
     layers = config.num_hidden_layers
     if not support.dense_layers and (dense := layers - len(architectures.sparse_layers(config))):
         yield f"{dense} of {layers} layers are dense; make all sparse (partition.layers: all)"
-    shared, normalises = (
-        getattr(config, known.shared_size) if known.shared_size else 0,
-        architectures.normalises(config),
-    )
+    shared = getattr(config, known.shared_size) if known.shared_size else 0
+    normalises = architectures.normalises(config)
     if not normalises:
         yield from _of_unnormalised(support, config, shared=shared, width=getattr(config, known.expert_size))
     if trained and normalises and known.shared_gate and shared > architectures.IDLE and not support.trained_gate:

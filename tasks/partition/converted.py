@@ -197,7 +197,7 @@ class Converted:
         width = self._sizes.width
         moments_NN, target_ND = self.down_DN.new_zeros(width, width), torch.zeros_like(self.down_DN.T)
         for route in self._routes(self._layer.inputs):
-            whole = len(route.neurons_P) == width and route.coefficient_P is None
+            whole = route.coefficient_P is None
             moments_PP, target_PD = self._sums(route, moments_NN if whole else None)
             if not whole:
                 moments_NN[route.neurons_P[:, None], route.neurons_P] += moments_PP

@@ -2,7 +2,7 @@
 
 DeepSpeed's own goes over gradients, weights and moments a dozen times: into a bucket and out of it, the division by
 the number of processes, the search for infinities, the norm, the concatenation, fp32, clipping, AdamW, bfloat16. A GPU
-hardly notices. A CPU spent 0.9 of 4.4 seconds of a step on it (234 M parameters, 512 tokens). Here AdamW takes a piece
+hardly notices. On a CPU it takes a sixth of a step of the demo's model (docs/pretrain.md). Here AdamW takes a piece
 at a time that fits the cache, and a process that is alone leaves its gradients where backward put them.
 """
 
