@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from tasks import scratch
 from tasks.moe import routing
 from tasks.pretrain import elastic, trainable
 from tests.pretrain.engines import settings
-from tests.pretrain.projects import checkpoints, configure, timeless
-from tests.pretrain.warm_stages import kill_when, stage
+from tests.pretrain.projects import configure
+from tests.pretrain.warm_stages import killed_and_whole, stage
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -69,15 +68,7 @@ def test_a_killed_run_ends_with_the_same_bytes_and_the_same_draws(project: Path)
     split = stage("tasks.partition", "tiny", cwd=project)
     assert split.returncode == 0, split.stderr
     configure(project, tokens=6 * 256)
-    kill_when(lambda: checkpoints(project), cwd=project)
-    ended = []
-    for going_on in (True, False):
-        done = stage("tasks.pretrain", "tiny", cwd=project)
-        assert done.returncode == 0, done.stderr
-        assert ("going on from the checkpoint" in done.stdout) == going_on
-        log = timeless(project / "runs/tiny/training/log.jsonl")
-        ended.append((scratch.digest(project / "runs/tiny/trained"), log))
-        assert stage("tasks.pretrain", "tiny", "--discard", cwd=project).returncode == 0
+    ended = killed_and_whole(project)
     assert ended[0] == ended[1]
     drawn = [record["top_k"] for record in ended[0][1] if record["kind"] == "step"]
     assert drawn == [elastic.draw([2, 4, 12], seed=0, step=step) for step in range(1, 7)]

@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tasks import scratch
 from tasks.moe import gate
 
-from .projects import checkpoints, configure, timeless
-from .warm_stages import kill_when, stage
+from .projects import configure
+from .warm_stages import killed_and_whole
 
 
 @pytest.mark.e2e
@@ -23,14 +22,7 @@ def test_a_killed_run_ends_with_the_same_gates_and_biases_and_a_stock_checkpoint
     fresh = gate.start(*router.weight.shape, seed=0, layer=0)
     gate.write(moe, {0: fresh})  # the router of layer 1 stays linear
     configure(project, tokens=6 * 256, balance={"loss": "bias", "coefficient": 0.005, "z_loss": 0.001})
-    kill_when(lambda: checkpoints(project), cwd=project)
-    ended = []
-    for going_on in (True, False):
-        done = stage("tasks.pretrain", "tiny", cwd=project)
-        assert done.returncode == 0, done.stderr
-        assert ("going on from the checkpoint" in done.stdout) == going_on
-        ended.append((scratch.digest(trained), timeless(project / "runs/tiny/training/log.jsonl")))
-        assert stage("tasks.pretrain", "tiny", "--discard", cwd=project).returncode == 0
+    ended = killed_and_whole(project)
     assert ended[0] == ended[1]
 
     gates = gate.read(trained)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.pretrain.projects import MODULE, WORKER, wait_for, workers
+from tests.pretrain.projects import MODULE, WORKER, checkpoints, timeless, wait_for, workers
 from tests.warm_processes import Ended, Started, free_port, set_rank
 
 _fork = multiprocessing.get_context("fork")
@@ -40,6 +40,22 @@ def kill_when(condition: Callable[[], object], *, cwd: Path) -> None:
     started.process.kill()
     started.wait()
     wait_for(lambda: not workers(cwd), seconds=20)
+
+
+def killed_and_whole(project: Path) -> list[tuple[str, object]]:
+    """Train twice, killed at a checkpoint and then in one piece: digest of the result and log of each run."""
+    from tasks import scratch  # not above: a stage must import the project's own copy
+
+    kill_when(lambda: checkpoints(project), cwd=project)
+    ended = []
+    for going_on in (True, False):
+        done = stage("tasks.pretrain", "tiny", cwd=project)
+        assert done.returncode == 0, done.stderr
+        assert ("going on from the checkpoint" in done.stdout) == going_on
+        log = timeless(project / "runs/tiny/training/log.jsonl")
+        ended.append((scratch.digest(project / "runs/tiny/trained"), log))
+        assert stage("tasks.pretrain", "tiny", "--discard", cwd=project).returncode == 0
+    return ended
 
 
 def stages(*lines: tuple[str, ...], cwd: Path) -> None:
