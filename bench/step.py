@@ -1,6 +1,6 @@
-"""One training step of the sparse model against its dense parent, in the same loop.
+"""One training step of the sparse model against its dense parent, in the same loop; and of its dense child.
 
-    python -m bench.step PIPELINE [--steps 12] [--rounds 2] [--set distill=null]
+    python -m bench.step PIPELINE [--steps 12] [--rounds 2] [--set batch=4] [--set micro_batch=4]
 
 In a project whose stages up to `partition` have run. Each side is a worker of its own over the same batches, without
 evaluations and checkpoints between; sides take turns. Printed: tokens/s by the median step without the first two, the
@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 
 from bench import common
 from tasks import settings
+from tasks.control import child
 from tasks.moe import counts
 from tasks.pretrain.job import Job
 from tasks.pretrain.log import log_file
@@ -29,10 +30,11 @@ from tasks.pretrain.log import log_file
 GOAL = 0.85
 
 
-def run(pipeline: str, model: Path, *, side: str, changes: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
+def run(pipeline: str, model: Path, *, side: str, params: settings.Pretrain) -> tuple[list[dict[str, Any]], float]:
     """The step records of one side, and the seconds that it stood still for its checkpoints."""
     entry = settings.load().pipeline(pipeline)
-    params = settings.Pretrain(**{**entry.pretrain.model_dump(), **changes})
+    if side != "sparse":
+        params = child.training(params)
     workspace = Path(".scratch/bench-step") / side
     shutil.rmtree(workspace, ignore_errors=True)
     workspace.mkdir(parents=True)
@@ -65,20 +67,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], help="field=value of pretrain, as YAML")
     arguments = parser.parse_args(argv)
     entry = settings.load().pipeline(arguments.pipeline)
-    step_tokens = entry.pretrain.step_tokens
     changes: dict[str, Any] = {
-        "tokens": arguments.steps * step_tokens, "eval_tokens": 1 << 40, "eval_windows": 1, "dynamic": None,
-        "warmup_tokens": 0, "save_every": max(3, arguments.steps // 2), "train": "all", "distill": None,
+        "eval_tokens": 1 << 40, "eval_windows": 1, "dynamic": None, "warmup_tokens": 0,
+        "save_every": max(3, arguments.steps // 2), "train": "all", "distill": None,
     }  # fmt: skip
     for pair in arguments.set:
         name, _, value = pair.partition("=")
         changes[name] = YAML(typ="safe").load(value)
+    params = settings.Pretrain(**{**entry.pretrain.model_dump(), **changes})
+    step_tokens = params.step_tokens
+    params = params.model_copy(update={"tokens": arguments.steps * step_tokens})
     sides = {"dense": Path("data/models") / entry.model, "sparse": Path("runs") / arguments.pipeline / "moe"}
+    if entry.control == "dense_child":
+        sides["child"] = Path("runs") / arguments.pipeline / "control/split"
     steps: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     saving = dict.fromkeys(sides, 0.0)
     for _ in range(arguments.rounds):
         for side, model in sides.items():
-            records, blocked = run(arguments.pipeline, model, side=side, changes=changes)
+            records, blocked = run(arguments.pipeline, model, side=side, params=params)
             steps[side] += records[2:]
             saving[side] += blocked
     flops = {
@@ -96,9 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{100 * own / seconds['seconds']:.2f} %; checkpoints held up "
             f"{100 * saving[side] / arguments.rounds / (arguments.steps * seconds['seconds']):.1f} % of the run"
         )
-    bound = flops["dense"]["train"] / flops["sparse"]["train"]
-    ratio = speeds["sparse"] / speeds["dense"]
-    print(f"sparse / dense: {ratio:.2f} x; by FLOPs {bound:.2f} x: {ratio / bound:.2f} of it (goal {GOAL})")
+    for side in list(sides)[1:]:
+        bound = flops["dense"]["train"] / flops[side]["train"]
+        ratio = speeds[side] / speeds["dense"]
+        print(f"{side} / dense: {ratio:.2f} x; by FLOPs {bound:.2f} x: {ratio / bound:.2f} of it (goal {GOAL})")
     return 0
 
 

@@ -48,8 +48,9 @@ def experts_forward(
         keep: whether a backward will follow.
 
     Returns:
-        out (T, D); pre-activations (M, G), of the dense path (T, E * G); ``flat_M``, ``inverse_TK`` and ``offset_E1``
-        of :mod:`moe_kernels.routing`. Empty where the path has none, or ``keep`` is false.
+        out (T, D); pre-activations (M, G), of the sorted path with its copies, of the dense path (T, E * G);
+        ``flat_M``, ``inverse_TK`` and ``offset_E1`` of :mod:`moe_kernels.routing`. Empty where the path has none, or
+        ``keep`` is false.
     """
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if path == "dense":
@@ -170,6 +171,8 @@ def _forward_shapes(
         return out, x.new_empty(tokens, 2 * width), *_no_routing(x)
     rows = tokens * index.shape[1]
     flat, inverse, offset_E1 = (index.new_empty(s, dtype=torch.int32) for s in ((rows,), index.shape, (experts + 1,)))
+    if path == "sorted":
+        rows = sorted_path.hidden_rows(x, rows=rows, experts=experts)
     return out, x.new_empty(rows, 2 * width), flat, inverse, offset_E1
 
 

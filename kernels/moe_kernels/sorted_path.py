@@ -10,7 +10,7 @@ expert, C rows of a chunk.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,26 @@ _NARROW = 64
 # With AMX, oneDNN reads a column's run in bf16 up to the next multiple of this many rows, and multiplies what lies
 # past the end by zero: NaN and infinity must not lie there.
 _TAIL = 32
+# oneDNN, which multiplies in half precision, compiles a kernel for every number of rows that it meets (0.6 ms) and
+# keeps 1,024 of them. The rows of an expert differ from call to call. Rounded up to a multiple of 8, and of about a
+# sixteenth of themselves, they are few numbers.
+_LEAST_STEP, _STEP_SHARE = 8, 16
+
 
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
+
+
+def hidden_rows(x_TD: Tensor, *, rows: int, experts: int) -> int:
+    """How many rows the pre-activations of ``rows`` routed ones have room for; see _Rows."""
+    if x_TD.device.type != "cpu" or x_TD.dtype.itemsize > 2:
+        return rows
+    return rows + rows // _STEP_SHARE + (_LEAST_STEP - 1) * experts
+
+
+def _rounded(rows: int) -> int:
+    step = max(_LEAST_STEP, 1 << max(rows // _STEP_SHARE, 1).bit_length() - 1)
+    return -(-rows // step) * step
 
 
 def forward(
@@ -41,7 +58,7 @@ def forward(
     routing: Routing,
     keep_hidden: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The output (T, D) and the pre-activations (M, G) in sorted order, both in the dtype of ``x_TD``.
+    """The output (T, D) and the pre-activations (:func:`hidden_rows`, G), both in the dtype of ``x_TD``.
 
     The layout of the pre-activations, :func:`_block`, is for :func:`backward` alone.
 
@@ -156,7 +173,7 @@ def backward(
     grad_x_TD = None if grad_x is None else grad_x.result()
     grad_weights_TK = None
     if need_weights and weights_TK is not None:
-        grad_weights_TK = grad_weights_M[routing.inverse_TK].to(weights_TK.dtype)
+        grad_weights_TK = grad_weights_M[rows.inverse_TK].to(weights_TK.dtype)
     return grad_x_TD, grad_w13, grad_w3_EFD, grad_w2_EDF, grad_weights_TK
 
 
@@ -187,21 +204,47 @@ class _Chunk:
 
 
 class _Rows:
-    """The sorted rows of a call."""
+    """The sorted rows of a call.
+
+    In half precision on a CPU each expert's are followed by copies of its first, up to a round number. A copy has
+    the routing weight 0 and no place in ``inverse_TK``: it changes neither the output nor a gradient.
+    """
 
     def __init__(self, x_TD: Tensor, routing: Routing, *, weights_TK: Tensor | None, width: int) -> None:
         self.bounds: list[int] = routing.offset_E1.tolist()
         self.inverse_TK = routing.inverse_TK
         self.total = x_TD.shape[0] if routing.flat_M is None else routing.flat_M.numel()
+        self.token_M = self.weight_M1 = None
+        if routing.flat_M is not None:
+            flat_M, copy_M = routing.flat_M.long(), None
+            room = hidden_rows(x_TD, rows=self.total, experts=routing.experts)
+            if room > self.total:
+                flat_M, copy_M = self._pad(flat_M)
+                self.total = room
+            self.token_M = flat_M // max(routing.top_k, 1)
+            if weights_TK is not None:
+                weight_M = weights_TK.reshape(-1)[flat_M].to(x_TD.dtype)
+                self.weight_M1 = (weight_M if copy_M is None else weight_M.masked_fill_(copy_M, 0)).unsqueeze(1)
         self.cuts = self._cut(min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))
         most = max((self.bounds[last] - self.bounds[first] for first, last in self.cuts), default=0)
         self.most = -(-(most + _TAIL) // 256) * 256  # few different strides; see _block
-        self.token_M = self.weight_M1 = None
-        if routing.flat_M is not None:
-            flat_M = routing.flat_M.long()
-            self.token_M = flat_M // max(routing.top_k, 1)
-            if weights_TK is not None:
-                self.weight_M1 = weights_TK.reshape(-1)[flat_M].to(x_TD.dtype).unsqueeze(1)
+
+    def _pad(self, flat_M: Tensor) -> tuple[Tensor, Tensor]:
+        """``flat_M`` with the copies, and which rows are copies. ``bounds`` and ``inverse_TK`` then count them.
+
+        The rows of absent experts are left out: they follow those of the last expert.
+        """
+        counts = [stop - start for start, stop in pairwise(self.bounds)]
+        sizes = [_rounded(count) for count in counts]
+        old_E1, new_E1 = torch.tensor(self.bounds), torch.tensor([0, *accumulate(sizes)])
+        expert_P = torch.repeat_interleave(torch.tensor(sizes))
+        place_P = torch.arange(len(expert_P)) - new_E1[expert_P]
+        copy_P = place_P >= torch.tensor(counts)[expert_P]
+        shift_M = torch.repeat_interleave(new_E1 - old_E1, torch.tensor([*counts, self.total - self.bounds[-1]]))
+        assert self.inverse_TK is not None
+        self.inverse_TK = self.inverse_TK + shift_M[self.inverse_TK]
+        self.bounds = new_E1.tolist()
+        return flat_M[old_E1[expert_P] + place_P.masked_fill_(copy_P, 0)], copy_P
 
     def _cut(self, rows: int) -> list[tuple[int, int]]:
         """Ranges of experts with ``rows`` rows or more each, but for the last."""

@@ -31,7 +31,10 @@ def run(p: Problem, routing: Routing, *, dtype: torch.dtype, separate: bool = Fa
     gate, up = (w.contiguous() for w in w13.chunk(2, dim=1)) if separate else (w13, None)
     where = {"weights_TK": None if routing.flat_M is None else weights, "routing": routing}
     out, hidden = sorted_path.forward(x, gate, up, w2, **where)
-    assert hidden.shape == (x.shape[0] * routing.top_k, 2 * w2.shape[2])
+    rows = x.shape[0]
+    if routing.flat_M is not None:
+        rows = sorted_path.hidden_rows(x, rows=rows * routing.top_k, experts=routing.experts)
+    assert hidden.shape == (rows, 2 * w2.shape[2])
     needs = NEEDS_ALL | {"need_weights": routing.flat_M is not None}
     return [out, *sorted_path.backward(grad_out, x, gate, up, w2, hidden, **where, **needs)]
 
@@ -199,3 +202,9 @@ def test_one_or_two_tokens_without_gradients_are_as_accurate_as_any_and_run_with
     torch.testing.assert_close(alone, expected, rtol=0, atol=tolerance)
     with pytest.raises(IndexError, match=r"top_k_index must lie in \[0, 9\)"):
         experts_layer(x, w13, w2, index + 1, weights)
+
+
+def test_the_rows_of_an_expert_are_rounded_up_to_few_numbers() -> None:
+    rounded = [sorted_path._rounded(rows) for rows in range(2049)]
+    assert all(rows <= more <= rows + max(7, rows // 16) for rows, more in enumerate(rounded))
+    assert len(set(rounded)) < 100
