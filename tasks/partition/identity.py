@@ -90,31 +90,19 @@ class Ffn:
 
 def ffn(block: nn.Module, index: Index) -> Ffn:
     """The parts of a sparse decoder layer's FFN. Raises ValueError for a layer that has no experts."""
-    modules: dict[str, Any] = {}
-    for name, module in block.named_modules():
-        part = "experts" if internals.is_experts(module) else "router" if internals.is_router(module) else name
-        modules[part.rpartition(".")[2]] = module
-    if "experts" not in modules or "router" not in modules:
-        raise ValueError(f"{type(block).__name__} has no experts")
-    experts, gate = modules["experts"], modules.get("shared_expert_gate")
-    gate_EFD, up_EFD = experts.gate_up_proj.data.chunk(2, dim=1)
-    if granite := modules.get("shared_mlp"):
-        shared = (*granite.input_linear.weight.data.chunk(2), granite.output_linear.weight.data.T)
-    elif qwen := modules.get("shared_expert"):
-        shared = (qwen.gate_proj.weight.data, qwen.up_proj.weight.data, qwen.down_proj.weight.data.T)
-    else:
-        shared = (gate_EFD.new_empty(0, gate_EFD.shape[2]),) * 3
-    size = index.shared_experts * index.expert_size
+    parts = internals.sparse_ffn(block)
+    size, switch = index.shared_experts * index.expert_size, parts.shared_switch_1D
+    idle = (parts.shared_gate_MD[size:], parts.shared_up_MD[size:], parts.shared_down_DM[:, size:])
     return Ffn(
-        router=modules["router"],
-        gate_EFD=gate_EFD,
-        up_EFD=up_EFD,
-        down_EDF=experts.down_proj.data,
-        shared_gate_MD=shared[0][:size],
-        shared_up_MD=shared[1][:size],
-        shared_down_DM=shared[2][:size].T,
-        shared_weight=1.0 if gate is None else 0.5,  # the sigmoid of 0
-        zeros=(*(weight[size:] for weight in shared), *([] if gate is None else [gate.weight.data])),
+        router=parts.router,
+        gate_EFD=parts.gate_EFD,
+        up_EFD=parts.up_EFD,
+        down_EDF=parts.down_EDF,
+        shared_gate_MD=parts.shared_gate_MD[:size],
+        shared_up_MD=parts.shared_up_MD[:size],
+        shared_down_DM=parts.shared_down_DM[:, :size],
+        shared_weight=1.0 if switch is None else 0.5,  # the sigmoid of 0
+        zeros=(*idle, *([] if switch is None else [switch])),
     )
 
 

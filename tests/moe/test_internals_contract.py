@@ -89,6 +89,19 @@ def test_experts_hold_the_gate_above_the_up_projection(block):
     )
 
 
+def test_shared_experts_are_found_by_name_with_the_gate_before_the_up_projection(block):
+    parts = layers.sparse_ffn(block)
+    shared_TD = (F.silu(X_TD @ parts.shared_gate_MD.T) * (X_TD @ parts.shared_up_MD.T)) @ parts.shared_down_DM.T
+    named = dict(block.named_modules())
+    shared = named.get("shared_mlp") or named.get("mlp.shared_expert")
+    others = [name for name in named if "shared" in name and not name.startswith(("shared_mlp", "mlp.shared_expert"))]
+    needs(
+        not others and (shared is None or torch.allclose(shared_TD, shared(X_TD), atol=1e-6)),
+        "layers.sparse_ffn, which finds shared experts by these names, and Granite's gate above its up projection,",
+        f"Let it know the new names, such as {others}, or the new order.",
+    )
+
+
 def test_the_choice_of_the_experts_function_is_a_private_field_of_the_config(block):
     (experts,) = only(block, layers.is_experts)
     double = copy.deepcopy(block).double()

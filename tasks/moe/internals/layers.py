@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,53 @@ def is_router(module: nn.Module) -> bool:
 def is_experts(module: nn.Module) -> bool:
     """True for routed experts: `gate_up_proj` [E, 2 F, D], the gate first, and `down_proj` [E, D, F]."""
     return type(module).__name__.endswith("Experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseFfn:
+    """The FFN of a sparse decoder layer of any class; the tensors are views, so writing to them alters the layer.
+
+    Shapes: E routed experts, F neurons of each, D hidden, M neurons of the shared experts together, 0 without any.
+    """
+
+    router: Any
+    gate_EFD: Tensor
+    up_EFD: Tensor
+    down_EDF: Tensor
+    shared_gate_MD: Tensor
+    shared_up_MD: Tensor
+    shared_down_DM: Tensor
+    shared_switch_1D: Tensor | None
+    """Its sigmoid is what the shared experts' output is multiplied by; None in a class without."""
+
+
+def sparse_ffn(block: nn.Module) -> SparseFfn:
+    """The parts of a sparse decoder layer's FFN. Raises ValueError for a layer that has no experts."""
+    modules: dict[str, Any] = {}
+    for name, module in block.named_modules():
+        part = "experts" if is_experts(module) else "router" if is_router(module) else name
+        modules[part.rpartition(".")[2]] = module
+    if "experts" not in modules or "router" not in modules:
+        raise ValueError(f"{type(block).__name__} has no experts")
+    experts, switch = modules["experts"], modules.get("shared_expert_gate")
+    gate_EFD, up_EFD = experts.gate_up_proj.data.chunk(2, dim=1)
+    if granite := modules.get("shared_mlp"):
+        shared = (*granite.input_linear.weight.data.chunk(2), granite.output_linear.weight.data)
+    elif qwen := modules.get("shared_expert"):
+        shared = (qwen.gate_proj.weight.data, qwen.up_proj.weight.data, qwen.down_proj.weight.data)
+    else:
+        none_MD = gate_EFD.new_empty(0, gate_EFD.shape[2])
+        shared = (none_MD, none_MD, none_MD.T)
+    return SparseFfn(
+        router=modules["router"],
+        gate_EFD=gate_EFD,
+        up_EFD=up_EFD,
+        down_EDF=experts.down_proj.data,
+        shared_gate_MD=shared[0],
+        shared_up_MD=shared[1],
+        shared_down_DM=shared[2],
+        shared_switch_1D=None if switch is None else switch.weight.data,
+    )
 
 
 def run_experts_by_loop(block: nn.Module) -> None:
