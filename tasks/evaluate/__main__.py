@@ -4,9 +4,10 @@
 
 Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}, and runs/PIPELINE/control/model where the pipeline has
 a dense child. Writes runs/PIPELINE/evaluation.json (the figures), routing.json (tokens per domain, layer and expert),
-samples.json (each model's continuations of a few prompts), heldout.json (the evaluated windows, {domain: [[ids]]}) and
-windows.json (each model's nats on each window, to compare two evaluations by). Results are kept model by model: after
-a kill, the evaluation continues with the next model. Speed comes last, with the models beside each other.
+samples.json (each model's continuations of a few prompts), heldout.json (the evaluated windows, {domain: [[ids]]}),
+windows.json (each model's nats on each window, to compare two evaluations by) and analysis.json (analyses of experts
+and routers, {} if the settings ask for none). Results are kept model by model: after a kill, the evaluation continues
+with the next model, and an analysis with the next layer. Speed comes after the models, which then take turns.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ LEAST_ADDED_LOSS = 1e-3
 
 
 def evaluate(name: str) -> None:
-    """Evaluate pipeline `name` and write its four files. Raises ValueError if model and corpus do not fit."""
+    """Evaluate pipeline `name` and write its files. Raises ValueError if model and corpus do not fit."""
     from tasks.corpus import manifest
     from tasks.corpus.sampling import windows
     from tasks.corpus.tokenizer import encoder
+    from tasks.evaluate.analysis import pipeline as pipeline_analyses
 
     config = settings.load()
     pipeline = config.pipeline(name)
@@ -87,6 +89,9 @@ def evaluate(name: str) -> None:
             "heldout": {domain: a.tolist() for domain, a in ids.items()},
             "windows": likelihood.by_window(
                 ids, {key: result["nats"] for key, result in done.items()}, token_bytes=token_bytes
+            ),
+            "analysis": pipeline_analyses.analyse(
+                run, ids, knobs=knobs, parent=folders["dense"], unfinished=folder / "analysis"
             ),
         }
         for out, content in outs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -52,6 +53,10 @@ class Task(Frozen):
         return self
 
 
+MEASURES = Path(__file__).parent.parent / "evaluate" / "analysis" / "measures"
+"""The analyses of experts and routers, a file each."""
+
+
 class Evaluate(Frozen):
     """Evaluation and report (tasks/evaluate)."""
 
@@ -60,12 +65,21 @@ class Evaluate(Frozen):
     """Test windows of seq_len tokens per domain."""
     batch: Positive = 4
     tasks: list[Task] = Field(default_factory=list)
+    analyses: list[Name] = Field(default_factory=list)
+    """Of experts and routers, before and after training (tasks/evaluate/analysis)."""
+    analysis_windows: Positive = 1
+    """Test windows per domain that the analyses read."""
 
     @model_validator(mode="after")
     def _tasks(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"tasks: {', '.join(twice)} stands there twice, and one result would hide the other")
+        if twice := sorted({name for name in self.analyses if self.analyses.count(name) > 1}):
+            raise ValueError(f"analyses: {', '.join(twice)} stands there twice")
+        known = sorted(path.stem for path in MEASURES.glob("[a-z]*.py"))
+        if unknown := [name for name in self.analyses if name not in known]:
+            raise ValueError(f"analyses: {', '.join(unknown)} is not known; known: {', '.join(known)}")
         return self
 
 

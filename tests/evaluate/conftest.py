@@ -200,6 +200,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
     dump(run / "evaluation.json", evaluation)
     dump(run / "samples.json", samples(done))
     dump(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
+    dump(run / "analysis.json", {})
     dump(run / "heldout.json", {name: [[1, 2, 3]] for name in domains})
     config = {
         "model_type": "granitemoeshared",

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from tasks.evaluate import speed_table, summary
-from tasks.evaluate.report import card, charts, corpus_section, experts_section, training_section
+from tasks.evaluate.report import analysis_section, card, charts, corpus_section, experts_section, training_section
 from tasks.evaluate.report.results import Results
 from tasks.pretrain.job import code_version
 
@@ -72,6 +72,7 @@ def context(results: Results) -> dict[str, Any]:
         "new_tokens": results.samples["new_tokens"],
         "training": training_section.section(results),
         "experts": experts_section.section(results),
+        "analysis": analysis_section.section(results.analysis, dict(columns)),
         "corpus": corpus_section.section(results),
         "mixture": mixture(results),
         "licences": licences(results),

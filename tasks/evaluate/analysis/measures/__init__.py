@@ -1,0 +1,1 @@
+"""The analyses, a file each: a function from one sparse layer to its figures."""
