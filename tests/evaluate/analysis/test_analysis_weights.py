@@ -142,16 +142,20 @@ def converted(folder, *, target, shared, places):
     return parent, folder / "moe", folder / "partition.safetensors"
 
 
-@pytest.mark.parametrize("target", [*architectures.SPARSE])
-def test_the_experts_of_a_partition_sum_to_the_dense_ffn_on_the_layers_own_input(target, tmp_path):
+CUTS = [(kind, int(bool(row.shared_size))) for kind, row in architectures.SPARSE.items()]
+IDLE = [(kind, 0) for kind, row in architectures.SPARSE.items() if row.shared_gate]
+
+
+@pytest.mark.parametrize(("target", "shared"), [*CUTS, *IDLE])
+def test_the_experts_of_a_partition_sum_to_the_dense_ffn_on_the_layers_own_input(target, shared, tmp_path):
     row = architectures.SPARSE[target]
-    shared = 1 if row.shared_size else 0
     places = np.random.default_rng(3).permutation(WIDTH).astype(np.int32).reshape(4, SIZE)
     parent, folder, index = converted(tmp_path, target=target, shared=shared, places=places)
     stream = Stream(Streamed(folder), text=texts.make(WINDOWS, folder))
     for i in range(2):
         layer = stream.layer(i, wanted=True)
         x_TD = layer.text().inputs_TD
+        assert layer.shared == shared, "a shared expert of idle neurons is none"
         half = 0.5 if row.shared_gate else 1.0
         total = sum(layer.expert(x_TD, e) * (half if e < layer.shared else 1.0) for e in range(4))
         with torch.no_grad():
