@@ -99,7 +99,7 @@ def batch_tokens(loader: Loader) -> int:
 
 def sampler_of(args: argparse.Namespace, packing: Any) -> Sampler:
     corpus = manifest.load(args.corpus)
-    windows = train_windows(args.corpus, list(corpus.domains), seq_len=args.seq_len, packing=packing)
+    windows = train_windows(args.corpus, list(corpus.trained), seq_len=args.seq_len, packing=packing)
     weights = {domain: float(count > 0) for domain, count in windows.items()}
     return Sampler(windows, weights=weights, seed=0, batch=args.batch, corpus_sha256=corpus.sha256, packing=packing)
 

@@ -85,8 +85,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
     is_bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and bfloat16)
     experts = counts.experts(sparse)
     sizes = {"dense": counts.parameters(dense), "sparse": counts.parameters(sparse)}
-    domains = len(settings.corpus(pipeline.corpus).domains)
-    child = plan_child.plan(dense, pipeline, domains=domains, bfloat16=is_bfloat16, cuda=cuda)
+    child = plan_child.plan(dense, pipeline, corpus=settings.corpus(pipeline.corpus), bfloat16=is_bfloat16, cuda=cuda)
     return Plan(
         pipeline=name,
         dense=sizes["dense"],
@@ -149,8 +148,8 @@ def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any
     """What is beside training: references, calibration, fit, the distilling parent, validation."""
     from tasks.partition.construct import needs_text
 
-    domains, train, judge = len(settings.corpus(pipeline.corpus).domains), pipeline.pretrain, pipeline.evaluate
-    partition = pipeline.partition
+    corpus, train, judge = settings.corpus(pipeline.corpus), pipeline.pretrain, pipeline.evaluate
+    domains, partition = len(corpus.trained), pipeline.partition
 
     def forward(config: dict[str, Any], *, windows: int, seq_len: int) -> int:
         flops: int = counts.flops_per_token(config, seq_len=seq_len)["forward"]
@@ -170,8 +169,8 @@ def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any
         + forward(dense, windows=references, seq_len=judge.seq_len)
         + forward(dense, windows=calibration + teaching, seq_len=train.seq_len)
         + forward(sparse, windows=evaluations, seq_len=train.seq_len)
-        + forward(dense, windows=judge.windows * domains, seq_len=judge.seq_len)
-        + 2 * forward(sparse, windows=judge.windows * domains, seq_len=judge.seq_len)
+        + forward(dense, windows=judge.windows_of(corpus), seq_len=judge.seq_len)
+        + 2 * forward(sparse, windows=judge.windows_of(corpus), seq_len=judge.seq_len)
     )
 
 
@@ -229,17 +228,22 @@ def short_windows(settings: Settings, name: str) -> list[str]:
     if not path.is_file():
         return []
     judge, train, mixture = pipeline.evaluate, pipeline.pretrain, pipeline.mixture
-    asked = [("evaluate.windows", "test", judge.seq_len, judge.windows)]
-    asked.append(("pretrain.eval_windows", "validation", train.seq_len, train.eval_windows))
+    made = json.loads(path.read_text())["domains"]
+    unseen = [domain for domain, entry in made.items() if entry.get("unseen")]
+    trained = [domain for domain in made if domain not in unseen]
+    asked = [
+        ("evaluate.windows", "test", judge.seq_len, judge.windows, trained),
+        ("evaluate.unseen_windows", "test", judge.seq_len, judge.unseen_windows, unseen),
+        ("pretrain.eval_windows", "validation", train.seq_len, train.eval_windows, trained),
+    ]
     if mixture.method == "reference_loss":
-        asked.append(("mixture.windows", "validation", judge.seq_len, mixture.windows))
-    domains = json.loads(path.read_text())["domains"]
+        asked.append(("mixture.windows", "validation", judge.seq_len, mixture.windows, trained))
     return [
         f"{field} = {count}: the {split} part of {domain} has {there} of {seq_len} tokens"
         + ("" if there else "; raise its `heldout`, or lower seq_len: no run can be finished")
-        for field, split, seq_len, count in asked
-        for domain, entry in domains.items()
-        if (there := entry.get(split, {}).get("tokens", seq_len * count) // seq_len) < count
+        for field, split, seq_len, count, domains in asked
+        for domain in domains
+        if (there := made[domain].get(split, {}).get("tokens", seq_len * count) // seq_len) < count
     ]
 
 

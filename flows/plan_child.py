@@ -8,7 +8,7 @@ from typing import Any
 from tasks.control import child
 from tasks.moe import counts
 from tasks.pretrain.log import meters
-from tasks.settings import Pipeline, SettingsError
+from tasks.settings import Corpus, Pipeline, SettingsError
 from tasks.tools import estimate
 from tasks.tools.estimate import Memory
 
@@ -28,13 +28,13 @@ class ChildPlan:
 
 
 def plan(
-    dense: dict[str, Any], pipeline: Pipeline, *, domains: int, bfloat16: bool, cuda: bool = False
+    dense: dict[str, Any], pipeline: Pipeline, *, corpus: Corpus, bfloat16: bool, cuda: bool = False
 ) -> ChildPlan | None:
     """Compute the figures; None without a child.
 
     Args:
         dense: the parent's config.json.
-        domains: of the corpus.
+        corpus: what it is trained and judged on.
         bfloat16: the training dtype; float32 if not.
         cuda: train on GPUs.
 
@@ -61,8 +61,10 @@ def plan(
         + forward(dense, windows=calibration, seq_len=train.seq_len)
         + train.steps * train.step_tokens * meters.flops(config, seq_len=train.seq_len, what="all")
         + forward(dense, windows=train.steps * train.batch if train.distill else 0, seq_len=train.seq_len)
-        + forward(config, windows=estimate.evaluated_windows(train, domains=domains), seq_len=train.seq_len)
-        + forward(config, windows=judge.windows * domains, seq_len=judge.seq_len)
+        + forward(
+            config, windows=estimate.evaluated_windows(train, domains=len(corpus.trained)), seq_len=train.seq_len
+        )
+        + forward(config, windows=judge.windows_of(corpus), seq_len=judge.seq_len)
     )
     return ChildPlan(
         parameters=counts.parameters(config)["total"],

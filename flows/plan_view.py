@@ -75,7 +75,7 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     for i, short in enumerate(plan.short_windows(settings, name)):
         table.add_row("" if i else "windows", "fewer", short)
     if speed:
-        domains = len(settings.corpus(pipeline.corpus).domains)
+        domains = len(settings.corpus(pipeline.corpus).trained)
         _measured_time(table, speed, train, spent=speed.run(train, domains=domains, checkpoint=cost.checkpoint))
     else:
         _estimated_time(table, cost, train, tflops=tflops)

@@ -50,7 +50,7 @@ class SplitManifest:
 class DomainManifest:
     """One domain. `rules` counts records: read, kept, and those dropped by each rule.
 
-    `files` are verdicts and rejects (tokenise.py): path in the corpus -> sha256.
+    `files` are verdicts and rejects (tokenise.py): path in the corpus -> sha256. Of an `unseen` one all is test text.
     """
 
     train: SplitManifest
@@ -60,6 +60,7 @@ class DomainManifest:
     license: str
     source: str
     files: dict[str, str]
+    unseen: bool = False
 
     @property
     def splits(self) -> dict[str, SplitManifest]:
@@ -92,6 +93,16 @@ class Manifest:
     seed: int
     domains: dict[str, DomainManifest]
     sha256: str
+
+    @property
+    def trained(self) -> dict[str, DomainManifest]:
+        """The domains that stages may read, weigh and train on: all but the unseen ones."""
+        return {name: domain for name, domain in self.domains.items() if not domain.unseen}
+
+    @property
+    def unseen(self) -> dict[str, DomainManifest]:
+        """The domains on which the result is judged and nothing else."""
+        return {name: domain for name, domain in self.domains.items() if domain.unseen}
 
 
 def load(corpus_dir: Path) -> Manifest:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tasks import code, scratch, settings
 from tasks.engines import turns
-from tasks.evaluate import accuracy, generation, likelihood, routing_balance, speed, speed_table
+from tasks.evaluate import accuracy, generation, likelihood, routing_balance, speed, speed_table, unseen
 
 MODELS = {
     "dense": "dense parent",
@@ -32,6 +32,8 @@ MODELS = {
     "trained": "MoE after training",
     "child": "dense child",
 }
+PAIRS = (("trained", "dense"), ("trained", "split"), ("split", "dense"), ("trained", "child"))
+"""Models whose losses are compared, the first less the second."""
 _DECODED = 16
 """Tokens whose median time is the speed of decoding: half of those of `bench.speed`."""
 LEAST_ADDED_LOSS = 1e-3
@@ -56,6 +58,7 @@ def evaluate(name: str) -> None:
     contents = manifest.load(corpus)
     manifest.require_tokenizer(contents, folders["dense"])
     ids = windows.test(corpus, seq_len=knobs.seq_len, count=knobs.windows)
+    others = windows.unseen(corpus, seq_len=knobs.seq_len, count=knobs.unseen_windows)
     token_bytes = encoder.token_bytes(folders["dense"])
     items = accuracy.versions(knobs.tasks)
     inputs = {
@@ -78,7 +81,7 @@ def evaluate(name: str) -> None:
                 if result.exists():
                     print(f"{result} is damaged ({error}); evaluating again", flush=True)
                 print(f"{MODELS[key]}: {path}", flush=True)
-                measured = _evaluate(path, ids, knobs=knobs, prepared=prepared)
+                measured = _evaluate(path, ids, unseen=others, knobs=knobs, prepared=prepared)
                 scratch.write_sealed(result, measured)
                 done[key] = scratch.read_sealed(result)
         speeds = _speeds(folders, ids, scratch=folder)
@@ -97,12 +100,19 @@ def evaluate(name: str) -> None:
         for out, content in outs.items():
             (folder / f"{out}.json").write_text(json.dumps(content))
             scratch.publish(folder / f"{out}.json", run / f"{out}.json")
-        evaluation = summarise(done, test=counted, speeds=speeds, knobs=knobs, method=pipeline.partition.method)
+        evaluation = summarise(
+            done,
+            test=counted,
+            unseen_test=likelihood.counts(others, token_bytes=token_bytes),
+            speeds=speeds,
+            knobs=knobs,
+            method=pipeline.partition.method,
+        )
         scratch.write_json(run / "evaluation.json", evaluation)
         shutil.rmtree(folder)
 
 
-def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
+def _evaluate(path: Path, ids: Any, *, unseen: Any, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
@@ -116,6 +126,7 @@ def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path)
         print(f"  {domain}: {nats:.4f} nats/token ({time.perf_counter() - start:.0f} s)", flush=True)
 
     measured = likelihood.measure(model, ids, batch=knobs.batch, progress=progress)
+    elsewhere = likelihood.measure(model, unseen, batch=knobs.batch, progress=progress)
     elastic = likelihood.by_top_k(model, ids, batch=knobs.batch)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     texts = generation.samples(model, tokenizer)
@@ -126,6 +137,7 @@ def _evaluate(path: Path, ids: Any, *, knobs: settings.Evaluate, prepared: Path)
         print(f"  {task}: {figures}, n = {entry['n']} ({time.perf_counter() - start:.0f} s)", flush=True)
     sizes = counts.parameters(model.config)
     return measured | {
+        "unseen": elsewhere["nats"],
         "tasks": scored,
         "elastic": elastic,
         "parameters": {"total": sizes["total"], "active": sizes["active"]},
@@ -173,13 +185,20 @@ def samples(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(
-    done: dict[str, Any], *, test: dict[str, Any], speeds: dict[str, Any], knobs: settings.Evaluate, method: str
+    done: dict[str, Any],
+    *,
+    test: dict[str, Any],
+    unseen_test: dict[str, Any],
+    speeds: dict[str, Any],
+    knobs: settings.Evaluate,
+    method: str,
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Args:
         done: {dense, split, trained, and child where there is one: the measurements}.
-        test: likelihood.counts.
+        test: likelihood.counts of the windows of trained domains.
+        unseen_test: the same of unseen domains; {} if there are none.
         speeds: what `_speeds` measured.
         knobs: the settings of the evaluation.
         method: the method that made the experts.
@@ -187,7 +206,7 @@ def summarise(
     Returns:
         dense, split, trained, child if it was judged: {loss, perplexity, bits_per_byte: {domain, mean}, parameters
         {total, active}, flops_per_token, tasks, seconds of its evaluation; of an elastic model elastic: {top_k: {loss,
-        perplexity, bits_per_byte, active}}}; test: {domains: {windows, tokens, bytes},
+        perplexity, bits_per_byte, active}}; what unseen.add says}; test: {domains: {windows, tokens, bytes},
         seq_len, batch}; speed: {prompt, after, new, repeats: tokens read and times, engines: [speed.Row], seconds};
         difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus
         second; recovery: the share of the loss added by the split that training recovered, absent if the split added
@@ -206,8 +225,9 @@ def summarise(
     summary["test"] = {"domains": test, "seq_len": knobs.seq_len, "batch": knobs.batch}
     summary["speed"] = speeds
     nats = {key: result["nats"] for key, result in done.items()}
-    pairs = (("trained", "dense"), ("trained", "split"), ("split", "dense"), ("trained", "child"))
-    summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs if b in nats}
+    pairs = [pair for pair in PAIRS if pair[1] in nats]
+    summary["difference"] = {f"{a}_{b}": likelihood.difference(nats[a], nats[b], test) for a, b in pairs}
+    unseen.add(summary, {key: result["unseen"] for key, result in done.items()}, unseen_test, pairs=pairs)
     added = summary["difference"]["split_dense"]
     if added["loss"] > max(2 * added.get("stderr", 0.0), LEAST_ADDED_LOSS):
         summary["recovery"] = -summary["difference"]["trained_split"]["loss"] / added["loss"]

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.evaluate import speed_table
+from tasks.evaluate import speed_table, unseen_table
+from tasks.evaluate.wording import signed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,6 +64,7 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
         for domain in [*domains, "mean"]:
             add(f"{label}: {domain}", [f"{model[metric][domain]:.{digits}f}" for model in judged])
     add("perplexity: mean", [f"{model['perplexity']['mean']:.2f}" for model in judged])
+    table += unseen_table.rows(evaluation, models(evaluation))
     for task, first in judged[0]["tasks"].items():
         guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
         for metric in [key for key in first if f"{key}_stderr" in first]:
@@ -116,9 +118,9 @@ def table(pipeline: str) -> Table:
 
 
 def notes(evaluation: dict[str, Any]) -> list[str]:
-    """One line each on the data, the change in loss, the dense child, chance, speed and routing, a warning first; none
-    if not known."""
-    parts = (basis, change, rival, chance, speed_basis, routing)
+    """One line each on the data, the change in loss, the dense child, unseen text, chance, speed, routing, a warning
+    first; none if not known."""
+    parts = (basis, change, rival, unseen_table.sentence, chance, speed_basis, routing)
     lines = [part(evaluation) for part in parts]
     if collapsed(evaluation):
         lines.insert(0, lines.pop())
@@ -168,12 +170,6 @@ def rival(evaluation: dict[str, Any]) -> str:
         f"At equal active parameters ({ours}, dense child {child}) and after the same training, {better}: mean loss "
         f"{signed(delta)} nats/token compared with the dense child, paired by window."
     )
-
-
-def signed(delta: dict[str, float]) -> str:
-    """A difference with its standard error, if it has one: −0.163 ± 0.004."""
-    error = f" ± {delta['stderr']:.3f}" if "stderr" in delta else ""
-    return f"{delta['loss']:+.3f}{error}".replace("-", "−")
 
 
 def chance(evaluation: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ def run(pipeline: str) -> Path:
     entry = loaded.pipeline(pipeline)
     corpus, model = Path("data/corpora") / entry.corpus, Path("data/models") / entry.model
     windows.require(corpus, "test", seq_len=entry.evaluate.seq_len)  # else only found when all is trained
-    tokens = {name: domain.train.tokens for name, domain in manifest.load(corpus).domains.items()}
+    tokens = {name: domain.train.tokens for name, domain in manifest.load(corpus).trained.items()}
     problem = methods.Problem(
         tokens=tokens,
         weights=entry.mixture.weights,

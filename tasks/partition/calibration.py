@@ -30,7 +30,7 @@ def draw(corpus_dir: Path, *, seq_len: int, count: int, seed: int) -> tuple[np.n
     from tasks.corpus.sampling.windows import Windows
 
     corpus = manifest.load(corpus_dir)
-    windows = {name: Windows(corpus_dir, name, "train", seq_len=seq_len) for name in corpus.domains}
+    windows = {name: Windows(corpus_dir, name, "train", seq_len=seq_len) for name in corpus.trained}
     sampler = Sampler(
         {name: len(split) for name, split in windows.items()},
         weights=dict.fromkeys(windows, 1.0),

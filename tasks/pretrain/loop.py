@@ -40,13 +40,13 @@ class Trainer:
         self.engine, self.objective, self.process = engine, objective, process
         mixture = json.loads(job.mixture.read_text())
         corpus = manifest.load(job.corpus)
-        if mixture["weights"].keys() != corpus.domains.keys():
+        if mixture["weights"].keys() != corpus.trained.keys():
             raise TrainingError(
                 f"{job.mixture} has the domains {', '.join(sorted(mixture['weights']))}, and {job.corpus} has "
-                f"{', '.join(sorted(corpus.domains))}; run the stages `corpus` and `mixture` again"
+                f"{', '.join(sorted(corpus.trained))}; run the stages `corpus` and `mixture` again"
             )
         manifest.require_tokenizer(corpus, job.model)
-        self.domains = list(corpus.domains)
+        self.domains = list(corpus.trained)
         self.validation = Validation.load(job, mixture["evidence"])
         self.reweighter = Reweighter.load(job, validation=self.validation)
         self.state = RunState(weights=mixture["weights"], windows_seen=dict.fromkeys(self.domains, 0))
@@ -59,7 +59,7 @@ class Trainer:
         self.guard = LossGuard(self.params.guard, seq_len=self.params.seq_len, models=models)
         self.monitor = RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
         self.dial = elastic.Dial(engine.module, seed=self.params.seed)
-        epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.domains.items()}
+        epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.trained.items()}
         self.run_log = RunLog(job, engine=engine, process=process, epoch_tokens=epoch_tokens)
         self.recovery = Recovery(
             job,

@@ -78,7 +78,7 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, An
         "tokens": tokens,
         "predicted_tokens": trainer.state.predicted,
         "domain_tokens": seen,
-        "domain_epochs": {domain: seen[domain] / corpus.domains[domain].train.tokens for domain in seen},
+        "domain_epochs": {domain: seen[domain] / corpus.trained[domain].train.tokens for domain in seen},
         "tokens_per_second": speed,
         "flops_per_second": flops,
         "mfu": flops / trainer.run_log.peak,

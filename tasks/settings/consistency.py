@@ -20,15 +20,16 @@ def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models
     """Every fault, as `path = value: what is wrong and how to fix it`."""
     for name, pipeline in pipelines.items():
         where = f"pipelines.{name}"
-        yield from (f"{where}.{fault}" for fault in _domains(pipeline, list(corpora[pipeline.corpus].domains)))
+        yield from (f"{where}.{fault}" for fault in _domains(pipeline, corpora[pipeline.corpus]))
         yield from (f"{where}.{fault}" for fault in _sizes(pipeline, models[pipeline.model]))
         for i, task in enumerate(pipeline.evaluate.tasks):
             if fault := harness.not_described(task.name) if task.source else harness.why_not(task.name):
                 yield f"{where}.evaluate.tasks.{i}.name = {task.name!r}: {fault}"
 
 
-def _domains(pipeline: Pipeline, domains: list[str]) -> Iterator[str]:
-    """Figures by domain that are not of exactly the corpus's domains."""
+def _domains(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
+    """Figures by domain that are not of exactly the corpus's domains, the unseen ones left out."""
+    domains = corpus.trained
     references = pipeline.pretrain.dynamic.references if pipeline.pretrain.dynamic else "parent"
     given: dict[str, Iterable[str]] = {"mixture.weights": pipeline.mixture.weights or domains}
     if isinstance(references, Fit):
@@ -38,12 +39,17 @@ def _domains(pipeline: Pipeline, domains: list[str]) -> Iterator[str]:
     for field, names in given.items():
         unknown, missing = sorted(set(names) - set(domains)), sorted(set(domains) - set(names))
         if unknown or missing:
-            wrong = [f"{', '.join(unknown)} not among them"] if unknown else []
+            wrong = [
+                f"{name} is unseen, so nothing may be trained on it"
+                if name in corpus.unseen
+                else f"{name} not among them"
+                for name in unknown
+            ]
             wrong += [f"{', '.join(missing)} missing"] if missing else []
             fix = "; give a domain the weight 0 to leave it out" if field == "mixture.weights" else ""
             yield (
                 f"{field} must name exactly the domains of corpora.{pipeline.corpus}, {', '.join(domains)}: "
-                f"{' and '.join(wrong)}{fix}"
+                f"{'; '.join(wrong)}{fix}"
             )
 
 

@@ -42,6 +42,8 @@ class Domain(Frozen):
     """dataset: `train` if absent."""
     heldout: HeldOut | None = None
     """Overrides the corpus-wide share of documents held out."""
+    unseen: bool = False
+    """All of it goes to the test split, so that the result is judged on text of a kind that no stage has seen."""
     filters: list[Filter] | None = None
     """Overrides the corpus-wide filters; [] applies none."""
     near_duplicates: OwnNearDuplicates | Literal["none"] | None = None
@@ -53,6 +55,14 @@ class Domain(Frozen):
             raise ValueError(f"`{field}` is an option of format `dataset`, not of `{self.format}`")
         if self.source.startswith("hub:") and self.format != "dataset":
             raise ValueError(f"source {self.source!r} is a dataset on the hub: set format: dataset")
+        return self
+
+    @model_validator(mode="after")
+    def _unseen(self) -> Self:
+        if self.unseen and self.heldout is not None:
+            raise ValueError(
+                f"`heldout` = {self.heldout} says nothing of an `unseen` domain, all of which is; leave it out"
+            )
         return self
 
 
@@ -117,12 +127,24 @@ class Corpus(Frozen):
             raise ValueError(
                 f"domains.{taken[0]}: the metrics files have a column of that name; call the domain another"
             )
+        if not self.trained:
+            raise ValueError("domains: all of them are `unseen`; at least one must be trained on")
         own = [name for name, domain in self.domains.items() if isinstance(domain.near_duplicates, OwnNearDuplicates)]
         if own and self.near_duplicates is None:
             raise ValueError(
                 f"domains.{own[0]}.near_duplicates: the corpus looks for none; set its near_duplicates, such as {{}}"
             )
         return self
+
+    @property
+    def trained(self) -> list[str]:
+        """The domains that stages may read, weigh and train on: all but the unseen ones."""
+        return [name for name, domain in self.domains.items() if not domain.unseen]
+
+    @property
+    def unseen(self) -> list[str]:
+        """The domains on which the result is judged and nothing else."""
+        return [name for name, domain in self.domains.items() if domain.unseen]
 
     def near_duplicates_of(self, domain: str) -> NearDuplicates | None:
         """How near-duplicates of a domain are looked for; None if they are not."""
@@ -143,6 +165,8 @@ class Corpus(Frozen):
         return self.filters if own is None else own
 
     def heldout_of(self, domain: str) -> float:
-        """Share of a domain's documents that is held out."""
-        own = self.domains[domain].heldout
-        return self.heldout if own is None else own
+        """Share of a domain's documents that is held out; 1 of an unseen one, whose documents are for test alone."""
+        entry = self.domains[domain]
+        if entry.unseen:
+            return 1.0
+        return self.heldout if entry.heldout is None else entry.heldout

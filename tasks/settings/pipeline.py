@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings.corpus import SourceText
+from tasks.settings.corpus import Corpus, SourceText
 from tasks.settings.fields import LARGEST, Frozen, Name, NotNegative, Positive, SeqLen, Sha256
 from tasks.settings.partition import Partition
 from tasks.settings.pretrain import Pretrain
@@ -63,6 +63,8 @@ class Evaluate(Frozen):
     seq_len: SeqLen
     windows: Positive = 8
     """Test windows of seq_len tokens per domain."""
+    unseen_windows: Positive = 4
+    """The same of each unseen domain."""
     batch: Positive = 4
     tasks: list[Task] = Field(default_factory=list)
     analyses: list[Name] = Field(default_factory=list)
@@ -81,6 +83,10 @@ class Evaluate(Frozen):
         if unknown := [name for name in self.analyses if name not in known]:
             raise ValueError(f"analyses: {', '.join(unknown)} is not known; known: {', '.join(known)}")
         return self
+
+    def windows_of(self, corpus: Corpus) -> int:
+        """Test windows on which each model is judged, of all domains together."""
+        return self.windows * len(corpus.trained) + self.unseen_windows * len(corpus.unseen)
 
 
 class Pipeline(Frozen):

@@ -42,6 +42,8 @@ def export(corpus_dir: Path, out: Path, *, splits: tuple[manifest.Split, ...] = 
         for split in splits:
             prefix = out / f"{name}_{split}"
             part = domain.splits[split]
+            if domain.unseen and split != "test":
+                continue
             index = Path(f"{prefix}.idx")
             index.unlink(missing_ok=True)
             _write_ids(Path(f"{prefix}.bin"), corpus_dir, part)

@@ -55,7 +55,7 @@ def describe_manifest(corpus_dir: Path, *, model_dir: Path | None = None) -> dic
     model_dir = model_dir or _model_of(corpus_dir)
     domains = {}
     for name, domain in corpus.domains.items():
-        first = list(domain.train.shards[0].first_ids)
+        first = list((domain.test if domain.unseen else domain.train).shards[0].first_ids)
         domains[name] = {
             **{
                 split: {"shards": len(part.shards), "documents": part.documents, "tokens": part.tokens}
@@ -65,6 +65,7 @@ def describe_manifest(corpus_dir: Path, *, model_dir: Path | None = None) -> dic
             "rules": domain.rules,
             "license": domain.license,
             "source": domain.source,
+            "unseen": domain.unseen,
             "first_ids": first,
             "first_text": _decode(first, model_dir, corpus.tokenizer),
         }

@@ -24,7 +24,7 @@ LAYERS, EXPERTS = 30, 96
 BASE = {"code": 2.05, "books": 3.62, "legal": 2.31, "encyclopedia": 2.83}
 
 
-def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str, Any]:
+def judged(shift: float, *, sparse: bool, domains: dict[str, float], unseen: list[str]) -> dict[str, Any]:
     """What evaluating one model leaves in the workspace."""
     rng = np.random.default_rng(int(shift * 100))
     nats = {domain: [511 * (base + shift + 0.1 * math.sin(i)) for i in range(8)] for domain, base in domains.items()}
@@ -43,6 +43,7 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float]) -> dict[str
     }
     return {
         "nats": nats,
+        "unseen": {domain: [511 * (3.1 + 1.2 * shift + 0.1 * math.sin(i)) for i in range(4)] for domain in unseen},
         "load": load if sparse else {},
         "tasks": {"hellaswag_100": score | basis},
         "parameters": {"total": 136_173_888, "active": 106_315_008}
@@ -81,28 +82,44 @@ def speeds(*, child: bool) -> dict[str, Any]:
     return {**speed.basis(text), "engines": rows, "seconds": 61.0}
 
 
-def judgements(root: Path) -> tuple[dict[str, float], dict[str, dict[str, int]], dict[str, Any]]:
-    """Loss of the parent by domain, what was counted of the windows, and the measurements of three models."""
-    domains = {name: BASE.get(name, 3.0) for name in settings.load(root / "pipelines.yaml").corpora["demo"].domains}
-    counted = {name: {"windows": 8, "tokens": 8 * 511, "bytes": round(8 * 511 * 3.9)} for name in domains}
+def judgements(root: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Loss of the parent by trained domain, and the measurements of three models."""
+    corpus = settings.load(root / "pipelines.yaml").corpora["demo"]
+    domains = {name: BASE.get(name, 3.0) for name in corpus.trained}
     done = {
-        "dense": judged(0.0, sparse=False, domains=domains),
-        "split": judged(0.74, sparse=True, domains=domains),
-        "trained": judged(0.49, sparse=True, domains=domains),
+        "dense": judged(0.0, sparse=False, domains=domains, unseen=corpus.unseen),
+        "split": judged(0.74, sparse=True, domains=domains, unseen=corpus.unseen),
+        "trained": judged(0.49, sparse=True, domains=domains, unseen=corpus.unseen),
     }
-    return domains, counted, done
+    return domains, done
+
+
+def evaluated(root: Path, done: dict[str, Any]) -> dict[str, Any]:
+    """evaluation.json of the measurements."""
+    config = settings.load(root / "pipelines.yaml")
+    demo, corpus = config.pipelines["demo"], config.corpora["demo"]
+
+    def counted(domains: list[str], windows: int) -> dict[str, dict[str, int]]:
+        tokens = windows * 511
+        return {name: {"windows": windows, "tokens": tokens, "bytes": round(tokens * 3.9)} for name in domains}
+
+    return summarise(
+        done,
+        test=counted(corpus.trained, 8),
+        unseen_test=counted(corpus.unseen, 4),
+        speeds=speeds(child="child" in done),
+        knobs=demo.evaluate,
+        method=demo.partition.method,
+    )
 
 
 def write_child(root: Path) -> None:
     """Write the evaluation and the samples anew, as of a pipeline that has a dense child."""
-    domains, counted, done = judgements(root)
+    domains, done = judgements(root)
     sizes = {"parameters": {"total": 98_000_000, "active": 98_000_000}}
-    done["child"] = judged(0.6, sparse=False, domains=domains) | sizes
-    demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
-    evaluation = summarise(
-        done, test=counted, speeds=speeds(child=True), knobs=demo.evaluate, method=demo.partition.method
-    )
-    (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluation))
+    unseen = list(done["dense"]["unseen"])
+    done["child"] = judged(0.6, sparse=False, domains=domains, unseen=unseen) | sizes
+    (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluated(root, done)))
     (root / "runs/demo/samples.json").write_text(json.dumps(samples(done)))
     control = {"control": "dense_child", "seconds": {"cut": 100.0, "training": 140.0}}
     (root / "runs/demo/control.json").write_text(json.dumps(control))
@@ -110,7 +127,7 @@ def write_child(root: Path) -> None:
 
 def write_run(root: Path, *, dynamic: bool = True) -> None:
     """Write data/corpora/demo.json and runs/demo/ under `root`."""
-    domains, counted, done = judgements(root)
+    domains, done = judgements(root)
     demo = settings.load(root / "pipelines.yaml").pipelines["demo"]
     run = root / "runs" / "demo"
     (run / "training").mkdir(parents=True)
@@ -129,6 +146,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "seconds": 7.5,
             "license": entry.license,
             "source": entry.source,
+            **({"unseen": True} if entry.unseen else {}),
         }
         for i, (name, entry) in enumerate(settings.load(root / "pipelines.yaml").corpora["demo"].domains.items())
     }
@@ -194,10 +212,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
     log.append({"kind": "event", "step": 24, "what": "dead_experts", "message": message})
     (run / "validation.csv").write_text(",".join(["step", "tokens", "mean", *domains]) + "\n" + "\n".join(rows) + "\n")
     (run / "training" / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
-    evaluation = summarise(
-        done, test=counted, speeds=speeds(child=False), knobs=demo.evaluate, method=demo.partition.method
-    )
-    dump(run / "evaluation.json", evaluation)
+    dump(run / "evaluation.json", evaluated(root, done))
     dump(run / "samples.json", samples(done))
     dump(run / "routing.json", {key: done[key]["load"] for key in ("split", "trained")})
     dump(run / "analysis.json", {})

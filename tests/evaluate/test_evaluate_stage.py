@@ -17,8 +17,12 @@ import numpy as np
 import pytest
 
 from tasks import corpus
+from tasks.corpus.sampling import windows
 from tasks.evaluate import __main__ as stage
+from tasks.evaluate import likelihood
 from tasks.evaluate.report import card, corpus_section, results
+from tasks.moe import checkpoint
+from tasks.tools.evaluate import __main__ as evaluate_checkpoints
 from tests.conftest import SETTINGS
 from tests.corpus import texts
 
@@ -31,7 +35,15 @@ PIPELINES = SETTINGS.replace(
       batch: 4
       tasks:
         - {{name: hellaswag_100, source: "dir:{data}/cases.jsonl", license: MIT}}""",
+).replace(
+    "\npipelines:",
+    """      talk: {{source: "dir:{data}/talk.jsonl", format: jsonl, license: PSF-2.0, unseen: true}}
+
+pipelines:""",
 )
+TALK = [
+    f"A: How are you on day {i}?\nB: Better than on day {i - 1}, and you?\nA: {i} times as well." for i in range(60)
+]
 CASES = [
     {"activity_label": "A", "ctx": f"Look at {i}. it", "endings": ["is", "was", "if", "on"], "expected_index": i % 4}
     for i in range(8)
@@ -70,6 +82,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_dat
     data = root / "texts"
     shutil.copytree(tiny_data, data)
     (data / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in CASES))
+    (data / "talk.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TALK))
     (root / "pipelines.yaml").write_text(PIPELINES.format(model=tiny_model, data=data))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -115,7 +128,7 @@ def test_the_reports_corpus_section_reads_what_the_corpus_stage_writes(project: 
         assert sum(lengths[name].values()) == sum(entry["documents"].values()) == entry["rules"]["kept"]
     assert "documents of the corpus" in corpus_section.encoder(metrics["encoder"])
     (_, read), *_, (_, kept) = corpus_section.drops(metrics["domains"])
-    assert len(read) == len(kept) == 2
+    assert len(read) == len(kept) == 3
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_model(judgement: dict[str, Any]) -> None:
@@ -143,7 +156,7 @@ def test_a_dense_child_is_judged_beside_the_others_and_paired_with_the_trained_m
     monkeypatch.setattr(stage, "_speeds", lambda folders, ids, scratch: {"engines": [], "of": list(folders)})
     stage.evaluate("tiny")
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert evaluation["child"].keys() == evaluation["dense"].keys()
+    assert evaluation["child"].keys() == evaluation["dense"].keys() | {"multiple"}
     assert "child" in evaluation["speed"]["of"]
     assert evaluation["child"]["loss"] == evaluation["dense"]["loss"]
     assert evaluation["difference"]["trained_child"] == evaluation["difference"]["trained_dense"]
@@ -287,6 +300,46 @@ def test_windows_are_told_apart_and_their_nats_add_up(judgement: dict[str, Any],
         for model in ("dense", "split", "trained"):
             loss = sum(entry[model]) / counted["tokens"]
             assert loss == pytest.approx(judgement[model]["loss"][domain], abs=1e-4)
+
+
+def test_unseen_text_is_judged_beside_the_trained_domains_and_the_gate_does_not_look_at_it(
+    judgement: dict[str, Any], project: Path
+) -> None:
+    assert list(judgement["test"]["unseen"]) == ["talk"]
+    assert judgement["test"]["unseen"]["talk"]["windows"] == 4
+    ids = windows.unseen(project / "data/corpora/tiny", seq_len=64, count=4)
+    model = checkpoint.load(project / "runs/tiny/trained")
+    nats = likelihood.measure(model, ids, batch=4)["nats"]["talk"]
+    assert judgement["trained"]["unseen"]["loss"]["talk"] == pytest.approx(sum(nats) / (4 * 63), rel=1e-5)
+    losses = {key: judgement[key]["unseen"]["loss"]["mean"] for key in ("dense", "split", "trained")}
+    assert judgement["trained"]["multiple"]["unseen"] == pytest.approx(math.exp(losses["trained"] - losses["dense"]))
+    assert judgement["difference"]["unseen"]["trained_split"]["loss"] == pytest.approx(
+        losses["trained"] - losses["split"]
+    )
+    for name in ("windows.json", "heldout.json"):
+        assert set(json.loads((project / "runs/tiny" / name).read_text())) == {"prose", "code"}
+
+
+def test_the_command_for_any_checkpoint_gives_the_figures_of_the_pipelines_own_evaluation(
+    judgement: dict[str, Any], project: Path, tmp_path: Path
+) -> None:
+    trained, dense = Path("runs/tiny/trained"), Path("data/models/tiny")
+    result = evaluate_checkpoints.run(
+        [trained, dense], tmp_path, corpus="tiny", tasks=["hellaswag_100"], seq_len=64, windows=6
+    )
+    for key, model in zip(("trained", "dense"), result["models"], strict=True):
+        for field in ("loss", "perplexity", "bits_per_byte", "unseen", "tasks", "parameters", "flops_per_token"):
+            assert model[field] == judgement[key][field], (key, field)
+    (difference,) = result["difference"]
+    assert difference["domains"] == judgement["difference"]["trained_dense"]
+    assert difference["unseen"] == judgement["difference"]["unseen"]["trained_dense"]
+    assert result["text"]["domains"] == judgement["test"]["domains"]
+    shutil.copy("runs/tiny/heldout.json", trained / "heldout.json")
+    try:
+        shipped = evaluate_checkpoints.run([trained], tmp_path)
+    finally:
+        (trained / "heldout.json").unlink()
+    assert shipped["models"][0]["loss"] == judgement["trained"]["loss"]
 
 
 def test_the_means_are_over_domains(judgement: dict[str, Any]) -> None:

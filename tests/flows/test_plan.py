@@ -234,9 +234,11 @@ def test_windows_that_the_corpus_does_not_have_are_told(config: settings.Setting
     folder.mkdir(parents=True)
     parts = {"validation": {"tokens": 512 * 8}, "test": {"tokens": 512 * 3 + 511}}
     domains = {"code": parts, "books": {"validation": {"tokens": 511}, "test": {"tokens": 512 * 8}}}
+    domains["talk"] = {"validation": {"tokens": 0}, "test": {"tokens": 512 * 3}, "unseen": True}
     (folder / "manifest.json").write_text(json.dumps({"domains": domains}))
     assert plan.short_windows(config, "fine") == [
         "evaluate.windows = 8: the test part of code has 3 of 512 tokens",
+        "evaluate.unseen_windows = 4: the test part of talk has 3 of 512 tokens",
         "pretrain.eval_windows = 2: the validation part of books has 0 of 512 tokens; raise its `heldout`, or lower "
         "seq_len: no run can be finished",
         "mixture.windows = 8: the validation part of books has 0 of 512 tokens; raise its `heldout`, or lower "
@@ -261,8 +263,9 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
     assert child.parameters == 134_515_008 - 30 * 3 * 576 * (1536 - width)
     shorter = fine.pretrain.model_copy(update={"tokens": fine.pretrain.tokens // 2, "eval_tokens": 1 << 20})
     longer = fine.pretrain.model_copy(update={"eval_tokens": 1 << 20})
+    corpus = config.corpora[fine.corpus]
     half, whole = (
-        plan_child.plan(dense, fine.model_copy(update={"pretrain": train}), domains=4, bfloat16=True)
+        plan_child.plan(dense, fine.model_copy(update={"pretrain": train}), corpus=corpus, bfloat16=True)
         for train in (shorter, longer)
     )
     assert half
@@ -279,4 +282,4 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
     assert "peak memory of its training" in text.getvalue()
     refused = fine.model_copy(update={"partition": split.model_copy(update={"layers": "alternate"})})
     with pytest.raises(settings.SettingsError, match=r"control: dense_child: partition.layers = 'alternate'"):
-        plan_child.plan(dense, refused, domains=4, bfloat16=True)
+        plan_child.plan(dense, refused, corpus=corpus, bfloat16=True)

@@ -85,6 +85,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.fine.corpus", "dem", "pipelines.fine.corpus = 'dem' is not defined; defined: demo"),
         ("corpora.demo.model", "x", "corpora.demo.model = 'x' is not defined"),
         ("corpora.demo.domains", {}, "corpora.demo.domains: Dictionary should have at least 1 item"),
+        ("corpora.demo.domains.books.unseen", True, "`heldout` = 0.2 says nothing of an `unseen` domain"),
         ("corpora.demo.domains.code.source", "sympy", "source = 'sympy': source 'sympy' is not understood"),
         ("corpora.demo.domains.code.sha256", "abc", "corpora.demo.domains.code.sha256 = 'abc': String should match"),
         ("corpora.demo.domains.code.format", "csv", "domains.code.format = 'csv': Input should be 'text'"),
@@ -304,3 +305,18 @@ def test_no_content_ends_in_another_error(tmp_path_factory: pytest.TempPathFacto
     path.write_bytes(content)
     with pytest.raises(settings.SettingsError):
         settings.load(path)
+
+
+def test_an_unseen_domain_has_no_weight_and_a_corpus_needs_one_that_is_trained_on() -> None:
+    raw = changed("corpora.demo.domains.code.unseen", True)
+    names = ["books", "legal", "encyclopedia"]
+    raw["pipelines"]["demo"]["mixture"] = {"method": "explicit", "weights": dict.fromkeys(names, 1.0)}
+    corpus = settings.validate(raw).corpus("demo")
+    assert (corpus.trained, corpus.unseen) == (names, ["code"])
+    assert settings.validate(raw).pipeline("demo").evaluate.windows_of(corpus) == 3 * 8 + 4
+    raw["pipelines"]["demo"]["mixture"]["weights"]["code"] = 0.0
+    assert "books, legal, encyclopedia: code is unseen, so nothing may be trained on it" in fault(raw)
+    for domain in raw["corpora"]["demo"]["domains"].values():
+        domain["unseen"] = True
+        domain.pop("heldout", None)
+    assert "corpora.demo: domains: all of them are `unseen`; at least one must be trained on" in fault(raw)

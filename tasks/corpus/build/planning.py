@@ -96,7 +96,7 @@ def keys_of(corpus: settings.Corpus, *, fingerprints: dict[str, str], tokenizer:
     reading = corpus.model_dump(include={"max_record_bytes", "task_bytes", "keep_rejects", "decontaminate"})
     scans, bands = {}, {}
     for name, domain in corpus.domains.items():
-        own = domain.model_dump(exclude={"heldout", "license", "near_duplicates", "filters"})
+        own = domain.model_dump(exclude={"heldout", "unseen", "license", "near_duplicates", "filters"})
         own["filters"] = [rule.model_dump() for rule in corpus.filters_of(name)]
         decoder = tokenizer if domain.format == "megatron" else ""
         scans[name] = scratch.fingerprint([own, reading, fingerprints[f"domain {name}"], items, decoder])
@@ -129,9 +129,10 @@ def tasks_of(corpus: settings.Corpus) -> tuple[dict[str, list[tuple[Piece, ...]]
             reader = open_reader(domain, SOURCES, max_record_bytes=corpus.max_record_bytes)
             tasks[name] = reader.tasks(task_bytes=corpus.task_bytes)
             sizes[name] = [sum(map(reader.size, task)) for task in tasks[name]]
-            if domain.format == "text" and (files := sum(map(len, tasks[name]))) < len(SPLITS):
+            splits = ("test",) if domain.unseen else SPLITS
+            if domain.format == "text" and (files := sum(map(len, tasks[name]))) < len(splits):
                 raise CorpusError(
-                    f"{files} files are {files} documents, and {', '.join(SPLITS)} need one each; give it more"
+                    f"{files} files are {files} documents, and {', '.join(splits)} need one each; give it more"
                 )
         except sources.SourceError as error:
             raise sources.SourceError(f"domain {name}: {error}") from error

@@ -65,6 +65,7 @@ def _manifest(
                 "license": corpus.domains[domain].license,
                 "source": corpus.domains[domain].source,
                 "files": {path: digest for record in tasks for path, digest in record["files"].items()},
+                **({"unseen": True} if corpus.domains[domain].unseen else {}),
             }
             for domain, tasks in records.items()
         },
@@ -86,6 +87,7 @@ def _metrics(
             "tokens_per_second": _rate(records[name]),
             "license": entry.license,
             "source": entry.source,
+            **({"unseen": True} if entry.unseen else {}),
         }
         for name, entry in made.domains.items()
     }

@@ -1,7 +1,8 @@
 """The resolve phase, one process: find duplicates over all domains, hold documents out, refuse too many bad records.
 
 Writes `outcomes/KEY/DOMAIN/TASK.npy`, uint8 [documents of the task], indices into OUTCOMES, and beside it the row at
-which each piece begins. A cluster of near-duplicates stands in one split.
+which each piece begins. A cluster of near-duplicates stands in one split. One that begins in an unseen domain is test
+text in every domain, and an unseen domain loses the documents of clusters that begin in a trained one.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def resolve(plan: Plan) -> None:
             mine = slice(start, start := start + summary["documents"])
             share = shares[np.searchsorted(ends, decision.first[mine], side="right")]
             outcomes = _outcomes(decision.outcome[mine], decision.key[mine], share)
+            if plan.corpus.domains[domain].unseen:
+                outcomes[(outcomes < len(SPLITS)) & (share < 1)] = OUTCOMES.index("near_duplicate")
             kept.update(dict(zip(OUTCOMES, np.bincount(outcomes, minlength=len(OUTCOMES)).tolist(), strict=True)))
             path = _path(plan, domain, task)
             scratch.write_json(path.with_suffix(".json"), starts[domain][task])
@@ -85,10 +88,11 @@ def resolve(plan: Plan) -> None:
 def _outcomes(decided: NDArray[np.uint8], key: NDArray[np.uint8], share: NDArray[np.float64]) -> NDArray[np.uint8]:
     """The split of each document that is kept, decided by its key alone and not by order, shards or other documents.
 
-    The first half of the key decides whether a document is held out, the second whether for validation or for test.
+    The first half of the key decides whether a document is held out, the second whether for validation or for test. A
+    share of 1 is that of an unseen domain: all is for test.
     """
     low, high = np.ascontiguousarray(key).view("<u8").T
-    split = np.where((low % MILLION) < share * MILLION, 1 + high % 2, 0)
+    split = np.where((low % MILLION) < share * MILLION, np.where(share < 1, 1 + high % 2, SPLITS.index("test")), 0)
     return np.where(decided == duplicates.KEPT, split, decided + len(SPLITS) - duplicates.DUPLICATE).astype(np.uint8)
 
 
@@ -143,7 +147,8 @@ def _add_kept(domain: str, rules: dict[str, int], kept: Counter[str], *, plan: P
     if plan.corpus.near_duplicates:
         rules["near_duplicate"] = kept["near_duplicate"]
     rules["kept"] = sum(kept[split] for split in SPLITS)
-    for split in SPLITS:
+    unseen = plan.corpus.domains[domain].unseen
+    for split in ("test",) if unseen else SPLITS:
         if kept[split]:
             continue
         fix = f"{'Lower' if split == 'train' else 'Raise'} `heldout`, or give the domain more documents"

@@ -135,7 +135,7 @@ class Windows:
 
 
 def validation(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
-    """Windows of every domain to decide by, int64 [<= count, seq_len], spread evenly over the validation split.
+    """Windows of each trained domain to decide by, int64 [<= count, seq_len], spread evenly over the validation split.
 
     Deterministic; fewer than `count` where the split is shorter.
 
@@ -146,28 +146,40 @@ def validation(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArr
 
 
 def test(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
-    """Windows of every domain to report, as `validation` gives them. For tasks/evaluate alone.
+    """Windows of each trained domain to report, as `validation` gives them. For tasks/evaluate alone.
 
     A figure by which anything was chosen says no longer how the result does on text it has not seen.
     """
     return _spread(corpus_dir, "test", seq_len=seq_len, count=count)
 
 
+def unseen(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
+    """The same of the domains of which nothing was trained on; {} without such domains."""
+    return _spread(corpus_dir, "test", seq_len=seq_len, count=count, unseen=True)
+
+
 def require(corpus_dir: Path, split: Split, *, seq_len: int) -> None:
-    """Raise ValueError naming the domains whose split has no whole window of `seq_len` tokens."""
+    """Raise ValueError naming the domains whose split has no whole window of `seq_len` tokens.
+
+    Unseen domains have a test split alone.
+    """
     corpus = manifest.load(corpus_dir)
-    short = [domain for domain, entry in corpus.domains.items() if getattr(entry, split).tokens < seq_len]
+    domains = corpus.domains if split == "test" else corpus.trained
+    short = [domain for domain, entry in domains.items() if entry.splits[split].tokens < seq_len]
     if short:
         raise ValueError(
             f"{corpus_dir}: the {split} part of {', '.join(short)} is shorter than one window of {seq_len} tokens; "
-            f"raise `heldout` of the domain, or lower seq_len"
+            f"raise `heldout` of the domain, give it more text, or lower seq_len"
         )
 
 
-def _spread(corpus_dir: Path, split: Split, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
+def _spread(
+    corpus_dir: Path, split: Split, *, seq_len: int, count: int, unseen: bool = False
+) -> dict[str, NDArray[np.int64]]:
     require(corpus_dir, split, seq_len=seq_len)
+    corpus = manifest.load(corpus_dir)
     chosen = {}
-    for domain in manifest.load(corpus_dir).domains:
+    for domain in corpus.unseen if unseen else corpus.trained:
         windows = Windows(corpus_dir, domain, split, seq_len=seq_len)
         n = min(count, len(windows))
         chosen[domain] = np.stack([windows[i * len(windows) // n] for i in range(n)])

@@ -87,7 +87,7 @@ def domain(results: Results, name: str) -> dict[str, str]:
         "name": name,
         "tokens": f"{ran['domain_tokens'].get(name, 0):,}",
         "epochs": f"{ran['domain_epochs'].get(name, 0.0):.3f}",
-        "weight": f"{results.mixture['weights'][name]:.3f} → {ran['final_weights'][name]:.3f}",
+        "weight": results.weight(name),
         "license": entry["license"],
         "source": entry["source"],
     }

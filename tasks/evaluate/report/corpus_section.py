@@ -35,7 +35,7 @@ def domains(results: Results) -> list[dict[str, str]]:
             "share": f"{sum(entry['tokens'].values()) / total:.1%}",
             "bytes_per_token": f"{entry['bytes_per_token']:.2f}",
             "trained": f"{results.pretrain['domain_tokens'].get(name, 0):,}",
-            "weight": f"{results.mixture['weights'][name]:.3f} → {results.pretrain['final_weights'][name]:.3f}",
+            "weight": results.weight(name),
             "epochs": f"{results.pretrain['domain_epochs'].get(name, 0.0):.3f}",
         }
         for name, entry in entries.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -25,25 +26,32 @@ def section(results: Results) -> dict[str, Any]:
 
 def heat_maps(results: Results) -> list[dict[str, Any]]:
     """Expert load per layer, before and after training; none without sparse layers."""
+    return [
+        heat_map(results.routing[key], results.evaluation["routing"][key], title=title.capitalize())
+        for key, title in _sparse_models(results)
+    ]
+
+
+def heat_map(load: Mapping[str, Any], figures: Mapping[str, Any], *, title: str) -> dict[str, Any]:
+    """The load of a model's experts as the variable `map` of heat_map.html.j2.
+
+    Args:
+        load: {domain: [sparse layers][experts] tokens}.
+        figures: routing_balance.balance of it.
+        title: of the chart.
+    """
     import numpy as np
 
-    maps = []
-    for key, title in _sparse_models(results):
-        figures = results.evaluation["routing"][key]
-        load_LE = np.sum([np.asarray(load) for load in results.routing[key].values()], axis=0)
-        share_LE = np.sort(load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12), axis=1)[:, ::-1]
-        chart = charts.heat_map(share_LE.tolist(), top=HEAT_TOP, label=f"expert load per layer, {title}")
-        maps.append(
-            {
-                "title": title.capitalize(),
-                "chart": Markup(chart),
-                "top": f"{HEAT_TOP:g}",
-                "caption": f"{load_LE.shape[0]} sparse layers × {load_LE.shape[1]} experts. The busiest expert of a "
-                f"layer gets {figures['peak']:.1f} times the even share on average; {figures['unused']:.1%} of the "
-                "experts get no token.",
-            }
-        )
-    return maps
+    load_LE = np.sum([np.asarray(each) for each in load.values()], axis=0)
+    share_LE = np.sort(load_LE / np.maximum(load_LE.mean(1, keepdims=True), 1e-12), axis=1)[:, ::-1]
+    return {
+        "title": title,
+        "chart": Markup(charts.heat_map(share_LE.tolist(), top=HEAT_TOP, label=f"expert load per layer, {title}")),
+        "top": f"{HEAT_TOP:g}",
+        "caption": f"{load_LE.shape[0]} sparse layers × {load_LE.shape[1]} experts. The busiest expert of a layer "
+        f"gets {figures['peak']:.1f} times the even share on average; {figures['unused']:.1%} of the experts get no "
+        "token.",
+    }
 
 
 def busiest(results: Results) -> list[dict[str, Any]]:

@@ -61,6 +61,7 @@ def base_model(results: Results) -> str | None:
 
 
 def datasets(results: Results) -> list[str]:
-    """The Hub's ids of the datasets that the domains come from; other sources are left out."""
-    matches = [_DATASET.fullmatch(domain.source) for domain in results.corpus.domains.values()]
+    """The Hub's ids of the datasets that the trained domains come from; other sources are left out."""
+    domains = results.corpus.domains
+    matches = [_DATASET.fullmatch(domains[name].source) for name in results.corpus.trained]
     return list(dict.fromkeys(match[1] for match in matches if match))

@@ -9,12 +9,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tasks.evaluate import speed_table, summary
+from tasks.evaluate import speed_table, summary, unseen_table
 from tasks.evaluate.report import analysis_section, card, charts, corpus_section, experts_section, training_section
 from tasks.evaluate.report.results import Results
 from tasks.pretrain.job import code_version
 
 PACKAGES = ("torch", "transformers", "deepspeed", "lm-eval", "datasets", "tokenizers", "numpy", "pyarrow", "moeforge")
+PARTS = {"style": "style.css.j2", "tables": "table.html.j2", "heat_map": "heat_map.html.j2"}
+"""What the page shares with others. Templates include them by these variables, so that code knows what it reads."""
 
 
 def render(results: Results) -> str:
@@ -39,18 +41,25 @@ def code(text: str) -> Markup:
 def context(results: Results) -> dict[str, Any]:
     """The template's variables. Charts are markup, everything else is text that the template escapes."""
     evaluation = results.evaluation
-    domains = list(evaluation["test"]["domains"])
+    domains, unseen = list(evaluation["test"]["domains"]), unseen_table.domains(evaluation)
     titles = summary.titles(evaluation)
     columns = list(zip(summary.models(evaluation), titles, strict=True))
     bits = {
         row: {title: evaluation[key]["bits_per_byte"][row] for key, title in columns} for row in [*domains, "mean"]
     }
+    for row in [*unseen, "mean"] if unseen else []:
+        bits["unseen mean" if row == "mean" else row] = {
+            title: evaluation[key]["unseen"]["bits_per_byte"][row] for key, title in columns
+        }
     return {
+        **PARTS,
         "pipeline": results.name,
         "model": results.pipeline.model,
         "shape": card.shape(results),
         "tiles": tiles(evaluation),
-        "basis": " ".join(part(evaluation) for part in (summary.basis, summary.change, summary.rival)).strip(),
+        "basis": " ".join(
+            part(evaluation) for part in (summary.basis, summary.change, summary.rival, unseen_table.sentence)
+        ).strip(),
         "warning": summary.routing(evaluation) if summary.collapsed(evaluation) else "",
         "quality_chart": Markup(charts.dots(bits, label="bits per byte on test text; fewer is better")),
         "frontier": Markup(frontier(evaluation)),
@@ -80,7 +89,7 @@ def context(results: Results) -> dict[str, Any]:
         "snippet": card.SNIPPET,
         "times": times(results),
         "settings": list(flatten(results.pipeline.model_dump())),
-        "versions": versions(results),
+        "versions": versions(results.evaluation["machine"]),
     }
 
 
@@ -89,6 +98,7 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
     dense, split, trained = (evaluation[key] for key in ("dense", "split", "trained"))
     sizes = trained["parameters"]
     ratio = [model["perplexity"]["mean"] / dense["perplexity"]["mean"] for model in (split, trained)]
+    elsewhere = f"; {trained['multiple']['unseen']:.2f}× on unseen text" if "unseen" in trained else ""
     shown = [
         {
             "label": "Bits per byte after training",
@@ -99,7 +109,7 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
         {
             "label": "Perplexity against the dense parent",
             "value": f"{ratio[1]:.2f}×",
-            "note": f"{ratio[0]:.2f}× right after {summary.conversion(evaluation)}",
+            "note": f"{ratio[0]:.2f}× right after {summary.conversion(evaluation)}{elsewhere}",
         },
         {
             "label": "Active parameters",
@@ -133,7 +143,7 @@ def tiles(evaluation: dict[str, Any]) -> list[dict[str, str]]:
 def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, Any]]:
     """The side-by-side table: groups of rows (label, one value per model)."""
     models = [evaluation[key] for key in summary.models(evaluation)]
-    return [
+    groups = [
         {
             "title": title,
             "basis": "",
@@ -145,6 +155,7 @@ def quality(evaluation: dict[str, Any], domains: list[str]) -> list[dict[str, An
             ("perplexity", "perplexity", 2),
         )
     ]
+    return groups + unseen_table.groups(evaluation, summary.models(evaluation))
 
 
 def size(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -237,8 +248,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def versions(results: Results) -> list[tuple[str, str]]:
-    """Interpreter, packages, code and machine."""
+def versions(machine: dict[str, Any]) -> list[tuple[str, str]]:
+    """Interpreter, packages, code, and the machine of an evaluation."""
     rows = [("Python", platform.python_version())]
     for package in PACKAGES:
         try:
@@ -246,7 +257,6 @@ def versions(results: Results) -> list[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             rows.append((package, "not installed as a package"))
     rows.append(("code (git)", code_version()))
-    machine = results.evaluation["machine"]
     rows.append(("processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"))
     rows.append(("evaluated on", machine.get("gpu", machine["device"])))
     return rows

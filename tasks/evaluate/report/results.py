@@ -51,6 +51,12 @@ class Results:
     lengths: dict[str, dict[int, int]]
     """{domain: {k: documents of 2^k to 2^(k+1) - 1 tokens}}."""
 
+    def weight(self, domain: str) -> str:
+        """A domain's weight at the start and at the end of training; that an unseen one has none."""
+        if domain in self.corpus.unseen:
+            return "unseen"
+        return f"{self.mixture['weights'][domain]:.3f} → {self.pretrain['final_weights'][domain]:.3f}"
+
 
 def read(name: str) -> Results:
     """Read pipeline `name`. Raises FileNotFoundError naming the first file that is missing and what writes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,12 +18,12 @@ import pytest
 import yaml
 
 from tasks import settings
-from tasks.evaluate import routing_balance, summary
+from tasks.evaluate import routing_balance, summary, unseen_table
 from tasks.evaluate.report import __main__ as stage
 from tasks.evaluate.report import card, corpus_section, hub_metadata, page, training_section
 from tasks.evaluate.report import results as results_module
 from tasks.evaluate.report.results import Results
-from tests.evaluate.conftest import write_child
+from tests.evaluate.conftest import write_child, write_run
 
 ROOT = Path(summary.__file__).parents[2]
 VOID = {"meta", "br"}
@@ -569,3 +570,49 @@ def test_a_difference_within_two_standard_errors_is_nobodys(finished: Path) -> N
     ):
         evaluation["difference"]["trained_child"] = {"loss": loss, "stderr": stderr}
         assert verdict in summary.rival(evaluation)
+
+
+def test_unseen_text_has_rows_of_its_own_and_both_multiples_of_the_parent_stand_side_by_side(
+    finished: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = results_module.read("demo")
+    assert unseen_table.rows(without.evaluation, summary.models(without.evaluation)) == []
+    assert unseen_table.sentence(without.evaluation) == ""
+    assert "nseen text" not in shown(without) + card.text(without)
+    assert without.evaluation["trained"]["multiple"] == {"domains": pytest.approx(math.exp(0.49))}
+    root = tmp_path_factory.mktemp("unseen")
+    content = json.loads((finished / "pipelines.yaml").read_text())
+    for name in ("speeches", "docs"):
+        domain = {
+            **content["corpora"]["demo"]["domains"]["code"],
+            "unseen": True,
+            "source": "hub:org/talks@" + "0" * 40,
+        }
+        content["corpora"]["demo"]["domains"][name] = domain | {"format": "dataset", "sha256": None}
+    (root / "pipelines.yaml").write_text(json.dumps(content))
+    write_run(root)
+    write_child(root)
+    monkeypatch.chdir(root)
+    results = results_module.read("demo")
+    evaluation = results.evaluation
+    assert evaluation["test"]["unseen"]["docs"]["windows"] == 4
+    assert set(evaluation["trained"]["loss"]) == {*results.corpus.trained, "mean"}  # by which the gate judges
+    assert evaluation["difference"]["unseen"].keys() == evaluation["difference"].keys() - {"unseen"}
+    rows = dict(summary.rows(evaluation))
+    assert rows["perplexity / the parent's: trained domains"] == ["–", "2.10 ×", "1.63 ×", "1.82 ×"]
+    assert rows["perplexity / the parent's: unseen domains"] == ["–", "2.43 ×", "1.80 ×", "2.05 ×"]
+    assert rows["bits/byte, unseen: docs"] == rows["bits/byte, unseen: mean"]
+    sentence = unseen_table.sentence(evaluation)
+    assert sentence == (
+        "Unseen text (speeches, docs: 8 windows), of which no stage has read any: after training the perplexity is "
+        "1.80 × the parent's, on the trained domains 1.63 ×; mean loss, in nats/token and paired by window: +0.588 ± "
+        "0.000 compared with the dense parent (more than on the trained domains by +0.098 ± 0.000), −0.132 ± 0.000 "
+        "compared with the dense child."
+    )
+    assert sentence in summary.notes(evaluation)
+    text = shown(results)
+    assert sentence in text
+    assert sentence in card.text(results)
+    assert "; 1.80× on unseen text" in text
+    assert "| docs | 0 | 0.000 | unseen |" in card.text(results)
+    assert hub_metadata.datasets(results) == []
