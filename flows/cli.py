@@ -1,4 +1,4 @@
-"""`moeforge`: run, tokenise, plan, status, inspect, verify, export, import, doctor. Commands import what they need."""
+"""`moeforge`: run, tokenise, plan, inspect, verify, evaluate, export, doctor, … Commands import what they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows import dag, environment, export
+from flows import dag, environment, evaluate, export
 from flows.terminal import clear_errors, fail, raise_on_sigterm, show
 from tasks import scratch, settings
 
@@ -254,6 +254,7 @@ def _released(name: str) -> Iterator[Any]:
             yield releases
 
 
+app.command(epilog="Example: moeforge evaluate demo --against data/models/NAME --corpus demo")(evaluate.evaluate)
 app.command(epilog="Example: moeforge export demo --gguf --quantise Q8_0")(export.export)
 
 

@@ -1,0 +1,1 @@
+"""Judge any checkpoint on this disk, beside others, on the same text: `moeforge evaluate`."""

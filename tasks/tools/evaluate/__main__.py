@@ -1,0 +1,139 @@
+"""Judge a checkpoint, this project's or not, and compare it with others on the same text.
+
+    python -m tasks.tools.evaluate PATH [--against PATH …] --corpus NAME
+    python -m tasks.tools.evaluate PATH --text FILE [--tasks NAME …]
+
+PATH is a folder with config.json, safetensors and a tokenizer.json, of any class of causal language models that
+transformers has; no code of it is run, and no pickle is opened. Writes evaluation.json and index.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import scratch, settings
+from tasks.settings import harness
+
+if TYPE_CHECKING:
+    from tasks.tools.evaluate.judge import Dtype
+    from tasks.tools.evaluate.passages import Passages
+
+MOST = 4
+"""Checkpoints that a chart has colours for."""
+
+
+def run(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    corpus: str | None = None,
+    text: Path | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    seq_len: int = 512,
+    windows: int = 8,
+    unseen_windows: int = 4,
+    batch: int = 4,
+    dtype: Dtype = "float32",
+) -> dict[str, Any]:
+    """Judge checkpoints; write `output`/evaluation.json and index.html.
+
+    Args:
+        paths: the first is compared with the others.
+        corpus: one that was made here, on whose test text they are judged.
+        text: a text file, or the heldout.json in the folder of a model. Without either, the heldout.json in the first.
+        tasks: lm-eval tasks; one that pipelines.yaml gives a source is read from there.
+        limit: items of each task.
+        seq_len, windows, unseen_windows: tokens of a window; windows of each domain, and of each unseen one.
+        batch: windows, or sequences of a task, per forward pass.
+        dtype: of the weights.
+
+    Returns:
+        judge.evaluate's.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the file, the field and the fix.
+    """
+    from tasks.tools.evaluate import checkpoints, judge, page
+
+    if len(paths) > MOST:
+        raise ValueError(f"{len(paths)} checkpoints; at most {MOST} can be compared at once")
+    wanted = [task_named(name, limit=limit) for name in tasks]
+    found = [checkpoints.examine(path) for path in paths]
+    passages = _passages(paths[0], corpus, text, seq_len=seq_len, windows=windows, unseen_windows=unseen_windows)
+    request = judge.Request(checkpoints=found, passages=passages, tasks=wanted, batch=batch, dtype=dtype)
+    result = judge.evaluate(request)
+    output.mkdir(parents=True, exist_ok=True)
+    scratch.write_json(output / "evaluation.json", result)
+    scratch.write_text(output / "index.html", page.render(result))
+    return result
+
+
+def _passages(
+    path: Path, corpus: str | None, text: Path | None, *, seq_len: int, windows: int, unseen_windows: int
+) -> Passages:
+    from tasks.tools.evaluate import passages
+
+    if corpus is not None and text is not None:
+        raise ValueError("--corpus and --text: give one of them")
+    if corpus is not None:
+        return passages.of_corpus(corpus, seq_len=seq_len, windows=windows, unseen_windows=unseen_windows)
+    text = text or path / "heldout.json"
+    if text == path / "heldout.json" and not text.is_file():
+        raise ValueError(f"{path} has no heldout.json; say on what to judge it: --corpus NAME or --text FILE")
+    return passages.of_file(text, seq_len=seq_len, windows=windows, tokenizer=path)
+
+
+def task_named(name: str, *, limit: int | None = None) -> settings.Task:
+    """A task of lm-eval's collection, or one that a pipeline of pipelines.yaml gives a source. Raises ValueError."""
+    entries = settings.load().pipelines.values() if Path(settings.text.FILE).is_file() else []
+    known = {task.name: task for entry in entries for task in entry.evaluate.tasks}
+    if (task := known.get(name)) is None:
+        if reason := harness.why_not(name):
+            raise ValueError(f"--tasks {name}: {reason}")
+        task = settings.Task(name=name)
+    return task if limit is None else task.model_copy(update={"limit": limit})
+
+
+def default_output(name: str) -> Path:
+    """The folder of the result of a checkpoint called `name`."""
+    return Path("evaluations", name)
+
+
+def main() -> int:
+    """Judge the checkpoints named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tasks.tools.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("path", type=Path, help="the folder of a checkpoint")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], help="checkpoints to compare it with")
+    parser.add_argument("--corpus", help="a corpus that was made here")
+    parser.add_argument("--text", type=Path, help="a text file, or a model's heldout.json")
+    parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks")
+    parser.add_argument("--limit", type=int, help="items of each task")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each domain")
+    parser.add_argument("--unseen-windows", type=int, default=4, help="windows of each unseen domain")
+    parser.add_argument("--batch", type=int, default=4, help="windows per forward pass")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--output", type=Path, help="a folder; evaluations/NAME if absent")
+    given = vars(parser.parse_args())
+    path, against, output = given.pop("path"), given.pop("against"), given.pop("output")
+    try:
+        from rich.console import Console
+
+        from tasks.tools.evaluate import table
+
+        output = output or default_output(path.resolve().name)
+        Console().print(table.table(run([path, *against], output, **given)))
+        print(f"{output / 'index.html'}")
+    except (ValueError, OSError, scratch.BusyError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""Measure checkpoints on the same text, and compare the first with the others. A kill costs the part in progress."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tasks import architectures, code, scratch
+from tasks.corpus.tokenizer import encoder
+from tasks.evaluate import accuracy, likelihood, routing_balance
+from tasks.evaluate.__main__ import machine
+from tasks.moe import counts, device, loss, routing
+from tasks.tools.evaluate import checkpoints
+from tasks.tools.evaluate.checkpoints import Checkpoint
+from tasks.tools.evaluate.passages import Passages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tasks.settings import Task
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for."""
+
+    checkpoints: list[Checkpoint]
+    """The first is compared with each of the others."""
+    passages: Passages
+    tasks: Sequence[Task] = field(default_factory=list)
+    batch: int = 4
+    dtype: Dtype = "float32"
+
+    @property
+    def by_ids(self) -> bool:
+        """Whether all of them have the tokenizer of the windows; if not, they are given the windows' text."""
+        made = self.passages.reference.fingerprint
+        return all(encoder.same_ids(one.tokenizer, made) for one in self.checkpoints)
+
+
+def evaluate(request: Request) -> dict[str, Any]:
+    """Judge the checkpoints; what each of them is, where it was measured, and how the first compares.
+
+    Returns:
+        text: {source, by: ids or text, seq_len, batch, dtype, domains {domain: {windows, bytes, tokens by ids}},
+        unseen: the same of unseen domains}; models: [{path, class, parameters {total, active if known},
+        flops_per_token if known, loss and perplexity (by ids alone), bits_per_byte: {domain, mean}, unseen: the
+        same, tasks, routing {experts, top_k, balance} and load {domain: [layers][experts]} of a known sparse one,
+        changed: of how many texts its tokenizer gives back others, seconds}]; difference: [{against, unit, domains
+        {loss, stderr}, unseen}], the first minus each other, paired by window; machine.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or reads fewer tokens at once than a window has.
+    """
+    _require_length(request)
+    items = accuracy.versions(request.tasks)
+    inputs = {
+        "text": scratch.fingerprint(
+            [request.passages.source, {d: a.tolist() for d, a in request.passages.ids.items()}]
+        ),
+        "by_ids": request.by_ids,
+        "models": [scratch.digest(one.path) for one in request.checkpoints],
+        "tasks": [task.model_dump() for task in request.tasks],
+        "items": items,
+        "knobs": [request.batch, request.dtype],
+        "code": code.fingerprint("tasks.tools.evaluate.judge"),
+    }
+    name = re.sub(r"\W+", "-", str(request.checkpoints[0].path)).strip("-") or "root"
+    with scratch.workspace("evaluate-checkpoint", name, inputs=inputs, priority=scratch.last_used) as folder:
+        prepared = accuracy.prepare(request.tasks, folder / "tasks", versions=items)
+        done = [
+            _Judge(request, one, folder=folder / f"model-{i}", prepared=prepared).run()
+            for i, one in enumerate(request.checkpoints)
+        ]
+        result = summarise(request, done)
+        shutil.rmtree(folder)
+    return result
+
+
+def _require_length(request: Request) -> None:
+    for one in request.checkpoints if request.by_ids else ():
+        if one.positions is not None and request.passages.seq_len > one.positions:
+            raise ValueError(
+                f"windows of {request.passages.seq_len} tokens: {one.path} has max_position_embeddings = "
+                f"{one.positions}; set --seq-len to {one.positions} or less"
+            )
+
+
+class _Judge:
+    """Measures one checkpoint, part by part; a part that is there is not measured again, nor the model loaded."""
+
+    def __init__(self, request: Request, checkpoint: Checkpoint, *, folder: Path, prepared: Path) -> None:
+        self.request, self.checkpoint, self.folder, self.prepared = request, checkpoint, folder, prepared
+        self._model: PreTrainedModel | None = None
+
+    def run(self) -> dict[str, Any]:
+        """All of its parts: text, and tasks {name: scores}."""
+        print(self.checkpoint.path, flush=True)
+        self.folder.mkdir(exist_ok=True)
+        text = self._part("text", self._text)
+        tasks = {
+            task.name: self._part(f"task-{task.name}", functools.partial(self._task, task))
+            for task in self.request.tasks
+        }
+        return {**text, "tasks": tasks}
+
+    def _part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        try:
+            kept = scratch.read_sealed(path)
+            print(f"  {name}: already measured, kept", flush=True)
+            return kept
+        except (FileNotFoundError, ValueError):
+            scratch.write_sealed(path, measure())
+        return scratch.read_sealed(path)
+
+    def _loaded(self) -> PreTrainedModel:
+        if self._model is None:
+            import torch
+
+            dtype = getattr(torch, self.request.dtype)
+            self._model = checkpoints.load(self.checkpoint, dtype=dtype, device=device.default())
+        return self._model
+
+    def _text(self) -> dict[str, Any]:
+        model, start = self._loaded(), time.perf_counter()
+        parameters = {"total": sum(p.numel() for p in model.parameters())}
+        known: dict[str, Any] = {}
+        if self.checkpoint.known:
+            sizes = counts.parameters(model.config)
+            parameters = {"total": sizes["total"], "active": sizes["active"]}
+            length = self.request.passages.seq_len
+            known["flops_per_token"] = counts.flops_per_token(model.config, seq_len=length)["forward"]
+            known["experts"] = counts.experts(model.config)
+        measured = self._by_ids(model) if self.request.by_ids else self._by_text(model)
+        seconds = round(time.perf_counter() - start, 1)
+        return {"class": type(model).__name__, "parameters": parameters, **known, **measured, "seconds": seconds}
+
+    def _by_ids(self, model: PreTrainedModel) -> dict[str, Any]:
+        ids = self.request.passages.ids
+        nats, load = {}, {}
+        for domain, ids_BL in ids.items():
+            with _counted(model) as load_LE:
+                nats[domain] = checkpoints.nats(model, ids_BL, batch=self.request.batch)
+            if load_LE is not None:
+                load[domain] = load_LE.tolist()
+            print(f"  {domain}: {sum(nats[domain]) / likelihood.predicted(ids_BL):.4f} nats/token", flush=True)
+        sizes = encoder.token_bytes(self.checkpoint.path)
+        return {"nats": nats, "load": load, "counted": likelihood.counts(ids, token_bytes=sizes)}
+
+    def _by_text(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The same of the windows' text in its own tokens; `changed` counts texts that its tokenizer alters."""
+        own = encoder.load_encoder(self.checkpoint.path)
+        starts = [i for i in (own.bos_token_id, own.eos_token_id) if i is not None and i < own.vocab_size]
+        if not starts:
+            raise ValueError(
+                f"{self.checkpoint.path}: its vocabulary has neither a BOS nor an EOS to begin a text with"
+            )
+        first = starts[0]
+        longest = (self.checkpoint.positions or 1 << 30) - 1
+        nats: dict[str, list[float]] = {}
+        load, counted, changed = {}, {}, 0
+        for domain, spans in self.request.passages.spans().items():
+            nats[domain] = []
+            with _counted(model) as load_LE:
+                for texts in spans:
+                    total = 0.0
+                    for text in texts:
+                        tokens = own.encode([text])[0].astype(np.int64)
+                        tokens = tokens[(tokens != own.eos_token_id) & (tokens != own.bos_token_id)]
+                        changed += own.decode(tokens.tolist()).strip() != text.strip()
+                        for start in range(0, len(tokens), longest):
+                            row = np.concatenate([[first], tokens[start : start + longest]])
+                            total += sum(checkpoints.nats(model, row[None], batch=1))
+                    nats[domain].append(total)
+            if load_LE is not None:
+                load[domain] = load_LE.tolist()
+            size = sum(len(text.encode()) for texts in spans for text in texts)
+            counted[domain] = {"windows": len(spans), "bytes": size}
+            print(f"  {domain}: {loss.bits_per_byte(sum(nats[domain]), num_bytes=size):.4f} bits/byte", flush=True)
+        return {"nats": nats, "load": load, "counted": counted, "changed": changed}
+
+    def _task(self, task: Task) -> dict[str, Any]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, local_files_only=True, trust_remote_code=False)
+        scored = accuracy.run(
+            self._loaded(), tokenizer, tasks=[task], prepared=self.prepared, batch=self.request.batch
+        )[task.name]
+        figures = ", ".join(f"{metric} {value:.4f}" for metric, value in scored.items() if isinstance(value, float))
+        print(f"  {task.name}: {figures}, n = {scored['n']}", flush=True)
+        return scored
+
+
+@contextmanager
+def _counted(model: PreTrainedModel) -> Iterator[np.ndarray | None]:
+    """Yield the array that counts the tokens of each expert while the block runs; None if its class is not known."""
+    if not architectures.is_moe(model.config):
+        yield None
+        return
+    with routing.expert_load(model) as load_LE:
+        yield load_LE
+
+
+def summarise(request: Request, done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `evaluate` returns, from the measurements of each checkpoint in the order of the request."""
+    unseen, counted = request.passages.unseen, done[0]["counted"]
+    groups = {"domains": [domain for domain in counted if domain not in unseen], "unseen": unseen}
+    models = [_model(request, one, each, groups) for one, each in zip(request.checkpoints, done, strict=True)]
+    difference = [
+        {"against": str(other.path), "unit": "nats/token" if request.by_ids else "bits/byte"}
+        | {
+            group: _difference(done[0]["nats"], result["nats"], _some(counted, domains), by_ids=request.by_ids)
+            for group, domains in groups.items()
+            if domains
+        }
+        for other, result in list(zip(request.checkpoints, done, strict=True))[1:]
+    ]
+    text: dict[str, Any] = {
+        "source": request.passages.source,
+        "by": "ids" if request.by_ids else "text",
+        "seq_len": request.passages.seq_len,
+        "batch": request.batch,
+        "dtype": request.dtype,
+    }
+    text |= {group: _some(counted, domains) for group, domains in groups.items() if domains}
+    return {"text": text, "models": models, "difference": difference, "machine": machine(device.default())}
+
+
+def _model(
+    request: Request, checkpoint: Checkpoint, done: Mapping[str, Any], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    def scores(domains: Sequence[str]) -> dict[str, Any]:
+        some = _some(done["nats"], domains)
+        if request.by_ids:
+            return dict(likelihood.scores(some, done["counted"]))
+        bits = {d: loss.bits_per_byte(sum(sums), num_bytes=done["counted"][d]["bytes"]) for d, sums in some.items()}
+        return {"bits_per_byte": bits | {"mean": statistics.fmean(bits.values())}}
+
+    kept = ("class", "parameters", "flops_per_token", "tasks", "load", "changed", "seconds")
+    entry = {"path": str(checkpoint.path), **_some(done, [field for field in kept if field in done])}
+    entry |= scores(groups["domains"])
+    if groups["unseen"]:
+        entry["unseen"] = scores(groups["unseen"])
+    if done["load"]:
+        experts = done["experts"]
+        balance = routing_balance.balance(done["load"], layers=experts["layers"], top_k=experts["top_k"])
+        entry["routing"] = {"experts": experts["experts"], "top_k": experts["top_k"], "balance": balance}
+    return entry
+
+
+def _difference(
+    first: Mapping[str, list[float]], second: Mapping[str, list[float]], counted: Mapping[str, Any], *, by_ids: bool
+) -> dict[str, float]:
+    """likelihood.difference on the domains of `counted`, in bits per byte where there are no tokens to compare."""
+    first, second = _some(first, list(counted)), _some(second, list(counted))
+    if by_ids:
+        return likelihood.difference(first, second, counted)
+    sizes = {d: {"windows": entry["windows"], "tokens": entry["bytes"]} for d, entry in counted.items()}
+    return {key: value / math.log(2) for key, value in likelihood.difference(first, second, sizes).items()}
+
+
+def _some(table: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: table[key] for key in keys}

@@ -1,0 +1,122 @@
+"""The result as rows and sentences, for the terminal and the page; imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.evaluate import summary
+from tasks.evaluate.wording import signed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Result = dict[str, Any]
+METRICS = (("bits_per_byte", "bits/byte", 3), ("loss", "loss, nats/token", 3), ("perplexity", "perplexity", 2))
+
+
+def titles(result: Result) -> list[str]:
+    """A column for each checkpoint: the folder's name, or its path where others have the name too."""
+    paths = [model["path"] for model in result["models"]]
+    names = [Path(path).resolve().name for path in paths]
+    return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+
+
+def groups(result: Result) -> list[dict[str, Any]]:
+    """Groups of rows: {title, basis, rows: [(label, a value per checkpoint)]}, as the page's table takes them."""
+    models, found = result["models"], []
+    for where, suffix in (("domains", ""), ("unseen", ", unseen text")):
+        if where not in result["text"]:
+            continue
+        there = [model["unseen"] if where == "unseen" else model for model in models]
+        for metric, title, digits in METRICS:
+            if metric in there[0]:
+                rows = [
+                    (row, [f"{model[metric][row]:.{digits}f}" for model in there])
+                    for row in [*result["text"][where], "mean"]
+                ]
+                found.append({"title": title + suffix, "basis": "", "rows": rows})
+    return [*found, *_tasks(models), {"title": "size", "basis": "", "rows": _sizes(models)}]
+
+
+def _tasks(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for task, first in models[0]["tasks"].items():
+        entries = [model["tasks"][task] for model in models]
+        rows = [
+            (metric, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
+            for metric in first
+            if f"{metric}_stderr" in first
+        ]
+        guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
+        basis = f"n = {first['n']}, {first['num_fewshot']}-shot, {first['harness']}, {first['dtype']}{guess}"
+        found.append({"title": task, "basis": basis, "rows": rows})
+    return found
+
+
+def _sizes(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    def known(values: list[float | None]) -> list[str]:
+        return ["not known" if value is None else summary.count(value) for value in values]
+
+    return [
+        ("class", [model["class"] for model in models]),
+        ("parameters, total", known([model["parameters"]["total"] for model in models])),
+        ("parameters, active", known([model["parameters"].get("active") for model in models])),
+        ("forward FLOPs per token", known([model.get("flops_per_token") for model in models])),
+    ]
+
+
+def notes(result: Result) -> list[str]:
+    """Sentences on the text, on how the checkpoints can be compared, on differences, and on routing."""
+    text, columns = result["text"], titles(result)
+    every = [entry for where in ("domains", "unseen") for entry in text.get(where, {}).values()]
+    windows, size = (sum(entry[key] for entry in every) for key in ("windows", "bytes"))
+    lines = [
+        f"Judged in {text['dtype']} on {windows} windows of {text['seq_len']} tokens ({size:,} bytes): "
+        f"{text['source']}. The mean gives each domain the same weight."
+    ]
+    if text["by"] == "text":
+        lines.append(
+            "Not all of these checkpoints have the tokenizer of the windows. So each was given the windows' text, "
+            "document by document, in its own tokens, and they are compared by bits per byte alone: losses per token "
+            "would be of other tokens. These figures are not those of an evaluation by token ids, where a window runs "
+            "over documents."
+        )
+    for title, model in zip(columns, result["models"], strict=True):
+        if model.get("changed"):
+            lines.append(
+                f"The tokenizer of {title} does not give back {model['changed']} of the texts as they were; where it "
+                "drops characters, its bits per byte are too few."
+            )
+    for entry, title in zip(result["difference"], columns[1:], strict=True):
+        parts = [signed(entry["domains"])]
+        parts += [f"{signed(entry['unseen'])} on unseen text"] if "unseen" in entry else []
+        metric = "Mean loss" if entry["unit"] == "nats/token" else "Mean bits per byte"
+        unit = f" {entry['unit']}" if entry["unit"] == "nats/token" else ""
+        lines.append(f"{metric} of {columns[0]} compared with {title}, paired by window:{unit} {', '.join(parts)}.")
+    for title, model in zip(columns, result["models"], strict=True):
+        if found := model.get("routing"):
+            lines.append(f"{title}: {routing(found)}")
+    return lines
+
+
+def routing(found: dict[str, Any]) -> str:
+    """The most uneven layer, and a warning if layers count as collapsed, in the words of a pipeline's report."""
+    basis = {"experts": found["experts"], "top_k": found["top_k"], "trained": found["balance"]}
+    return summary.routing({"routing": basis})
+
+
+def table(result: Result) -> Table:
+    """Rows and notes for the terminal."""
+    from rich.table import Table
+
+    shown = Table(title=result["models"][0]["path"], caption="\n".join(notes(result)), caption_justify="left")
+    shown.add_column("")
+    for title in titles(result):
+        shown.add_column(title, justify="right", overflow="fold")
+    for group in groups(result):
+        for i, (label, values) in enumerate(group["rows"]):
+            last = i == len(group["rows"]) - 1
+            basis = f" ({group['basis']})" if group["basis"] else ""
+            shown.add_row(f"{group['title']}: {label}{basis}", *values, end_section=last)
+    return shown
