@@ -1,4 +1,4 @@
-"""`moeforge`: run, tokenise, plan, inspect, verify, evaluate, export, doctor, … Commands import what they need."""
+"""`moeforge`: run, tokenise, plan, inspect, verify, evaluate, flops, export, doctor, … Commands import what they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows import dag, environment, evaluate, export
+from flows import costs, dag, environment, evaluate, export
 from flows.terminal import clear_errors, fail, raise_on_sigterm, show
 from tasks import scratch, settings
 
@@ -255,6 +255,8 @@ def _released(name: str) -> Iterator[Any]:
 
 
 app.command(epilog="Example: moeforge evaluate demo --against data/models/NAME --corpus demo")(evaluate.evaluate)
+app.command(epilog="Examples: moeforge flops demo; moeforge flops runs/demo/trained --seq-len 4096")(costs.flops)
+app.command(epilog="Example: moeforge speedup runs/demo --against runs/demo/control")(costs.speedup)
 app.command(epilog="Example: moeforge export demo --gguf --quantise Q8_0")(export.export)
 
 

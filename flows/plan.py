@@ -16,7 +16,7 @@ from flows.plan_child import ChildPlan
 from tasks import scratch
 from tasks.moe import counts, families
 from tasks.pretrain.checkpoints import branch
-from tasks.pretrain.log import meters
+from tasks.pretrain.log import cost_curve
 from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
 from tasks.settings import model as models
 from tasks.tools import estimate
@@ -97,7 +97,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         layers=sparse["num_hidden_layers"],
         steps=train.steps,
         tokens=tokens,
-        train_flops=_train_flops(sparse, train),
+        train_flops=cost_curve.flops(sparse, train, step=train.steps),
         other_flops=_other_flops(settings, pipeline, dense=dense, sparse=sparse),
         dtype="bfloat16" if is_bfloat16 else "float32",
         memory=_memory(sparse, train, bfloat16=is_bfloat16, cuda=cuda, parent=dense),
@@ -134,14 +134,6 @@ def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]
     except ValueError as error:
         raise SettingsError(f"partition: {error}") from None
     return sparse
-
-
-def _train_flops(sparse: dict[str, Any], train: Pretrain) -> int:
-    total, begun = 0, 0
-    for last, what in train.phases:
-        total += (last - begun) * train.step_tokens * meters.flops(sparse, seq_len=train.seq_len, what=what)
-        begun = last
-    return total
 
 
 def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any], sparse: dict[str, Any]) -> int:

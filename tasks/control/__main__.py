@@ -149,9 +149,18 @@ def _cut(entry: Pipeline, parent: Path, *, work: Path) -> dict[str, Any]:
 
 
 def _metrics(cut: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """The content of control.json: losses after the cut and after training by domain, and what the two took."""
+    """The content of control.json: losses after the cut and after training, what both took, the curve."""
     of_cut = ("ffn_width", "parent_ffn_width", "parameters", "identity_error", "layer_error")
-    of_training = ("steps", "tokens", "domain_tokens", "tokens_per_second", "precision", "processes", "references")
+    of_training = (
+        "steps",
+        "tokens",
+        "domain_tokens",
+        "tokens_per_second",
+        "precision",
+        "processes",
+        "references",
+        "curve",
+    )
     return {
         **{name: cut[name] for name in of_cut},
         **{name: trained[name] for name in of_training},

@@ -118,7 +118,7 @@ def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[st
     layers = p.layers * (p.attention + scores) + p.sparse * (routing + chosen + shared) + (p.layers - p.sparse) * p.ffn
     forward = layers + p.head
     if elastic := architectures.elastic(config):
-        shares = [_once(config, k, seq_len=seq_len, what=what) for k in elastic]
+        shares = [flops_per_token(at_top_k(config, k), seq_len=seq_len, what=what)["train"] for k in elastic]
         return {"forward": 2 * forward, "train": round(sum(shares) / len(shares))}
     if what == "all":
         return {"forward": 2 * forward, "train": 6 * forward}
@@ -137,12 +137,33 @@ def flops_per_token(config: Any, *, seq_len: int, what: What = "all") -> dict[st
     return {"forward": 2 * forward, "train": 2 * (forward + inputs + weights)}
 
 
-def _once(config: Any, top_k: int, *, seq_len: int, what: What) -> int:
-    """FLOPs of training at one top_k of an elastic model."""
-    at = copy.copy(config)
+def recomputed_flops_per_token(config: Any, *, seq_len: int) -> int:
+    """What gradient checkpointing adds to training on a token: the blocks' forward pass again, without the head.
+
+    With it, training everything is 4 forward passes of the blocks and 3 of the head (Narayanan et al. 2021, arXiv
+    2104.04473, appendix).
+    """
+    config = _object(config)
+    return flops_per_token(config, seq_len=seq_len)["forward"] - 2 * _parts(config).head
+
+
+def prompt_flops(config: Any, *, tokens: int) -> int:
+    """FLOPs of reading a prompt at once, up to the choice of the next token: the head sees the last position alone."""
+    config = _object(config)
+    return tokens * flops_per_token(config, seq_len=tokens)["forward"] - 2 * (tokens - 1) * _parts(config).head
+
+
+def decode_flops(config: Any, *, context: int) -> int:
+    """FLOPs of reading one token after `context` others that are cached; its query meets them and itself."""
+    return flops_per_token(config, seq_len=context + 1)["forward"]
+
+
+def at_top_k(config: Any, top_k: int) -> Any:
+    """The config of a sparse model that serves one `top_k`, in the place of those that it was made for."""
+    at = copy.copy(_object(config))
     at.num_experts_per_tok = top_k
     setattr(at, architectures.ELASTIC, None)
-    return flops_per_token(at, seq_len=seq_len, what=what)["train"]
+    return at
 
 
 def _object(config: Any) -> Any:

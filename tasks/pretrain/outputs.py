@@ -11,7 +11,7 @@ from tasks import scratch
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import finished
 from tasks.pretrain.job import JOB, Job, code_version
-from tasks.pretrain.log import log_file
+from tasks.pretrain.log import cost_curve, log_file
 
 if TYPE_CHECKING:
     from tasks.pretrain.loop import Trainer
@@ -40,10 +40,14 @@ def write(trainer: Trainer) -> None:
         training / "expert_load.json", {"before": trainer.state.load_before, "after": trainer.state.load_after}
     )
     shutil.copyfile(job.workspace / JOB, training / JOB)
-    records = log_file.read(training / "log.jsonl", "validation")
-    (job.workspace / "loss.csv").write_text(log_file.loss_csv(log_file.read(training / "log.jsonl", "step")))
-    (job.workspace / "validation.csv").write_text(log_file.validation_csv(records))
-    scratch.write_json(job.workspace / "pretrain.json", _metrics(trainer, records) | fit)
+    records = log_file.read(training / "log.jsonl", "step", "validation")
+    validation = [record for record in records if record["kind"] == "validation"]
+    steps = [record for record in records if record["kind"] == "step"]
+    (job.workspace / "loss.csv").write_text(log_file.loss_csv(steps))
+    (job.workspace / "validation.csv").write_text(log_file.validation_csv(validation))
+    config = json.loads((job.model / "config.json").read_text())
+    curve = cost_curve.points(records, config=config, params=job.params)
+    scratch.write_json(job.workspace / "pretrain.json", _metrics(trainer, validation, config) | {"curve": curve} | fit)
 
 
 def publish(job: Job) -> None:
@@ -62,12 +66,11 @@ def publish(job: Job) -> None:
     finished.keep(job)
 
 
-def _metrics(trainer: Trainer, validation: list[dict[str, Any]]) -> dict[str, Any]:
+def _metrics(trainer: Trainer, validation: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
     from tasks.corpus import manifest
     from tasks.moe import counts
 
     job, params = trainer.job, trainer.params
-    config = json.loads((job.model / "config.json").read_text())
     tokens = params.steps * params.step_tokens
     speed = tokens / trainer.state.seconds["steps"]
     flops = counts.flops_per_token(config, seq_len=params.seq_len)["train"] * speed

@@ -151,11 +151,14 @@ def test_killed_in_the_cut_in_a_step_and_while_it_publishes_it_ends_with_the_sam
     killed(lambda: some("control/training") or (project / "runs/tiny/control.json").exists())
     assert stage("tasks.control", "tiny", cwd=project).returncode == 0
     assert scratch.digest(project / "runs/tiny/control") == scratch.digest(made / "runs/tiny/control")
-    untimed = [
-        {key: value for key, value in metrics(each).items() if key not in ("seconds", "tokens_per_second")}
-        for each in (project, made)
-    ]
+    untimed = []
+    for each in (project, made):
+        known = metrics(each)
+        assert known["curve"].pop("seconds")[-1] > 0
+        untimed.append({key: value for key, value in known.items() if key not in ("seconds", "tokens_per_second")})
     assert untimed[0] == untimed[1]
+    curve, losses = untimed[0]["curve"], untimed[0]["loss"]
+    assert (curve["loss"][0], curve["loss"][-1]) == (losses["cut"]["mean"], losses["trained"]["mean"])
 
 
 def test_a_child_of_the_same_inputs_is_kept_and_other_settings_make_a_new_one_or_none(

@@ -1,5 +1,7 @@
 """Counts from the config alone, against the built model and PyTorch's own FLOP counter."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
@@ -105,6 +107,50 @@ def test_forward_flops_agree_with_pytorchs_counter_within_2_percent(kind):
     expected = counts.flops_per_token(config, seq_len=50)
     assert counter.get_total_flops() == pytest.approx(expected["forward"] * 50, rel=0.02)
     assert expected["train"] == 3 * expected["forward"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral", "qwen2_moe", "granitemoeshared"])
+def test_flops_of_training_of_a_prompt_and_of_decoding_agree_with_pytorchs_counter_within_2_percent(kind):
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    sizes = models.SIZES | {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96} | eager
+    config = _configs(sizes, {"experts": 4, "top_k": 2}, head_dim=16)[kind]
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(40)[None]
+    with FlopCounterMode(display=False) as training:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    expected = counts.flops_per_token(config, seq_len=40)["train"]
+    assert training.get_total_flops() == pytest.approx(expected * 40, rel=0.02)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as prompt:
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        with FlopCounterMode(display=False) as decoding:
+            model(ids[:, :1], None, None, cache, use_cache=True)  # the cache's name has changed in 5.23
+    assert prompt.get_total_flops() == pytest.approx(counts.prompt_flops(config, tokens=40), rel=0.02)
+    assert decoding.get_total_flops() == pytest.approx(counts.decode_flops(config, context=40), rel=0.02)
+
+
+def _artetxe(layers, hidden, *, ffn, sparse):
+    """FLOPs of training a GPT-3 shape on 300B tokens with gradient checkpointing, without those of its routers."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes |= {"head_dim": hidden // 8, "vocab_size": 51200, "intermediate_size": ffn}
+    experts = {"num_experts": 512, "num_experts_per_tok": 2, "moe_intermediate_size": ffn, "decoder_sparse_step": 2}
+    config = AutoConfig.for_model("qwen3_moe" if sparse else "llama", **sizes, **(experts if sparse else {}))
+    token = counts.flops_per_token(config, seq_len=2048)["train"] - 8 * counts.parameters(config)["router"]
+    return 300 * 10**9 * (token + counts.recomputed_flops_per_token(config, seq_len=2048))
+
+
+@pytest.mark.parametrize(("layers", "hidden", "published"), [(12, 768, 0.365), (32, 4096, 17.128)])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "top 2 in every other layer"])
+def test_training_cost_is_that_of_the_formula_of_artetxe_et_al(layers, hidden, published, sparse):
+    # Two matrices of 4 h are three of 8/3 h, which is a whole number for some: FLOPs are linear in it.
+    m = Fraction(4, 3) if sparse else 1
+    shape = m + Fraction(2048, 6 * hidden) + Fraction(51200, 16 * layers * hidden)
+    expected = 96 * 300 * 10**9 * layers * hidden**2 * shape
+    low, third = divmod(8 * hidden, 3)
+    narrow, wide = (_artetxe(layers, hidden, ffn=low + more, sparse=sparse) for more in (0, 1))
+    assert narrow + Fraction(third, 3) * (wide - narrow) == expected
+    if not sparse:
+        assert float(expected / 10**21) == pytest.approx(published, abs=5e-4)
 
 
 def test_a_shape_in_the_settings_gives_the_config_with_its_counts():

@@ -33,6 +33,13 @@ print(json.dumps({"dtype": str(model.dtype), "losses": losses, "code": "tasks" i
 def test_training_needs_no_compiler_and_lowers_the_validation_loss(finished: Path) -> None:
     metrics = json.loads((finished / "runs/tiny/pretrain.json").read_text())
     assert metrics["validation_mean_after"] < metrics["validation_mean_before"]
+    curve = metrics["curve"]
+    assert (curve["loss"][0], curve["loss"][-1]) == (
+        metrics["validation_mean_before"],
+        metrics["validation_mean_after"],
+    )
+    assert (curve["tokens"][0], curve["tokens"][-1]) == (0, metrics["tokens"])
+    assert curve["seconds"] == sorted(curve["seconds"])
     assert not any(finished.glob("**/*.so"))
 
 

@@ -169,10 +169,11 @@ def _digest(path: Path) -> Any:
         return hashlib.file_digest(file, xxhash.xxh3_128)
 
 
-def read(path: Path, kind: str) -> list[Record]:
-    """The records of one kind: `step`, `validation` or `event`."""
-    records = (json.loads(line) for line in path.read_text().splitlines())
-    return [record for record in records if record["kind"] == kind]
+def read(path: Path, *kinds: str) -> list[Record]:
+    """The records of some kinds, of `step`, `validation` and `event`, without one that is just being written."""
+    with path.open() as lines:
+        records = (json.loads(line) for line in lines if line.endswith("\n"))
+        return [record for record in records if record["kind"] in kinds]
 
 
 def loss_csv(records: list[Record]) -> str:
