@@ -83,8 +83,8 @@ def measure(
 def table(rows: Sequence[speed.Row], text: turns.Text) -> Iterator[str]:
     """Lines of a table in Markdown."""
     titles = ("engine, dtype, threads", "model", f"prompt of {text.prompt}, tokens/s", "×", "decode, tokens/s", "×")
-    yield f"| {' | '.join(titles)} |"
-    yield "|---|---|---:|---:|---:|---:|"
+    yield f"| {' | '.join((*titles, 'peak memory, MB'))} |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
     for row in rows:
         where = f"{row['engine']}, {row['dtype']}, {row['threads']}"
         for name, figures in row["models"].items():
@@ -98,6 +98,7 @@ def table(rows: Sequence[speed.Row], text: turns.Text) -> Iterator[str]:
                 for what in ("prompt", "decode")
                 for group, digits in ((figures, 1), (figures.get("ratio", {}), 2))
             ]
+            cells.append(f"{figures['memory'] / 1e6:,.0f}" if "memory" in figures else "–")
             yield f"| {where} | {shown} | {' | '.join(cells)} |"
 
 

@@ -1,9 +1,4 @@
-"""Speed of models on one text as their user meets it: in transformers, with moe_kernels, and in llama.cpp.
-
-    python -m tasks.evaluate.speed < request.json > rates.json
-
-`in_transformers` runs this command, so that nothing of its caller's process is measured.
-"""
+"""Speed of models on one text as their user meets it: in transformers, with moe_kernels, and in llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,23 +7,24 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks import architectures
-from tasks.engines import llama_cpp, turns
+from tasks.engines import llama_cpp, memory, turns
 from tasks.evaluate import speed_table
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PARENT = speed_table.PARENT
 STOCK, OURS, LLAMA_CPP = "transformers", "moe_kernels", "llama.cpp"
 QUANTISED = "Q8_0"
 Row = dict[str, Any]
-"""An engine's figures: engine, dtype, threads, device, models {name: `figures`, or a reason if it does not run}."""
+"""An engine's figures: engine, dtype, threads, device, models {name: `figures`, or a reason if it does not run}.
+
+`memory` in a model's figures: bytes at the peak of a process that loads it alone and reads the prompt; on a GPU, those
+of the GPU.
+"""
 
 
 def cores() -> int:
@@ -68,13 +64,13 @@ def in_transformers(
         "threads": list(threads),
         "device": device,
     }
-    command = [sys.executable, "-m", "tasks.evaluate.speed"]
+    command = [sys.executable, "-m", "tasks.evaluate.speed_in_transformers"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         models = {name: {"reason": said[-1]} for name in folders}
         return [
-            _row(engine, dtype, count, device=device, models=models)
+            row(engine, dtype, count, device=device, models=models)
             for dtype in dtypes
             for count in threads
             for engine in (STOCK, OURS)
@@ -118,7 +114,8 @@ def in_llama_cpp(
         reasons = dict.fromkeys(
             folders, f"{llama_cpp.PACKAGE} is not installed; pip install 'moeforge[llama-cpp]' brings it"
         )
-    rows = []
+    rows: list[Row] = []
+    peaks: dict[str, int | None] = {}
     others_of = {name: _other_top_ks(folders[name]) for name in files}
     at = {f"{name}, top_k {top_k}": (name, top_k) for name, top_ks in others_of.items() for top_k in top_ks}
     top_ks = {label: top_k for label, (_, top_k) in at.items()}
@@ -127,9 +124,13 @@ def in_llama_cpp(
         for count in threads:
             rates, refused = llama_cpp.measure(read, text, threads=count, top_ks=top_ks)
             models = {name: figures(rates[name], rates.get(PARENT), text=text) for name in rates}
+            for name in files.keys() & rates:
+                if name not in peaks:
+                    peaks[name] = memory.of_file(files[name], text, threads=max(threads))
+                models[name] |= known(peaks[name])
             others = {name: {"reason": reason} for name, reason in (reasons | refused).items()}
             shown = {name: (models | others)[name] for name in folders}
-            rows.append(_row(LLAMA_CPP, QUANTISED, count, device="cpu", models=shown))
+            rows.append(row(LLAMA_CPP, QUANTISED, count, device="cpu", models=shown))
             for label, (name, top_k) in at.items():
                 if label in models:
                     rows[-1].setdefault("elastic", {}).setdefault(str(top_k), {})[name] = models[label]
@@ -146,7 +147,13 @@ def _other_top_ks(folder: Path) -> list[int]:
     return [top_k for top_k in architectures.elastic(config) if top_k != config["num_experts_per_tok"]]
 
 
-def _row(engine: str, dtype: str, threads: int, *, device: str, models: dict[str, dict[str, Any]]) -> Row:
+def known(peak: int | None) -> dict[str, int]:
+    """The peak memory among a model's figures, if it is known."""
+    return {} if peak is None else {"memory": peak}
+
+
+def row(engine: str, dtype: str, threads: int, *, device: str, models: dict[str, dict[str, Any]]) -> Row:
+    """An engine's figures."""
     return {"engine": engine, "dtype": dtype, "threads": threads, "device": device, "models": models}
 
 
@@ -188,90 +195,3 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-class _Reader:
-    """A model of transformers with a KV cache, whose experts are computed by `experts` (None: it has none)."""
-
-    def __init__(self, model: PreTrainedModel, *, experts: str | None) -> None:
-        self._model, self.experts = model, experts
-
-    def restart(self) -> None:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._model.config)
-        if self.experts:
-            self._model.set_experts_implementation(self.experts)
-
-    def read(self, ids: Sequence[int]) -> int:
-        import torch
-
-        with torch.inference_mode():
-            ids_BL = torch.tensor([list(ids)], device=self._model.device)
-            model: Any = self._model  # the cache is the fourth argument of every class; its name has changed in 5.23
-            out = model(ids_BL, None, None, self._cache, use_cache=True, logits_to_keep=1)
-            return int(out.logits[0, -1].argmax())  # waits for the device
-
-
-def _readers(model: PreTrainedModel, *, ids: Sequence[int]) -> Iterator[tuple[str, _Reader | str]]:
-    """(engine, the model in it or why it does not run there)."""
-    if not architectures.is_moe(model.config):
-        yield STOCK, _Reader(model, experts=None)
-        return
-    for engine, implementations in {STOCK: (model.config._experts_implementation, "eager"), OURS: (OURS,)}.items():
-        reason = ""
-        for experts in implementations:
-            reader = _Reader(model, experts=experts)
-            try:
-                reader.restart()
-                reader.read(ids)
-            except (RuntimeError, NotImplementedError) as error:  # grouped_mm wants rows of a multiple of 16 bytes
-                reason = reason or f"{experts}: {str(error).splitlines()[0]}"
-            else:
-                yield engine, reader
-                break
-        else:
-            yield engine, reason
-
-
-def _measure(request: dict[str, Any]) -> list[Row]:
-    """The rows of `in_transformers`, in this process."""
-    import moe_kernels
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    moe_kernels.register()
-    text = turns.Text(**request["text"])
-    rows = []
-    for dtype in request["dtypes"]:
-        readers: dict[tuple[str, str], _Reader] = {}
-        reasons: dict[tuple[str, str], str] = {}
-        for name, folder in request["folders"].items():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-            torch.nn.Module.to(model, torch.device(request["device"]))
-            for engine, found in _readers(model.eval(), ids=text.ids[: turns.SHORT]):
-                if isinstance(found, str):
-                    reasons[engine, name] = found
-                else:
-                    readers[engine, name] = found
-        for threads in request["threads"]:
-            torch.set_num_threads(threads)
-            rates = turns.take(readers, text)
-            for engine in dict.fromkeys(engine for engine, _ in [*readers, *reasons]):
-                models: dict[str, dict[str, Any]] = {}
-                for name in request["folders"]:
-                    key = (engine, name) if (engine, name) in readers or (engine, name) in reasons else (STOCK, name)
-                    if key in reasons:
-                        models[name] = {"reason": reasons[key]}
-                        continue
-                    models[name] = figures(rates[key], rates[STOCK, PARENT], text=text)
-                    if experts := readers[key].experts:
-                        models[name]["experts"] = experts
-                rows.append(_row(engine, dtype, threads, device=request["device"], models=models))
-    return rows
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(json.load(sys.stdin))))

@@ -10,30 +10,46 @@ _TOLD = ("transformers", "moe_kernels", "llama.cpp")
 
 
 def groups(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """For each engine its title, and its rows: prompt or decode, and a cell for each of `models`.
+    """For each engine its title, and its `cells`."""
+    return [(title(row), cells(row, models)) for row in measured.get("engines", [])]
 
-    A cell has tokens per second, and how many times the dense parent's that is; `–` for a model that was not measured
-    or that the engine does not run.
+
+def cells(row: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The rows of an engine: a label with its unit, and a cell for each of `models`.
+
+    A cell of speed has tokens per second, and how many times the dense parent's that is; `–` for a model that was not
+    measured or that the engine does not run.
     """
-    return [
-        (
-            title(row),
-            [
-                (what, [_cell(row["models"].get(key, {}), what, ratio=key != PARENT) for key in models])
-                for what in ("prompt", "decode")
-            ],
-        )
-        for row in measured.get("engines", [])
+    found = [(key, row["models"].get(key, {})) for key in models]
+    shown = [
+        (f"{what}, tokens/s", [_cell(figures, what, ratio=key != PARENT) for key, figures in found])
+        for what in ("prompt", "decode")
     ]
+    for what, label, text in (("first_token", "first token, s", _seconds), ("memory", "peak memory", _bytes)):
+        if any(what in figures for _, figures in found):
+            shown.append((label, [text(figures[what]) if what in figures else "–" for _, figures in found]))
+    return shown
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:,.0f} MB" if value < 1e10 else f"{value / 1e9:,.1f} GB"
 
 
 def rows(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """The rows of all `groups`, each with its engine in its label."""
-    return [
-        (f"tokens/s, {what}: {engine}", cells)
-        for engine, of_engine in groups(measured, models)
-        for what, cells in of_engine
-    ]
+    """Speed in all engines, and peak memory once for each, with the engine in the label."""
+    shown: dict[str, list[str]] = {}
+    for row in measured.get("engines", []):
+        for label, values in cells(row, models):
+            what, _, unit = label.partition(", ")
+            if unit == "tokens/s":
+                shown[f"{unit}, {what}: {title(row)}"] = values
+            elif not unit:
+                shown[f"{what}: {row['engine']} {row['dtype']}"] = values
+    return list(shown.items())
 
 
 def by_top_k(measured: Mapping[str, Any], models: Sequence[str]) -> list[tuple[str, list[str]]]:

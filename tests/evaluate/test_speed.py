@@ -41,6 +41,7 @@ def test_a_dense_model_stands_in_both_rows_and_the_implementation_that_ran_is_na
             quotient = models["trained"]["ratio"][what]
             assert quotient["min"] <= quotient["median"] <= quotient["max"]
             assert models["trained"]["repeats"] == 2
+        assert min(model["memory"] for model in models.values()) > 50 << 20  # with torch
 
 
 def test_a_process_that_fails_leaves_its_last_words_in_every_row(tiny_model: Path, tmp_path: Path) -> None:
@@ -60,6 +61,7 @@ def test_what_llama_cpp_does_not_run_has_a_reason_and_its_files_are_removed(
         "reason": "24 chosen experts in 30 layers; at most 18: take fewer and wider ones"
     }
     assert row["models"]["dense"]["decode"]["median"] > 0
+    assert row["models"]["dense"]["memory"] > 10 << 20
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(llama_cpp, "PACKAGE", "no_such_package")
