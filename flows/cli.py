@@ -1,4 +1,4 @@
-"""`moeforge`: run, tokenise, plan, inspect, verify, evaluate, flops, export, doctor, … Commands import what they need."""
+"""`moeforge`: run, tokenise, plan, inspect, evaluate, flops, export, doctor, … Commands import what they need."""
 
 from __future__ import annotations
 

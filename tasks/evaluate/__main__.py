@@ -206,9 +206,9 @@ def summarise(
     Returns:
         dense, split, trained, child if it was judged: {loss, perplexity, bits_per_byte: {domain, mean}, parameters
         {total, active}, flops_per_token, tasks, seconds of its evaluation; of an elastic model elastic: {top_k: {loss,
-        perplexity, bits_per_byte, active}}; what unseen.add says}; test: {domains: {windows, tokens, bytes},
-        seq_len, batch}; speed: {prompt, after, new, repeats: tokens read and times, engines: [speed.Row], seconds};
-        difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus
+        perplexity, bits_per_byte, active, flops_per_token}}; what unseen.add says}; test: {domains: {windows, tokens,
+        bytes}, seq_len, batch}; speed: {prompt, after, new, repeats: tokens read and times, engines: [speed.Row],
+        seconds}; difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus
         second; recovery: the share of the loss added by the split that training recovered, absent if the split added
         no more than noise; routing: {experts, top_k, split, trained: routing_balance.balance}; method; machine.
     """
@@ -219,7 +219,8 @@ def summarise(
             summary[key][field] = result[field]
         if result.get("elastic"):
             summary[key]["elastic"] = {
-                top_k: likelihood.scores(each["nats"], test) | {"active": each["active"]}
+                top_k: likelihood.scores(each["nats"], test)
+                | {field: each[field] for field in ("active", "flops_per_token")}
                 for top_k, each in result["elastic"].items()
             }
     summary["test"] = {"domains": test, "seq_len": knobs.seq_len, "batch": knobs.batch}

@@ -57,15 +57,19 @@ def by_top_k(model: PreTrainedModel, windows: Mapping[str, np.ndarray], *, batch
     """An elastic model at each value of top_k that it serves, on the windows of `measure`; {} for any other model.
 
     Returns:
-        {top_k: {nats: as `measure` gives; active: parameters of a token}}.
+        {top_k: {nats: as `measure` gives; active: parameters of a token; flops_per_token: of a forward pass}}.
     """
     found: dict[str, dict[str, Any]] = {}
-    usual = counts_of.experts(model.config)["top_k"]
+    usual, length = counts_of.experts(model.config)["top_k"], next(iter(windows.values())).shape[1]
     try:
         for top_k in architectures.elastic(model.config):
             _choose(model, top_k)
             nats = measure(model, windows, batch=batch)["nats"]
-            found[str(top_k)] = {"nats": nats, "active": counts_of.parameters(model.config)["active"]}
+            found[str(top_k)] = {
+                "nats": nats,
+                "active": counts_of.parameters(model.config)["active"],
+                "flops_per_token": counts_of.flops_per_token(model.config, seq_len=length)["forward"],
+            }
     finally:
         if found:
             _choose(model, usual)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluate import speed_table, unseen_table
-from tasks.evaluate.wording import signed
+from tasks.evaluate.wording import signed, verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -155,20 +155,15 @@ def change(evaluation: dict[str, Any]) -> str:
 
 
 def rival(evaluation: dict[str, Any]) -> str:
-    """Who is better at equal active parameters, the trained model or the dense child, by how much; "" without a child.
-
-    Less than two standard errors count as no difference.
-    """
+    """Who is better at equal active parameters, the trained model or the dense child; "" without one."""
     delta = evaluation.get("difference", {}).get("trained_child")
     if delta is None:
         return ""
     ours, child = (count(evaluation[key]["parameters"]["active"]) for key in ("trained", "child"))
-    better = "the Mixture-of-Experts is better" if delta["loss"] < 0 else "the dense child is better"
-    if abs(delta["loss"]) <= 2 * delta.get("stderr", 0.0):
-        better = "neither is better by two standard errors"
     return (
-        f"At equal active parameters ({ours}, dense child {child}) and after the same training, {better}: mean loss "
-        f"{signed(delta)} nats/token compared with the dense child, paired by window."
+        f"At equal active parameters ({ours}, dense child {child}) and after the same training, "
+        f"{verdict(delta, rival='dense child')}: mean loss {signed(delta)} nats/token compared with the dense child, "
+        "paired by window."
     )
 
 
@@ -228,10 +223,14 @@ def routing(evaluation: dict[str, Any]) -> str:
 
 def count(value: float) -> str:
     """134515008 is 134.5 M."""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f} {suffix}"
-    return f"{value:.0f}"
+    size, prefix = unit(value)
+    return f"{value / size:.1f} {prefix}" if prefix else f"{value:.0f}"
+
+
+def unit(value: float) -> tuple[float, str]:
+    """The largest unit that a value is not below, and its prefix: (1e6, "M")."""
+    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    return next(((size, prefix) for size, prefix in units if value >= size), (1.0, ""))
 
 
 def main() -> int:

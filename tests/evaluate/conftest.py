@@ -82,6 +82,20 @@ def speeds(*, child: bool) -> dict[str, Any]:
     return {**speed.basis(text), "engines": rows, "seconds": 61.0}
 
 
+def curve(root: Path, *, shift: float, flops: int, speed: float) -> dict[str, list[float]]:
+    """The curve of a training whose loss falls with the root of the tokens, from `shift` above the parent's."""
+    knobs = settings.load(root / "pipelines.yaml").pipelines["demo"].pretrain
+    steps = list(range(0, knobs.steps + 1, knobs.eval_every))
+    tokens = [step * knobs.step_tokens for step in steps]
+    return {
+        "step": steps,
+        "tokens": tokens,
+        "flops": [flops * each for each in tokens],
+        "seconds": [each / speed for each in tokens],
+        "loss": [2.7 + shift - 0.25 * math.sqrt(step / knobs.steps) for step in steps],
+    }
+
+
 def judgements(root: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Loss of the parent by trained domain, and the measurements of three models."""
     corpus = settings.load(root / "pipelines.yaml").corpora["demo"]
@@ -121,7 +135,11 @@ def write_child(root: Path) -> None:
     done["child"] = judged(0.6, sparse=False, domains=domains, unseen=unseen) | sizes
     (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluated(root, done)))
     (root / "runs/demo/samples.json").write_text(json.dumps(samples(done)))
-    control = {"control": "dense_child", "seconds": {"cut": 100.0, "training": 140.0}}
+    control = {
+        "control": "dense_child",
+        "seconds": {"cut": 100.0, "training": 140.0},
+        "curve": curve(root, shift=0.78, flops=600, speed=400.0),
+    }
     (root / "runs/demo/control.json").write_text(json.dumps(control))
 
 
@@ -188,6 +206,7 @@ def write_run(root: Path, *, dynamic: bool = True) -> None:
             "validation_before": {name: base + 0.74 for name, base in domains.items()},
             "validation_after": {name: base + 0.49 for name, base in domains.items()},
             "references": domains if dynamic else None,
+            "curve": curve(root, shift=0.74, flops=700, speed=200.0),
         },
     )
     dump(run / "control.json", {"control": "none"})

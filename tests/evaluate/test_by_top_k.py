@@ -30,6 +30,7 @@ def test_each_value_is_measured_as_a_model_that_loads_with_it_and_the_usual_one_
         loaded = model(num_experts_per_tok=int(top_k))
         assert each["nats"] == likelihood.measure(loaded, windows, batch=2)["nats"]
         assert each["active"] == counts.parameters(loaded.config)["active"]
+        assert each["flops_per_token"] == counts.flops_per_token(loaded.config, seq_len=12)["forward"]
     assert {router.top_k for router in routing.routers(elastic)} == {elastic.config.num_experts_per_tok} == {2}
     assert likelihood.by_top_k(model(), windows, batch=2) == {}
 

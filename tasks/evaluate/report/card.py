@@ -7,11 +7,13 @@ from typing import Any
 
 from tasks import architectures, scratch
 from tasks.engines import overrides
-from tasks.evaluate import summary
+from tasks.evaluate import answer, summary
 from tasks.evaluate.report import hub_metadata
 from tasks.evaluate.report.results import Results
 from tasks.moe import counts
 
+_FIGURES = 4
+"""Rows of the table in the answer; what follows of it is on speed, and stands in the table of the evaluation."""
 SNIPPET = """\
 import json, math, torch
 from transformers import AutoModelForCausalLM
@@ -51,6 +53,7 @@ def text(results: Results) -> str:
 
     env = Environment(loader=PackageLoader("tasks.evaluate.report", "."), undefined=StrictUndefined, trim_blocks=True)
     env.filters["code"] = _code
+    answers, (beside, figures) = answer.sentences(results.evaluation), answer.table(results.evaluation)
     return env.get_template("card.md.j2").render(
         metadata=hub_metadata.front_matter(results),
         name=results.name,
@@ -60,7 +63,10 @@ def text(results: Results) -> str:
         columns=summary.titles(results.evaluation),
         conversion=summary.conversion(results.evaluation),
         rows=summary.rows(results.evaluation),
-        notes=summary.notes(results.evaluation),
+        answers=answers,
+        beside=beside,
+        figures=figures[:_FIGURES],
+        notes=[note for note in summary.notes(results.evaluation) if note not in answers],
         perplexity=f"{results.evaluation['trained']['perplexity']['mean']:.2f}",
         snippet=SNIPPET,
         domains=[domain(results, name) for name in results.corpus_metrics["domains"]],

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from tasks.evaluate import speed_table, summary, unseen_table
-from tasks.evaluate.report import analysis_section, card, charts, corpus_section, experts_section, training_section
+from tasks.evaluate.report import (
+    analysis_section,
+    answer_section,
+    card,
+    charts,
+    corpus_section,
+    cost_section,
+    elastic_section,
+    experts_section,
+    frontier_section,
+    training_section,
+)
 from tasks.evaluate.report.results import Results
+from tasks.evaluate.report.section import Section
 from tasks.pretrain.job import code_version
 
+FIRST = (answer_section, frontier_section)
+"""What the page begins with. Each module has `section(results)`, which gives a section.Section or None."""
+MORE = (elastic_section, cost_section)
+"""The same, for what comes after quality and speed."""
 PACKAGES = ("torch", "transformers", "deepspeed", "lm-eval", "datasets", "tokenizers", "numpy", "pyarrow", "moeforge")
-PARTS = {"style": "style.css.j2", "tables": "table.html.j2", "heat_map": "heat_map.html.j2"}
+PARTS = {
+    "style": "style.css.j2",
+    "tables": "table.html.j2",
+    "heat_map": "heat_map.html.j2",
+    "section_of": "section.html.j2",
+}
 """What the page shares with others. Templates include them by these variables, so that code knows what it reads."""
 
 
@@ -57,12 +79,11 @@ def context(results: Results) -> dict[str, Any]:
         "model": results.pipeline.model,
         "shape": card.shape(results),
         "tiles": tiles(evaluation),
-        "basis": " ".join(
-            part(evaluation) for part in (summary.basis, summary.change, summary.rival, unseen_table.sentence)
-        ).strip(),
+        "basis": " ".join(part(evaluation) for part in (summary.basis, summary.change, unseen_table.sentence)).strip(),
         "warning": summary.routing(evaluation) if summary.collapsed(evaluation) else "",
         "quality_chart": Markup(charts.dots(bits, label="bits per byte on test text; fewer is better")),
-        "frontier": Markup(frontier(evaluation)),
+        "first": sections(FIRST, results),
+        "more": sections(MORE, results),
         "models": titles,
         "conversion": summary.conversion(evaluation),
         "quality": quality(evaluation, domains),
@@ -172,21 +193,12 @@ def size(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 def speeds(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Speed in the same form: a group for every engine."""
     found = speed_table.groups(evaluation.get("speed", {}), summary.models(evaluation))
-    return [{"title": f"tokens/s, {engine}", "basis": "", "rows": rows} for engine, rows in found]
+    return [{"title": engine, "basis": "", "rows": rows} for engine, rows in found]
 
 
-def frontier(evaluation: dict[str, Any]) -> str:
-    """The chart of perplexity against decode speed; "" without speeds."""
-    if (row := speed_table.headline(evaluation.get("speed", {}))) is None:
-        return ""
-    measured = {key: found["decode"]["median"] for key, found in row["models"].items() if "decode" in found}
-    points = [
-        (title, measured[key], evaluation[key]["perplexity"]["mean"], summary.MODELS.index(key))
-        for key, title in zip(summary.models(evaluation), summary.titles(evaluation), strict=True)
-        if key in measured
-    ]
-    x_label = f"decode, tokens/s: {speed_table.title(row)}"
-    return charts.scatter(points, x_label=x_label, y_label="perplexity on test text; further down and right is better")
+def sections(modules: Sequence[Any], results: Results) -> list[Section]:
+    """Those of the modules that have something to say."""
+    return [made for module in modules if (made := module.section(results)) is not None]
 
 
 def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

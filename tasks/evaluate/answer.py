@@ -1,0 +1,128 @@
+"""What page and card say first: who is better at equal active size, by how much, and at which speed.
+
+A difference within two standard errors is nobody's. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tasks.evaluate import speed_table, summary, unseen_table, wording
+
+OURS, PARENT, CHILD = "trained", "dense", "child"
+
+
+def sentences(evaluation: dict[str, Any]) -> list[str]:
+    """Quality, also on unseen text, speed, size and tasks of the trained model beside its rival: a sentence for each
+    that is known.
+
+    The rival is the dense child, or the dense parent where there is no child.
+    """
+    parts = (quality, unseen, speed, size, tasks)
+    return [text for part in parts if (text := part(evaluation))]
+
+
+def quality(evaluation: dict[str, Any]) -> str:
+    """Who has the lower loss, by how much, ± what."""
+    if CHILD in evaluation:
+        return summary.rival(evaluation)
+    ours, parent = (summary.count(evaluation[key]["parameters"]["active"]) for key in (OURS, PARENT))
+    delta = evaluation.get("difference", {}).get("trained_dense")
+    if delta is None:
+        return ""
+    verdict = wording.verdict(delta, rival="dense parent")
+    return (
+        "There is no dense model of the same active size to compare with (`control: dense_child` makes one). Against "
+        f"the dense parent, with {parent} active parameters where it has {ours}, {verdict}: mean loss "
+        f"{wording.signed(delta)} nats/token, paired by window."
+    )
+
+
+def unseen(evaluation: dict[str, Any]) -> str:
+    """The same on the domains that no stage has read; "" without such."""
+    rival, name = _rival(evaluation)
+    delta = evaluation.get("difference", {}).get("unseen", {}).get(f"{OURS}_{rival}")
+    if delta is None:
+        return ""
+    return (
+        f"On text of domains that no stage has read ({', '.join(unseen_table.domains(evaluation))}), "
+        f"{wording.verdict(delta, rival=name)}: mean loss {wording.signed(delta)} nats/token compared with the {name}."
+    )
+
+
+def speed(evaluation: dict[str, Any]) -> str:
+    """Decode and prompt speed in the best engine, as multiples of the parent's and the child's; "" if not measured."""
+    if (row := speed_table.headline(evaluation.get("speed", {}))) is None:
+        return ""
+    ours, child = row["models"][OURS], row["models"].get(CHILD, {})
+    texts = []
+    for what, verb in (("decode", "it decodes at"), ("prompt", "reads a prompt at")):
+        ratio = ours["ratio"][what]
+        text = f"{verb} {ours[what]['median']:,.0f} tokens/s, {ratio['median']:.2f} × the dense parent's speed"
+        text += f" ({ratio['min']:.2f} to {ratio['max']:.2f} in single repeats)"
+        if "ratio" in child:
+            text += f" and {ratio['median'] / child['ratio'][what]['median']:.2f} × the dense child's"
+        texts.append(text)
+    return f"In {speed_table.title(row)}, {', and '.join(texts)}."
+
+
+def size(evaluation: dict[str, Any]) -> str:
+    """What it costs in memory beside its rival."""
+    rival, name = _rival(evaluation)
+    total, other = (evaluation[key]["parameters"]["total"] for key in (OURS, rival))
+    return f"It has {summary.count(total)} parameters in all, {total / other:.2f} × the {name}'s."
+
+
+def tasks(evaluation: dict[str, Any]) -> str:
+    """In which tasks it differs from its rival by two standard errors, and where its score may be a guess.
+
+    The error of a difference is taken from those of the two scores, as if their items were not the same, which is more
+    than the error by pairs. "" without such tasks.
+    """
+    rival, name = _rival(evaluation)
+    better: list[str] = []
+    worse: list[str] = []
+    guesses, count = [], 0
+    for task, entry in evaluation[OURS]["tasks"].items():
+        other = evaluation[rival]["tasks"].get(task, {})
+        metric = next((key for key in ("acc_norm", "acc") if f"{key}_stderr" in entry and key in other), None)
+        if metric is None:
+            continue
+        count += 1
+        delta = entry[metric] - other[metric]
+        if abs(delta) > 2 * math.hypot(entry[f"{metric}_stderr"], other[f"{metric}_stderr"]):
+            (better if delta > 0 else worse).append(task)
+        guess = entry.get("chance")
+        if guess is not None and abs(entry[metric] - guess) <= 2 * math.sqrt(guess * (1 - guess) / entry["n"]):
+            guesses.append(task)
+    if not count:
+        return ""
+    told = [f"{what} in {', '.join(names)}" for what, names in (("better", better), ("worse", worse)) if names]
+    verdict = f"it is {' and '.join(told)}" if told else "none separates the two"
+    text = f"Of {count} downstream task{'s'[: count > 1]}, against the {name} and by two standard errors, {verdict}."
+    return f"{text} Its score may be a guess in {', '.join(guesses)}." if guesses else text
+
+
+def table(evaluation: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The few figures beside each other: titles of the columns, and rows (label, a cell for each)."""
+    titles = dict(zip(summary.models(evaluation), summary.titles(evaluation), strict=True))
+    shown = [key for key in (OURS, CHILD, PARENT) if key in evaluation]
+    models = [evaluation[key] for key in shown]
+    rows = [
+        ("perplexity on test text", [f"{model['perplexity']['mean']:.2f}" for model in models]),
+        ("bits per byte", [f"{model['bits_per_byte']['mean']:.3f}" for model in models]),
+        (
+            "active / all parameters",
+            [" / ".join(summary.count(model["parameters"][key]) for key in ("active", "total")) for model in models],
+        ),
+        ("forward FLOPs per token", [summary.count(model["flops_per_token"]) for model in models]),
+    ]
+    if row := speed_table.headline(evaluation.get("speed", {})):
+        where = speed_table.title(row)
+        rows += [(f"{label}: {where}", cells) for label, cells in speed_table.cells(row, shown)]
+    return [titles[key] for key in shown], rows
+
+
+def _rival(evaluation: dict[str, Any]) -> tuple[str, str]:
+    return (CHILD, "dense child") if CHILD in evaluation else (PARENT, "dense parent")
