@@ -76,7 +76,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_dense_and_a_sparse_checkpoint_of_one_tokenizer_are_compared_window_by_window(
     text: Path, tiny_model: Path, qwen: Path
 ) -> None:
-    result = command.run([qwen, tiny_model], Path("out"), text=text, seq_len=64, windows=5)
+    result = command.run([qwen, tiny_model], Path("out"), text=text, seq_len=64, windows=5, analyses=["all"])
     assert json.loads(Path("out/evaluation.json").read_text()) == result
     assert result["text"] | {"domains": None} == {
         "source": "book.txt", "by": "ids", "seq_len": 64, "batch": 4, "dtype": "float32", "domains": None
@@ -91,11 +91,15 @@ def test_a_dense_and_a_sparse_checkpoint_of_one_tokenizer_are_compared_window_by
     assert difference["domains"]["stderr"] > 0
     assert [sum(layer) for layer in sparse["load"]["book"]] == [5 * 64 * 2] * 2
     assert "routing" not in dense
+    assert "analysis" not in dense
+    assert sparse["analysis"]["text"]["windows"] == {"book": 1}
+    assert set(sparse["analysis"]["left_out"]) == {"stability"}
     html = Path("out/index.html").read_text()
     seen = Page(html)
     assert seen.references == []
     assert "Qwen3MoeForCausalLM" in seen.text
     assert f"{sparse['bits_per_byte']['mean']:.3f}" in seen.text
+    assert "Experts and routers in depth" in seen.text
     assert "2 sparse layers × 4 experts" in " ".join(seen.text.split())
     assert any("compared with tiny-model, paired by window: nats/token +" in note for note in table.notes(result))
     assert not list(Path(".scratch").rglob("*.json"))
@@ -129,6 +133,10 @@ def test_another_tokenizer_is_compared_by_bits_per_byte_alone_on_the_same_charac
     assert result["difference"][0]["unit"] == "bits/byte"
     bits = [model["bits_per_byte"]["mean"] for model in result["models"]]
     assert result["difference"][0]["domains"]["loss"] == pytest.approx(bits[0] - bits[1])
+    wanted = passages.of_file(text, seq_len=64, windows=3, tokenizer=other)
+    rows = wanted.windows(checkpoints.examine(tiny_model), count=2)["book"]
+    assert rows.shape[1] == 64
+    assert encoder.load_encoder(tiny_model).decode(rows[0].tolist()).startswith(TEXT[:30])
     notes = table.notes(result)
     assert any("compared by bits per byte alone" in note for note in notes)
     assert any(f"({result['text']['domains']['book']['bytes']:,} bytes)" in note for note in notes)
@@ -251,6 +259,7 @@ def test_text_that_cannot_be_judged_on_is_one_message(text: Path, tiny_model: Pa
         ({"text": Path("latin.txt")}, "latin.txt: not UTF-8 text"),
         ({"text": Path("list.json")}, "list.json: no table of domains and their windows"),
         ({"text": Path("heldout.json")}, "the tokenizer of its ids is not beside it"),
+        ({"text": text, "analyses": ["everything"]}, "--analyses everything: not known; known: all, similarity"),
         ({"text": text, "tasks": ["hellaswog"]}, "--tasks hellaswog: is no task of lm-eval"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -10,6 +10,7 @@ transformers has; no code of it is run, and no pickle is opened. Writes evaluati
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ def run(
     text: Path | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    analyses: Sequence[str] = (),
+    analysis_windows: int = 1,
     seq_len: int = 512,
     windows: int = 8,
     unseen_windows: int = 4,
@@ -48,6 +51,7 @@ def run(
         text: a text file, or the heldout.json in the folder of a model. Without either, the heldout.json in the first.
         tasks: lm-eval tasks; one that pipelines.yaml gives a source is read from there.
         limit: items of each task.
+        analyses: of experts and routers (docs/analysis.md), or `all`; analysis_windows: of each domain, for them.
         seq_len, windows, unseen_windows: tokens of a window; windows of each domain, and of each unseen one.
         batch: windows, or sequences of a task, per forward pass.
         dtype: of the weights.
@@ -62,13 +66,22 @@ def run(
 
     if len(paths) > MOST:
         raise ValueError(f"{len(paths)} checkpoints; at most {MOST} can be compared at once")
+    depth = _analyses(analyses)
     wanted = [task_named(name, limit=limit) for name in tasks]
     found = [checkpoints.examine(path) for path in paths]
     passages = _passages(paths[0], corpus, text, seq_len=seq_len, windows=windows, unseen_windows=unseen_windows)
-    request = judge.Request(checkpoints=found, passages=passages, tasks=wanted, batch=batch, dtype=dtype)
+    request = judge.Request(
+        checkpoints=found,
+        passages=passages,
+        tasks=wanted,
+        analyses=depth,
+        analysis_windows=analysis_windows,
+        batch=batch,
+        dtype=dtype,
+    )
     result = judge.evaluate(request)
     output.mkdir(parents=True, exist_ok=True)
-    scratch.write_json(output / "evaluation.json", result)
+    scratch.write_text(output / "evaluation.json", json.dumps(result, indent=1) + "\n")
     scratch.write_text(output / "index.html", page.render(result))
     return result
 
@@ -86,6 +99,14 @@ def _passages(
     if text == path / "heldout.json" and not text.is_file():
         raise ValueError(f"{path} has no heldout.json; say on what to judge it: --corpus NAME or --text FILE")
     return passages.of_file(text, seq_len=seq_len, windows=windows, tokenizer=path)
+
+
+def _analyses(names: Sequence[str]) -> list[str]:
+    from tasks.evaluate.analysis.registry import ANALYSES
+
+    if unknown := [name for name in names if name not in {*ANALYSES, "all"}]:
+        raise ValueError(f"--analyses {unknown[0]}: not known; known: all, {', '.join(ANALYSES)}")
+    return list(ANALYSES) if "all" in names else list(names)
 
 
 def task_named(name: str, *, limit: int | None = None) -> settings.Task:
@@ -113,6 +134,8 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="a text file, or a model's heldout.json")
     parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks")
     parser.add_argument("--limit", type=int, help="items of each task")
+    parser.add_argument("--analyses", nargs="+", default=[], help="of experts and routers (docs/analysis.md), or all")
+    parser.add_argument("--analysis-windows", type=int, default=1, help="windows of each domain that they read")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=8, help="windows of each domain")
     parser.add_argument("--unseen-windows", type=int, default=4, help="windows of each unseen domain")

@@ -41,6 +41,9 @@ class Request:
     """The first is compared with each of the others."""
     passages: Passages
     tasks: Sequence[Task] = field(default_factory=list)
+    analyses: Sequence[str] = ()
+    """Of the experts and routers of sparse checkpoints (tasks/evaluate/analysis)."""
+    analysis_windows: int = 1
     batch: int = 4
     dtype: Dtype = "float32"
 
@@ -59,7 +62,8 @@ def evaluate(request: Request) -> dict[str, Any]:
         unseen: the same of unseen domains}; models: [{path, class, parameters {total, active if known},
         flops_per_token if known, loss and perplexity (by ids alone), bits_per_byte: {domain, mean}, unseen: the
         same, tasks, routing {experts, top_k, balance} and load {domain: [layers][experts]} of a known sparse one,
-        changed: of how many texts its tokenizer gives back others, seconds}]; difference: [{against, unit, domains
+        changed: of how many texts its tokenizer gives back others, analysis: run.analyse's of a known sparse one if
+        asked for, seconds}]; difference: [{against, unit, domains
         {loss, stderr}, unseen}], the first minus each other, paired by window; machine.
 
     Raises:
@@ -75,7 +79,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         "models": [scratch.digest(one.path) for one in request.checkpoints],
         "tasks": [task.model_dump() for task in request.tasks],
         "items": items,
-        "knobs": [request.batch, request.dtype],
+        "knobs": [request.batch, request.dtype, list(request.analyses), request.analysis_windows],
         "code": code.fingerprint("tasks.tools.evaluate.judge"),
     }
     name = re.sub(r"\W+", "-", str(request.checkpoints[0].path)).strip("-") or "root"
@@ -115,7 +119,9 @@ class _Judge:
             task.name: self._part(f"task-{task.name}", functools.partial(self._task, task))
             for task in self.request.tasks
         }
-        return {**text, "tasks": tasks}
+        self._model = None  # an analysis reads the weights layer by layer
+        sparse = architectures.is_moe(self.checkpoint.config) and self.request.analyses
+        return {**text, "tasks": tasks, **({"analysis": self._analysis()} if sparse else {})}
 
     def _part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
@@ -193,6 +199,18 @@ class _Judge:
             print(f"  {domain}: {loss.bits_per_byte(sum(nats[domain]), num_bytes=size):.4f} bits/byte", flush=True)
         return {"nats": nats, "load": load, "counted": counted, "changed": changed}
 
+    def _analysis(self) -> dict[str, Any]:
+        from tasks.evaluate.analysis import run
+
+        return run.analyse(
+            {str(self.checkpoint.path): self.checkpoint.path},
+            self.request.analyses,
+            windows=self.request.passages.windows(self.checkpoint, count=self.request.analysis_windows) or None,
+            folder=self.folder / "analysis",
+            device=device.default(),
+            progress=lambda line: print(line, flush=True),
+        )
+
     def _task(self, task: Task) -> dict[str, Any]:
         from transformers import AutoTokenizer
 
@@ -250,7 +268,7 @@ def _model(
         bits = {d: loss.bits_per_byte(sum(sums), num_bytes=done["counted"][d]["bytes"]) for d, sums in some.items()}
         return {"bits_per_byte": bits | {"mean": statistics.fmean(bits.values())}}
 
-    kept = ("class", "parameters", "flops_per_token", "tasks", "load", "changed", "seconds")
+    kept = ("class", "parameters", "flops_per_token", "tasks", "load", "changed", "analysis", "seconds")
     entry = {"path": str(checkpoint.path), **_some(done, [field for field in kept if field in done])}
     entry |= scores(groups["domains"])
     if groups["unseen"]:

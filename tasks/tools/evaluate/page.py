@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tasks.evaluate import summary
-from tasks.evaluate.report import charts, experts_section, page
+from tasks.evaluate.report import analysis_section, charts, experts_section, page
 from tasks.tools.evaluate import table
 
 
@@ -45,6 +45,11 @@ def context(result: dict[str, Any]) -> dict[str, Any]:
         "chart": Markup(charts.dots(bits, label="bits per byte; fewer is better")),
         "groups": table.groups(result),
         "heat_maps": maps,
+        "analyses": [
+            analysis_section.section(model["analysis"], {model["path"]: title})
+            for title, model in zip(columns, models, strict=True)
+            if "analysis" in model
+        ],
         "versions": page.versions(result["machine"]),
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.corpus.tokenizer import encoder
+from tasks.tools.evaluate.checkpoints import Checkpoint
 
 CORPORA, MODELS = Path("data/corpora"), Path("data/models")
 _BROKEN = "\ufffd"
@@ -49,6 +50,19 @@ class Passages:
         alone is left out too, so that every model is given the same characters, whose UTF-8 bytes are counted.
         """
         return {domain: [list(self._documents(ids_L)) for ids_L in ids_BL] for domain, ids_BL in self.ids.items()}
+
+    def windows(self, checkpoint: Checkpoint, *, count: int) -> dict[str, np.ndarray]:
+        """At most `count` windows of each domain in a checkpoint's own tokens, {domain: int64 [count, L]}.
+
+        With another tokenizer they are cut from the windows' text, and a domain of less than one is left out.
+        """
+        if encoder.same_ids(checkpoint.tokenizer, self.reference.fingerprint):
+            return {domain: ids_BL[:count] for domain, ids_BL in self.ids.items()}
+        own, length = encoder.load_encoder(checkpoint.path), min(self.seq_len, checkpoint.positions or self.seq_len)
+        texts = {domain: [text for each in spans for text in each] for domain, spans in self.spans().items()}
+        flat = {domain: own.encode(some)[0].astype(np.int64) for domain, some in texts.items()}
+        cut = {domain: ids[: len(ids) // length * length].reshape(-1, length)[:count] for domain, ids in flat.items()}
+        return {domain: ids_BL for domain, ids_BL in cut.items() if len(ids_BL)}
 
     def _documents(self, ids_L: np.ndarray) -> Iterator[str]:
         separators = [i for i in (self.reference.eos_token_id, self.reference.bos_token_id) if i is not None]
