@@ -208,9 +208,10 @@ def summarise(
         {total, active}, flops_per_token, tasks, seconds of its evaluation; of an elastic model elastic: {top_k: {loss,
         perplexity, bits_per_byte, active, flops_per_token}}; what unseen.add says}; test: {domains: {windows, tokens,
         bytes}, seq_len, batch}; speed: {prompt, after, new, repeats: tokens read and times, engines: [speed.Row],
-        seconds}; difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}}, first minus
-        second; recovery: the share of the loss added by the split that training recovered, absent if the split added
-        no more than noise; routing: {experts, top_k, split, trained: routing_balance.balance}; method; machine.
+        seconds}; difference: {trained_dense, trained_split, split_dense, trained_child if judged: {loss, stderr}},
+        first minus second; recovery: the share of the loss added by the split that training recovered, absent if the
+        split added no more than noise; routing: {experts, top_k, split, trained: routing_balance.balance}; method;
+        machine.
     """
     summary: dict[str, Any] = {"method": method}
     for key, result in done.items():
