@@ -117,9 +117,9 @@ def table(result: dict[str, Any]) -> str:
         for chart, series in first["mean"].items():
             for label in series:
                 values = [analysis["models"].get(key, {"mean": {}})["mean"].get(chart, {}).get(label) for key in keys]
-                cells = ["–" if value is None else f"{value:.4f}" for value in values]
+                cells = ["–" if value is None else f"{value:z.4f}" for value in values]
                 if len(values) == 2 and None not in values:
-                    cells.append(f"{values[1] - values[0]:+.4f}")
+                    cells.append(f"{values[1] - values[0]:+z.4f}")
                 lines.append(f"  {f'{chart}: {label}':64}" + "".join(f"{cell:>10}" for cell in cells))
         for key in keys:
             for reason, layers in analysis["models"].get(key, {"undefined": {}})["undefined"].items():

@@ -36,6 +36,8 @@ class Seen:
     logits_TE: Tensor
     """The router's, before softmax."""
     chosen_TK: Tensor
+    below_TK: Tensor | None = None
+    """What the sparse layer below chose for the same tokens; None in the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from tasks import scratch
 from tasks.evaluate.analysis import text as texts
@@ -211,13 +212,13 @@ def _keep(folder: Path, i: int, streams: Mapping[str, Stream], *, figures: dict[
     """Keep a layer's figures and what the next layer reads; the record is written last."""
     digests = {}
     for n, (key, stream) in enumerate(streams.items()):
-        if stream.hidden_BLD is not None:
-            path = folder / f"hidden-{n}-{i}.npy"
-            np.save(path, stream.hidden_BLD.cpu().numpy())
+        if state := stream.state():
+            path = folder / f"state-{n}-{i}.safetensors"
+            save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
             digests[key] = scratch.digest(path)
-    kept = {"figures": json.dumps(figures), "hidden": digests}  # as text, which keeps the order of its keys
+    kept = {"figures": json.dumps(figures), "states": digests}  # as text, which keeps the order of its keys
     scratch.write_sealed(folder / f"layer-{i}.json", kept)
-    for path in folder.glob("hidden-*.npy"):
+    for path in folder.glob("state-*.safetensors"):
         if not path.stem.endswith(f"-{i}"):
             path.unlink()
 
@@ -233,17 +234,13 @@ def _kept(folder: Path, i: int) -> dict[str, Any] | None:
 
 def _restore(folder: Path, i: int, streams: Mapping[str, Stream]) -> bool:
     """Give the streams what layer `i` left; False if it is not there."""
-    digests = scratch.read_sealed(folder / f"layer-{i}.json")["hidden"]
-    loaded = {}
-    for n, (key, stream) in enumerate(streams.items()):
-        if stream.hidden_BLD is None:
-            continue
-        path = folder / f"hidden-{n}-{i}.npy"
+    digests = scratch.read_sealed(folder / f"layer-{i}.json")["states"]
+    paths = {key: folder / f"state-{n}-{i}.safetensors" for n, key in enumerate(streams) if streams[key].state()}
+    for key, path in paths.items():
         if not path.is_file() or scratch.digest(path) != digests.get(key):
             return False
-        loaded[key] = torch.from_numpy(np.load(path)).to(stream.hidden_BLD)
-    for key, hidden in loaded.items():
-        streams[key].hidden_BLD = hidden
+    for key, path in paths.items():
+        streams[key].restore(load_file(path))
     return True
 
 

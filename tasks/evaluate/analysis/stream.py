@@ -7,6 +7,7 @@ model nor the inputs of more than one layer are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Stream:
         self.sparse = architectures.sparse_layers(model.config)
         self.hidden_BLD: Tensor | None = None
         """What the next layer reads; None without a text."""
+        self.chosen_TK: Tensor | None = None
+        """What the last sparse layer chose."""
         if text is not None:
             self.hidden_BLD = model.embed(torch.from_numpy(text.ids_BL))
 
@@ -47,15 +50,15 @@ class Stream:
         block = self.model.block(i)
         if i + 1 < self.model.layers and self.text is not None:
             self.model.prefetch(i + 1)
-        ffn = internals.sparse_ffn(block) if wanted else None
+        ffn = internals.sparse_ffn(block) if i in self.sparse else None
         seen = None if self.text is None else self._run(block, i, router=ffn and ffn.router)
-        if ffn is None:
+        if ffn is None or not wanted:
             return None
         activation: Any = ACT2FN[self.model.config.hidden_act]
         return Layer(number=i, ffn=ffn, activation=activation, parent=self.parent, seen=seen)
 
     def _run(self, block: nn.Module, i: int, *, router: Any) -> Seen | None:
-        """Let the windows pass a layer, and record what its router read and chose."""
+        """Let the windows pass a layer, and record what its router, if it has one, read and chose."""
         assert self.hidden_BLD is not None
         assert self.text is not None
         records: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -65,12 +68,23 @@ class Stream:
             records.append((inputs[0].reshape(-1, inputs[0].shape[-1]).clone(), logits_TE.float(), chosen_TK))
 
         if router is not None:
-            handle = router.register_forward_hook(record)
+            router.register_forward_hook(record)
         where = self.model.attention(i, self.hidden_BLD.shape[1])
         for part in self.hidden_BLD.split(_BATCH):
             part.copy_(block(part, **where))
         if router is None:
             return None
-        handle.remove()
         inputs_TD, logits_TE, chosen_TK = (torch.cat(parts) for parts in zip(*records, strict=True))
-        return Seen(text=self.text, inputs_TD=inputs_TD, logits_TE=logits_TE, chosen_TK=chosen_TK)
+        below_TK, self.chosen_TK = self.chosen_TK, chosen_TK
+        return Seen(text=self.text, inputs_TD=inputs_TD, logits_TE=logits_TE, chosen_TK=chosen_TK, below_TK=below_TK)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next layer needs; {} without a text."""
+        kept = {"hidden_BLD": self.hidden_BLD, "chosen_TK": self.chosen_TK}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+        self.hidden_BLD = state["hidden_BLD"].to(self.model.device)
+        if "chosen_TK" in state:
+            self.chosen_TK = state["chosen_TK"].to(self.model.device)

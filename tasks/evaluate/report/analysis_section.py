@@ -58,9 +58,9 @@ def group(analysis: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
     for chart, series in next(mean for mean in means if mean).items():
         for label in series:
             values = [mean.get(chart, {}).get(label) for mean in means]
-            cells = ["–" if value is None else f"{value:.3f}" for value in values]
+            cells = ["–" if value is None else f"{value:z.3f}" for value in values]
             if len(values) == 2:
-                cells.append("–" if None in values else f"{values[1] - values[0]:+.3f}")
+                cells.append("–" if None in values else f"{values[1] - values[0]:+z.3f}")
             rows.append((f"{chart}: {label}", [cell.replace("-", "−") for cell in cells]))
     return {"title": analysis["title"], "basis": analysis["note"], "rows": rows}
 

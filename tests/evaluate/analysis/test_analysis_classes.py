@@ -147,6 +147,21 @@ def test_rows_of_the_rank_table_sum_to_the_tokens_and_loads_to_tokens_times_top_
             assert (pairs.sum(1) == TOP_K * pairs.diagonal()).all()
 
 
+def test_pairs_with_the_layer_below_are_those_of_both_choices_of_a_token(made, whole):
+    found = made[2]["analyses"]["coactivation"]["models"]["first"]
+    first, *others = whole
+    assert found["undefined"] == {"with the layer below: it is the first": [first]}
+    for below, i in itertools.pairwise([first, *others]):
+        counted = np.zeros((EXPERTS, EXPERTS), dtype=int)
+        for lower, upper in zip(whole[below]["router"][3].tolist(), whole[i]["router"][3].tolist(), strict=True):
+            for pair in itertools.product(lower, upper):
+                counted[pair] += 1
+        assert found["layers"][str(i)]["from_below"] == counted.tolist()
+        far = found["layers"][str(i)]["figures"]["distance from independence"]["with the layer below"]
+        independent = np.outer(counted.sum(1), counted.sum(0)) / counted.sum() ** 2
+        assert far == pytest.approx(np.abs(counted / counted.sum() - independent).sum() / 2, abs=1e-6)
+
+
 def test_stability_is_the_share_of_the_experts_that_both_models_choose(made, whole):
     second = {}
     model = checkpoint.load(made[1], dtype=torch.float32)

@@ -65,10 +65,10 @@ def test_a_killed_run_goes_on_with_the_next_layer_and_gives_the_same_file(names,
 
 def test_what_a_killed_run_left_is_not_believed_if_it_was_changed(pair, tmp_path):
     whole = run.analyse(pair, ["load"], windows=WINDOWS, folder=tmp_path)
-    (hidden, _) = sorted(tmp_path.glob("hidden-*.npy"))
+    (state, _) = sorted(tmp_path.glob("state-*"))
     (tmp_path / "layer-2.json").unlink()
-    assert hidden.name == "hidden-0-2.npy", "of the last layer alone"
-    np.save(tmp_path / "hidden-0-1.npy", np.zeros((2, 10, 32), dtype=np.float32))
+    assert state.name == "state-0-2.safetensors", "of the last layer alone"
+    state.rename(tmp_path / "state-0-1.safetensors")
     assert run.analyse(pair, ["load"], windows=WINDOWS, folder=tmp_path) == whole
     record = tmp_path / "layer-0.json"
     record.write_text(record.read_text().replace("domain", "subject"))
@@ -76,9 +76,10 @@ def test_what_a_killed_run_left_is_not_believed_if_it_was_changed(pair, tmp_path
 
 
 def test_some_layers_alone_have_the_figures_that_they_have_among_all(pair, tmp_path):
-    every = run.analyse(pair, ["norms", "router"], windows=WINDOWS, folder=tmp_path / "all")
-    last = run.analyse(pair, ["norms", "router"], windows=WINDOWS, folder=tmp_path / "last", layers=[2])
-    for name, key in (("norms", "split"), ("router", "trained")):
+    names = ["router", "norms", "coactivation"]
+    every = run.analyse(pair, names, windows=WINDOWS, folder=tmp_path / "all")
+    last = run.analyse(pair, names, windows=WINDOWS, folder=tmp_path / "last", layers=[2])
+    for name, key in zip(names, ("split", "trained", "split"), strict=True):
         layers = last["analyses"][name]["models"][key]["layers"]
         assert layers == {"2": every["analyses"][name]["models"][key]["layers"]["2"]}
 
@@ -124,7 +125,7 @@ def test_the_command_prints_the_means_and_the_change_and_writes_all_figures(pair
         for each in written["analyses"]["outputs"]["models"].values()
     )
     (line,) = (line for line in printed.splitlines() if "routed with routed" in line)
-    assert line.split()[-3:] == [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+    assert line.split()[-3:] == [f"{before:.4f}", f"{after:.4f}", f"{after - before:+z.4f}"]
     assert not list((tmp_path / ".scratch").glob("*/*/*")), "unfinished work is gone"
     assert command.main([str(pair["trained"]), "--index", "x"]) == 1
     assert "give --parent too" in capsys.readouterr().err
