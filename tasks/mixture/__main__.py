@@ -4,7 +4,7 @@
 
 Reads data/corpora/<corpus>/ and, for `reference_loss`, data/models/<model>/; writes runs/<pipeline>/mixture.json:
 the weights, the method, and the evidence (the uniform and proportional mixes to compare with, tokens per domain,
-epochs per million training tokens, reference losses).
+epochs of the training budget, the domains whose share a cap on repetition lowered, reference losses).
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def run(pipeline: str) -> Path:
     problem = methods.Problem(
         tokens=tokens,
         weights=entry.mixture.weights,
+        alpha=entry.mixture.alpha,
+        budget=entry.pretrain.tokens,
+        max_epochs=entry.mixture.max_epochs,
         corpus=corpus,
         model=model,
         seq_len=entry.evaluate.seq_len,
@@ -46,7 +49,6 @@ def run(pipeline: str) -> Path:
             "tokens": tokens,
             "uniform": methods.normalise(methods.uniform(problem).weights),
             "proportional": methods.normalise(methods.proportional(problem).weights),
-            "epochs_per_million_tokens": {name: estimate.weights[name] * 1e6 / tokens[name] for name in tokens},
             **estimate.evidence,
         }
         target = Path("runs") / pipeline / "mixture.json"
@@ -54,7 +56,8 @@ def run(pipeline: str) -> Path:
         taken = round(time.perf_counter() - started, 1)
         scratch.write_json(target.with_name("mixture.time.json"), {"seconds": taken})
     for name, weight in estimate.weights.items():
-        print(f"{name}: weight {weight:.4f} (proportional {evidence['proportional'][name]:.4f})")
+        cap = f", lowered to {entry.mixture.max_epochs:g} epochs" if name in evidence["capped"] else ""
+        print(f"{name}: weight {weight:.4f} (proportional {evidence['proportional'][name]:.4f}{cap})")
     return target
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tasks.mixture import published, repetition
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -19,6 +21,11 @@ class Problem:
     """Training tokens of each domain of the corpus."""
     weights: dict[str, float] | None
     """The settings' `mixture.weights`, over exactly the corpus's domains; not normalised."""
+    alpha: float | None
+    """The exponent of `temperature`."""
+    budget: int
+    """Tokens that training reads."""
+    max_epochs: float
     corpus: Path
     model: Path
     """The dense checkpoint."""
@@ -28,7 +35,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Weights (normalised by the caller) and the figures they rest on."""
+    """Weights (normalised and capped by the caller) and the figures they rest on."""
 
     weights: dict[str, float]
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -49,17 +56,28 @@ def estimator(name: str) -> Callable[[Estimator], Estimator]:
 
 
 def estimate(method: str, problem: Problem) -> Estimate:
-    """Run one estimator and normalise its weights to sum 1.
+    """Run one estimator, normalise its weights to sum 1, and cap the repetition of each domain.
 
     Raises:
-        ValueError: `weights` do not name exactly the domains of the corpus, or the method is not known.
+        ValueError: `weights` do not name exactly the domains of the corpus, the method is not known, or the caps
+            can't be kept.
     """
     if method not in ESTIMATORS:
         raise ValueError(f"mixture.method = {method!r} is not known; known: {', '.join(ESTIMATORS)}")
     if problem.weights is not None:
         _same_domains(problem.weights, problem.tokens)
     raw = ESTIMATORS[method](problem)
-    return Estimate(weights=normalise(raw.weights), evidence=raw.evidence)
+    given = normalise(raw.weights)
+    weights, bound = repetition.capped(
+        given, tokens=problem.tokens, budget=problem.budget, max_epochs=problem.max_epochs
+    )
+    evidence = {
+        **raw.evidence,
+        "epochs": {name: weight * problem.budget / problem.tokens[name] for name, weight in weights.items()},
+        "max_epochs": problem.max_epochs,
+        "capped": {name: given[name] for name in bound},
+    }
+    return Estimate(weights=weights, evidence=evidence)
 
 
 def normalise(weights: dict[str, float]) -> dict[str, float]:
@@ -78,6 +96,37 @@ def uniform(problem: Problem) -> Estimate:
 def proportional(problem: Problem) -> Estimate:
     """Shares proportional to the training tokens, so that all domains are repeated equally often."""
     return Estimate(weights={domain: float(tokens) for domain, tokens in problem.tokens.items()})
+
+
+@estimator("temperature")
+def temperature(problem: Problem) -> Estimate:
+    """Shares proportional to tokens^alpha (arXiv 1907.05019, section 3): 0 is uniform, 1 proportional."""
+    assert problem.alpha is not None
+    return Estimate(weights={domain: tokens**problem.alpha for domain, tokens in problem.tokens.items()})
+
+
+@estimator("unimax")
+def unimax(problem: Problem) -> Estimate:
+    """As uniform as the cap on repetition allows (arXiv 2304.09151): what `estimate` does with equal shares."""
+    return uniform(problem)
+
+
+@estimator("llama")
+def llama(problem: Problem) -> Estimate:
+    """The shares of LLaMA, for domains of the same names."""
+    return Estimate(weights=published.weights("llama", problem.tokens))
+
+
+@estimator("sheared_llama")
+def sheared_llama(problem: Problem) -> Estimate:
+    """The shares at the end of Sheared-LLaMA's training, for domains of the same names."""
+    return Estimate(weights=published.weights("sheared_llama", problem.tokens))
+
+
+@estimator("llama_moe")
+def llama_moe(problem: Problem) -> Estimate:
+    """The shares that LLaMA-MoE was trained with: Sheared-LLaMA's."""
+    return Estimate(weights=published.weights("llama_moe", problem.tokens))
 
 
 @estimator("explicit")

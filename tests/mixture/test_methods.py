@@ -13,9 +13,19 @@ from tasks.mixture import methods
 DOMAINS = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 10**12), min_size=1)
 
 
-def problem(tokens: dict[str, int], weights: dict[str, float] | None = None) -> methods.Problem:
+def problem(
+    tokens: dict[str, int], weights: dict[str, float] | None = None, *, alpha: float | None = None, budget: int = 1
+) -> methods.Problem:
     return methods.Problem(
-        tokens=tokens, weights=weights, corpus=Path("corpus"), model=Path("model"), seq_len=64, windows=2
+        tokens=tokens,
+        weights=weights,
+        alpha=alpha,
+        budget=budget,
+        max_epochs=4.0,
+        corpus=Path("corpus"),
+        model=Path("model"),
+        seq_len=64,
+        windows=2,
     )
 
 
@@ -31,6 +41,20 @@ def test_proportional_weights_pass_every_domain_equally_often(tokens: dict[str, 
 def test_uniform_weights_are_equal_and_sum_to_one(tokens: dict[str, int]) -> None:
     weights = methods.estimate("uniform", problem(tokens)).weights
     assert weights == dict.fromkeys(tokens, pytest.approx(1 / len(tokens)))
+
+
+@given(tokens=DOMAINS)
+def test_temperature_goes_from_uniform_to_proportional(tokens: dict[str, int]) -> None:
+    ends = {alpha: methods.estimate("temperature", problem(tokens, alpha=alpha)).weights for alpha in (0.0, 1.0)}
+    assert ends[0.0] == pytest.approx(methods.estimate("uniform", problem(tokens)).weights)
+    assert ends[1.0] == pytest.approx(methods.estimate("proportional", problem(tokens)).weights)
+
+
+def test_a_cap_on_repetition_holds_for_every_method_and_stands_in_the_evidence() -> None:
+    estimate = methods.estimate("explicit", problem({"a": 10, "b": 1000}, {"a": 1, "b": 1}, budget=100))
+    assert estimate.weights == pytest.approx({"a": 0.4, "b": 0.6})
+    assert estimate.evidence["capped"] == {"a": 0.5}
+    assert estimate.evidence["epochs"] == pytest.approx({"a": 4.0, "b": 0.06})
 
 
 def test_explicit_weights_are_normalised_and_may_be_zero() -> None:

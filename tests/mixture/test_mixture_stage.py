@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tasks import settings
 from tasks.corpus import manifest
 from tasks.corpus.sampling import windows
 from tasks.mixture.__main__ import run
@@ -46,7 +47,9 @@ def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_st
     assert evidence["tokens"] == tokens
     assert evidence["uniform"] == {"prose": 0.5, "code": 0.5}
     assert evidence["proportional"]["code"] == pytest.approx(tokens["code"] / sum(tokens.values()))
-    assert evidence["epochs_per_million_tokens"]["code"] == pytest.approx(0.5e6 / tokens["code"])
+    budget = settings.load().pipeline("tiny").pretrain.tokens
+    assert evidence["epochs"]["code"] == pytest.approx(0.5 * budget / tokens["code"])
+    assert evidence["capped"] == {}
 
 
 def test_the_test_part_may_be_missing_and_neither_it_nor_a_window_may_be_too_short_for_the_evaluation(
