@@ -28,14 +28,17 @@ class Reweighter:
         references: Mapping[str, float],
         *,
         rule: domain_weights.Rule,
+        start: Mapping[str, float],
+        within: float,
         given: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         """`given`: the weights after the evaluation of each step, to follow instead (Job.weights)."""
         self.references, self.rule, self.given = dict(references), rule, given
+        self.start, self.within = dict(start), within
 
     @classmethod
-    def load(cls, job: Job, *, validation: Validation) -> Reweighter | None:
-        """The reweighter of a job; None without `pretrain.dynamic`.
+    def load(cls, job: Job, *, validation: Validation, start: Mapping[str, float]) -> Reweighter | None:
+        """The reweighter of a job whose mixture is `start`; None without `pretrain.dynamic`.
 
         Raises:
             TrainingError: the references miss a domain of the corpus, name one that it lacks, or can't be predicted.
@@ -60,10 +63,16 @@ class Reweighter:
         followed = None
         if job.weights is not None:
             followed = {int(step): weights for step, weights in json.loads(job.weights.read_text()).items()}
-        return cls({domain: references[domain] for domain in validation.windows}, rule=dynamic.rule, given=followed)
+        return cls(
+            {domain: references[domain] for domain in validation.windows},
+            rule=dynamic.rule,
+            start=start,
+            within=dynamic.within,
+            given=followed,
+        )
 
     def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
-        """The weights after the evaluation of a step (`tasks.corpus.sampling.weights.update`).
+        """The weights after the evaluation of a step (`tasks.corpus.sampling.weights.update`, then `within`).
 
         Args:
             weights: those in use.
@@ -71,7 +80,21 @@ class Reweighter:
         """
         if self.given is not None:
             return dict(self.given[step])
-        return domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
+        moved = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
+        return domain_weights.within(moved, start=self.start, factor=self.within)
+
+    def at_cap(self, weights: Mapping[str, float], *, losses: Mapping[str, float]) -> list[str]:
+        """A message for each domain that has all the weight it may have and is still above its reference."""
+        return [
+            f"{domain} has {self.within:g} times its weight at the start, the most it may have, and its loss of "
+            f"{losses[domain]:.4f} is above the reference of {self.references[domain]:.4f}; that may be out of reach: "
+            "give another reference (pretrain.dynamic.references), or train without dynamic"
+            for domain, share in self.start.items()
+            if share > 0
+            and self.within > 1
+            and weights[domain] >= share * self.within * (1 - 1e-9)
+            and losses[domain] > self.references[domain]
+        ]
 
 
 def predict(losses: Iterable[float], *, sizes: Iterable[int], size: int, domain: str) -> float:

@@ -48,7 +48,7 @@ class Trainer:
         manifest.require_tokenizer(corpus, job.model)
         self.domains = list(corpus.trained)
         self.validation = Validation.load(job, mixture["evidence"])
-        self.reweighter = Reweighter.load(job, validation=self.validation)
+        self.reweighter = Reweighter.load(job, validation=self.validation, start=mixture["weights"])
         self.state = RunState(weights=mixture["weights"], windows_seen=dict.fromkeys(self.domains, 0))
         self.sampler, self.loader = batches.draw(
             job, self.state.weights, corpus_sha256=corpus.sha256, rank=process.rank, world_size=process.world_size
@@ -200,6 +200,8 @@ class Trainer:
         if self.reweighter and state.step < self.params.steps:  # the same on every rank, because the losses are
             state.weights = self.reweighter.update(state.weights, losses=losses, step=state.step)
             self.sampler.set_weights(state.weights)
+            for message in self.reweighter.at_cap(state.weights, losses=losses):
+                self.run_log.event(state.step, what="domain_at_cap", message=message)
         self.run_log.validation(
             state,
             losses,

@@ -77,6 +77,9 @@ class Dynamic(Frozen):
     """Sheared-LLaMA's, as in its paper (excess clipped at 0), or as in its code (not clipped, smoothed by 1e-4)."""
     references: Literal["parent"] | dict[Name, Above] | Fit = "parent"
     """The dense parent's losses on the same windows, given ones, or a scaling fit."""
+    within: Annotated[float, Field(ge=1, le=1e30)] = 4.0
+    """Each weight stays between a fourth and four times its share at the start: a domain whose reference is out of
+    reach would take all."""
 
 
 class Phase(Frozen):

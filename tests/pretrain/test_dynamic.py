@@ -44,6 +44,10 @@ def validation(*domains: str, references: dict[str, float] | None = None) -> Val
     return Validation(windows={domain: np.zeros((1, 64), dtype=np.int64) for domain in domains}, references=references)
 
 
+def load(of: Job, on: Validation) -> Reweighter | None:
+    return Reweighter.load(of, validation=on, start=dict.fromkeys(on.windows, 1 / len(on.windows)))
+
+
 @pytest.mark.parametrize("domain", PRINTED)
 def test_the_fit_predicts_what_the_published_notebook_prints(domain: str) -> None:
     losses, printed = PRINTED[domain]
@@ -73,10 +77,10 @@ def test_a_fit_that_does_not_converge_is_an_error_that_names_the_domain(monkeypa
 
 
 def test_references_come_from_the_parent_from_the_settings_or_from_the_fit_in_the_corpus_order() -> None:
-    parent = Reweighter.load(job("parent"), validation=validation("wiki", "cc", references={"cc": 2.0, "wiki": 1.0}))
-    given = Reweighter.load(job({"cc": 2.5, "wiki": 1.5}), validation=validation("wiki", "cc"))
+    parent = load(job("parent"), validation("wiki", "cc", references={"cc": 2.0, "wiki": 1.0}))
+    given = load(job({"cc": 2.5, "wiki": 1.5}), validation("wiki", "cc"))
     fit = {"losses": {d: PRINTED[d][0] for d in ("cc", "wiki")}, "sizes": SIZES, "size": 373867520}
-    fitted = Reweighter.load(job(fit, rule="code"), validation=validation("wiki", "cc"))
+    fitted = load(job(fit, rule="code"), validation("wiki", "cc"))
     assert parent
     assert given
     assert fitted
@@ -85,7 +89,7 @@ def test_references_come_from_the_parent_from_the_settings_or_from_the_fit_in_th
     assert {d: round(x, 4) for d, x in fitted.references.items()} == {"wiki": 2.0470, "cc": 2.1401}
     assert fitted.rule == "code"
     without = Job(**{**vars(job("parent")), "params": job("parent").params.model_copy(update={"dynamic": None})})
-    assert Reweighter.load(without, validation=validation("wiki")) is None
+    assert load(without, validation("wiki")) is None
 
 
 def test_without_a_size_the_fit_predicts_for_the_split_models_active_parameters(tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_without_a_size_the_fit_predicts_for_the_split_models_active_parameters(
         p.numel() // (4 if ".experts." in name else 1) for name, p in MixtralForCausalLM(config).named_parameters()
     )
     fit = {"losses": {"cc": [3.0, 2.0, 1.5]}, "sizes": [1000, 10000, 100000]}
-    result = Reweighter.load(job(fit, folder=tmp_path), validation=validation("cc"))
+    result = load(job(fit, folder=tmp_path), validation("cc"))
     assert result
     assert result.references == {
         "cc": dynamic.predict([3.0, 2.0, 1.5], sizes=[1000, 10000, 100000], size=active, domain="cc")
@@ -111,17 +115,17 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
     with pytest.raises(
         TrainingError, match=r"references: nothing for wiki; books not in the corpus; .* exactly cc, wiki"
     ):
-        Reweighter.load(job({"cc": 1.0, "books": 1.0}), validation=validation("cc", "wiki"))
+        load(job({"cc": 1.0, "books": 1.0}), validation("cc", "wiki"))
     fit = {"losses": {"cc": [3.0, 2.0, 1.5]}, "sizes": [1, 2, 3], "size": 4}
     with pytest.raises(TrainingError, match=r"references.losses: nothing for wiki; it needs"):
-        Reweighter.load(job(fit), validation=validation("cc", "wiki"))
+        load(job(fit), validation("cc", "wiki"))
 
 
 def test_given_weights_are_followed_whatever_the_losses_are(tmp_path: Path) -> None:
     recorded = {"0": {"cc": 0.3, "wiki": 0.7}, "4": {"cc": 0.1 + 0.2, "wiki": 0.7}}
     (tmp_path / "weights.json").write_text(json.dumps(recorded))
     following = dataclasses.replace(job({"cc": 2.5, "wiki": 1.5}), weights=tmp_path / "weights.json")
-    reweighter = Reweighter.load(following, validation=validation("cc", "wiki"))
+    reweighter = load(following, validation("cc", "wiki"))
     assert reweighter
     for step, weights in recorded.items():
         given = reweighter.update({"cc": 0.5, "wiki": 0.5}, losses={"cc": 9.0, "wiki": 1.0}, step=int(step))
@@ -139,7 +143,7 @@ def test_domains_end_nearer_to_their_references_together_than_with_weights_that_
     scale = {"quick": 20.0, "medium": 60.0, "slow": 200.0}
 
     def spread(*, moving: bool) -> float:
-        reweighter = Reweighter(references, rule=rule)
+        reweighter = Reweighter(references, rule=rule, start=dict.fromkeys(references, 1 / 3), within=1e9)
         weights, served = dict.fromkeys(references, 1 / 3), dict.fromkeys(references, 0.0)
         losses: dict[str, float] = {}
         for _ in range(40):
@@ -150,3 +154,21 @@ def test_domains_end_nearer_to_their_references_together_than_with_weights_that_
         return float(np.std([losses[d] - references[d] for d in references]))
 
     assert spread(moving=True) < 0.7 * spread(moving=False)
+
+
+def test_a_domain_whose_reference_is_out_of_reach_stops_at_its_cap_and_is_named() -> None:
+    reweighter = Reweighter(
+        {"noise": 1.0, "wiki": 2.0, "out": 1.0},
+        rule="paper",
+        start={"noise": 0.2, "wiki": 0.8, "out": 0.0},
+        within=3.0,
+    )
+    weights, losses = dict(reweighter.start), {"noise": 4.0, "wiki": 2.5, "out": 9.0}
+    assert reweighter.at_cap(weights, losses=losses) == []
+    for step in range(20):
+        weights = reweighter.update(weights, losses=losses, step=step)
+    assert weights == pytest.approx({"noise": 0.6, "wiki": 0.4, "out": 0.0})
+    (message,) = reweighter.at_cap(weights, losses=losses)
+    assert message.startswith("noise has 3 times its weight at the start")
+    assert "loss of 4.0000 is above the reference of 1.0000" in message
+    assert reweighter.at_cap(weights, losses=losses | {"noise": 0.9}) == []

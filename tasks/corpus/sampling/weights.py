@@ -56,6 +56,32 @@ def update(
     return new
 
 
+def within(weights: Mapping[str, float], *, start: Mapping[str, float], factor: float) -> dict[str, float]:
+    """The weights scaled to sum 1, each held between a `factor`-th and `factor` times its share of `start`.
+
+    The scale is the same for all that are not held: the proportions between those stay.
+
+    Args:
+        weights: sum 1.
+        start: sum 1, over the same domains; a share of 0 stays 0.
+        factor: 1 or more.
+    """
+
+    def held(scale: float) -> dict[str, float]:
+        # 1e-300: what underflowed to 0 must be able to rise
+        return {d: min(max(scale * max(weights[d], 1e-300), start[d] / factor), start[d] * factor) for d in weights}
+
+    low, high = 0.0, 1.0
+    while math.fsum(held(high).values()) < 1 and high < 1e300:
+        high *= 2
+    for _ in range(200):  # the sum grows with the scale; the loop ends at neighbouring doubles
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.fsum(held(middle).values()) < 1 else (low, middle)
+    found = held(high)
+    total = math.fsum(found.values())
+    return {domain: weight / total for domain, weight in found.items()}
+
+
 def quantise(weights: Mapping[str, float] | Iterable[float]) -> list[int]:
     """Weights as integers that sum to 2**32 (largest remainders get what rounding leaves); 0 stays 0.
 

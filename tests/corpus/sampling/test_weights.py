@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.sampling import weights
@@ -104,3 +104,32 @@ def test_quantised_weights_sum_to_one_and_stay_close(values: list[float]) -> Non
 def test_weights_that_name_no_mixture_are_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="positive sum"):
         weights.quantise(values)
+
+
+@given(
+    start=st.lists(st.floats(0.01, 1), min_size=1, max_size=8),
+    moved=st.lists(st.floats(0, 1), min_size=8, max_size=8),
+    factor=st.floats(1, 100),
+)
+def test_weights_held_within_a_factor_of_the_start_keep_the_proportions_of_the_free_ones(
+    start: list[float], moved: list[float], factor: float
+) -> None:
+    begin = {str(i): share / sum(start) for i, share in enumerate(start)}
+    total = sum(moved[: len(start)])
+    assume(total > 1e-3)
+    now = {str(i): share / total for i, share in enumerate(moved[: len(start)])}
+    held = weights.within(now, start=begin, factor=factor)
+    assert sum(held.values()) == pytest.approx(1)
+    scales = []
+    for domain, weight in held.items():
+        low, high = begin[domain] / factor, begin[domain] * factor
+        assert low * (1 - 1e-9) <= weight <= high * (1 + 1e-9)
+        if low * 1.001 < weight < high * 0.999:
+            scales.append(weight / now[domain])
+    assert max(scales, default=1) == pytest.approx(min(scales, default=1), rel=1e-6)
+
+
+def test_weights_within_the_factor_are_left_as_they_are() -> None:
+    now = {"a": 0.4, "b": 0.35, "c": 0.25, "out": 0.0}
+    start = {"a": 0.3, "b": 0.3, "c": 0.4, "out": 0.0}
+    assert weights.within(now, start=start, factor=4.0) == pytest.approx(now)
