@@ -40,13 +40,13 @@ def _domains(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
         unknown, missing = sorted(set(names) - set(domains)), sorted(set(domains) - set(names))
         if unknown or missing:
             wrong = [
-                f"{name} is unseen, so nothing may be trained on it"
+                f"{name} is unseen, so nothing may be trained on it: leave it out here"
                 if name in corpus.unseen
                 else f"{name} not among them"
                 for name in unknown
             ]
             wrong += [f"{', '.join(missing)} missing"] if missing else []
-            fix = "; give a domain the weight 0 to leave it out" if field == "mixture.weights" else ""
+            fix = "; give a domain the weight 0 to leave it out" if missing and field == "mixture.weights" else ""
             yield (
                 f"{field} must name exactly the domains of corpora.{pipeline.corpus}, {', '.join(domains)}: "
                 f"{'; '.join(wrong)}{fix}"

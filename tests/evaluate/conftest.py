@@ -1,6 +1,6 @@
 """A finished pipeline in a temporary project: the metrics files of a `demo`, with made-up numbers.
 
-Its settings are those of pipelines.yaml's `fine`, which has more of them.
+Its settings are those of pipelines.yaml's `fine`, which has more of them; no domain is unseen.
 """
 
 from __future__ import annotations
@@ -253,6 +253,8 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project root where pipeline `demo` is finished; the test runs inside it."""
     content = settings.read(ROOT / "pipelines.yaml")
     content["pipelines"]["demo"] = content["pipelines"].pop("fine")
+    domains = content["corpora"]["demo"]["domains"]
+    content["corpora"]["demo"]["domains"] = {name: each for name, each in domains.items() if not each.get("unseen")}
     (tmp_path / "pipelines.yaml").write_text(json.dumps(content))
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from tasks import settings
 from tasks.settings.deployments import FLOWS, Deployment, Schedule, cron_fault
-from tests.settings.test_settings import GOOD, changed, fault
+from tests.settings.test_settings import TRAINED, changed, fault
 
 FULL = changed("pipelines.fine.pretrain.distill", {"logits": 1.0, "temperature": 2.0})
 FULL["corpora"]["demo"]["filters"] = [{"rule": rule} for rule in ("length", "gopher_quality", "gopher_repetition",
     "c4_quality", "fineweb_quality", "fluency", "advertisement")]  # fmt: skip
-FULL["pipelines"]["fine"]["mixture"] |= {"weights": dict.fromkeys(GOOD["corpora"]["demo"]["domains"], 1.0)}
+FULL["pipelines"]["fine"]["mixture"] |= {"weights": dict.fromkeys(TRAINED, 1.0)}
 FULL["pipelines"]["fine"]["pretrain"]["dynamic"]["references"] = {
-    "losses": {domain: [3.0, 2.5, 2.2] for domain in GOOD["corpora"]["demo"]["domains"]},
+    "losses": {domain: [3.0, 2.5, 2.2] for domain in TRAINED},
     "sizes": [1000, 10_000, 100_000],
 }
 FULL["pipelines"]["fine"]["pretrain"]["train"] = [{"what": "router", "tokens": 4096}, {"what": "all"}]

@@ -22,6 +22,7 @@ from tasks.settings.pretrain import Balance, Distill, Dynamic, Fit, Guard
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "pipelines.yaml").read_text()
 GOOD = YAML(typ="safe", pure=True).load(TEXT)
+TRAINED = [name for name, domain in GOOD["corpora"]["demo"]["domains"].items() if not domain.get("unseen")]
 
 
 def changed(where: str, value: Any) -> dict[str, Any]:
@@ -314,11 +315,13 @@ def test_an_unseen_domain_has_no_weight_and_a_corpus_needs_one_that_is_trained_o
     raw = changed("corpora.demo.domains.code.unseen", True)
     names = ["books", "legal", "encyclopedia"]
     raw["pipelines"]["demo"]["mixture"] = {"method": "explicit", "weights": dict.fromkeys(names, 1.0)}
-    corpus = settings.validate(raw).corpus("demo")
-    assert (corpus.trained, corpus.unseen) == (names, ["code"])
-    assert settings.validate(raw).pipeline("demo").evaluate.windows_of(corpus) == 3 * 8 + 4
+    corpus, judge = settings.validate(raw).corpus("demo"), settings.validate(raw).pipeline("demo").evaluate
+    assert (corpus.trained, corpus.unseen) == (names, ["code", "docs", "dialogue"])
+    assert judge.windows_of(corpus) == 3 * judge.windows + 3 * judge.unseen_windows
     raw["pipelines"]["demo"]["mixture"]["weights"]["code"] = 0.0
-    assert "books, legal, encyclopedia: code is unseen, so nothing may be trained on it" in fault(raw)
+    assert "books, legal, encyclopedia: code is unseen, so nothing may be trained on it: leave it out here" in fault(
+        raw
+    )
     for domain in raw["corpora"]["demo"]["domains"].values():
         domain["unseen"] = True
         domain.pop("heldout", None)

@@ -146,7 +146,7 @@ def validation(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArr
 
 
 def test(corpus_dir: Path, *, seq_len: int, count: int) -> dict[str, NDArray[np.int64]]:
-    """Windows of each trained domain to report, as `validation` gives them. For tasks/evaluate alone.
+    """Windows of each trained domain to report, as `validation` gives them. For evaluations alone.
 
     A figure by which anything was chosen says no longer how the result does on text it has not seen.
     """
