@@ -40,7 +40,7 @@ TESTS = (
     "tests/pretrain/engine",  # DeepSpeed
     "tests/corpus/dedup",  # rensa
     "tests/corpus/readers",  # pyarrow, fsspec, orjson
-    "tests/evaluate/test_accuracy.py",  # lm-eval, datasets
+    "tests/evaluate/downstream/test_accuracy.py",  # lm-eval, datasets
     "tests/flows/test_stages.py",  # Prefect, DVC
     "tests/flows/test_deployment.py",  # Prefect's server, worker and schedules
 )

@@ -30,7 +30,8 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", metavar="NAME", help="An lm-eval task; may be given several times.")
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME", help="A suite or a task of lm-eval; may be given several times."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items of each task, else all.")] = None,
     analyses: Annotated[

@@ -3,24 +3,16 @@ that the hub lacks or cannot serve as data."""
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterator
-from importlib import util
-from pathlib import Path
 from typing import Any
 
 from tasks import sources
-from tasks.settings import Settings, SettingsError
+from tasks.settings import Settings, SettingsError, harness
 from tasks.settings import model as models
 from tasks.sources import hub
 
 PLACEHOLDER = "YOUR-NAME"
 """Stands in recipes where an address of one's own belongs."""
-
-_TASK = re.compile(r"""^["']?task["']?:[ \t]*["']?([\w.+-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
-_DATASET = re.compile(r"""^["']?dataset_path["']?:[ \t]*["']?([\w./-]+)""", re.MULTILINE)
-_INCLUDE = re.compile(r"""^["']?include["']?:[ \t]*["']?([^\s"']+)""", re.MULTILINE)
 
 
 def require(settings: Settings, pipeline: str) -> None:
@@ -57,10 +49,10 @@ def refusals(settings: Settings, pipeline: str) -> Iterator[str]:
                 except sources.SourceError as error:
                     yield f"corpora.{entry.corpus}, {name}: {error}"
         for task in entry.evaluate.tasks:
-            if task.source is None and (dataset := dataset_of(task.name)) and (fault := _fault(dataset)):
+            if not task.local and (dataset := dataset_of(task.name)) and (fault := _fault(dataset)):
                 yield (
                     f"pipelines.{pipeline}.evaluate.tasks: lm-eval reads {task.name} from hub:{dataset}, which {fault}"
-                    "; name another task, or give it a `source`"
+                    "; name another task, or give it `files`"
                 )
     except hub.Unreachable:
         return
@@ -104,24 +96,7 @@ def _fault(dataset: str) -> str | None:
 
 
 def dataset_of(task: str) -> str | None:
-    """The dataset that lm-eval reads for a task of its own; None if no description of it names one."""
-    path = _descriptions().get(task)
-    return _dataset(path) if path else None
-
-
-@functools.cache
-def _descriptions() -> dict[str, Path]:
-    """The file that describes each task of lm-eval's own."""
-    spec = util.find_spec("lm_eval")
-    roots = spec.submodule_search_locations or () if spec else ()
-    paths = (path for root in roots for path in Path(root, "tasks").rglob("*.yaml"))
-    return {name[1]: path for path in paths if (name := _TASK.search(path.read_text()))}
-
-
-def _dataset(path: Path) -> str | None:
-    text = path.read_text()
-    if match := _DATASET.search(text):
-        return match[1]
-    included = _INCLUDE.search(text)
-    base = path.parent / included[1] if included else path
-    return _dataset(base) if base != path and base.is_file() else None
+    """The dataset of the hub that a task's description names, if it names one."""
+    path = harness.description(task)
+    dataset = harness.fields(path).get("dataset_path") if path else None
+    return None if dataset in harness.FORMATS else dataset

@@ -73,7 +73,7 @@ def test_only_stages_that_import_a_module_have_its_digest() -> None:
     assert "tasks.pretrain.launch.worker" in parts["tasks.pretrain"]  # named by a string
     assert "tasks.partition.methods.random" in parts["tasks.partition"]  # reached by an f-string
     assert "moe_kernels/tiles.json" in parts["tasks.pretrain"]
-    assert {"tasks/evaluate/harness/hellaswag_100.yaml"} <= parts["tasks.evaluate"].keys()
+    assert {"tasks/evaluate/downstream/harness/hellaswag_100.yaml"} <= parts["tasks.evaluate"].keys()
     assert any(name.endswith("report.html.j2") for name in parts["tasks.evaluate.report"])
     assert not any(name.startswith("moe_kernels") for name in parts["tasks.moe.dense"])
 

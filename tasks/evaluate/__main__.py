@@ -5,14 +5,16 @@
 Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}, and runs/PIPELINE/control/model where the pipeline has
 a dense child. Writes runs/PIPELINE/evaluation.json (the figures), routing.json (tokens per domain, layer and expert),
 samples.json (each model's continuations of a few prompts), heldout.json (the evaluated windows, {domain: [[ids]]}),
-windows.json (each model's nats on each window, to compare two evaluations by) and analysis.json (analyses of experts
-and routers, {} if the settings ask for none). Results are kept model by model: after a kill, the evaluation continues
-with the next model, and an analysis with the next layer. Speed comes after the models, which then take turns.
+windows.json (each model's nats on each window, to compare two evaluations by), items.json (what each model scored on
+each item of each task) and analysis.json (analyses of experts and routers, {} if the settings ask for none). Results
+are kept by model and task: after a kill, the evaluation continues with the next task, and an analysis with the next
+layer. Speed comes after the models, which then take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -24,7 +26,9 @@ from typing import Any
 
 from tasks import code, scratch, settings
 from tasks.engines import turns
-from tasks.evaluate import accuracy, generation, likelihood, routing_balance, speed, speed_table, unseen
+from tasks.evaluate import batches, generation, likelihood, routing_balance, speed, speed_table, unseen
+from tasks.evaluate.downstream import collection, judging
+from tasks.settings import suites
 
 MODELS = {
     "dense": "dense parent",
@@ -60,35 +64,31 @@ def evaluate(name: str) -> None:
     ids = windows.test(corpus, seq_len=knobs.seq_len, count=knobs.windows)
     others = windows.unseen(corpus, seq_len=knobs.seq_len, count=knobs.unseen_windows)
     token_bytes = encoder.token_bytes(folders["dense"])
-    items = accuracy.versions(knobs.tasks)
+    tasks = suites.judged(knobs)
+    versions, missing = collection.versions(tasks)
     inputs = {
         "settings": knobs.model_dump(),
-        "items": items,
+        "tasks": [task.model_dump() for task in tasks],
+        "items": versions,
         "corpus": contents.sha256,
         "models": {key: scratch.digest(folder) for key, folder in folders.items()},
         "code": code.fingerprint("tasks.evaluate"),
     }
     with scratch.workspace("evaluate", name, inputs=inputs, priority=scratch.last_used) as folder:
         scratch.report_kept(folder)
-        prepared = accuracy.prepare(knobs.tasks, folder / "tasks", versions=items)
+        judge = judging.gather(tasks, folder / "tasks", versions=versions, missing=missing)
         done = {}
         for key, path in folders.items():
-            result = folder / f"{key}.json"
-            try:
-                done[key] = scratch.read_sealed(result)
-                print(f"{MODELS[key]}: already evaluated, kept", flush=True)
-            except (FileNotFoundError, ValueError) as error:
-                if result.exists():
-                    print(f"{result} is damaged ({error}); evaluating again", flush=True)
-                print(f"{MODELS[key]}: {path}", flush=True)
-                measured = _evaluate(path, ids, unseen=others, knobs=knobs, prepared=prepared)
-                scratch.write_sealed(result, measured)
-                done[key] = scratch.read_sealed(result)
+            print(f"{MODELS[key]}: {path}", flush=True)
+            done[key] = _evaluate(path, ids, unseen=others, knobs=knobs, judge=judge, keep=folder / key)
         speeds = _speeds(folders, ids, scratch=folder)
         counted = likelihood.counts(ids, token_bytes=token_bytes)
+        scored = {key: result["tasks"] for key, result in done.items()}
+        items = judging.by_item(scored, missing=judge.missing)
         outs = {
             "routing": {key: done[key]["load"] for key in ("split", "trained")},
             "samples": samples(done),
+            "items": items,
             "heldout": {domain: a.tolist() for domain, a in ids.items()},
             "windows": likelihood.by_window(
                 ids, {key: result["nats"] for key, result in done.items()}, token_bytes=token_bytes
@@ -108,44 +108,58 @@ def evaluate(name: str) -> None:
             knobs=knobs,
             method=pipeline.partition.method,
         )
+        judging.add(evaluation, scored, items, knobs=knobs, missing=judge.missing)
         scratch.write_json(run / "evaluation.json", evaluation)
         shutil.rmtree(folder)
 
 
-def _evaluate(path: Path, ids: Any, *, unseen: Any, knobs: settings.Evaluate, prepared: Path) -> dict[str, Any]:
-    import torch
-    from transformers import AutoTokenizer
+def _evaluate(
+    path: Path, ids: Any, *, unseen: Any, knobs: settings.Evaluate, judge: judging.Judge, keep: Path
+) -> dict[str, Any]:
+    """Measure a model. Files whose names begin with `keep` hold what is done; it is loaded if something is not."""
 
-    from tasks.moe import checkpoint, counts, device
+    @functools.cache
+    def load() -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoTokenizer
 
-    here = device.default()
-    model = checkpoint.load(path, dtype=torch.float32, device=here)
+        from tasks.moe import checkpoint, device
+
+        model = checkpoint.load(path, dtype=torch.float32, device=device.default())
+        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+    measured = judging.kept(keep.with_suffix(".json"), lambda: _measure(*load(), ids, unseen=unseen, knobs=knobs))
+    scored = judge.scores(load, keep=keep, batch=knobs.batch, dtype=knobs.dtype)
+    seconds = measured["seconds"] + sum(entry["seconds"] for entry in scored.values())
+    return measured | {"tasks": scored, "seconds": round(seconds, 1)}
+
+
+def _measure(model: Any, tokenizer: Any, ids: Any, *, unseen: Any, knobs: settings.Evaluate) -> dict[str, Any]:
+    """All but the tasks."""
+    from tasks.moe import counts
+
     start = time.perf_counter()
 
     def progress(domain: str, nats: float) -> None:
         print(f"  {domain}: {nats:.4f} nats/token ({time.perf_counter() - start:.0f} s)", flush=True)
 
-    measured = likelihood.measure(model, ids, batch=knobs.batch, progress=progress)
-    elsewhere = likelihood.measure(model, unseen, batch=knobs.batch, progress=progress)
-    elastic = likelihood.by_top_k(model, ids, batch=knobs.batch)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    texts = generation.samples(model, tokenizer)
+    batch = batches.fitting(model, knobs.batch, length=knobs.seq_len)
+    measured = likelihood.measure(model, ids, batch=batch, progress=progress)
+    elsewhere = likelihood.measure(model, unseen, batch=batch, progress=progress)
+    elastic = likelihood.by_top_k(model, ids, batch=batch)
+    said = generation.samples(model, tokenizer)
     sparse = counts.experts(model.config)
-    scored = accuracy.run(model, tokenizer, tasks=knobs.tasks, prepared=prepared, batch=knobs.batch)
-    for task, entry in scored.items():
-        figures = ", ".join(f"{m} {v:.4f}" for m, v in entry.items() if isinstance(v, float))
-        print(f"  {task}: {figures}, n = {entry['n']} ({time.perf_counter() - start:.0f} s)", flush=True)
     sizes = counts.parameters(model.config)
     return measured | {
         "unseen": elsewhere["nats"],
-        "tasks": scored,
         "elastic": elastic,
         "parameters": {"total": sizes["total"], "active": sizes["active"]},
         "flops_per_token": counts.flops_per_token(model.config, seq_len=knobs.seq_len)["forward"],
         "experts": {"layers": sparse["layers"], "top_k": sparse["top_k"], "experts": sparse["experts"]},
-        "texts": texts,
+        "texts": said["texts"],
+        "repetition": said["repetition"],
         "seconds": round(time.perf_counter() - start, 1),
-        "machine": machine(here),
+        "machine": machine(model.device.type),
     }
 
 
@@ -176,12 +190,17 @@ def _speeds(folders: dict[str, Path], ids: Any, *, scratch: Path) -> dict[str, A
 
 
 def samples(done: dict[str, Any]) -> dict[str, Any]:
-    """The content of samples.json: {new_tokens, samples: [{prompt, and the text of each model}]}."""
+    """The content of samples.json.
+
+    Returns:
+        new_tokens; samples: [{prompt, and the text of each model}]; repetition: {model: of each of its texts}.
+    """
     rows = [
         {"prompt": prompt} | {key: result["texts"][i] for key, result in done.items()}
         for i, prompt in enumerate(generation.PROMPTS)
     ]
-    return {"new_tokens": generation.NEW_TOKENS, "samples": rows}
+    repeated = {key: [round(share, 4) for share in result["repetition"]] for key, result in done.items()}
+    return {"new_tokens": generation.NEW_TOKENS, "samples": rows, "repetition": repeated}
 
 
 def summarise(
@@ -216,7 +235,7 @@ def summarise(
     summary: dict[str, Any] = {"method": method}
     for key, result in done.items():
         summary[key] = likelihood.scores(result["nats"], test)
-        for field in ("parameters", "flops_per_token", "tasks", "seconds"):
+        for field in ("parameters", "flops_per_token", "seconds"):
             summary[key][field] = result[field]
         if result.get("elastic"):
             summary[key]["elastic"] = {

@@ -1,4 +1,4 @@
-"""Text samples: greedy decoding with a KV cache, one sequence at a time."""
+"""Text samples: greedy decoding with a KV cache, all prompts at once, and how much a text repeats itself."""
 
 from __future__ import annotations
 
@@ -10,31 +10,63 @@ if TYPE_CHECKING:
 
 PROMPTS = ("The capital of France is", "Once upon a time,", "def fibonacci(n):\n")
 NEW_TOKENS = 24
+NGRAM = 4
 
 
-def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The continuations of PROMPTS by NEW_TOKENS tokens each, or up to the end of the text."""
-    continued = (greedy(model, tokenizer(prompt)["input_ids"], new=NEW_TOKENS) for prompt in PROMPTS)
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in continued]
+def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """The continuations of PROMPTS by NEW_TOKENS tokens each, or up to the end of the text.
+
+    Returns:
+        texts, and the `repetition` of each.
+    """
+    continued = greedy(model, [tokenizer(prompt)["input_ids"] for prompt in PROMPTS], new=NEW_TOKENS)
+    return {
+        "texts": [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in continued],
+        "repetition": [repetition(ids) for ids in continued],
+    }
 
 
-def greedy(model: PreTrainedModel, ids: Sequence[int], *, new: int) -> list[int]:
-    """The likeliest `new` tokens one after the other, or those before the one that ends the text."""
+def repetition(ids: Sequence[int], *, n: int = NGRAM) -> float:
+    """Share of n-grams that stood there before: 1 - different / all (seq-rep-n, arXiv 1908.04319, section 6).
+
+    0 for a text of fewer than n tokens.
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, new: int) -> list[list[int]]:
+    """The likeliest `new` tokens one after the other, or those before the one that ends the text.
+
+    Args:
+        prompts: token ids. A step reads all weights whatever the number of prompts, so they are continued together.
+
+    Returns:
+        the new ids of each prompt.
+    """
     import torch
     from transformers import DynamicCache
 
     config: Any = model.generation_config or model.config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    new_ids: list[int] = []
+    head: Any = model.get_output_embeddings()
+    longest = max(map(len, prompts))
+    made: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
     with torch.inference_mode():
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(model.device)
         cache = DynamicCache(config=model.config)  # fourth argument of every class; its name has changed in 5.23
-        out: Any = model(torch.tensor([list(ids)], device=model.device), None, None, cache, use_cache=True)
-        chosen = int(out.logits[0, -1].argmax())
-        while chosen not in ends:
-            new_ids.append(chosen)
-            if len(new_ids) == new:
+        for _ in range(new):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            # The whole model would also compute the balance loss, where its config asks for one.
+            out: Any = model.base_model(ids, mask, positions, cache, use_cache=True)
+            ids = head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+            for i, chosen in enumerate(ids[:, 0].tolist()):
+                running[i] = running[i] and chosen not in ends
+                if running[i]:
+                    made[i].append(chosen)
+            if not any(running):
                 break
-            step = torch.tensor([[chosen]], device=model.device)
-            out = model(step, None, None, cache, use_cache=True)
-            chosen = int(out.logits[0, -1].argmax())
-    return new_ids
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return made

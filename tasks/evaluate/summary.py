@@ -6,12 +6,12 @@ python -m tasks.evaluate.summary PIPELINE
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluate import speed_table, unseen_table
+from tasks.evaluate.downstream import task_table
 from tasks.evaluate.wording import signed, verdict
 
 if TYPE_CHECKING:
@@ -65,12 +65,7 @@ def rows(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
             add(f"{label}: {domain}", [f"{model[metric][domain]:.{digits}f}" for model in judged])
     add("perplexity: mean", [f"{model['perplexity']['mean']:.2f}" for model in judged])
     table += unseen_table.rows(evaluation, models(evaluation))
-    for task, first in judged[0]["tasks"].items():
-        guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
-        for metric in [key for key in first if f"{key}_stderr" in first]:
-            entries = [model["tasks"][task] for model in judged]
-            label = f"{task} {metric} (n = {first['n']}, {first['num_fewshot']}-shot{guess})"
-            add(label, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
+    table += task_table.rows(evaluation, models(evaluation))
     for top_k, at in evaluation["trained"].get("elastic", {}).items():
         cells = [model.get("elastic", {}).get(top_k) for model in judged]
         label = f"perplexity: mean, top_k {top_k} ({count(at['active'])} active)"
@@ -118,9 +113,9 @@ def table(pipeline: str) -> Table:
 
 
 def notes(evaluation: dict[str, Any]) -> list[str]:
-    """One line each on the data, the change in loss, the dense child, unseen text, chance, speed, routing, a warning
+    """One line each on the data, the change in loss, the dense child, unseen text, tasks, speed, routing, a warning
     first; none if not known."""
-    parts = (basis, change, rival, unseen_table.sentence, chance, speed_basis, routing)
+    parts = (basis, change, rival, unseen_table.sentence, tasks, speed_basis, routing)
     lines = [part(evaluation) for part in parts]
     if collapsed(evaluation):
         lines.insert(0, lines.pop())
@@ -167,28 +162,9 @@ def rival(evaluation: dict[str, Any]) -> str:
     )
 
 
-def chance(evaluation: dict[str, Any]) -> str:
-    """For each multiple-choice task the accuracy of random guessing, and the scores within two standard errors of it.
-
-    Guessing with accuracy c on n items has the standard error sqrt(c (1 - c) / n).
-    """
-    sentences = []
-    for task, first in evaluation["dense"]["tasks"].items():
-        if "chance" not in first:
-            continue
-        guess, error = first["chance"], math.sqrt(first["chance"] * (1 - first["chance"]) / first["n"])
-        near = [
-            f"{metric} {evaluation[key]['tasks'][task][metric]:.3f} ({title})"
-            for metric in first
-            if metric.startswith("acc") and f"{metric}_stderr" in first
-            for key, title in zip(models(evaluation), titles(evaluation), strict=True)
-            if abs(evaluation[key]["tasks"][task][metric] - guess) <= 2 * error
-        ]
-        within = (
-            f"within two standard errors of it: {', '.join(near)}" if near else "no score is within two of its errors"
-        )
-        sentences.append(f"{task}: random guessing scores {guess:.3f} ± {error:.3f}; {within}.")
-    return " ".join(sentences)
+def tasks(evaluation: dict[str, Any]) -> str:
+    """What is to be known of the scores of tasks; see `task_table.notes`."""
+    return task_table.notes(evaluation, dict(zip(models(evaluation), titles(evaluation), strict=True)))
 
 
 def speed_basis(evaluation: dict[str, Any]) -> str:

@@ -18,10 +18,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 import tasks.settings.consistency as consistency
 from tasks.settings.corpus import Corpus, Domain, Items
 from tasks.settings.deployments import Deployment
+from tasks.settings.evaluate import Evaluate, Task
 from tasks.settings.fields import Frozen, Name
 from tasks.settings.model import Model, Shape
 from tasks.settings.partition import Partition
-from tasks.settings.pipeline import Evaluate, Mixture, Pipeline, Task
+from tasks.settings.pipeline import Mixture, Pipeline
 from tasks.settings.pretrain import Pretrain
 from tasks.settings.text import FILE, SettingsError, read
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 
 import tasks.settings.harness as harness
 import tasks.settings.model as model
+import tasks.settings.suites as suites
 from tasks.settings.corpus import Corpus
+from tasks.settings.evaluate import Evaluate
 from tasks.settings.model import Model
 from tasks.settings.pipeline import Pipeline
 from tasks.settings.pretrain import Fit
@@ -22,9 +24,19 @@ def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models
         where = f"pipelines.{name}"
         yield from (f"{where}.{fault}" for fault in _domains(pipeline, corpora[pipeline.corpus]))
         yield from (f"{where}.{fault}" for fault in _sizes(pipeline, models[pipeline.model]))
-        for i, task in enumerate(pipeline.evaluate.tasks):
-            if fault := harness.not_described(task.name) if task.source else harness.why_not(task.name):
-                yield f"{where}.evaluate.tasks.{i}.name = {task.name!r}: {fault}"
+        yield from (f"{where}.{fault}" for fault in _tasks(pipeline.evaluate))
+
+
+def _tasks(evaluate: Evaluate) -> Iterator[str]:
+    """Suites and tasks that do not exist, or whose items are nowhere."""
+    try:
+        judged = {task.name: task for task in suites.judged(evaluate)}
+    except ValueError as error:
+        yield f"evaluate.{error}"
+        return
+    for i, task in enumerate(evaluate.tasks):
+        if fault := harness.why_no_items(task.name, judged[task.name].local):
+            yield f"evaluate.tasks.{i}.name = {task.name!r}: {fault}"
 
 
 def _domains(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:

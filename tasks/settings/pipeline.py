@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings.corpus import Corpus, SourceText
-from tasks.settings.fields import LARGEST, Above, Frozen, Name, NotNegative, Positive, SeqLen, Sha256
+from tasks.settings.evaluate import Evaluate
+from tasks.settings.fields import Above, Frozen, Name, NotNegative, Positive
 from tasks.settings.partition import Partition
 from tasks.settings.pretrain import Pretrain
 
@@ -53,59 +52,6 @@ class Mixture(Frozen):
         if self.weights is not None and sum(self.weights.values()) < SMALLEST:
             raise ValueError(f"`weights` must have a positive sum, of {SMALLEST} at least")
         return self
-
-
-class Task(Frozen):
-    """An lm-eval task: over a local file, described by tasks/evaluate/harness/<name>.yaml, or a hub task by name."""
-
-    name: Name
-    source: SourceText | None = None
-    sha256: Sha256 | None = None
-    license: str | None = None
-    num_fewshot: Annotated[int, Field(ge=0, le=LARGEST)] = 0
-    limit: Positive | None = None
-
-    @model_validator(mode="after")
-    def _source(self) -> Self:
-        if self.sha256 is not None and self.source is None:
-            raise ValueError("sha256 is that of the `source`, and there is none; leave it out")
-        return self
-
-
-MEASURES = Path(__file__).parent.parent / "evaluate" / "analysis" / "measures"
-"""The analyses of experts and routers, a file each."""
-
-
-class Evaluate(Frozen):
-    """Evaluation and report (tasks/evaluate)."""
-
-    seq_len: SeqLen
-    windows: Positive = 8
-    """Test windows of seq_len tokens per domain."""
-    unseen_windows: Positive = 4
-    """The same of each unseen domain."""
-    batch: Positive = 4
-    tasks: list[Task] = Field(default_factory=list)
-    analyses: list[Name] = Field(default_factory=list)
-    """Of experts and routers, before and after training (tasks/evaluate/analysis)."""
-    analysis_windows: Positive = 1
-    """Test windows per domain that the analyses read."""
-
-    @model_validator(mode="after")
-    def _tasks(self) -> Self:
-        names = [task.name for task in self.tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tasks: {', '.join(twice)} stands there twice, and one result would hide the other")
-        if twice := sorted({name for name in self.analyses if self.analyses.count(name) > 1}):
-            raise ValueError(f"analyses: {', '.join(twice)} stands there twice")
-        known = sorted(path.stem for path in MEASURES.glob("[a-z]*.py"))
-        if unknown := [name for name in self.analyses if name not in known]:
-            raise ValueError(f"analyses: {', '.join(unknown)} is not known; known: {', '.join(known)}")
-        return self
-
-    def windows_of(self, corpus: Corpus) -> int:
-        """Test windows on which each model is judged, of all domains together."""
-        return self.windows * len(corpus.trained) + self.unseen_windows * len(corpus.unseen)
 
 
 class Pipeline(Frozen):

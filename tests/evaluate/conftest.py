@@ -17,6 +17,7 @@ from tasks import settings
 from tasks.engines import turns
 from tasks.evaluate import speed
 from tasks.evaluate.__main__ import samples, summarise
+from tasks.evaluate.downstream import judging
 from tasks.evaluate.report import results as results_module
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,7 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float], unseen: lis
         domain: rng.multinomial(4096 * 32, rng.dirichlet(np.full(EXPERTS, 2.5)), size=LAYERS).tolist()
         for domain in domains
     }
+    correct = [float(rng.random() < 0.39 - shift / 10) for _ in range(100)]
     score = {"acc": 0.32 - shift / 20, "acc_stderr": 0.0469, "acc_norm": 0.39 - shift / 10, "acc_norm_stderr": 0.049}
     basis = {
         "n": 100,
@@ -45,13 +47,19 @@ def judged(shift: float, *, sparse: bool, domains: dict[str, float], unseen: lis
         "nats": nats,
         "unseen": {domain: [511 * (3.1 + 1.2 * shift + 0.1 * math.sin(i)) for i in range(4)] for domain in unseen},
         "load": load if sparse else {},
-        "tasks": {"hellaswag_100": score | basis},
+        "tasks": {
+            "hellaswag_100": {
+                "scores": score | basis,
+                "items": {"items": [f"{i:012x}" for i in range(100)], "values": {"acc_norm": correct}},
+            }
+        },
         "parameters": {"total": 136_173_888, "active": 106_315_008}
         if sparse
         else {"total": 134_515_008, "active": 134_515_008},
         "flops_per_token": 243_000_000 if sparse else 303_000_000,
         "experts": {"layers": list(range(LAYERS)) if sparse else [], "experts": EXPERTS, "top_k": 32},
         "texts": ["Paris.", "there was `a` <b>|cat|</b>\n\n# heading\x07", "    return n"],
+        "repetition": [0.0, 0.25, 0.0],
         "seconds": 31.5,
         "machine": {"processor": "AMD EPYC", "cores": 2, "threads": 2, "device": "cpu"},
     }
@@ -117,7 +125,7 @@ def evaluated(root: Path, done: dict[str, Any]) -> dict[str, Any]:
         tokens = windows * 511
         return {name: {"windows": windows, "tokens": tokens, "bytes": round(tokens * 3.9)} for name in domains}
 
-    return summarise(
+    evaluation = summarise(
         done,
         test=counted(corpus.trained, 8),
         unseen_test=counted(corpus.unseen, 4),
@@ -125,6 +133,9 @@ def evaluated(root: Path, done: dict[str, Any]) -> dict[str, Any]:
         knobs=demo.evaluate,
         method=demo.partition.method,
     )
+    scored = {key: result["tasks"] for key, result in done.items()}
+    judging.add(evaluation, scored, judging.by_item(scored, missing={}), knobs=demo.evaluate, missing={})
+    return evaluation
 
 
 def write_child(root: Path) -> None:

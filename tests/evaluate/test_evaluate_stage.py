@@ -19,7 +19,8 @@ import pytest
 from tasks import corpus
 from tasks.corpus.sampling import windows
 from tasks.evaluate import __main__ as stage
-from tasks.evaluate import likelihood
+from tasks.evaluate import likelihood, summary
+from tasks.evaluate.downstream import accuracy, paired
 from tasks.evaluate.report import card, corpus_section, results
 from tasks.moe import checkpoint
 from tasks.tools.evaluate import __main__ as evaluate_checkpoints
@@ -34,7 +35,10 @@ PIPELINES = SETTINGS.replace(
       windows: 6
       batch: 4
       tasks:
-        - {{name: hellaswag_100, source: "dir:{data}/cases.jsonl", license: MIT}}""",
+        - {{name: hellaswag_100, source: "dir:{data}/cases.jsonl", license: MIT}}
+        - {{name: snli}}
+        - {{name: sst2, files: {{validation: {{source: "dir:{data}/reviews.jsonl"}}}}}}
+        - {{name: adv_sst2, adversarial_of: sst2, files: {{validation: {{source: "dir:{data}/reviews.tsv"}}}}}}""",
 ).replace(
     "\npipelines:",
     """      talk: {{source: "dir:{data}/talk.jsonl", format: jsonl, license: PSF-2.0, unseen: true}}
@@ -48,6 +52,8 @@ CASES = [
     {"activity_label": "A", "ctx": f"Look at {i}. it", "endings": ["is", "was", "if", "on"], "expected_index": i % 4}
     for i in range(8)
 ]
+
+REVIEWS = [{"sentence": f"It was {'good' if i % 2 else 'bad'} {i} times.", "label": i % 2} for i in range(6)]
 
 
 def sparse(dense: Path, folder: Path, *, seed: int) -> None:
@@ -83,6 +89,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_dat
     shutil.copytree(tiny_data, data)
     (data / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in CASES))
     (data / "talk.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TALK))
+    (data / "reviews.jsonl").write_text("".join(json.dumps(review) + "\n" for review in REVIEWS))
+    rows = [f'"{review["sentence"]}\t{review["label"]}' for review in REVIEWS]  # a quote is text
+    (data / "reviews.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     (root / "pipelines.yaml").write_text(PIPELINES.format(model=tiny_model, data=data))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -98,25 +107,28 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_dat
 
 @pytest.fixture(scope="module")
 def judgement(project: Path) -> dict[str, Any]:
-    """evaluation.json after a run that died at the third model and one that went on."""
-    judged: list[str] = []
-    real = stage._evaluate
+    """evaluation.json after a run that died in a task of the third model and one that went on."""
+    scored: list[str] = []
+    real = accuracy.score
 
-    def counted(path: Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        judged.append(path.name)
-        if judged == ["tiny", "moe", "trained"]:
+    def counted(model: Any, tokenizer: Any, task: Any, **options: Any) -> dict[str, Any]:
+        scored.append(f"{Path(model.name_or_path).name} {task.name}")
+        if scored[-1] == "trained sst2" and len(scored) == 8:
             raise KeyboardInterrupt
-        return real(path, *args, **kwargs)
+        return real(model, tokenizer, task, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_evaluate", counted)
+        patch.setattr(accuracy, "score", counted)
         with pytest.raises(KeyboardInterrupt):
             stage.evaluate("tiny")
         assert not (project / "runs" / "tiny" / "evaluation.json").exists()
-        (kept,) = (project / ".scratch/evaluate-tiny").glob("*/split.json")
-        kept.write_text(kept.read_text().replace('"flops_per_token": ', '"flops_per_token": 1'))
+        (kept,) = (project / ".scratch/evaluate-tiny").glob("*/split-sst2.json")
+        kept.write_text(kept.read_text().replace('"acc": ', '"acc": 1'))
         stage.evaluate("tiny")
-    assert judged == ["tiny", "moe", "trained", "moe", "trained"]  # what was changed is not believed
+    done = [
+        f"{model} {task}" for model in ("tiny", "moe", "trained") for task in ("hellaswag_100", "sst2", "adv_sst2")
+    ]
+    assert scored == [*done[:8], "moe sst2", *done[7:]]  # what was changed is not believed
     return json.loads((project / "runs" / "tiny" / "evaluation.json").read_text())
 
 
@@ -131,7 +143,7 @@ def test_the_reports_corpus_section_reads_what_the_corpus_stage_writes(project: 
     assert len(read) == len(kept) == 3
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_next_model(judgement: dict[str, Any]) -> None:
+def test_an_interrupted_evaluation_goes_on_with_the_next_task(judgement: dict[str, Any]) -> None:
     assert {"dense", "split", "trained"} < set(judgement)
 
 
@@ -141,7 +153,9 @@ def test_a_dense_child_is_judged_beside_the_others_and_paired_with_the_trained_m
     assert "child" not in judgement
     assert "trained_child" not in judgement["difference"]
     run = project / "runs" / "tiny"
-    kept = {name: (run / name).read_text() for name in ("evaluation.json", "samples.json", "windows.json")}
+    kept = {
+        name: (run / name).read_text() for name in ("evaluation.json", "samples.json", "items.json", "windows.json")
+    }
     shutil.copytree(project / "data" / "models" / "tiny", run / "control" / "model")
     measured: dict[str, dict[str, Any]] = {}
     real = stage._evaluate
@@ -180,6 +194,32 @@ def test_every_figure_says_what_it_rests_on(judgement: dict[str, Any]) -> None:
         assert {"acc_stderr", "acc_norm_stderr", "harness", "dtype"} < set(score)
         assert score["chance"] == 0.25
     assert judgement["machine"]["cores"] >= 1
+
+
+def test_a_task_out_of_reach_is_named_and_the_rest_is_judged(judgement: dict[str, Any]) -> None:
+    assert list(judgement["missing"]) == ["snli"]
+    assert "stanfordnlp/snli" in judgement["missing"]["snli"]
+    for key in ("dense", "split", "trained"):
+        assert judgement[key]["tasks"].keys() == {"hellaswag_100", "sst2", "adv_sst2"}
+    assert "Not judged: snli (" in summary.tasks(judgement)
+
+
+def test_differences_and_gaps_can_be_computed_again_from_what_each_item_scored(
+    judgement: dict[str, Any], project: Path
+) -> None:
+    items = json.loads((project / "runs" / "tiny" / "items.json").read_text())
+    assert {task: len(entry["items"]) for task, entry in items.items()} == {
+        "hellaswag_100": 8,
+        "sst2": 6,
+        "adv_sst2": 6,
+    }
+    assert judgement["paired"]["tasks"] == paired.differences(items)
+    (pair,) = judgement["robustness"]
+    assert (pair["of"], pair["task"], pair["kind"]) == ("sst2", "adv_sst2", "adversarial")
+    for model in ("dense", "split", "trained"):
+        accuracies = [np.mean(items[task]["metrics"]["acc"][model]) for task in ("sst2", "adv_sst2")]
+        assert pair["models"][model]["gap"] == pytest.approx(accuracies[0] - accuracies[1])
+        assert judgement[model]["tasks"]["sst2"]["acc"] == pytest.approx(accuracies[0])
 
 
 def test_sizes_are_those_of_the_checkpoints(judgement: dict[str, Any], project: Path) -> None:
@@ -328,8 +368,9 @@ def test_the_command_for_any_checkpoint_gives_the_figures_of_the_pipelines_own_e
         [trained, dense], tmp_path, corpus="tiny", tasks=["hellaswag_100"], seq_len=64, windows=6
     )
     for key, model in zip(("trained", "dense"), result["models"], strict=True):
-        for field in ("loss", "perplexity", "bits_per_byte", "unseen", "tasks", "parameters", "flops_per_token"):
+        for field in ("loss", "perplexity", "bits_per_byte", "unseen", "parameters", "flops_per_token"):
             assert model[field] == judgement[key][field], (key, field)
+        assert model["tasks"] == {"hellaswag_100": judgement[key]["tasks"]["hellaswag_100"]}
     (difference,) = result["difference"]
     assert difference["domains"] == judgement["difference"]["trained_dense"]
     assert difference["unseen"] == judgement["difference"]["unseen"]["trained_dense"]

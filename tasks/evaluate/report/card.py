@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def text(results: Results) -> str:
         domains=[domain(results, name) for name in results.corpus_metrics["domains"]],
         samples=samples(results),
         new_tokens=results.samples["new_tokens"],
+        repeated=repeated(results),
         license=results.model.license,
         tokens=f"{results.pretrain['tokens']:,}",
     )
@@ -84,6 +86,12 @@ def samples(results: Results) -> list[dict[str, Any]]:
         {"prompt": entry["prompt"], "texts": [(title, entry[key]) for key, title in columns]}
         for entry in results.samples["samples"]
     ]
+
+
+def repeated(results: Results) -> list[str]:
+    """Share of repeated 4-grams of each model's samples, averaged over them: one text per column."""
+    shares = results.samples["repetition"]
+    return [f"{statistics.fmean(shares[key]):.0%}" for key in summary.models(results.evaluation)]
 
 
 def domain(results: Results, name: str) -> dict[str, str]:

@@ -21,15 +21,17 @@ from tasks.evaluate.report import (
     elastic_section,
     experts_section,
     frontier_section,
+    tasks_section,
     training_section,
 )
 from tasks.evaluate.report.results import Results
 from tasks.evaluate.report.section import Section
 from tasks.pretrain.job import code_version
+from tasks.settings import Task, suites
 
 FIRST = (answer_section, frontier_section)
 """What the page begins with. Each module has `section(results)`, which gives a section.Section or None."""
-MORE = (elastic_section, cost_section)
+MORE = (tasks_section, elastic_section, cost_section)
 """The same, for what comes after quality and speed."""
 PACKAGES = ("torch", "transformers", "deepspeed", "lm-eval", "datasets", "tokenizers", "numpy", "pyarrow", "moeforge")
 PARTS = {
@@ -90,8 +92,6 @@ def context(results: Results) -> dict[str, Any]:
         "size": size(evaluation),
         "speeds": speeds(evaluation),
         "speed_basis": summary.speed_basis(evaluation),
-        "tasks": downstream(evaluation),
-        "chance": summary.chance(evaluation),
         "samples": [
             {
                 "prompt": card.printable(entry["prompt"]),
@@ -100,6 +100,7 @@ def context(results: Results) -> dict[str, Any]:
             for entry in card.samples(results)
         ],
         "new_tokens": results.samples["new_tokens"],
+        "repeated": card.repeated(results),
         "training": training_section.section(results),
         "experts": experts_section.section(results),
         "analysis": analysis_section.section(results.analysis, dict(columns)),
@@ -201,22 +202,6 @@ def sections(modules: Sequence[Any], results: Results) -> list[Section]:
     return [made for module in modules if (made := module.section(results)) is not None]
 
 
-def downstream(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The scores in the same form: a group for every task, a row for every metric that has a standard error."""
-    groups = []
-    for task, first in evaluation["dense"]["tasks"].items():
-        entries = [evaluation[key]["tasks"][task] for key in summary.models(evaluation)]
-        rows = [
-            (metric, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
-            for metric in first
-            if f"{metric}_stderr" in first
-        ]
-        guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
-        basis = f"n = {first['n']}, {first['num_fewshot']}-shot, {first['harness']}, {first['dtype']}{guess}"
-        groups.append({"title": task, "basis": basis, "rows": rows})
-    return groups
-
-
 def mixture(results: Results) -> str:
     """The method of the starting weights, and the reference losses if there are any."""
     references = results.mixture.get("evidence", {}).get("reference_losses") or {}
@@ -231,10 +216,14 @@ def licences(results: Results) -> list[dict[str, str]]:
     """Licences and sources of the model and the tasks; the corpus section has those of the domains."""
     rows = [{"what": results.pipeline.model, "license": results.model.license, "source": results.model.source}]
     rows += [
-        {"what": f"task: {task.name}", "license": task.license or "as on the hub", "source": task.source or "hub"}
-        for task in results.pipeline.evaluate.tasks
+        {"what": f"task: {task.name}", "license": task.license or "as on the hub", "source": _source(task)}
+        for task in suites.judged(results.pipeline.evaluate)
     ]
     return rows
+
+
+def _source(task: Task) -> str:
+    return ", ".join(file.source for file in task.local.values()) or "hub"
 
 
 def times(results: Results) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch, settings
-from tasks.settings import harness
+from tasks.settings import harness, suites
 
 if TYPE_CHECKING:
     from tasks.tools.evaluate.judge import Dtype
@@ -49,7 +49,7 @@ def run(
         paths: the first is compared with the others.
         corpus: one that was made here, on whose test text they are judged.
         text: a text file, or the heldout.json in the folder of a model. Without either, the heldout.json in the first.
-        tasks: lm-eval tasks; one that pipelines.yaml gives a source is read from there.
+        tasks: suites and lm-eval tasks; one that pipelines.yaml gives a source is read from there.
         limit: items of each task.
         analyses: of experts and routers (docs/analysis.md), or `all`; analysis_windows: of each domain, for them.
         seq_len, windows, unseen_windows: tokens of a window; windows of each domain, and of each unseen one.
@@ -67,7 +67,7 @@ def run(
     if len(paths) > MOST:
         raise ValueError(f"{len(paths)} checkpoints; at most {MOST} can be compared at once")
     depth = _analyses(analyses)
-    wanted = [task_named(name, limit=limit) for name in tasks]
+    wanted = [task for name in tasks for task in tasks_named(name, limit=limit)]
     found = [checkpoints.examine(path) for path in paths]
     passages = _passages(paths[0], corpus, text, seq_len=seq_len, windows=windows, unseen_windows=unseen_windows)
     request = judge.Request(
@@ -109,15 +109,20 @@ def _analyses(names: Sequence[str]) -> list[str]:
     return list(ANALYSES) if "all" in names else list(names)
 
 
-def task_named(name: str, *, limit: int | None = None) -> settings.Task:
-    """A task of lm-eval's collection, or one that a pipeline of pipelines.yaml gives a source. Raises ValueError."""
+def tasks_named(name: str, *, limit: int | None = None) -> list[settings.Task]:
+    """The tasks of a suite, or the one called `name`; one that a pipeline of pipelines.yaml has is as it is there.
+
+    Raises ValueError if there is none.
+    """
+    if name in suites.SUITES:
+        return [task.model_copy(update={"limit": limit}) for task in suites.SUITES[name]]
     entries = settings.load().pipelines.values() if Path(settings.text.FILE).is_file() else []
     known = {task.name: task for entry in entries for task in entry.evaluate.tasks}
     if (task := known.get(name)) is None:
-        if reason := harness.why_not(name):
+        if reason := harness.why_no_items(name, ()):
             raise ValueError(f"--tasks {name}: {reason}")
         task = settings.Task(name=name)
-    return task if limit is None else task.model_copy(update={"limit": limit})
+    return [task if limit is None else task.model_copy(update={"limit": limit})]
 
 
 def default_output(name: str) -> Path:
@@ -132,7 +137,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path, nargs="+", default=[], help="checkpoints to compare it with")
     parser.add_argument("--corpus", help="a corpus that was made here")
     parser.add_argument("--text", type=Path, help="a text file, or a model's heldout.json")
-    parser.add_argument("--tasks", nargs="+", default=[], help="lm-eval tasks")
+    parser.add_argument("--tasks", nargs="+", default=[], help="suites, and tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="items of each task")
     parser.add_argument("--analyses", nargs="+", default=[], help="of experts and routers (docs/analysis.md), or all")
     parser.add_argument("--analysis-windows", type=int, default=1, help="windows of each domain that they read")

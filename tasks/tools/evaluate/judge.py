@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import shutil
@@ -18,8 +17,9 @@ import numpy as np
 
 from tasks import architectures, code, scratch
 from tasks.corpus.tokenizer import encoder
-from tasks.evaluate import accuracy, likelihood, routing_balance
+from tasks.evaluate import likelihood, routing_balance
 from tasks.evaluate.__main__ import machine
+from tasks.evaluate.downstream import collection, judging
 from tasks.moe import counts, device, loss, routing
 from tasks.tools.evaluate import checkpoints
 from tasks.tools.evaluate.checkpoints import Checkpoint
@@ -64,13 +64,13 @@ def evaluate(request: Request) -> dict[str, Any]:
         same, tasks, routing {experts, top_k, balance} and load {domain: [layers][experts]} of a known sparse one,
         changed: of how many texts its tokenizer gives back others, analysis: run.analyse's of a known sparse one if
         asked for, seconds}]; difference: [{against, unit, domains
-        {loss, stderr}, unseen}], the first minus each other, paired by window; machine.
+        {loss, stderr}, unseen}], the first minus each other, paired by window; missing {task: why}; machine.
 
     Raises:
         ValueError: a checkpoint is damaged, or reads fewer tokens at once than a window has.
     """
     _require_length(request)
-    items = accuracy.versions(request.tasks)
+    items, missing = collection.versions(request.tasks)
     inputs = {
         "text": scratch.fingerprint(
             [request.passages.source, {d: a.tolist() for d, a in request.passages.ids.items()}]
@@ -84,12 +84,12 @@ def evaluate(request: Request) -> dict[str, Any]:
     }
     name = re.sub(r"\W+", "-", str(request.checkpoints[0].path)).strip("-") or "root"
     with scratch.workspace("evaluate-checkpoint", name, inputs=inputs, priority=scratch.last_used) as folder:
-        prepared = accuracy.prepare(request.tasks, folder / "tasks", versions=items)
+        tasks = judging.gather(request.tasks, folder / "tasks", versions=items, missing=missing)
         done = [
-            _Judge(request, one, folder=folder / f"model-{i}", prepared=prepared).run()
+            _Judge(request, one, folder=folder / f"model-{i}", tasks=tasks).run()
             for i, one in enumerate(request.checkpoints)
         ]
-        result = summarise(request, done)
+        result = summarise(request, done, missing=tasks.missing)
         shutil.rmtree(folder)
     return result
 
@@ -106,8 +106,8 @@ def _require_length(request: Request) -> None:
 class _Judge:
     """Measures one checkpoint, part by part; a part that is there is not measured again, nor the model loaded."""
 
-    def __init__(self, request: Request, checkpoint: Checkpoint, *, folder: Path, prepared: Path) -> None:
-        self.request, self.checkpoint, self.folder, self.prepared = request, checkpoint, folder, prepared
+    def __init__(self, request: Request, checkpoint: Checkpoint, *, folder: Path, tasks: judging.Judge) -> None:
+        self.request, self.checkpoint, self.folder, self.tasks = request, checkpoint, folder, tasks
         self._model: PreTrainedModel | None = None
 
     def run(self) -> dict[str, Any]:
@@ -115,10 +115,8 @@ class _Judge:
         print(self.checkpoint.path, flush=True)
         self.folder.mkdir(exist_ok=True)
         text = self._part("text", self._text)
-        tasks = {
-            task.name: self._part(f"task-{task.name}", functools.partial(self._task, task))
-            for task in self.request.tasks
-        }
+        scored = self.tasks.scores(self._pair, keep=self.folder / "task", batch=self.request.batch, dtype="auto")
+        tasks = {name: entry["scores"] for name, entry in scored.items()}
         self._model = None  # an analysis reads the weights layer by layer
         sparse = architectures.is_moe(self.checkpoint.config) and self.request.analyses
         return {**text, "tasks": tasks, **({"analysis": self._analysis()} if sparse else {})}
@@ -211,16 +209,11 @@ class _Judge:
             progress=lambda line: print(line, flush=True),
         )
 
-    def _task(self, task: Task) -> dict[str, Any]:
+    def _pair(self) -> tuple[Any, Any]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, local_files_only=True, trust_remote_code=False)
-        scored = accuracy.run(
-            self._loaded(), tokenizer, tasks=[task], prepared=self.prepared, batch=self.request.batch
-        )[task.name]
-        figures = ", ".join(f"{metric} {value:.4f}" for metric, value in scored.items() if isinstance(value, float))
-        print(f"  {task.name}: {figures}, n = {scored['n']}", flush=True)
-        return scored
+        return self._loaded(), tokenizer
 
 
 @contextmanager
@@ -233,7 +226,7 @@ def _counted(model: PreTrainedModel) -> Iterator[np.ndarray | None]:
         yield load_LE
 
 
-def summarise(request: Request, done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(request: Request, done: Sequence[Mapping[str, Any]], *, missing: Mapping[str, str]) -> dict[str, Any]:
     """What `evaluate` returns, from the measurements of each checkpoint in the order of the request."""
     unseen, counted = request.passages.unseen, done[0]["counted"]
     groups = {"domains": [domain for domain in counted if domain not in unseen], "unseen": unseen}
@@ -255,7 +248,10 @@ def summarise(request: Request, done: Sequence[Mapping[str, Any]]) -> dict[str, 
         "dtype": request.dtype,
     }
     text |= {group: _some(counted, domains) for group, domains in groups.items() if domains}
-    return {"text": text, "models": models, "difference": difference, "machine": machine(device.default())}
+    for model in models:
+        model["tasks"] = {name: scores for name, scores in model["tasks"].items() if name not in missing}
+    here = machine(device.default())
+    return {"text": text, "models": models, "difference": difference, "missing": dict(missing), "machine": here}
 
 
 def _model(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluate import summary
+from tasks.evaluate.downstream import task_table
 from tasks.evaluate.wording import signed
 
 if TYPE_CHECKING:
@@ -36,22 +37,11 @@ def groups(result: Result) -> list[dict[str, Any]]:
                     for row in [*result["text"][where], "mean"]
                 ]
                 found.append({"title": title + suffix, "basis": "", "rows": rows})
-    return [*found, *_tasks(models), {"title": "size", "basis": "", "rows": _sizes(models)}]
-
-
-def _tasks(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for task, first in models[0]["tasks"].items():
-        entries = [model["tasks"][task] for model in models]
-        rows = [
-            (metric, [f"{entry[metric]:.3f} ± {entry[f'{metric}_stderr']:.3f}" for entry in entries])
-            for metric in first
-            if f"{metric}_stderr" in first
-        ]
-        guess = f", chance {first['chance']:.3f}" if "chance" in first else ""
-        basis = f"n = {first['n']}, {first['num_fewshot']}-shot, {first['harness']}, {first['dtype']}{guess}"
-        found.append({"title": task, "basis": basis, "rows": rows})
-    return found
+    return [
+        *found,
+        *task_table.groups([model["tasks"] for model in models]),
+        {"title": "size", "basis": "", "rows": _sizes(models)},
+    ]
 
 
 def _sizes(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -97,7 +87,7 @@ def notes(result: Result) -> list[str]:
     for title, model in zip(columns, result["models"], strict=True):
         if found := model.get("routing"):
             lines.append(f"{title}: {routing(found)}")
-    return lines
+    return [*lines, left] if (left := task_table.missing(result)) else lines
 
 
 def routing(found: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from tasks.evaluate.analysis import pipeline, run
 from tasks.evaluate.analysis.interface import plain
 from tasks.evaluate.analysis.registry import ANALYSES
 from tasks.moe.streamed import Streamed
-from tasks.settings.pipeline import MEASURES, Evaluate
+from tasks.settings.evaluate import MEASURES, Evaluate
 from tests import models
 
 LAYERS = 3

@@ -305,7 +305,7 @@ def test_the_words_follow_the_method(
 
 def test_only_scores_within_two_errors_of_random_guessing_are_listed_as_such(results: Results) -> None:
     # 0.25 ± 0.0433: up to 0.3366 may be a guess
-    sentence = summary.chance(results.evaluation)
+    sentence = summary.tasks(results.evaluation)
     start = "hellaswag_100: random guessing scores 0.250 ± 0.043; within two standard errors of it: "
     assert sentence.startswith(start)
     assert "acc 0.320 (dense parent)" in sentence
@@ -314,10 +314,10 @@ def test_only_scores_within_two_errors_of_random_guessing_are_listed_as_such(res
     evaluation = json.loads(json.dumps(results.evaluation))
     for key in summary.models(evaluation):
         evaluation[key]["tasks"]["hellaswag_100"].update(acc=0.62, acc_norm=0.05)
-    assert summary.chance(evaluation).endswith("; no score is within two of its errors.")
+    assert "; no score is within two of its errors." in summary.tasks(evaluation)
     for key in summary.models(evaluation):
         del evaluation[key]["tasks"]["hellaswag_100"]["chance"]
-    assert summary.chance(evaluation) == ""
+    assert "guessing" not in summary.tasks(evaluation)
     guessless = dataclasses.replace(results, evaluation=evaluation)
     assert "chance" not in shown(guessless)
     assert "chance" not in card.text(guessless)
