@@ -25,8 +25,13 @@ def peak() -> int:
     return int(fields["VmHWM"].split()[0]) << 10
 
 
-def in_fork(measure: Callable[[], int | None]) -> int | None:
-    """What `measure` returns in a copy of this process, whose peak begins with what is in use now; None if it fails.
+def forget_peak() -> None:
+    """Let the peak begin with what is in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_fork(measure: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What `measure` returns in a copy of this process, whose peak begins with what is in use now; {} if it fails.
 
     The caller must not have run anything in several threads yet: a copy has one.
     """
@@ -36,14 +41,14 @@ def in_fork(measure: Callable[[], int | None]) -> int | None:
     process.start()
     sender.close()
     try:
-        found: int | None = receiver.recv()
+        found: dict[str, int] = receiver.recv()
     except EOFError:
-        found = None
+        found = {}
     process.join()
     return found
 
 
-def _send(measure: Callable[[], int | None], sender: Connection) -> None:
+def _send(measure: Callable[[], dict[str, int]], sender: Connection) -> None:
     sender.send(measure())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,15 +46,12 @@ class _Reader:
             return int(out.logits[0, -1].argmax())  # waits for the device
 
 
-def _readers(
-    model: PreTrainedModel, *, ids: Sequence[int], engines: Sequence[str] = (STOCK, OURS)
-) -> Iterator[tuple[str, _Reader | str]]:
+def _readers(model: PreTrainedModel, *, ids: Sequence[int]) -> Iterator[tuple[str, _Reader | str]]:
     """(engine, the model in it or why it does not run there)."""
     if not architectures.is_moe(model.config):
         yield STOCK, _Reader(model, experts=None)
         return
-    for engine in engines:
-        implementations = (model.config._experts_implementation, "eager") if engine == STOCK else (OURS,)
+    for engine, implementations in {STOCK: (model.config._experts_implementation, "eager"), OURS: (OURS,)}.items():
         reason = ""
         for experts in implementations:
             reader = _Reader(model, experts=experts)
@@ -82,22 +79,36 @@ def _load(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
     return model
 
 
-def _peak(folder: Path, engine: str, dtype: str, request: dict[str, Any]) -> int | None:
-    """Bytes at the peak of this process, or of its GPU, once it has loaded a model and read the prompt.
+def _peaks(folder: Path, dtype: str, request: dict[str, Any]) -> dict[str, int]:
+    """Bytes at the peak of this process, or of its GPU, which loads a model and reads the prompt, by engine.
 
-    None if the model does not run in the engine.
+    Engines follow each other on the model that is loaded; what the one before has used is forgotten.
     """
     import torch
+
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() if request["device"] == "cuda" else memory.peak()
 
     text = turns.Text(**request["text"])
     torch.set_num_threads(max(request["threads"]))
     model = _load(folder, dtype=dtype, device=request["device"])
-    (_, reader) = next(_readers(model, ids=text.ids[: turns.SHORT], engines=[engine]))
-    if isinstance(reader, str):
-        return None
-    reader.restart()
-    reader.read(text.ids[: text.prompt])
-    return torch.cuda.max_memory_allocated() if request["device"] == "cuda" else memory.peak()
+    loaded, found = peak(), {}
+    for engine, reader in _readers(model, ids=text.ids[: turns.SHORT]):
+        if not isinstance(reader, str):
+            reader.restart()
+            reader.read(text.ids[: text.prompt])
+            found[engine] = max(loaded, peak())
+        torch.cuda.reset_peak_memory_stats() if request["device"] == "cuda" else memory.forget_peak()
+    return found
+
+
+def _import_classes(folders: Iterable[str]) -> None:
+    """Import the models' classes, which transformers does on use, once for all copies of this process."""
+    import transformers
+
+    for folder in folders:
+        for name in json.loads(Path(folder, "config.json").read_text())["architectures"]:
+            getattr(transformers, name)
 
 
 def _measure(request: dict[str, Any]) -> list[speed.Row]:
@@ -110,12 +121,11 @@ def _measure(request: dict[str, Any]) -> list[speed.Row]:
     moe_kernels.register()
     text = turns.Text(**request["text"])
     rows = []
+    _import_classes(request["folders"].values())
     peaks = {
-        (dtype, engine, name): memory.in_fork(partial(_peak, Path(folder), engine, dtype, request))
+        (dtype, name): memory.in_fork(partial(_peaks, Path(folder), dtype, request))
         for dtype in request["dtypes"]
         for name, folder in request["folders"].items()
-        for engine in (STOCK, OURS)
-        if engine == STOCK or _is_sparse(Path(folder))
     }  # before anything runs here
     for dtype in request["dtypes"]:
         readers: dict[tuple[str, str], _Reader] = {}
@@ -138,15 +148,11 @@ def _measure(request: dict[str, Any]) -> list[speed.Row]:
                         models[name] = {"reason": reasons[key]}
                         continue
                     models[name] = speed.figures(rates[key], rates[STOCK, speed.PARENT], text=text)
-                    models[name] |= speed.known(peaks[dtype, *key])
+                    models[name] |= speed.known(peaks[dtype, name].get(key[0]))
                     if experts := readers[key].experts:
                         models[name]["experts"] = experts
                 rows.append(speed.row(engine, dtype, threads, device=request["device"], models=models))
     return rows
-
-
-def _is_sparse(folder: Path) -> bool:
-    return architectures.is_moe(json.loads((folder / "config.json").read_text()))
 
 
 if __name__ == "__main__":

@@ -10,22 +10,24 @@ from tasks.engines import gguf, memory, turns
 
 
 def test_a_copy_of_this_process_has_the_peak_of_what_it_allocates_and_leaves_none_of_it_here() -> None:
-    def allocate() -> int:
+    def allocate() -> dict[str, int]:
         assert bytes([1]) * (256 << 20)
-        return memory.peak()
+        grown = memory.peak()
+        memory.forget_peak()
+        return {"grown": grown, "later": memory.peak()}
 
     before = memory.peak()
-    grown = memory.in_fork(allocate)
-    assert grown is not None
-    assert grown > 256 << 20
+    found = memory.in_fork(allocate)
+    assert found["grown"] > 256 << 20
+    assert found["later"] < found["grown"] - (128 << 20)
     assert memory.peak() - before < 64 << 20
 
 
 def test_a_measurement_that_fails_gives_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    def fail() -> int:
+    def fail() -> dict[str, int]:
         raise MemoryError
 
-    assert memory.in_fork(fail) is None
+    assert memory.in_fork(fail) == {}
     assert "MemoryError" in capfd.readouterr().err
 
 
