@@ -109,7 +109,7 @@ def flops_table(configs: Mapping[str, Any], *, title: str, seq_len: int) -> Tabl
             models[f"{name} top_k {top_k}".strip()] = counts.at_top_k(config, top_k)
     table = Table(title=f"{title}: FLOPs with sequences and prompts of {seq_len:,} tokens", title_justify="left")
     for column in ("", *models):
-        table.add_column(column, justify="right" if column or len(models) == 1 else "left")
+        table.add_column(column, justify="right" if table.columns else "left")
     rows: dict[str, Callable[[Any], int]] = {
         "parameters": lambda config: counts.parameters(config)["total"],
         "active parameters": lambda config: counts.parameters(config)["active"],

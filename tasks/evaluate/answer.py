@@ -14,12 +14,11 @@ OURS, PARENT, CHILD = "trained", "dense", "child"
 
 
 def sentences(evaluation: dict[str, Any]) -> list[str]:
-    """Quality, also on unseen text, speed, size and tasks of the trained model beside its rival: a sentence for each
-    that is known.
+    """Quality, speed, quality on unseen text, size and tasks of the trained model beside its rival.
 
-    The rival is the dense child, or the dense parent where there is no child.
+    The rival is the dense child, or the dense parent where there is no child. What is not known has no sentence.
     """
-    parts = (quality, unseen, speed, size, tasks)
+    parts = (quality, speed, unseen, size, tasks)
     return [text for part in parts if (text := part(evaluation))]
 
 
@@ -57,14 +56,14 @@ def speed(evaluation: dict[str, Any]) -> str:
         return ""
     ours, child = row["models"][OURS], row["models"].get(CHILD, {})
     texts = []
-    for what, verb in (("decode", "it decodes at"), ("prompt", "reads a prompt at")):
+    for what, verb in (("decode", "decodes at"), ("prompt", "reads a prompt at")):
         ratio = ours["ratio"][what]
-        text = f"{verb} {ours[what]['median']:,.0f} tokens/s, {ratio['median']:.2f} × the dense parent's speed"
-        text += f" ({ratio['min']:.2f} to {ratio['max']:.2f} in single repeats)"
+        text = f"{verb} {ours[what]['median']:,.0f} tokens/s, {ratio['median']:.2f} × the parent's speed "
+        text += f"({ratio['min']:.2f} to {ratio['max']:.2f} by repeat)"
         if "ratio" in child:
-            text += f" and {ratio['median'] / child['ratio'][what]['median']:.2f} × the dense child's"
+            text += f" and {ratio['median'] / child['ratio'][what]['median']:.2f} × the child's"
         texts.append(text)
-    return f"In {speed_table.title(row)}, {', and '.join(texts)}."
+    return f"In {speed_table.title(row)}, it {', and '.join(texts)}."
 
 
 def size(evaluation: dict[str, Any]) -> str:

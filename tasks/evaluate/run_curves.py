@@ -23,8 +23,8 @@ def read(run: Path) -> Curve:
         ValueError: its model or its settings are not known here.
     """
     metrics = run.parent / "control.json" if run.name == "control" else run / "pretrain.json"
-    found = json.loads(metrics.read_text()).get("curve") if metrics.is_file() else None
-    return of(str(run), found or _of_log(run))
+    known = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    return of(str(run), known.get("curve") or _of_log(run, speed=known.get("tokens_per_second")))
 
 
 def of(name: str, columns: Mapping[str, Sequence[float]]) -> Curve:
@@ -32,8 +32,11 @@ def of(name: str, columns: Mapping[str, Sequence[float]]) -> Curve:
     return Curve(name=name, loss=columns["loss"], costs={by: columns[by] for by in BY if by in columns})
 
 
-def _of_log(run: Path) -> dict[str, list[float]]:
-    """From the log, of a run that is not finished or that was made before metrics had a curve."""
+def _of_log(run: Path, *, speed: float | None) -> dict[str, list[float]]:
+    """From the log, of a run that is not finished or that was made before metrics had a curve.
+
+    A finished dense child's log has no timings: its seconds are those of its mean speed, in tokens/s.
+    """
     from tasks.pretrain.job import JOB, Job
     from tasks.pretrain.log import cost_curve, log_file
 
@@ -50,7 +53,8 @@ def _of_log(run: Path) -> dict[str, list[float]]:
     if config is None:
         raise FileNotFoundError(f"{run}: its model is not there ({configs[-1]}), so its FLOPs cannot be counted")
     records = log_file.read(log, "step", "validation")
-    return cost_curve.points(records, config=json.loads(config.read_text()), params=job.params)
+    curve = cost_curve.points(records, config=json.loads(config.read_text()), params=job.params)
+    return {"seconds": [tokens / speed for tokens in curve["tokens"]], **curve} if speed else curve
 
 
 def rows(rivals: Sequence[Curve], moe: Curve) -> tuple[list[tuple[str, list[str]]], list[str]]:

@@ -42,6 +42,10 @@ def test_a_run_without_metrics_is_read_from_its_log(tmp_path: Path) -> None:
     assert curve.loss == pytest.approx([4.0, 3.6, 3.0])
     assert curve.costs["flops"] == [n * counts.flops_per_token(CONFIG, seq_len=16)["train"] for n in (0, 256, 640)]
     assert curve.costs["seconds"] == [0.0, 10.0, 55.0]
+    (tmp_path / "pretrain.json").write_text(json.dumps({"tokens_per_second": 64.0}))
+    assert run_curves.read(tmp_path).costs["seconds"] == [0.0, 10.0, 55.0]  # of the log
+    (tmp_path / "training/log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records(timed=False)))
+    assert run_curves.read(tmp_path).costs["seconds"] == [0.0, 4.0, 10.0]  # of the mean speed
 
 
 def test_a_folder_without_a_run_is_named_with_what_to_give(tmp_path: Path) -> None:

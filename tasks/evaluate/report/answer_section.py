@@ -8,8 +8,10 @@ from tasks.evaluate.report.section import Section, Table
 
 
 def section(results: Results) -> Section:
-    """The sentences of answer.py, the first one as the lead, and its table."""
-    lead, *notes = answer.sentences(results.evaluation) or [""]
+    """The sentences of answer.py, those on quality and speed as the lead, and its table."""
+    evaluation = results.evaluation
+    lead = " ".join(filter(None, (answer.quality(evaluation), answer.speed(evaluation))))
+    notes = [sentence for sentence in answer.sentences(evaluation) if sentence not in lead]
     columns, rows = answer.table(results.evaluation)
     group = {"title": "", "basis": "", "rows": rows}
     return Section(title="The answer", lead=lead, notes=notes, tables=[Table(columns=columns, groups=[group])])
