@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from tasks.evaluate import speed_table, summary, unseen_table, wording
+from tasks.evaluate.downstream import task_table
 
 OURS, PARENT, CHILD = "trained", "dense", "child"
 
@@ -74,32 +75,33 @@ def size(evaluation: dict[str, Any]) -> str:
 
 
 def tasks(evaluation: dict[str, Any]) -> str:
-    """In which tasks it differs from its rival by two standard errors, and where its score may be a guess.
+    """In which tasks it differs from its rival on the same items, and where its score may be a guess.
 
-    The error of a difference is taken from those of the two scores, as if their items were not the same, which is more
-    than the error by pairs. "" without such tasks.
+    A task speaks by acc_norm, else acc, else its first metric that is a mean over items; "" without such tasks.
     """
     rival, name = _rival(evaluation)
-    better: list[str] = []
-    worse: list[str] = []
-    guesses, count = [], 0
-    for task, entry in evaluation[OURS]["tasks"].items():
-        other = evaluation[rival]["tasks"].get(task, {})
-        metric = next((key for key in ("acc_norm", "acc") if f"{key}_stderr" in entry and key in other), None)
-        if metric is None:
-            continue
-        count += 1
-        delta = entry[metric] - other[metric]
-        if abs(delta) > 2 * math.hypot(entry[f"{metric}_stderr"], other[f"{metric}_stderr"]):
-            (better if delta > 0 else worse).append(task)
-        guess = entry.get("chance")
+    by_task: dict[str, dict[str, dict[str, float]]] = {}
+    for task, metric, by_pair in task_table.differences(evaluation):
+        if (found := by_pair.get(f"{OURS}_{rival}")) is not None:
+            by_task.setdefault(task, {})[metric] = found
+    if not by_task:
+        return ""
+    better, worse, guesses = [], [], []
+    for task, by_metric in by_task.items():
+        metric = next((each for each in ("acc_norm", "acc") if each in by_metric), next(iter(by_metric)))
+        found, entry = by_metric[metric], evaluation[OURS]["tasks"][task]
+        if not found["low"] <= 0 <= found["high"]:
+            (better if found["low"] > 0 else worse).append(task)
+        guess = entry.get("chance") if metric.startswith("acc") else None
         if guess is not None and abs(entry[metric] - guess) <= 2 * math.sqrt(guess * (1 - guess) / entry["n"]):
             guesses.append(task)
-    if not count:
-        return ""
     told = [f"{what} in {', '.join(names)}" for what, names in (("better", better), ("worse", worse)) if names]
     verdict = f"it is {' and '.join(told)}" if told else "none separates the two"
-    text = f"Of {count} downstream task{'s'[: count > 1]}, against the {name} and by two standard errors, {verdict}."
+    text = (
+        f"Of {len(by_task)} downstream task{'s'[: len(by_task) > 1]}, against the {name} on the same items and by "
+        f"intervals of {evaluation['paired']['level']:.0%}, "
+        f"{verdict}."
+    )
     return f"{text} Its score may be a guess in {', '.join(guesses)}." if guesses else text
 
 

@@ -42,7 +42,8 @@ def test_page_and_card_begin_with_who_is_better_by_how_much_and_at_which_speed(r
         "and 0.96 × the child's, and reads a prompt at 480 tokens/s, 1.20 × the parent's speed (1.20 to 1.20 by "
         "repeat) and 0.80 × the child's.",
         "It has 136.2 M parameters in all, 1.39 × the dense child's.",
-        "Of 1 downstream task, against the dense child and by two standard errors, none separates the two.",
+        "Of 1 downstream task, against the dense child on the same items and by intervals of 95%, it is better in "
+        "hellaswag_100.",
     ]
     seen, text = shown(rivals), card.text(rivals)
     order = [seen.index(part) for part in (*said, "The frontier", "Bits per byte after training", "Samples")]
@@ -54,17 +55,20 @@ def test_page_and_card_begin_with_who_is_better_by_how_much_and_at_which_speed(r
     assert "| active / all parameters | 106.3 M / 136.2 M | 98.0 M / 98.0 M | 134.5 M / 134.5 M |" in before
 
 
-def test_a_task_counts_only_where_two_standard_errors_separate_the_scores(rivals: Results) -> None:
+def test_a_task_counts_only_where_its_interval_on_the_same_items_leaves_out_0(rivals: Results) -> None:
     evaluation = copied(rivals.evaluation)
-    tasks = evaluation["trained"]["tasks"]
-    for name, score in (("one", 0.9), ("two", 0.1), ("three", 0.3)):
-        tasks[name] = tasks["hellaswag_100"] | {"acc_norm": score}
-        evaluation["child"]["tasks"][name] = tasks[name] | {"acc_norm": 0.4}
-    assert answer.tasks(evaluation) == (
-        "Of 4 downstream tasks, against the dense child and by two standard errors, it is better in one and worse in "
-        "two. Its score may be a guess in three."
+    tasks, paired = evaluation["trained"]["tasks"], evaluation["paired"]["tasks"]
+    for name, low, high in (("one", 0.01, 0.1), ("two", -0.1, -0.01), ("three", -0.1, 0.1)):
+        tasks[name] = tasks["hellaswag_100"] | {"acc_norm": 0.26 if name == "three" else 0.5}
+        found = {"difference": (low + high) / 2, "low": low, "high": high}
+        paired[name] = {"acc_norm": {"trained_child": found}, "acc": {"trained_child": found | {"low": -1, "high": 1}}}
+    said = answer.tasks(evaluation)
+    assert said.startswith(
+        "Of 4 downstream tasks, against the dense child on the same items and by intervals of 95%, "
     )
-    evaluation["trained"]["tasks"] = {}
+    assert re.search(r"it is better in (\w+, )?one and worse in (\w+, )?two\.", said)
+    assert said.endswith("Its score may be a guess in three.")
+    evaluation["paired"]["tasks"] = {}
     assert answer.tasks(evaluation) == ""
 
 
