@@ -38,12 +38,14 @@ def context(result: dict[str, Any]) -> dict[str, Any]:
         "title": columns[0],
         "models": columns,
         "folders": [
-            (title, model["path"], f"{model['seconds']:.1f} s") for title, model in zip(columns, models, strict=True)
+            (title, model["class"], model["path"], f"{model['seconds']:.1f} s")
+            for title, model in zip(columns, models, strict=True)
         ],
         "tiles": tiles(result),
         "notes": table.notes(result),
         "chart": Markup(charts.dots(bits, label="bits per byte; fewer is better")),
-        "groups": table.groups(result),
+        "text": table.text(result),
+        "others": table.others(result),
         "heat_maps": maps,
         "analyses": [
             analysis_section.section(model["analysis"], {model["path"]: title})

@@ -17,14 +17,27 @@ METRICS = (("bits_per_byte", "bits/byte", 3), ("loss", "loss, nats/token", 3), (
 
 
 def titles(result: Result) -> list[str]:
-    """A column for each checkpoint: the folder's name, or its path where others have the name too."""
+    """A column for each checkpoint: the folder's name, with that of its run, or its path where names are the same."""
     paths = [model["path"] for model in result["models"]]
-    names = [Path(path).resolve().name for path in paths]
+    names = [_name(Path(path).resolve()) for path in paths]
     return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+
+
+def _name(path: Path) -> str:
+    """demo/trained of …/runs/demo/trained; of others the last part."""
+    for folder in path.parents:
+        if folder.name == "runs":
+            return str(path.relative_to(folder))
+    return path.name
 
 
 def groups(result: Result) -> list[dict[str, Any]]:
     """Groups of rows: {title, basis, rows: [(label, a value per checkpoint)]}, as the page's table takes them."""
+    return [*text(result), *others(result)]
+
+
+def text(result: Result) -> list[dict[str, Any]]:
+    """The groups of figures on the text."""
     models, found = result["models"], []
     for where, suffix in (("domains", ""), ("unseen", ", unseen text")):
         if where not in result["text"]:
@@ -37,11 +50,14 @@ def groups(result: Result) -> list[dict[str, Any]]:
                     for row in [*result["text"][where], "mean"]
                 ]
                 found.append({"title": title + suffix, "basis": "", "rows": rows})
-    return [
-        *found,
-        *task_table.groups([model["tasks"] for model in models]),
-        {"title": "size", "basis": "", "rows": _sizes(models)},
-    ]
+    return found
+
+
+def others(result: Result) -> list[dict[str, Any]]:
+    """The groups of tasks and sizes."""
+    models = result["models"]
+    sizes = {"title": "size", "basis": "", "rows": _sizes(models)}
+    return [*task_table.groups([model["tasks"] for model in models]), sizes]
 
 
 def _sizes(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -49,7 +65,6 @@ def _sizes(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
         return ["not known" if value is None else summary.count(value) for value in values]
 
     return [
-        ("class", [model["class"] for model in models]),
         ("parameters, total", known([model["parameters"]["total"] for model in models])),
         ("parameters, active", known([model["parameters"].get("active") for model in models])),
         ("forward FLOPs per token", known([model.get("flops_per_token") for model in models])),
@@ -58,14 +73,14 @@ def _sizes(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 def notes(result: Result) -> list[str]:
     """Sentences on the text, on how the checkpoints can be compared, on differences, and on routing."""
-    text, columns = result["text"], titles(result)
-    every = [entry for where in ("domains", "unseen") for entry in text.get(where, {}).values()]
+    basis, columns = result["text"], titles(result)
+    every = [entry for where in ("domains", "unseen") for entry in basis.get(where, {}).values()]
     windows, size = (sum(entry[key] for entry in every) for key in ("windows", "bytes"))
     lines = [
-        f"Judged in {text['dtype']} on {windows} windows of {text['seq_len']} tokens ({size:,} bytes): "
-        f"{text['source']}. The mean gives each domain the same weight."
+        f"Judged in {basis['dtype']} on {windows} windows of {basis['seq_len']} tokens ({size:,} bytes): "
+        f"{basis['source']}. The mean gives each domain the same weight."
     ]
-    if text["by"] == "text":
+    if basis["by"] == "text":
         lines.append(
             "Not all of these checkpoints have the tokenizer of the windows. So each was given the windows' text, "
             "document by document, in its own tokens, and they are compared by bits per byte alone: losses per token "
@@ -81,9 +96,8 @@ def notes(result: Result) -> list[str]:
     for entry, title in zip(result["difference"], columns[1:], strict=True):
         parts = [signed(entry["domains"])]
         parts += [f"{signed(entry['unseen'])} on unseen text"] if "unseen" in entry else []
-        metric = "Mean loss" if entry["unit"] == "nats/token" else "Mean bits per byte"
-        unit = f" {entry['unit']}" if entry["unit"] == "nats/token" else ""
-        lines.append(f"{metric} of {columns[0]} compared with {title}, paired by window:{unit} {', '.join(parts)}.")
+        metric = "Mean loss in nats/token" if entry["unit"] == "nats/token" else "Mean bits per byte"
+        lines.append(f"{metric} of {columns[0]} compared with {title}, paired by window: {', '.join(parts)}.")
     for title, model in zip(columns, result["models"], strict=True):
         if found := model.get("routing"):
             lines.append(f"{title}: {routing(found)}")
