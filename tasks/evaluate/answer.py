@@ -86,7 +86,9 @@ def tasks(evaluation: dict[str, Any]) -> str:
             by_task.setdefault(task, {})[metric] = found
     if not by_task:
         return ""
-    better, worse, guesses = [], [], []
+    better: list[str] = []
+    worse: list[str] = []
+    guesses = []
     for task, by_metric in by_task.items():
         metric = next((each for each in ("acc_norm", "acc") if each in by_metric), next(iter(by_metric)))
         found, entry = by_metric[metric], evaluation[OURS]["tasks"][task]
