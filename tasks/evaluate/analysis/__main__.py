@@ -121,9 +121,13 @@ def table(result: dict[str, Any]) -> str:
                 if len(values) == 2 and None not in values:
                     cells.append(f"{values[1] - values[0]:+z.4f}")
                 lines.append(f"  {f'{chart}: {label}':64}" + "".join(f"{cell:>10}" for cell in cells))
-        for key in keys:
-            for reason, layers in analysis["models"].get(key, {"undefined": {}})["undefined"].items():
-                lines.append(f"  not defined in {len(layers)} layers of {keys.index(key) + 1}: {reason}")
+        for number, key in enumerate(keys, start=1):
+            if (of_model := analysis["models"].get(key)) is not None:
+                every = len(of_model["layers"])
+                lines += [
+                    f"  {number}: undefined in {len(layers)} of {every} layers: {reason}"
+                    for reason, layers in of_model["undefined"].items()
+                ]
     lines += [f"{name}: left out; it {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 

@@ -126,6 +126,7 @@ def test_the_command_prints_the_means_and_the_change_and_writes_all_figures(pair
     )
     (line,) = (line for line in printed.splitlines() if "routed with routed" in line)
     assert line.split()[-3:] == [f"{before:.4f}", f"{after:.4f}", f"{after - before:+z.4f}"]
+    assert "  2: undefined in 1 of 2 layers: with the layer below: it is the first" in printed.splitlines()
     assert not list((tmp_path / ".scratch").glob("*/*/*")), "unfinished work is gone"
     assert command.main([str(pair["trained"]), "--index", "x"]) == 1
     assert "give --parent too" in capsys.readouterr().err
