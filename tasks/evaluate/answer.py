@@ -82,8 +82,8 @@ def tasks(evaluation: dict[str, Any]) -> str:
     rival, name = _rival(evaluation)
     by_task: dict[str, dict[str, dict[str, float]]] = {}
     for task, metric, by_pair in task_table.differences(evaluation):
-        if (found := by_pair.get(f"{OURS}_{rival}")) is not None:
-            by_task.setdefault(task, {})[metric] = found
+        if f"{OURS}_{rival}" in by_pair and task in evaluation[OURS]["tasks"]:
+            by_task.setdefault(task, {})[metric] = by_pair[f"{OURS}_{rival}"]
     if not by_task:
         return ""
     better: list[str] = []
