@@ -7,7 +7,8 @@ from html import escape
 
 from tasks.evaluate.report import charts
 
-_WIDTH, _NAMES = 480, 118
+_WIDTH, _NAMES = 480, 140
+_MOST_LETTERS = 20  # of a name, which fit the column
 _CELL = 30  # at most
 _BELOW = 24
 _MOST_MARKS = 12
@@ -31,7 +32,8 @@ def matrix(grid: Sequence[Sequence[float]], *, rows: Sequence[str], top: float, 
         name = rows[y] if rows else str(y)
         if rows or y % step == 0:
             middle = (y + 0.5) * size + 4
-            parts.append(f'<text class="end" x="{left - 8}" y="{middle:.1f}">{escape(name)}</text>')
+            shown = name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…"
+            parts.append(f'<text class="end" x="{left - 8}" y="{middle:.1f}">{escape(shown)}</text>')
         for x, value in enumerate(values):
             level = min(charts.LEVELS - 1, int(value / top * charts.LEVELS))
             title = f"<title>{escape(name)}, {x}: {value:.2f}</title>"
