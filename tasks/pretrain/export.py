@@ -87,7 +87,7 @@ def write(
     """Write a checkpoint into a new folder, in the split model's dtype and with the files beside it.
 
     Two-layer gates and selection biases go into gates.safetensors, and linear routers fitted to them into the
-    checkpoint.
+    checkpoint. Logits of masks go into masks.safetensors; the weights do without them.
 
     Args:
         weights: every parameter, whole, by its name in training; tied ones under their first name.
@@ -106,6 +106,7 @@ def write(
     from transformers.utils.logging import disable_progress_bar
 
     from tasks.moe import families, files, gate, linear
+    from tasks.pretrain.masks import module as masks
 
     disable_progress_bar()
     dtype = getattr(torch, source_dtype(model))
@@ -114,7 +115,7 @@ def write(
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    gates = gate.take_out(weights, biases=biases)
+    gates, logits = gate.take_out(weights, biases=biases), masks.take_out(weights)
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
@@ -127,6 +128,8 @@ def write(
     files.write_config(stock.config, folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
+    if logits:
+        masks.write(folder, logits)
     if not gates:
         return {}
     gate.write(folder, gates)

@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -37,12 +38,16 @@ class Job:
     weights: Path | None = None
     """Domain weights after each evaluation, {step: {domain: weight}}: dynamic batch loading gives these, whatever the
     losses are, so that a run gets the batches of another."""
+    shape: dict[str, int] | None = None
+    """Train masks with the model, that lead it to these sizes (tasks/pretrain/masks)."""
 
     def write(self) -> Path:
         """Write workspace/job.json, which `read` reads."""
-        fields = {name: str(getattr(self, name)) for name in ("pipeline", *_FOLDERS)}
+        fields: dict[str, Any] = {name: str(getattr(self, name)) for name in ("pipeline", *_FOLDERS)}
         if self.weights is not None:
             fields["weights"] = str(self.weights)
+        if self.shape is not None:
+            fields["shape"] = self.shape
         path = self.workspace / JOB
         scratch.write_json(path, {**fields, "params": self.params.model_dump()})
         return path
@@ -60,7 +65,7 @@ class Job:
                 "code, or train again"
             ) from None
         weights = Path(fields["weights"]) if "weights" in fields else None
-        return cls(pipeline=fields["pipeline"], params=params, weights=weights, **folders)
+        return cls(pipeline=fields["pipeline"], params=params, weights=weights, shape=fields.get("shape"), **folders)
 
 
 def code_digest() -> str:

@@ -131,6 +131,8 @@ class Trainer:
         """Accumulate the gradients of a batch; the losses of its micro-batches."""
         if self.objective.balancer:
             self.objective.balancer.begin(top_k=top_k)
+        if self.objective.masks:
+            self.objective.masks.begin(self.state.step)
         losses = []
         for start in range(0, len(batch.input_ids), self.params.micro_batch):
             if start:

@@ -32,7 +32,7 @@ def parts(model: PreTrainedModel) -> dict[str, Part]:
 
     router: routers, two-layer gates and their noise. experts: the routed ones. shared: shared experts and their gate.
     ffn: the FFN of a dense layer. attention, norms: all of them, a norm inside attention too. embeddings: the tokens'
-    and the head.
+    and the head. masks: their logits and multipliers (tasks/pretrain/masks).
 
     Raises:
         TrainingError: a parameter stands in no module that is known here.
@@ -66,6 +66,8 @@ def _part(module: nn.Module, *, head: nn.Module | None, around: Part | None) -> 
     kind = type(module).__name__
     if kind.endswith("Norm"):
         return "norms"
+    if kind == "Masks":
+        return "masks"
     if kind.endswith("Router"):
         return "router"
     if kind.endswith("Experts"):

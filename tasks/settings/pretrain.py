@@ -10,7 +10,7 @@ from tasks.settings.fields import LARGEST, Above, Frozen, Name, NotNegative, Pos
 
 What = Literal["all", "router", "experts"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-Part = Literal["router", "experts", "shared", "ffn", "attention", "norms", "embeddings"]
+Part = Literal["router", "experts", "shared", "ffn", "attention", "norms", "embeddings", "masks"]
 
 
 class Balance(Frozen):

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy over packed windows, load balance, distillation from the parent.
+"""The training loss: cross-entropy over packed windows, load balance, distillation from the parent, sizes of masks.
 
 Cross-entropy and distillation are means over the N predicted tokens of the whole step, all micro-batches and ranks
 together: every token weighs the same, whatever its window, and the sum doesn't depend on who computes which window. N
@@ -7,7 +7,8 @@ micro-batches on all R ranks together. DeepSpeed divides the loss of each by the
 averages the gradients over the R ranks: the total of a micro-batch enters the step with 1 / M. So it is M / N times
 the sum over the micro-batch's own tokens, which is their plain mean where all windows have as many targets.
 
-The balance losses are those of each micro-batch (`balance`); the step has their mean.
+The balance losses are those of each micro-batch (`balance`); the step has their mean. So it is with the Lagrangian of
+masks (tasks/pretrain/masks).
 
 Shapes: B windows of one forward pass, L tokens of a window, T = B L tokens, V vocabulary.
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tasks.pretrain.engine.interface import Engine
     from tasks.pretrain.loss.balance import Balancer
     from tasks.pretrain.loss.distil import Distiller
+    from tasks.pretrain.masks.module import Masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,20 @@ class Objective:
     """The loss of a run, composed by its settings."""
 
     def __init__(
-        self, params: Pretrain, model: nn.Module | Engine, *, balancer: Balancer | None, distiller: Distiller | None
+        self,
+        params: Pretrain,
+        model: nn.Module | Engine,
+        *,
+        balancer: Balancer | None,
+        distiller: Distiller | None,
+        masks: Masks | None = None,
     ) -> None:
-        """`model`: a stock causal language model, or the engine around it; without a balancer if it is dense."""
+        """`model`: a stock causal language model, or the engine around it; without a balancer if it is dense.
+
+        `masks`: the model's, if it has some.
+        """
         self.params, self.model = params, model
-        self.balancer, self.distiller = balancer, distiller
+        self.balancer, self.distiller, self.masks = balancer, distiller, masks
         self.stock: Any = getattr(model, "module", model)
 
     @property
@@ -68,6 +79,7 @@ class Objective:
             "z": self.balancer and balance.z_loss,
             "kl": distill and distill.logits,
             "hidden": distill and distill.hidden,
+            "lagrangian": self.masks is not None,
         }
         return [name for name, asked in named.items() if asked]
 
@@ -105,6 +117,8 @@ class Objective:
         if distill:
             share = {"kl": distill.logits, "hidden": distill.hidden}
             parts |= {name: share[name] * value_B for name, value_B in distilled.items()}
+        if self.masks is not None:
+            parts["lagrangian"] = self.masks.lagrangian
         for value in parts.values():
             total = total + (scale * value.sum() if value.ndim else value)
         return Losses(nats_B=nats_B, parts=parts, total=total)
