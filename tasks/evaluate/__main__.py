@@ -35,9 +35,17 @@ MODELS = {
     "split": "MoE before training",
     "trained": "MoE after training",
     "child": "dense child",
+    "dense_trained": "parent trained alike",
 }
-PAIRS = (("trained", "dense"), ("trained", "split"), ("split", "dense"), ("trained", "child"))
+PAIRS = (
+    ("trained", "dense"),
+    ("trained", "split"),
+    ("split", "dense"),
+    ("trained", "child"),
+    ("trained", "dense_trained"),
+)
 """Models whose losses are compared, the first less the second."""
+_SAME_SPEED = {"split", "dense_trained"}
 _DECODED = 16
 """Tokens whose median time is the speed of decoding: half of those of `bench.speed`."""
 LEAST_ADDED_LOSS = 1e-3
@@ -56,8 +64,9 @@ def evaluate(name: str) -> None:
     knobs = pipeline.evaluate
     run = Path("runs") / name
     folders = {"dense": Path("data/models") / pipeline.model, "split": run / "moe", "trained": run / "trained"}
-    if (child := run / "control/model").is_dir():
-        folders["child"] = child
+    for key, child in {"child": run / "control/model", "dense_trained": run / "control/parent/model"}.items():
+        if child.is_dir():
+            folders[key] = child
     corpus = Path("data/corpora") / pipeline.corpus
     contents = manifest.load(corpus)
     manifest.require_tokenizer(contents, folders["dense"])
@@ -164,7 +173,9 @@ def _measure(model: Any, tokenizer: Any, ids: Any, *, unseen: Any, knobs: settin
 
 
 def _speeds(folders: dict[str, Path], ids: Any, *, scratch: Path) -> dict[str, Any]:
-    """Speed of the models on the first window: in float32 as all else here, and in llama.cpp; the split is as trained.
+    """Speed of the models on the first window: in float32 as all else here, and in llama.cpp.
+
+    Training changes no speed, so the split's is the trained model's, and the trained parent's the parent's.
 
     Returns:
         What `summarise` calls speed.
@@ -178,7 +189,7 @@ def _speeds(folders: dict[str, Path], ids: Any, *, scratch: Path) -> dict[str, A
     if here == "cuda":
         torch.cuda.empty_cache()
     text = turns.Text(next(iter(ids.values()))[0].tolist(), new=_DECODED)
-    shown: dict[str, Path] = {key: folder for key, folder in folders.items() if key != "split"}
+    shown: dict[str, Path] = {key: folder for key, folder in folders.items() if key not in _SAME_SPEED}
     print("speed, the models in turns", flush=True)
     start = time.perf_counter()
     rows = speed.in_transformers(shown, text, dtypes=["float32"], threads=[threads], device=here)

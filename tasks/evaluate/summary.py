@@ -17,8 +17,8 @@ from tasks.evaluate.wording import signed, verdict
 if TYPE_CHECKING:
     from rich.table import Table
 
-MODELS = ("dense", "split", "trained", "child")
-"""Keys of evaluation.json, in the order of the columns; the dense child is there in pipelines with `control`."""
+MODELS = ("dense", "split", "trained", "child", "dense_trained")
+"""Keys of evaluation.json, in the order of the columns; the last two are there in pipelines with `control`."""
 
 
 def read(pipeline: str) -> dict[str, Any]:
@@ -41,7 +41,13 @@ def models(evaluation: dict[str, Any]) -> list[str]:
 
 def titles(evaluation: dict[str, Any]) -> list[str]:
     """The table's columns, one per model."""
-    known = ("dense parent", f"after {conversion(evaluation)}", "after training", "dense child")
+    known = (
+        "dense parent",
+        f"after {conversion(evaluation)}",
+        "after training",
+        "dense child",
+        "parent trained alike",
+    )
     named = dict(zip(MODELS, known, strict=True))
     return [named[key] for key in models(evaluation)]
 

@@ -156,7 +156,8 @@ def test_a_dense_child_is_judged_beside_the_others_and_paired_with_the_trained_m
     kept = {
         name: (run / name).read_text() for name in ("evaluation.json", "samples.json", "items.json", "windows.json")
     }
-    shutil.copytree(project / "data" / "models" / "tiny", run / "control" / "model")
+    for name in ("model", "parent/model"):
+        shutil.copytree(project / "data" / "models" / "tiny", run / "control" / name)
     measured: dict[str, dict[str, Any]] = {}
     real = stage._evaluate
 
@@ -175,6 +176,8 @@ def test_a_dense_child_is_judged_beside_the_others_and_paired_with_the_trained_m
     assert evaluation["child"]["loss"] == evaluation["dense"]["loss"]
     assert evaluation["difference"]["trained_child"] == evaluation["difference"]["trained_dense"]
     assert evaluation["difference"]["trained_child"]["stderr"] > 0
+    assert evaluation["difference"]["trained_dense_trained"] == evaluation["difference"]["trained_child"]
+    assert summary.titles(evaluation)[3:] == ["dense child", "parent trained alike"]
     assert all("child" in sample for sample in json.loads((run / "samples.json").read_text())["samples"])
     assert all("child" in entry for entry in json.loads((run / "windows.json").read_text()).values())
     shutil.rmtree(run / "control")

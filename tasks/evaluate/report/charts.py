@@ -1,7 +1,7 @@
 """Inline SVG charts without a library: lines, dots on a scale or on axes, bars, histograms, a heat map.
 
 Colours are the page's CSS classes. Every function returns markup that stands alone in a page; all text is escaped.
-Series are classes `s0` to `s7`, models `m0` to `m3`, heat levels `h0` to `h8`.
+Series are classes `s0` to `s7`, models `m0` to `m4`, heat levels `h0` to `h8`.
 """
 
 from __future__ import annotations

@@ -36,9 +36,10 @@ def section(results: Results) -> Section | None:
         figures.append(Figure(title=f"Loss by {title}", chart=Markup(chart)))
     rows, reasons = run_curves.rows([child], moe)
     made = sum(results.partition["seconds"].values())
+    cut = sum(results.control["seconds"].get(part, 0.0) for part in ("masks", "cut"))
     note = (
         f"Training alone, both on the same batches, from where the experts and the child were made ({made:,.0f} s and "
-        f"{results.control['seconds']['cut']:,.0f} s)."
+        f"{cut:,.0f} s)."
     )
     return Section(
         title="What training cost",
