@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step_tokens = params.step_tokens
     params = params.model_copy(update={"tokens": arguments.steps * step_tokens})
     sides = {"dense": Path("data/models") / entry.model, "sparse": Path("runs") / arguments.pipeline / "moe"}
-    if entry.control == "dense_child":
+    if entry.child:
         sides["child"] = Path("runs") / arguments.pipeline / "control/split"
     steps: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     saving = dict.fromkeys(sides, 0.0)

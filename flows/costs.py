@@ -80,14 +80,13 @@ def _configs(name: str) -> tuple[dict[str, Any], int | None]:
     if Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no checkpoint here (config.json is missing)")
     from flows import plan
-    from tasks.control import child
 
     config = settings.load()
     pipeline = config.pipeline(name)
     dense = plan.dense_config(config, pipeline.model)
     models = {"dense parent": dense, "Mixture-of-Experts": plan.sparse_config(dense, pipeline.partition)}
-    if pipeline.control != "none":
-        models["dense child"] = child.config(dense, pipeline.partition)
+    if pipeline.child:
+        models["dense child"] = pipeline.child.config(dense, pipeline.partition)
     return models, pipeline.pretrain.seq_len
 
 

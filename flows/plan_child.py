@@ -8,7 +8,8 @@ from typing import Any
 from tasks.control import child
 from tasks.moe import counts
 from tasks.pretrain.log import meters
-from tasks.settings import Corpus, Pipeline, SettingsError
+from tasks.settings import Corpus, Pipeline, Pretrain, SettingsError
+from tasks.settings.control import ChildShape
 from tasks.tools import estimate
 from tasks.tools.estimate import Memory
 
@@ -25,6 +26,22 @@ class ChildPlan:
     """Of rank 0 at its training, with the ZeRO stage of the settings."""
     scratch: dict[str, float]
     """Bytes in .scratch while it is trained, by what takes them."""
+    shape: dict[str, int]
+    """Its sizes that are not the parent's."""
+    masks: ParentPlan | None
+    """The training of masks before the cut; None without one."""
+    parent: ParentPlan | None
+    """The training of the parent on the child's batches; None unless it is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentPlan:
+    """Figures of a training of the parent, with masks or by itself."""
+
+    steps: int
+    flops: int
+    memory: Memory
+    scratch: dict[str, float]
 
 
 def plan(
@@ -41,24 +58,40 @@ def plan(
     Raises:
         SettingsError: the settings ask for a child that cannot be.
     """
-    if pipeline.control == "none":
+    control = pipeline.child
+    if control is None:
         return None
     partition, judge = pipeline.partition, pipeline.evaluate
     try:
-        config = child.config(dense, partition)
+        config = control.config(dense, partition)
     except ValueError as error:
         raise SettingsError(f"control: {error}") from None
+    sizes = (*ChildShape.model_fields, "num_attention_heads")
     train = child.training(pipeline.pretrain)
 
     def forward(of: dict[str, Any], *, windows: int, seq_len: int) -> int:
         flops: int = counts.flops_per_token(of, seq_len=seq_len)["forward"]
         return windows * seq_len * flops
 
+    def parent(params: Pretrain) -> ParentPlan:
+        """The masks are a few numbers beside the parent's weights."""
+        validated = estimate.evaluated_windows(params, domains=len(corpus.trained))
+        step = params.step_tokens * meters.flops(dense, seq_len=params.seq_len, what="all")
+        return ParentPlan(
+            steps=params.steps,
+            flops=params.steps * step + forward(dense, windows=validated, seq_len=params.seq_len),
+            memory=estimate.memory(dense, params, bfloat16=bfloat16, cuda=cuda, parent=dense),
+            scratch=estimate.disk(dense, params, bfloat16=bfloat16),
+        )
+
     calibration, layers = partition.calibration_windows, dense["num_hidden_layers"]
     matrix = 2 * dense["hidden_size"] * dense["intermediate_size"]
+    cut = 0
+    if control.method == "static":
+        cut = 7 * matrix * calibration * partition.fit_passes * train.seq_len * layers  # 3 forward, 4 backward
+        cut += forward(dense, windows=calibration, seq_len=train.seq_len)
     flops = (
-        7 * matrix * calibration * partition.fit_passes * train.seq_len * layers  # 3 products forward, 4 backward
-        + forward(dense, windows=calibration, seq_len=train.seq_len)
+        cut
         + train.steps * train.step_tokens * meters.flops(config, seq_len=train.seq_len, what="all")
         + forward(dense, windows=train.steps * train.batch if train.distill else 0, seq_len=train.seq_len)
         + forward(
@@ -72,4 +105,7 @@ def plan(
         flops=flops,
         memory=estimate.memory(config, train, bfloat16=bfloat16, cuda=cuda, parent=dense),
         scratch=estimate.disk(config, train, bfloat16=bfloat16),
+        shape={field: config[field] for field in sizes if config[field] != dense.get(field)},
+        masks=parent(child.masks(pipeline.pretrain, tokens=control.tokens)) if control.tokens else None,
+        parent=parent(train) if control.parent else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from flows import dag, plan, plan_machine, preflight
@@ -110,9 +110,14 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
     table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, evaluation")
     if child := cost.child:
         memory = child.memory.device_total or child.memory.host_total
-        table.add_row("dense child", count(child.parameters), f"parameters, FFNs of {child.ffn_width} neurons")
+        table.add_row("dense child", count(child.parameters), f"parameters, {_shape(child.shape)}")
         table.add_row("", f"{child.flops:.2e}", "FLOPs of its cut, training on the same tokens, and evaluation")
         table.add_row("", gigabytes(memory), "peak memory of its training, rank 0")
+        for title, beside in {"its masks": child.masks, "parent trained alike": child.parent}.items():
+            if beside is not None:
+                memory = beside.memory.device_total or beside.memory.host_total
+                table.add_row(title, f"{beside.flops:.2e}", f"FLOPs of {beside.steps:,} steps of the parent")
+                table.add_row("", gigabytes(memory), "peak memory of this training, rank 0")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)
@@ -121,6 +126,18 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
         table.add_row("", "", lack)
     table.add_section()
     return table
+
+
+def _shape(sizes: Mapping[str, int]) -> str:
+    """The sizes of a dense child that are not its parent's."""
+    named = {
+        "intermediate_size": "FFNs of {} neurons",
+        "num_hidden_layers": "{} layers",
+        "num_attention_heads": "{} heads",
+        "num_key_value_heads": "{} of keys and values",
+        "hidden_size": "{} hidden dimensions",
+    }
+    return ", ".join(text.format(sizes[field]) for field, text in named.items() if field in sizes)
 
 
 def _engine(found: Verdict, wanted: Collection[Engine]) -> tuple[str, str]:

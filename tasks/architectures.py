@@ -1,7 +1,4 @@
-"""The model classes that are known here, a row each. Everything that depends on a class reads its row.
-
-A new class is three files: its row here, its exporter in tasks/partition/exporters, its tests.
-"""
+"""The model classes that are known here, a row each. Everything that depends on a class reads its row."""
 
 from __future__ import annotations
 
@@ -50,6 +47,8 @@ class _Architecture:
 class Dense(_Architecture):
     """Dense models that can become sparse: SwiGLU FFNs of three matrices, RMSNorm before attention and FFN."""
 
+    head_dim: bool = True
+    """config.json gives the width of a head; else it is hidden_size / num_attention_heads."""
     gguf: bool = False
     """Read from GGUF files too, whose name for it is the model_type."""
 
@@ -107,6 +106,7 @@ MISTRAL = Dense(model_type="mistral", architecture="MistralForCausalLM", llama_c
 QWEN2 = Dense(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
+    head_dim=False,
     llama_cpp=LlamaCpp("qwen2"),
     biases="qkv",
     window="per layer",
@@ -125,6 +125,7 @@ QWEN3 = Dense(
 GRANITE = Dense(
     model_type="granite",
     architecture="GraniteForCausalLM",
+    head_dim=False,
     llama_cpp=LlamaCpp("granite", of_llama=True, scales=True),
     biases="qkvo",
     bias_field="attention_bias",

@@ -1,20 +1,16 @@
-"""What a dense child is, from a pipeline's settings alone: its config, and how it is trained."""
+"""How a dense child and its masks are trained, from a pipeline's settings alone."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from tasks.settings import Partition, Pretrain
+from tasks.settings import Pretrain
 from tasks.settings.pretrain import Balance
 
 _ROUTED = {"router", "experts", "shared"}
 """Parts of a sparse model that a dense one has not."""
-
-
-def config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]:
-    """The child's config.json, by its parent's. Raises ValueError if there is no child (Partition.child_width)."""
-    width = partition.child_width(dense["intermediate_size"], layers=dense["num_hidden_layers"])
-    return dense | {"intermediate_size": width}
+MASK_RATE = 1.0
+"""Peak learning rate of masks (arXiv 2310.06694, its code): a logit may go from limit to limit in twelve steps."""
+_WARMUP = 10
+"""A tenth of the steps of mask training is warm-up."""
 
 
 def training(params: Pretrain) -> Pretrain:
@@ -34,5 +30,27 @@ def training(params: Pretrain) -> Pretrain:
             "balance": Balance(loss="none"),
             "noise": False,
             "expert_parallel": 1,
+        }
+    )
+
+
+def masks(params: Pretrain, *, tokens: int) -> Pretrain:
+    """The settings of the training of masks, by those of the sparse model's.
+
+    The parent is trained with its masks, on cross-entropy alone, at the child's rates. The schedule is Sheared
+    LLaMA's: cosine after a warm-up of a tenth, no weight decay. Another seed gives other batches than the child's.
+    """
+    dense = training(params)
+    return dense.model_copy(
+        update={
+            "tokens": tokens,
+            "warmup_tokens": tokens // _WARMUP,
+            "schedule": "cosine",
+            "final_lr_share": 0.1,
+            "weight_decay": 0.0,
+            "learning_rates": {**dense.learning_rates, "masks": MASK_RATE},
+            "distill": None,
+            "dynamic": None,
+            "seed": (params.seed + 1) % (1 << 32),
         }
     )

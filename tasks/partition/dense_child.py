@@ -1,6 +1,6 @@
-"""The dense child of a parent: the model of its own class with as many neurons in each FFN as a split has active ones.
+"""The dense child of a parent by the closed form: the model of its own class with fewer neurons in each FFN.
 
-    made = cut(model_dir, corpus_dir, partition, seq_len=512, folder=work / "split", report=print)
+    made = cut(model_dir, corpus_dir, partition, count=768, seq_len=512, folder=work / "split", report=print)
 
 It is the rival of the split, so it is given all that the split is given: the same calibration windows, token weights,
 drift of the layers below, refit and fit, by the same code (converted.py). It differs in one thing: the neurons are the
@@ -87,6 +87,7 @@ def cut(
     corpus_dir: Path,
     partition: Partition,
     *,
+    count: int,
     seq_len: int,
     folder: Path,
     report: Callable[[str], None],
@@ -95,6 +96,7 @@ def cut(
 
     Args:
         corpus_dir: where the calibration windows of `seq_len` tokens are drawn.
+        count: neurons of each FFN.
         folder: the checkpoint; created here.
         report: called for every layer with how it went.
 
@@ -103,13 +105,12 @@ def cut(
         text), identity_error.
 
     Raises:
-        ValueError: the split itself is refused, it has no dense child, or a tensor is not accounted for.
+        ValueError: the split itself is refused, or a tensor is not accounted for.
         IdentityError: the written checkpoint is not what was cut. It is left for whoever looks for the reason.
     """
     parent = Streamed(model_dir, device=device.default())
     exporters.choose(parent.config, partition)  # what has no split has no rival of it
     width: int = parent.config.intermediate_size
-    count = partition.child_width(width, layers=parent.layers)
     ids_BL, _ = calibration.draw(corpus_dir, seq_len=seq_len, count=partition.calibration_windows, seed=partition.seed)
     kind = fitting.RefitOnText if partition.down_proj == "refit" else fitting.OnText
     source = kind(parent, partition, Sizes.of(partition, width), ids_BL=ids_BL, importance={})

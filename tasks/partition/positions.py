@@ -6,6 +6,7 @@ A text of that length costs what the whole model costs on it. So cos, sin and ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ MASKED = 8192
 """Length of a text at most whose attention mask is compared whole; of longer windows the numbers are compared."""
 
 
-def difference(moe: Streamed, dense: Streamed) -> str | None:
+def difference(moe: Streamed, dense: Streamed, *, layers: Sequence[int] | None = None) -> str | None:
     """Where two models turn queries and keys otherwise, or see other tokens, with the fix; None if nowhere.
 
     Compared are positions around 0 and every length in the config, and beyond the longest, and the masks of every
     layer for a text that is longer than its window.
+
+    Args:
+        layers: the dense model's that the other one has; all by default.
     """
     for end in sorted({64, *_lengths(dense)}):
         positions = torch.arange(max(0, end - 64), end + 64)
@@ -34,8 +38,9 @@ def difference(moe: Streamed, dense: Streamed) -> str | None:
                     "compare rope_parameters, rope_scaling and rope_theta of the two config.json"
                 )
     seen: set[tuple[Any, ...]] = set()
-    for i in range(dense.layers):
-        kinds = tuple(_window(model, i) for model in (moe, dense))
+    for i, own in enumerate(range(dense.layers) if layers is None else layers):
+        places = (moe, i), (dense, own)
+        kinds = tuple(_window(*place) for place in places)
         windows = [width for width in kinds if width is not None and width < dense.config.max_position_embeddings]
         if kinds in seen or not windows:
             continue
@@ -43,7 +48,7 @@ def difference(moe: Streamed, dense: Streamed) -> str | None:
         if max(windows) + 2 > MASKED:
             same = kinds[0] == kinds[1]
         else:
-            given, wanted = (_mask(model, i, max(windows) + 2) for model in (moe, dense))
+            given, wanted = (_mask(*place, max(windows) + 2) for place in places)
             same = torch.equal(given, wanted)
         if not same:
             return (

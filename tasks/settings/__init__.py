@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 import tasks.settings.consistency as consistency
+from tasks.settings.control import Control
 from tasks.settings.corpus import Corpus, Domain, Items
 from tasks.settings.deployments import Deployment
 from tasks.settings.evaluate import Evaluate, Task
@@ -28,6 +29,7 @@ from tasks.settings.text import FILE, SettingsError, read
 
 __all__ = [  # callers say settings.Domain
     "FILE",
+    "Control",
     "Corpus",
     "Domain",
     "Evaluate",

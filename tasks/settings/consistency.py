@@ -84,11 +84,19 @@ def _sizes(pipeline: Pipeline, entry: Model) -> Iterator[str]:
     except ValueError as error:
         yield f"partition: {error}"
     try:
-        if width and layers and pipeline.control == "dense_child":
-            partition.child_width(width, layers=layers)
+        if width and layers and pipeline.child:
+            sizes = pipeline.child.sizes(config, partition)
+            for field in ("num_hidden_layers", "hidden_size"):
+                if distill and field in sizes and sizes[field] < config[field]:
+                    yield (
+                        f"control.shape.{field} = {sizes[field]}: the parent has {config[field]}, and "
+                        "pretrain.distill compares student and parent layer by layer; leave one of them out"
+                    )
     except ValueError as error:
-        if str(error).startswith("dense_child"):  # else it stands there already
+        if str(error).startswith("dense_child"):
             yield f"control = {error}"
+        elif str(error).startswith("shape"):  # else it stands there already
+            yield f"control.{error}"
     limit = model.positions(config)
     for section in ("pretrain", "evaluate"):
         seq_len = getattr(pipeline, section).seq_len

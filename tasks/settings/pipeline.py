@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from tasks.settings.control import Control
 from tasks.settings.evaluate import Evaluate
 from tasks.settings.fields import Above, Frozen, Name, NotNegative, Positive
 from tasks.settings.partition import Partition
 from tasks.settings.pretrain import Pretrain
 
+FEWEST_STEPS = 20
+"""Of masks, whose targets grow over a fifth of the steps."""
 SMALLEST = 1e-6
 """Weights that sum to less are a slip of the exponent, and lose digits when they are normalised."""
 
@@ -60,9 +63,30 @@ class Pipeline(Frozen):
     mixture: Mixture
     partition: Partition
     pretrain: Pretrain
-    control: Literal["dense_child", "none"] = "none"
-    """dense_child: also make, train and judge the dense model of the same active size (tasks/control)."""
+    control: Annotated[
+        Annotated[Literal["dense_child", "none"], Tag("name")] | Annotated[Control, Tag("mapping")],
+        Discriminator(lambda value: "name" if isinstance(value, str) else "mapping"),
+    ] = "none"
+    """dense_child: also make, train and judge the dense model of the same active size (tasks/control). A mapping: the
+    same, with settings of its own."""
     evaluate: Evaluate
+
+    @property
+    def child(self) -> Control | None:
+        """The settings of the dense child; None without one."""
+        if isinstance(self.control, Control):
+            return self.control
+        return None if self.control == "none" else Control()
+
+    @model_validator(mode="after")
+    def _mask_steps(self) -> Self:
+        tokens = self.child.tokens if self.child else None
+        if tokens is not None and tokens < FEWEST_STEPS * self.pretrain.step_tokens:
+            raise ValueError(
+                f"control.tokens = {tokens}: masks need {FEWEST_STEPS} steps of batch x seq_len = "
+                f"{self.pretrain.step_tokens} tokens at least; raise it to {FEWEST_STEPS * self.pretrain.step_tokens}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reference(self) -> Self:

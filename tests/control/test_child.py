@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tasks.control import child
-from tasks.settings import Partition, Pretrain
-from tasks.settings.pretrain import Balance, Phase
+from tasks.settings import Pretrain
+from tasks.settings.pretrain import Balance, Distill, Dynamic, Phase
 
 BASE = Pretrain(tokens=4096, seq_len=64, batch=4, micro_batch=2, processes=2, learning_rate=1e-3)
 
@@ -30,10 +28,10 @@ def test_routers_phases_and_experts_are_left_out_and_the_ffn_learns_as_the_exper
     Pretrain.model_validate(dense.model_dump())
 
 
-def test_its_config_is_the_parents_with_as_many_neurons_as_a_token_passes() -> None:
-    partition = Partition(method="activation", experts=12, shared_experts=4, top_k=4)
-    parent = {"intermediate_size": 128, "num_hidden_layers": 2, "hidden_size": 64}
-    assert child.config(parent, partition) == parent | {"intermediate_size": 64}
-    with pytest.raises(ValueError, match=r"set partition\.layers: all"):
-        child.config(parent, partition.model_copy(update={"layers": [1]}))
-    assert child.config(parent, partition.model_copy(update={"layers": [1, 0]}))["intermediate_size"] == 64
+def test_masks_are_trained_on_other_batches_by_the_papers_schedule_with_a_rate_of_their_own() -> None:
+    sparse = BASE.model_copy(update={"learning_rates": {"experts": 2e-3}, "distill": Distill(), "dynamic": Dynamic()})
+    masks = child.masks(sparse, tokens=25_600)
+    assert (masks.steps, masks.warmup_steps, masks.schedule, masks.final_lr_share) == (100, 10, "cosine", 0.1)
+    assert masks.learning_rates == {"ffn": 2e-3, "masks": 1.0}
+    assert (masks.weight_decay, masks.distill, masks.dynamic, masks.seed) == (0.0, None, None, BASE.seed + 1)
+    Pretrain.model_validate(masks.model_dump())

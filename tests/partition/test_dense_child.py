@@ -44,9 +44,9 @@ def parent(folder, kind="llama"):
 def make(folder, dense, **options):
     """The child's folder, and what `cut` tells."""
     target, told = folder / "child", []
-    made = dense_child.cut(
-        dense.folder, folder, settings.Partition(**options), seq_len=40, folder=target, report=told.append
-    )
+    partition = settings.Partition(**options)
+    count = settings.Control().sizes(dense.config.to_dict(), partition)["intermediate_size"]
+    made = dense_child.cut(dense.folder, folder, partition, count=count, seq_len=40, folder=target, report=told.append)
     assert len(told) == dense.layers
     return target, made
 
