@@ -64,10 +64,8 @@ def run(
 
         show(summary.table(name))
         print(f"report: {dag.report_page(name).resolve()}")
-        seconds = time.monotonic() - started
-        print(
-            f"{name}: everything is up to date ({seconds:.1f} s)" if up_to_date else f"{name}: done in {seconds:.0f} s"
-        )
+        took = time.monotonic() - started
+        print(f"{name}: " + (f"everything is up to date ({took:.1f} s)" if up_to_date else f"done in {took:.0f} s"))
 
 
 def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
