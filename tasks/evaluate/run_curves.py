@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tasks.evaluate import speedup_factor
 from tasks.evaluate.speedup_factor import BY, Curve, OutsideError
@@ -16,15 +17,24 @@ def read(run: Path) -> Curve:
     """The curve of a run.
 
     Args:
-        run: runs/PIPELINE, runs/PIPELINE/control, or the folder under .scratch/ of one that is not finished.
+        run: runs/PIPELINE, its runs/PIPELINE/control (the dense child) or control/parent (the parent trained alike),
+            or the folder under .scratch/ of one that is not finished.
 
     Raises:
         FileNotFoundError: no run is there.
         ValueError: its model or its settings are not known here.
     """
-    metrics = run.parent / "control.json" if run.name == "control" else run / "pretrain.json"
-    known = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    if run.name == "control":
+        known = _metrics(run.parent / "control.json")
+    elif run.parent.name == "control":
+        known = _metrics(run.parent.parent / "control.json").get(run.name, {})
+    else:
+        known = _metrics(run / "pretrain.json")
     return of(str(run), known.get("curve") or _of_log(run, speed=known.get("tokens_per_second")))
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def of(name: str, columns: Mapping[str, Sequence[float]]) -> Curve:

@@ -19,7 +19,9 @@ def test_a_finished_run_and_its_child_are_read_from_their_metrics(tmp_path: Path
     (run / "control").mkdir(parents=True)
     (run / "pretrain.json").write_text(json.dumps({"curve": COLUMNS | {"loss": [3.0, 2.5, 2.0]}}))
     untimed = {name: values for name, values in COLUMNS.items() if name != "seconds"}
-    (run / "control.json").write_text(json.dumps({"curve": untimed | {"loss": [3.5, 3.0, 2.5]}}))
+    parent = {"curve": COLUMNS | {"loss": [2.0, 1.9, 1.8]}}
+    (run / "control.json").write_text(json.dumps({"curve": untimed | {"loss": [3.5, 3.0, 2.5]}, "parent": parent}))
+    assert run_curves.read(run / "control/parent").loss == [2.0, 1.9, 1.8]
     moe, child = run_curves.read(run), run_curves.read(run / "control")
     assert (moe.name, list(moe.costs), moe.loss) == (str(run), ["tokens", "flops", "seconds"], [3.0, 2.5, 2.0])
     assert list(child.costs) == ["tokens", "flops"]

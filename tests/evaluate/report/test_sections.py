@@ -162,6 +162,19 @@ def test_the_cost_of_training_is_drawn_three_ways_with_the_factor_and_its_range(
     assert "nothing is extrapolated" in text
 
 
+def test_a_parent_that_was_trained_alike_is_a_third_curve_with_factors_of_its_own(rivals: Results) -> None:
+    curve = dict(rivals.control["curve"])
+    curve["loss"] = [loss - 0.01 for loss in curve["loss"]]
+    control = rivals.control | {"parent": {"curve": curve}}
+    made = cost_section.section(Results(**{**vars(rivals), "control": control}))
+    assert made is not None
+    for figure in made.figures:
+        assert "<title>parent trained alike</title>" in figure.chart
+    assert [group["title"] for group in made.tables[0].groups] == [
+        "against the dense child", "against the parent trained alike",
+    ]  # fmt: skip
+
+
 def test_runs_that_share_no_loss_get_the_curves_and_the_reason(rivals: Results) -> None:
     curve = dict(rivals.pretrain["curve"])
     curve["loss"] = [loss - 0.5 for loss in curve["loss"]]
