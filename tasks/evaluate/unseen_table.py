@@ -70,7 +70,7 @@ def sentence(evaluation: dict[str, Any]) -> str:
     if "stderr" in here and "stderr" in there:
         gap["stderr"] = math.hypot(here["stderr"], there["stderr"])
     windows = sum(domain["windows"] for domain in evaluation["test"]["unseen"].values())
-    others = [f"{signed(there)} compared with the dense parent (more than on the trained domains by {signed(gap)})"]
+    others = [f"{signed(there)} compared with the dense parent (minus that on the trained domains: {signed(gap)})"]
     if (child := differences["unseen"].get("trained_child")) is not None:
         others.append(f"{signed(child)} compared with the dense child")
     return (

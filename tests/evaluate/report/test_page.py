@@ -603,7 +603,7 @@ def test_unseen_text_has_rows_of_its_own_and_both_multiples_of_the_parent_stand_
     assert sentence == (
         "Unseen text (speeches, docs: 8 windows), of which no stage has read any: after training the perplexity is "
         "1.80 × the parent's, on the trained domains 1.63 ×; mean loss, in nats/token and paired by window: +0.588 ± "
-        "0.000 compared with the dense parent (more than on the trained domains by +0.098 ± 0.000), −0.132 ± 0.000 "
+        "0.000 compared with the dense parent (minus that on the trained domains: +0.098 ± 0.000), −0.132 ± 0.000 "
         "compared with the dense child."
     )
     assert sentence in summary.notes(evaluation)
