@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
 import shutil
 import sys
 import time
@@ -28,6 +26,7 @@ from tasks import code, scratch, settings
 from tasks.engines import turns
 from tasks.evaluate import batches, generation, likelihood, routing_balance, speed, speed_table, unseen
 from tasks.evaluate.downstream import collection, judging
+from tasks.evaluate.machine import machine
 from tasks.settings import suites
 
 MODELS = {
@@ -271,26 +270,6 @@ def summarise(
         )
     summary["machine"] = done["trained"]["machine"]
     return summary
-
-
-def machine(device: str) -> dict[str, Any]:
-    """The processor, its cores, and the threads that torch used."""
-    import torch
-
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    description = {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
-    if device == "cuda":
-        description["gpu"] = torch.cuda.get_device_name()
-    return description
 
 
 def main() -> int:

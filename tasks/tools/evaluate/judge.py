@@ -18,8 +18,8 @@ import numpy as np
 from tasks import architectures, code, scratch
 from tasks.corpus.tokenizer import encoder
 from tasks.evaluate import likelihood, routing_balance
-from tasks.evaluate.__main__ import machine
 from tasks.evaluate.downstream import collection, judging
+from tasks.evaluate.machine import machine
 from tasks.moe import counts, device, loss, routing
 from tasks.tools.evaluate import checkpoints
 from tasks.tools.evaluate.checkpoints import Checkpoint
