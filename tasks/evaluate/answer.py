@@ -11,7 +11,7 @@ from typing import Any
 from tasks.evaluate import speed_table, summary, unseen_table, wording
 from tasks.evaluate.downstream import task_table
 
-OURS, PARENT, CHILD = "trained", "dense", "child"
+OURS, PARENT, CHILD, PARENT_TRAINED = "trained", "dense", "child", "dense_trained"
 
 
 def sentences(evaluation: dict[str, Any]) -> list[str]:
@@ -110,7 +110,7 @@ def tasks(evaluation: dict[str, Any]) -> str:
 def table(evaluation: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The few figures beside each other: titles of the columns, and rows (label, a cell for each)."""
     titles = dict(zip(summary.models(evaluation), summary.titles(evaluation), strict=True))
-    shown = [key for key in (OURS, CHILD, PARENT) if key in evaluation]
+    shown = [key for key in (OURS, CHILD, PARENT, PARENT_TRAINED) if key in evaluation]
     models = [evaluation[key] for key in shown]
     rows = [
         ("perplexity on test text", [f"{model['perplexity']['mean']:.2f}" for model in models]),

@@ -94,6 +94,9 @@ def test_without_a_child_the_answer_is_against_the_parent_and_says_what_is_missi
     evaluation = copied(results.evaluation)
     del evaluation["speed"], evaluation["difference"]["trained_dense"]
     assert [sentence.split()[0] for sentence in answer.sentences(evaluation)] == ["It", "Of"]
+    evaluation["dense_trained"] = evaluation["dense"]
+    assert answer.table(evaluation)[0] == ["after training", "dense parent", "parent trained alike"]
+    del evaluation["dense_trained"]
     columns, rows = answer.table(evaluation)
     assert columns == ["after training", "dense parent"]
     assert len(rows) == 4
