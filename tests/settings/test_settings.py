@@ -213,7 +213,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     assert "learning_rate: 2e-4" in TEXT
     assert load(TEXT, tmp_path).pipeline("demo").pretrain.learning_rate == 2e-4
     changed_licence = load(TEXT.replace("license: MIT", "license: no"), tmp_path)
-    assert changed_licence.pipeline("demo").evaluate.tasks[0].license == "no"
+    assert changed_licence.pipeline("fine").evaluate.tasks[0].license == "no"
 
 
 def test_a_missing_file_and_a_folder_in_its_place_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -109,19 +110,15 @@ QUESTIONS = [
     for i in range(9)
 ]
 WORDS = [
-    ": a kind",
-    "calm calmly quick quickly",
-    "Athens Greece Rome Italy",
-    "big bigger old older",
-    ": b",
-    "is a of the",
+    ": one kind",
+    *(f"{a} {a}ly {b} {b}ly" for a, b in itertools.permutations(("calm", "quick", "slow", "rare", "apt"), 2)),
 ]
 
 
 def test_items_and_scores_are_those_of_lm_evals_own_command(
     judged: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A task of lm-eval's collection with shots, and one of ours whose answers it does not give to choose from."""
+    """A task of lm-eval's collection with shots, and one that only we describe."""
     import lm_eval.tasks
     from lm_eval.__main__ import cli_evaluate
 
@@ -154,7 +151,7 @@ def test_items_and_scores_are_those_of_lm_evals_own_command(
         (samples,) = Path(f"out-{task.name}").rglob("samples_*.jsonl")
         theirs = json.loads(results.read_text())["results"][task.name]
         found, items = ours[task.name]["scores"], ours[task.name]["items"]
-        assert found["n"] == (6 if task.name == "sciq" else 4)
+        assert found["n"] == (6 if task.name == "sciq" else 20)
         for metric in [key for key in found if f"{key}_stderr" in found]:
             assert found[metric] == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
         by_digest = {row["doc_hash"][:12]: row for row in map(json.loads, samples.read_text().splitlines())}

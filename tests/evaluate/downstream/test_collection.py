@@ -106,17 +106,26 @@ def test_pairs_of_sentences_have_one_shape_whether_from_the_hub_or_from_a_file()
     assert inference.process_doc(file | {"gold_label": "-"})["label"] == -1
 
 
-def test_analogies_are_the_lines_of_four_words_in_an_order_of_their_own() -> None:
+def test_the_choices_of_an_analogy_are_answers_of_its_kind_without_the_words_of_the_question() -> None:
     from datasets import Dataset
 
-    words = [[f"{kind}{i}" for i in range(4)] for kind in "abcdefgh"]
-    lines = [
-        ": first",
-        *(" ".join(each) for each in words[:4]),
-        "",
-        ": second",
-        *(" ".join(each) for each in words[4:]),
+    kinds = [
+        [
+            [f"{kind}{i}", f"{kind.upper()}{i}", f"{kind}{j}", f"{kind.upper()}{j}"]
+            for i in range(6)
+            for j in range(6)
+            if i != j
+        ]
+        for kind in "ab"
     ]
+    lines = [line for kind in kinds for line in (": a kind", *(" ".join(words) for words in kind), "")]
     items = analogies.process_docs(Dataset.from_dict({"text": lines}))
-    assert sorted([*item.values()] for item in items) == words
-    assert [[*item.values()] for item in items] != words
+    found = [[item["first"], item["second"], item["third"], item["choices"][item["gold"]]] for item in items]
+    assert sorted(found) == sorted(words for kind in kinds for words in kind)
+    assert {words[0][0] for words in found[:10]} == {"a", "b"}  # a limit takes both
+    for item in items:
+        assert len({*item["choices"]}) == 4
+        assert {word[0] for word in item["choices"]} == {item["second"][0]}
+        assert item["second"] not in item["choices"]
+    assert {item["gold"] for item in items} == {0, 1, 2, 3}
+    assert [*analogies.process_docs(Dataset.from_dict({"text": lines}))] == [*items]
