@@ -18,6 +18,7 @@ import moe_kernels.dense_path as dense_path
 import moe_kernels.sorted_path as sorted_path
 
 from .routing import Routing, build_routing
+from .sorted_rows import hidden_rows
 
 Path = Literal["sorted", "dense", "triton"]
 
@@ -172,7 +173,7 @@ def _forward_shapes(
     rows = tokens * index.shape[1]
     flat, inverse, offset_E1 = (index.new_empty(s, dtype=torch.int32) for s in ((rows,), index.shape, (experts + 1,)))
     if path == "sorted":
-        rows = sorted_path.hidden_rows(x, rows=rows, experts=experts)
+        rows = hidden_rows(x, rows=rows, experts=experts)
     return out, x.new_empty(rows, 2 * width), flat, inverse, offset_E1
 
 

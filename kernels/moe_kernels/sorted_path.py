@@ -8,44 +8,19 @@ Shapes: T tokens, D hidden, F intermediate width of one expert, G = 2F, E expert
 expert, C rows of a chunk.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .routing import Routing
+from .sorted_rows import Chunk, Rows
 
-# Whole experts are taken until their activations have so many elements, or are so many rows: enough to hide the cost
-# of calling an operator, little enough for the cache.
-_CHUNK_ELEMENTS, _CHUNK_ROWS = 2**16, 1024
 # Below this width the columns of a chunk are contiguous, not its rows; see _block.
 _NARROW = 64
-# With AMX, oneDNN reads a column's run in bf16 up to the next multiple of this many rows, and multiplies what lies
-# past the end by zero: NaN and infinity must not lie there.
-_TAIL = 32
-# oneDNN, which multiplies in half precision, compiles a kernel for every number of rows that it meets (0.6 ms) and
-# keeps 1,024 of them. The rows of an expert differ from call to call. Rounded up to a multiple of 8, and of about a
-# sixteenth of themselves, they are few numbers.
-_LEAST_STEP, _STEP_SHARE = 8, 16
-
-
 _silu = torch.ops.aten.silu.out
 _silu_backward = torch.ops.aten.silu_backward.grad_input
-
-
-def hidden_rows(x_TD: Tensor, *, rows: int, experts: int) -> int:
-    """How many rows the pre-activations of ``rows`` routed ones have room for; see _Rows."""
-    if x_TD.device.type != "cpu" or x_TD.dtype.itemsize > 2:
-        return rows
-    return rows + rows // _STEP_SHARE + (_LEAST_STEP - 1) * experts
-
-
-def _rounded(rows: int) -> int:
-    step = max(_LEAST_STEP, 1 << max(rows // _STEP_SHARE, 1).bit_length() - 1)
-    return -(-rows // step) * step
 
 
 def forward(
@@ -58,7 +33,7 @@ def forward(
     routing: Routing,
     keep_hidden: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The output (T, D) and the pre-activations (:func:`hidden_rows`, G), both in the dtype of ``x_TD``.
+    """The output (T, D) and the pre-activations (R, G), both in the dtype of ``x_TD``; R is ``hidden_rows``.
 
     The layout of the pre-activations, :func:`_block`, is for :func:`backward` alone.
 
@@ -73,7 +48,7 @@ def forward(
             and none are returned.
     """
     dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
-    rows = _Rows(x_TD, routing, weights_TK=weights_TK, width=width)
+    rows = Rows(x_TD, routing, weights_TK=weights_TK, width=width)
     hidden_MG = x_TD.new_empty((rows.total if keep_hidden else rows.most, 2 * width))
     x_scratch, act_scratch = x_TD.new_empty((rows.most, model_dim)), x_TD.new_empty((rows.most, width))
     out = _Sum(x_TD, rows, scratch=x_scratch)
@@ -119,13 +94,13 @@ def backward(
     An expert without rows gets zeros, never None: a missing gradient desynchronises data-parallel reductions.
     """
     dtype, (_, model_dim, width) = x_TD.dtype, w2_EDF.shape
-    rows = _Rows(x_TD, routing, weights_TK=weights_TK, width=width)
+    rows = Rows(x_TD, routing, weights_TK=weights_TK, width=width)
     grad_w13 = _gradient_like(w13, rows) if need_w13 else None
     grad_w3_EFD = _gradient_like(w3_EFD, rows) if need_w13 and w3_EFD is not None else None
     grad_w2_EDF = _gradient_like(w2_EDF, rows) if need_w2 else None
     row_scratch = x_TD.new_empty((rows.most, model_dim))
     scratch = [x_TD.new_empty((rows.most, width)) for _ in range(2)]
-    scratch.append(x_TD.new_zeros((rows.most, 2 * width)))  # transposed, it is the left of a product; see _TAIL
+    scratch.append(x_TD.new_zeros((rows.most, 2 * width)))  # transposed, it is the left of a product; see Rows.most
     grad_x = _Sum(x_TD, rows, scratch=row_scratch) if need_x else None
     grad_weights_M = x_TD.new_zeros(rows.total, dtype=torch.promote_types(dtype, torch.float32))
 
@@ -177,98 +152,6 @@ def backward(
     return grad_x_TD, grad_w13, grad_w3_EFD, grad_w2_EDF, grad_weights_TK
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Sorted rows ``start:stop``: those of whole experts, each with its slice of the chunk."""
-
-    start: int
-    stop: int
-    experts: list[tuple[int, slice]]
-    token_C: Tensor | None
-    weight_C1: Tensor | None
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    def take(self, rows_TD: Tensor, *, out: Tensor) -> Tensor:
-        """The rows of the chunk, gathered into ``out`` unless they came sorted."""
-        if self.token_C is None:
-            return rows_TD[self.start : self.stop]
-        return torch.index_select(rows_TD, 0, self.token_C, out=out[: self.size])
-
-    def scale(self, act_CF: Tensor) -> None:
-        """Multiplies each row by its routing weight, in place."""
-        if self.weight_C1 is not None:
-            act_CF.mul_(self.weight_C1)
-
-
-class _Rows:
-    """The sorted rows of a call.
-
-    In half precision on a CPU each expert's are followed by copies of its first, up to a round number. A copy has
-    the routing weight 0 and no place in ``inverse_TK``: it changes neither the output nor a gradient.
-    """
-
-    def __init__(self, x_TD: Tensor, routing: Routing, *, weights_TK: Tensor | None, width: int) -> None:
-        self.bounds: list[int] = routing.offset_E1.tolist()
-        self.inverse_TK = routing.inverse_TK
-        self.total = x_TD.shape[0] if routing.flat_M is None else routing.flat_M.numel()
-        self.token_M = self.weight_M1 = None
-        if routing.flat_M is not None:
-            flat_M, copy_M = routing.flat_M.long(), None
-            room = hidden_rows(x_TD, rows=self.total, experts=routing.experts)
-            if room > self.total:
-                flat_M, copy_M = self._pad(flat_M)
-                self.total = room
-            self.token_M = flat_M // max(routing.top_k, 1)
-            if weights_TK is not None:
-                weight_M = weights_TK.reshape(-1)[flat_M].to(x_TD.dtype)
-                self.weight_M1 = (weight_M if copy_M is None else weight_M.masked_fill_(copy_M, 0)).unsqueeze(1)
-        self.cuts = self._cut(min(_CHUNK_ROWS, _CHUNK_ELEMENTS // width))
-        most = max((self.bounds[last] - self.bounds[first] for first, last in self.cuts), default=0)
-        self.most = -(-(most + _TAIL) // 256) * 256  # few different strides; see _block
-
-    def _pad(self, flat_M: Tensor) -> tuple[Tensor, Tensor]:
-        """``flat_M`` with the copies, and which rows are copies. ``bounds`` and ``inverse_TK`` then count them.
-
-        The rows of absent experts are left out: they follow those of the last expert.
-        """
-        counts = [stop - start for start, stop in pairwise(self.bounds)]
-        sizes = [_rounded(count) for count in counts]
-        old_E1, new_E1 = torch.tensor(self.bounds), torch.tensor([0, *accumulate(sizes)])
-        expert_P = torch.repeat_interleave(torch.tensor(sizes))
-        place_P = torch.arange(len(expert_P)) - new_E1[expert_P]
-        copy_P = place_P >= torch.tensor(counts)[expert_P]
-        shift_M = torch.repeat_interleave(new_E1 - old_E1, torch.tensor([*counts, self.total - self.bounds[-1]]))
-        assert self.inverse_TK is not None
-        self.inverse_TK = self.inverse_TK + shift_M[self.inverse_TK]
-        self.bounds = new_E1.tolist()
-        return flat_M[old_E1[expert_P] + place_P.masked_fill_(copy_P, 0)], copy_P
-
-    def _cut(self, rows: int) -> list[tuple[int, int]]:
-        """Ranges of experts with ``rows`` rows or more each, but for the last."""
-        cuts, first = [], 0
-        for expert, bound in enumerate(self.bounds):
-            if bound - self.bounds[first] >= max(rows, 1) or (
-                expert == len(self.bounds) - 1 and bound > self.bounds[first]
-            ):
-                cuts.append((first, expert))
-                first = expert
-        return cuts
-
-    def chunks(self) -> Iterator[_Chunk]:
-        for first, last in self.cuts:
-            start, stop = self.bounds[first], self.bounds[last]
-            experts = [
-                (expert, slice(self.bounds[expert] - start, self.bounds[expert + 1] - start))
-                for expert in range(first, last)
-                if self.bounds[expert] < self.bounds[expert + 1]
-            ]
-            token_C = None if self.token_M is None else self.token_M[start:stop]
-            yield _Chunk(start, stop, experts, token_C, None if self.weight_M1 is None else self.weight_M1[start:stop])
-
-
 class _Sum:
     """``out[t]`` = the sum of the K rows of token t, in a fixed order, in fp32 or better.
 
@@ -276,7 +159,7 @@ class _Sum:
     the blocks are kept, (M, D), and added at the end by one ``embedding_bag``. Rows that came sorted are the output.
     """
 
-    def __init__(self, x_TD: Tensor, rows: _Rows, *, scratch: Tensor) -> None:
+    def __init__(self, x_TD: Tensor, rows: Rows, *, scratch: Tensor) -> None:
         self.inverse_TK, self.end, self.scratch = rows.inverse_TK, rows.bounds[-1], scratch
         self.adds = rows.token_M is not None and x_TD.dtype.itemsize >= 4
         if self.adds:
@@ -285,11 +168,11 @@ class _Sum:
             self.out = x_TD.new_empty((rows.total, x_TD.shape[1]))
             self.out[self.end :].zero_()
 
-    def block(self, chunk: _Chunk) -> Tensor:
+    def block(self, chunk: Chunk) -> Tensor:
         """Where the rows of a chunk go before :meth:`add`; may be ``scratch``."""
         return self.scratch[: chunk.size] if self.adds else self.out[chunk.start : chunk.stop]
 
-    def add(self, chunk: _Chunk, y_CD: Tensor) -> None:
+    def add(self, chunk: Chunk, y_CD: Tensor) -> None:
         if self.adds and chunk.token_C is not None:
             self.out.index_add_(0, chunk.token_C, y_CD)
 
@@ -317,7 +200,7 @@ def _block(buffer_MX: Tensor, start: int, stop: int, *, width: int) -> Tensor:
     return buffer_MX.view(buffer_MX.shape[1], -1)[:, start:stop].t()
 
 
-def _gradient_like(weight: Tensor, rows: _Rows) -> Tensor:
+def _gradient_like(weight: Tensor, rows: Rows) -> Tensor:
     """An unwritten gradient, zero for the experts without rows."""
     grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for expert, (start, stop) in enumerate(pairwise(rows.bounds)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from moe_kernels import choose_regime, sorted_path
+from moe_kernels import choose_regime, sorted_path, sorted_rows
 from moe_kernels.experts import experts_layer
 from moe_kernels.routing import Routing, build_routing
 from problems import NAMES, Problem, Spread, assert_layer_accurate, make_problem, poisoned_memory
@@ -33,7 +33,7 @@ def run(p: Problem, routing: Routing, *, dtype: torch.dtype, separate: bool = Fa
     out, hidden = sorted_path.forward(x, gate, up, w2, **where)
     rows = x.shape[0]
     if routing.flat_M is not None:
-        rows = sorted_path.hidden_rows(x, rows=rows * routing.top_k, experts=routing.experts)
+        rows = sorted_rows.hidden_rows(x, rows=rows * routing.top_k, experts=routing.experts)
     assert hidden.shape == (rows, 2 * w2.shape[2])
     needs = NEEDS_ALL | {"need_weights": routing.flat_M is not None}
     return [out, *sorted_path.backward(grad_out, x, gate, up, w2, hidden, **where, **needs)]
@@ -46,7 +46,7 @@ def run(p: Problem, routing: Routing, *, dtype: torch.dtype, separate: bool = Fa
 def test_chunks_of_any_number_of_experts_are_as_accurate_as_plain_torch(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, spread: Spread, rows: int
 ) -> None:
-    monkeypatch.setattr(sorted_path, "_CHUNK_ROWS", rows)
+    monkeypatch.setattr(sorted_rows, "_CHUNK_ROWS", rows)
     p = make_problem(60, 9, top_k=3, hidden=40, width=width, spread=spread)
     assert_layer_accurate(p, partial(experts_layer, path="sorted"), dtype, slack=0.5, device="cpu")
 
@@ -205,6 +205,6 @@ def test_one_or_two_tokens_without_gradients_are_as_accurate_as_any_and_run_with
 
 
 def test_the_rows_of_an_expert_are_rounded_up_to_few_numbers() -> None:
-    rounded = [sorted_path._rounded(rows) for rows in range(2049)]
+    rounded = [sorted_rows._rounded(rows) for rows in range(2049)]
     assert all(rows <= more <= rows + max(7, rows // 16) for rows, more in enumerate(rounded))
     assert len(set(rounded)) < 100
