@@ -84,6 +84,20 @@ def test_a_data_set_out_of_reach_is_named_by_the_first_line_of_what_went_wrong(h
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_out_of_reach_is_waited_for_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def load(names: list[str]) -> None:
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    items = collection.Collection(collection.prepare([task("snli", source=None)], Path("work")), tasks=[])
+    monkeypatch.setattr(items._manager, "load", load)
+    with pytest.raises(collection.UnavailableError):
+        items.load(task("snli", source=None))
+    assert constants.HF_HUB_OFFLINE
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 def test_items_that_change_after_the_first_model_was_judged_are_refused(here: Path, pinned: bool) -> None:
     """An evaluation that was killed goes on with the next model, and all are judged by the same items."""
