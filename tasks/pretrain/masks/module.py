@@ -10,8 +10,8 @@ s the expected share of a kind that is cut, in each layer, and t the share that 
     lagrangian = sum over kinds of mean over layers of  a (s - t) + b (s - t)^2
 
 which logits and weights make small, and the multipliers a, b large (arXiv 2310.06694, eq. 2 and 3). a begins at 0, b
-at PENALTY. t grows from 0 over the first `ramp` steps. A group of heads has one head of keys and values and the
-queries that read it, so that the shape is one that grouped-query attention can have.
+at PENALTY and grows. t grows from 0 over the first `ramp` steps. A group of heads has one head of keys and values and
+the queries that read it, so that the shape is one that grouped-query attention can have.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ UNITS = {
     "hidden_size": "hidden_D",
 }
 """Config fields of a shape, and the mask of each."""
-PENALTY, PACE = 1000.0, 0.2
-"""Where b begins, and how far a multiplier moves while a logit moves by 1. With 0 and 1, as in the paper's code, masks
-swing around their targets for hundreds of steps."""
+PENALTY, GROWTH, PACE = 10.0, 100.0, 0.2
+"""Where b begins, by how much it grows until the last step, and how far a multiplier moves while a logit moves by 1.
+With 0, 1 and 1, as in the paper's code, masks swing around their targets for hundreds of steps. With a large b at once
+they come there before the loss can say which units to keep."""
+_RAMP = 5
+"""A run has so many times the steps over which its targets grow, as the paper's have."""
 _PREFIX = "masks."
 _START = 0.01  # deviation of the logits from their upper limit
 
@@ -65,12 +68,13 @@ class Masks(nn.Module):
             start = torch.randn(dims[name]) * _START + hard_concrete.LARGEST
             self.register_parameter(name, nn.Parameter(start))
         self.multipliers = nn.Parameter(torch.zeros(len(self.targets), 2))
-        self.ramp, self.progress = ramp, 0.0
+        self.ramp, self.progress, self.penalty = ramp, 0.0, PENALTY
         self.keep, self.lagrangian = Keep(), torch.zeros(())
 
     def begin(self, step: int) -> None:
-        """Move the targets to where they are in optimizer step `step`, from 1."""
+        """Move the targets, and the penalty on missing them, to where they are in optimizer step `step`, from 1."""
         self.progress = min(1.0, step / self.ramp)
+        self.penalty = PENALTY * GROWTH ** min(1.0, step / (_RAMP * self.ramp))
 
     def draw(self) -> None:
         """Set `keep` and `lagrangian`: in training a sample; else what would be kept at the targets of the moment."""
@@ -93,7 +97,7 @@ class Masks(nn.Module):
         excess_L = hard_concrete.absent(logits).mean(-1) - self.progress * self.targets[name]
         moved = self.multipliers[number].float()
         linear, square = PACE * (2 * moved.detach() - moved)  # the value, and the negative of the gradient
-        square = PENALTY + square
+        square = self.penalty + square
         term: Tensor = (linear * excess_L + square * excess_L.square()).mean()
         return term
 
@@ -108,8 +112,8 @@ def install(model: Any, shape: Mapping[str, int], *, ramp: int) -> Masks:
 
 
 def ramp(steps: int) -> int:
-    """The steps of a run over which its targets grow: a fifth, as in the paper's runs."""
-    return max(1, steps // 5)
+    """The steps of a run over which its targets grow."""
+    return max(1, steps // _RAMP)
 
 
 def of(model: nn.Module) -> Masks | None:

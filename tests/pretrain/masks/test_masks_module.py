@@ -40,7 +40,7 @@ def test_the_lagrangian_is_the_papers_and_its_multipliers_climb_where_all_else_d
     for (name, share), (linear, square) in zip(made.targets.items(), made.multipliers.tolist(), strict=True):
         cut = torch.sigmoid(torch.tensor(1 / 11).double().log() * 2 / 3 - getattr(made, name).detach().double())
         excess[name] = cut.mean(-1) - 0.4 * share
-        square = module.PENALTY + module.PACE * square
+        square = made.penalty + module.PACE * square
         expected += float((module.PACE * linear * excess[name] + square * excess[name] ** 2).mean())
     assert made.targets == {"group_LK": 0.5, "neuron_LN": 0.75, "hidden_D": 0.25}
     assert made.lagrangian.item() == pytest.approx(expected, rel=1e-5)
@@ -53,11 +53,13 @@ def test_the_lagrangian_is_the_papers_and_its_multipliers_climb_where_all_else_d
 
 def test_the_targets_grow_over_the_ramp_and_stay() -> None:
     made = masks()
-    shares = []
-    for step in (1, 5, 10, 400):
+    shares, penalties = [], []
+    for step in (1, 5, 10, 25, 50, 400):
         made.begin(step)
         shares.append(made.progress)
-    assert shares == [0.1, 0.5, 1.0, 1.0]
+        penalties.append(made.penalty)
+    assert shares == [0.1, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert penalties[3:] == pytest.approx([module.PENALTY * module.GROWTH**share for share in (0.5, 1, 1)])
     assert (module.ramp(100), module.ramp(3)) == (20, 1)
 
 
