@@ -24,7 +24,7 @@ from typing import Any
 from bench import common, random_models
 from tasks import settings
 from tasks.engines import turns
-from tasks.evaluate import speed
+from tasks.evaluate.speeds import speed
 from tasks.moe import device
 
 ENGINES = ("transformers", "llama.cpp")

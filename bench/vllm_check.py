@@ -27,7 +27,7 @@ from typing import Any
 from bench import common
 from bench import speed as bench_speed
 from tasks.engines import turns
-from tasks.evaluate import speed
+from tasks.evaluate.speeds import speed
 
 BEGINNING = 16
 """Tokens of a window that greedy text begins with."""

@@ -24,9 +24,10 @@ from typing import Any
 
 from tasks import code, scratch, settings
 from tasks.engines import turns
-from tasks.evaluate import batches, generation, likelihood, routing_balance, speed, speed_table, unseen
+from tasks.evaluate import batches, generation, likelihood, routing_balance, unseen
 from tasks.evaluate.downstream import collection, judging
 from tasks.evaluate.machine import machine
+from tasks.evaluate.speeds import speed, speed_table
 from tasks.settings import suites
 
 MODELS = {

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tasks.evaluate import speed_table, summary, unseen_table, wording
+from tasks.evaluate import summary, unseen_table, wording
 from tasks.evaluate.downstream import task_table
+from tasks.evaluate.speeds import speed_table
 
 OURS, PARENT, CHILD, PARENT_TRAINED = "trained", "dense", "child", "dense_trained"
 

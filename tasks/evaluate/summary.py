@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.evaluate import speed_table, unseen_table
+from tasks.evaluate import unseen_table
 from tasks.evaluate.downstream import task_table
+from tasks.evaluate.speeds import speed_table
 from tasks.evaluate.wording import signed, verdict
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import pytest
 
 from tasks import settings
 from tasks.engines import turns
-from tasks.evaluate import speed
 from tasks.evaluate.__main__ import samples, summarise
 from tasks.evaluate.downstream import judging
 from tasks.evaluate.report import results as results_module
+from tasks.evaluate.speeds import speed
 
 ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS = 30, 96

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tasks.evaluate import speed_table, summary
+from tasks.evaluate import summary
 from tasks.evaluate.report.results import Results
 from tasks.evaluate.report.section import Section, Table
+from tasks.evaluate.speeds import speed_table
 
 
 def section(results: Results) -> Section | None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.evaluate import speed_table, summary
+from tasks.evaluate import summary
 from tasks.evaluate.report import charts
 from tasks.evaluate.report.results import Results
 from tasks.evaluate.report.section import Figure, Section
+from tasks.evaluate.speeds import speed_table
 
 Point = tuple[str, float, float, int]
 _PERPLEXITY = "perplexity on test text; further down"

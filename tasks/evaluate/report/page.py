@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tasks.evaluate import speed_table, summary, unseen_table
+from tasks.evaluate import summary, unseen_table
 from tasks.evaluate.report import (
     analysis_section,
     answer_section,
@@ -26,6 +26,7 @@ from tasks.evaluate.report import (
 )
 from tasks.evaluate.report.results import Results
 from tasks.evaluate.report.section import Section
+from tasks.evaluate.speeds import speed_table
 from tasks.pretrain.job import code_version
 from tasks.settings import Task, suites
 

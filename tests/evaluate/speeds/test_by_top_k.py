@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from tasks.evaluate import likelihood, speed_table
+from tasks.evaluate import likelihood
+from tasks.evaluate.speeds import speed_table
 from tasks.moe import counts, routing
 
 SIZES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.engines import llama_cpp, turns
-from tasks.evaluate import speed
+from tasks.evaluate.speeds import speed
 
 TEXT = turns.Text(list(range(1, 41)), new=2, repeats=2)
 

@@ -1,6 +1,6 @@
 """Speed and peak memory of models in transformers, with its own experts and with moe_kernels.
 
-    python -m tasks.evaluate.speed_in_transformers < request.json > rates.json
+    python -m tasks.evaluate.speeds.in_transformers < request.json > rates.json
 
 `speed.in_transformers` runs this command, so that nothing of its caller's process is measured.
 """
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
 from tasks.engines import memory, turns
-from tasks.evaluate import speed
-from tasks.evaluate.speed import OURS, STOCK
+from tasks.evaluate.speeds import speed
+from tasks.evaluate.speeds.speed import OURS, STOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks import architectures
 from tasks.engines import llama_cpp, memory, turns
-from tasks.evaluate import speed_table
+from tasks.evaluate.speeds import speed_table
 
 PARENT = speed_table.PARENT
 STOCK, OURS, LLAMA_CPP = "transformers", "moe_kernels", "llama.cpp"
@@ -64,7 +64,7 @@ def in_transformers(
         "threads": list(threads),
         "device": device,
     }
-    command = [sys.executable, "-m", "tasks.evaluate.speed_in_transformers"]
+    command = [sys.executable, "-m", "tasks.evaluate.speeds.in_transformers"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -1,0 +1,1 @@
+"""How fast a model reads and writes, and the memory that it takes, in each engine."""
