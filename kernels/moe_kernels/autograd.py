@@ -173,7 +173,7 @@ def _forward_shapes(
     rows = tokens * index.shape[1]
     flat, inverse, offset_E1 = (index.new_empty(s, dtype=torch.int32) for s in ((rows,), index.shape, (experts + 1,)))
     if path == "sorted":
-        rows = hidden_rows(x, rows=rows, experts=experts)
+        rows = hidden_rows(rows, experts=experts, dtype=x.dtype, device=x.device.type)
     return out, x.new_empty(rows, 2 * width), flat, inverse, offset_E1
 
 

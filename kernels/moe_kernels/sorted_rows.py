@@ -25,14 +25,15 @@ _TAIL = 32
 _LEAST_STEP, _STEP_SHARE = 8, 16
 
 
-def hidden_rows(x_TD: Tensor, *, rows: int, experts: int) -> int:
+def hidden_rows(rows: int, *, experts: int, dtype: torch.dtype, device: str) -> int:
     """How many rows the pre-activations of ``rows`` routed ones have room for; see Rows."""
-    if x_TD.device.type != "cpu" or x_TD.dtype.itemsize > 2:
+    if device != "cpu" or dtype.itemsize > 2:
         return rows
     return rows + rows // _STEP_SHARE + (_LEAST_STEP - 1) * experts
 
 
-def _rounded(rows: int) -> int:
+def rounded(rows: int) -> int:
+    """The number of rows that ``rows`` of an expert become in half precision on a CPU."""
     step = max(_LEAST_STEP, 1 << max(rows // _STEP_SHARE, 1).bit_length() - 1)
     return -(-rows // step) * step
 
@@ -77,7 +78,7 @@ class Rows:
         self.token_M = self.weight_M1 = None
         if routing.flat_M is not None:
             flat_M, copy_M = routing.flat_M.long(), None
-            room = hidden_rows(x_TD, rows=self.total, experts=routing.experts)
+            room = hidden_rows(self.total, experts=routing.experts, dtype=x_TD.dtype, device=x_TD.device.type)
             if room > self.total:
                 flat_M, copy_M = self._pad(flat_M)
                 self.total = room
@@ -95,7 +96,7 @@ class Rows:
         The rows of absent experts are left out: they follow those of the last expert.
         """
         counts = [stop - start for start, stop in pairwise(self.bounds)]
-        sizes = [_rounded(count) for count in counts]
+        sizes = [rounded(count) for count in counts]
         old_E1, new_E1 = torch.tensor(self.bounds), torch.tensor([0, *accumulate(sizes)])
         expert_P = torch.repeat_interleave(torch.tensor(sizes))
         place_P = torch.arange(len(expert_P)) - new_E1[expert_P]

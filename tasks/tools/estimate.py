@@ -155,14 +155,17 @@ def memory(
 
 def _compiled(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> float:
     """Bytes of oneDNN's compiled products on a CPU: experts get other numbers of tokens in each pass."""
+    from moe_kernels import sorted_rows
+
     sizes = counts.experts(config)
     tokens = params.micro_batch * params.seq_len
     if not bfloat16 or _all_experts(sizes, tokens=tokens, bfloat16=True):
         return 0.0
     passes = params.steps * params.batch // (params.micro_batch * params.processes)
+    numbers = len({sorted_rows.rounded(rows) for rows in range(1, tokens + 1)})
+    drawn: int = len(sizes["layers"]) * sizes["experts"] * passes
     # gate with up, and down: forward, and two products backward
-    each: int = 6 * len(sizes["layers"]) * sizes["experts"]
-    return min(_PRIMITIVES, each * passes) * _PRIMITIVE
+    return min(_PRIMITIVES, 6 * min(numbers, drawn)) * _PRIMITIVE
 
 
 def _states(params: Pretrain, *, bfloat16: bool) -> int:
@@ -178,6 +181,8 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     four tensors of a stock FFN (gate, its SiLU, up, product). With gradient checkpointing it keeps its input alone,
     and one layer at a time all of it. Liger's loss on CUDA makes no logits of a whole pass (docs/pretrain.md).
     """
+    import torch
+    from moe_kernels import sorted_rows
     from transformers import AutoConfig
 
     made: Any = AutoConfig.for_model(**config)
@@ -190,7 +195,11 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     if row.qk_norm:  # norms of queries and keys
         common += (4 + width) * (queries + keys)
     dense_path = not cuda and _all_experts(sizes, tokens=tokens, bfloat16=bfloat16)
-    rows = sizes["experts"] if dense_path else sizes["top_k"]
+    rows = float(sizes["experts"])
+    if not dense_path:
+        dtype, device = (torch.bfloat16 if bfloat16 else torch.float32), ("cuda" if cuda else "cpu")
+        routed = tokens * sizes["top_k"]
+        rows = sorted_rows.hidden_rows(routed, experts=sizes["experts"], dtype=dtype, device=device) / tokens
     sparse = common + width * (2 * rows * sizes["expert_size"] + 4 * sizes["shared_size"])
     sparse += 4 * sizes["experts"] + 16 * sizes["top_k"]  # the router's
     if row.shared_gate:  # the gate of the shared expert, and what it is multiplied with

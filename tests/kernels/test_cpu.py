@@ -33,7 +33,7 @@ def run(p: Problem, routing: Routing, *, dtype: torch.dtype, separate: bool = Fa
     out, hidden = sorted_path.forward(x, gate, up, w2, **where)
     rows = x.shape[0]
     if routing.flat_M is not None:
-        rows = sorted_rows.hidden_rows(x, rows=rows * routing.top_k, experts=routing.experts)
+        rows = sorted_rows.hidden_rows(rows * routing.top_k, experts=routing.experts, dtype=dtype, device="cpu")
     assert hidden.shape == (rows, 2 * w2.shape[2])
     needs = NEEDS_ALL | {"need_weights": routing.flat_M is not None}
     return [out, *sorted_path.backward(grad_out, x, gate, up, w2, hidden, **where, **needs)]
@@ -205,6 +205,6 @@ def test_one_or_two_tokens_without_gradients_are_as_accurate_as_any_and_run_with
 
 
 def test_the_rows_of_an_expert_are_rounded_up_to_few_numbers() -> None:
-    rounded = [sorted_rows._rounded(rows) for rows in range(2049)]
+    rounded = [sorted_rows.rounded(rows) for rows in range(2049)]
     assert all(rows <= more <= rows + max(7, rows // 16) for rows, more in enumerate(rounded))
     assert len(set(rounded)) < 100
