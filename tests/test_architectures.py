@@ -15,8 +15,7 @@ OTHER_MEANINGS = {
     ("tasks/settings/pretrain.py", "mixtral"),  # a balance loss
     ("tasks/pretrain/loss/balance.py", "mixtral"),
     ("tasks/evaluate/report/hub_metadata.py", "llama"),  # a licence
-    ("tasks/mixture/methods.py", "llama"),  # a published mix of domains
-    ("tasks/mixture/published.py", "llama"),
+    ("tasks/mixture/published.py", "llama"),  # a published mix of domains
     ("tasks/settings/pipeline.py", "llama"),
     ("tasks/engines/gguf_vocabulary.py", "llama"),  # kinds of tokenizers
     ("tasks/engines/gguf_vocabulary.py", "gpt2"),

@@ -111,22 +111,13 @@ def unimax(problem: Problem) -> Estimate:
     return uniform(problem)
 
 
-@estimator("llama")
-def llama(problem: Problem) -> Estimate:
-    """The shares of LLaMA, for domains of the same names."""
-    return Estimate(weights=published.weights("llama", problem.tokens))
+def _published(mix: str) -> Estimator:
+    """The shares of a published mix, for domains of the same names."""
+    return lambda problem: Estimate(weights=published.weights(mix, problem.tokens))
 
 
-@estimator("sheared_llama")
-def sheared_llama(problem: Problem) -> Estimate:
-    """The shares at the end of Sheared-LLaMA's training, for domains of the same names."""
-    return Estimate(weights=published.weights("sheared_llama", problem.tokens))
-
-
-@estimator("llama_moe")
-def llama_moe(problem: Problem) -> Estimate:
-    """The shares that LLaMA-MoE was trained with: Sheared-LLaMA's."""
-    return Estimate(weights=published.weights("llama_moe", problem.tokens))
+for _mix in published.MIXES:
+    ESTIMATORS[_mix] = _published(_mix)
 
 
 @estimator("explicit")
