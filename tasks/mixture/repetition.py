@@ -26,7 +26,7 @@ def capped(
     if (all_of_them := sum(limits.values())) < 1 - 1e-9:
         least = max_epochs / all_of_them
         raise ValueError(
-            f"mixture.max_epochs = {max_epochs:g}: pretrain.tokens = {budget} are {least:.3g} epochs of the "
+            f"mixture.max_epochs = {max_epochs:g}: pretrain.tokens = {budget} are {least:.4g} epochs of the "
             f"{sum(tokens[domain] for domain in limits)} training tokens of {', '.join(limits)}; train on fewer "
             f"tokens, add text, or set mixture.max_epochs to {least * 1.01:.3g} or more"
         )
