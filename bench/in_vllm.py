@@ -21,11 +21,18 @@ SHORT = 16
 class Engine:
     """A checkpoint in vLLM, in a process of its own."""
 
-    def __init__(self, folder: str, *, dtype: str, length: int) -> None:
+    def __init__(self, folder: str, *, override: dict[str, Any], dtype: str, length: int) -> None:
+        """`override`: fields of config.json, as --hf-overrides gives them."""
         from vllm import LLM
 
         self._llm: Any = LLM(
-            folder, dtype=dtype, max_model_len=length, enforce_eager=True, enable_prefix_caching=False, max_num_seqs=4
+            folder,
+            hf_overrides=override,
+            dtype=dtype,
+            max_model_len=length,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            max_num_seqs=4,
         )
 
     def log_likelihoods(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -60,9 +67,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     engines: dict[str, Engine] = {}
     models: dict[str, dict[str, Any]] = {}
-    for name, folder in request["folders"].items():
+    for name, served in request["models"].items():
         try:
-            engine = Engine(folder, dtype=request["dtype"], length=request["length"])
+            engine = Engine(**served, dtype=request["dtype"], length=request["length"])
             models[name] = {
                 "log_likelihoods": engine.log_likelihoods(request["windows"]),
                 "texts": engine.greedy(request["prompts"], new=request["new"]),

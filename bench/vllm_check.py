@@ -9,7 +9,8 @@ PYTHON is the interpreter of an environment with vLLM, which nothing of this pro
 Perplexity is over one held-out window of each domain, here in transformers in float32. Greedy text is what vLLM
 continues the beginnings of three windows by; each of its tokens is compared with the likeliest one in transformers
 after the same tokens, and where they differ the margin is shown by which transformers prefers its own. The models take
-turns at speed, and figures are medians over the repeats, with the lowest and the highest.
+turns at speed, and figures are medians over the repeats, with the lowest and the highest. An elastic model is served
+with each of its values of top_k, by vLLM's override.
 """
 
 from __future__ import annotations
@@ -22,22 +23,42 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import common
 from bench import speed as bench_speed
-from tasks.engines import turns
+from tasks import architectures
+from tasks.engines import overrides, turns
 from tasks.evaluate.speeds import speed
 
 BEGINNING = 16
 """Tokens of a window that greedy text begins with."""
 
 
-def ask(folders: Mapping[str, Path], windows: Sequence[Sequence[int]], *, python: Path, **options: Any) -> Any:
+class Served(NamedTuple):
+    """A checkpoint as it is served: its folder, and the fields of config.json that an override replaces."""
+
+    folder: Path
+    override: dict[str, int]
+
+
+def dials(folders: Mapping[str, Path]) -> dict[str, Served]:
+    """Checkpoints by name; an elastic one also with each other value of top_k."""
+    served = {}
+    for name, folder in folders.items():
+        config = json.loads((folder / "config.json").read_text())
+        served[name] = Served(folder, {})
+        for value in architectures.elastic(config):
+            if value != config[overrides.FIELD]:
+                served[f"{name}, top_k {value}"] = Served(folder, {overrides.FIELD: value})
+    return served
+
+
+def ask(served: Mapping[str, Served], windows: Sequence[Sequence[int]], *, python: Path, **options: Any) -> Any:
     """What vLLM makes of checkpoints (`bench.in_vllm.answer`).
 
     Args:
-        folders: the checkpoints by name.
+        served: the checkpoints by name.
         windows: ids [windows, L].
         python: the interpreter of vLLM's environment.
         options: dtype, threads, new (tokens of greedy text), decode (tokens that are timed) and repeats.
@@ -47,7 +68,9 @@ def ask(folders: Mapping[str, Path], windows: Sequence[Sequence[int]], *, python
         ValueError: vLLM is not there or its process failed, with the reason on stderr.
     """
     request = {
-        "folders": {name: str(folder.resolve()) for name, folder in folders.items()},
+        "models": {
+            name: {"folder": str(each.folder.resolve()), "override": each.override} for name, each in served.items()
+        },
         "windows": [list(ids) for ids in windows],
         "prompts": [list(ids[:BEGINNING]) for ids in windows[:3]],
         "length": max(map(len, windows)) + options["decode"],
@@ -71,7 +94,7 @@ def ask(folders: Mapping[str, Path], windows: Sequence[Sequence[int]], *, python
         return json.loads(answered.read_text())
 
 
-def compare(folder: Path, found: Mapping[str, Any], windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def compare(served: Served, found: Mapping[str, Any], windows: Sequence[Sequence[int]]) -> dict[str, Any]:
     """What vLLM computed of a checkpoint beside transformers, in float32.
 
     Args:
@@ -87,7 +110,9 @@ def compare(folder: Path, found: Mapping[str, Any], windows: Sequence[Sequence[i
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        served.folder, dtype=torch.float32, local_files_only=True, **served.override
+    ).eval()
 
     def log_likelihoods(ids: Sequence[int]) -> torch.Tensor:
         with torch.inference_mode():
@@ -162,11 +187,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folders, windows = bench_speed.of_run(arguments.run)
         text = turns.Text(windows[0], new=arguments.decode, repeats=arguments.repeats)
-        answer = ask(folders, windows, python=arguments.python, **options)
+        served = dials(folders)
+        answer = ask(served, windows, python=arguments.python, **options)
         models = dict(answer["models"])
         for name, found in models.items():
             if "reason" not in found:
-                models[name] = compare(folders[name], found, windows) | {
+                models[name] = compare(served[name], found, windows) | {
                     "speed": _speed(answer["models"], name, text=text)
                 }
     except (ValueError, OSError) as error:

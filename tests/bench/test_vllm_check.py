@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bench import in_vllm, vllm_check
 
@@ -24,10 +24,10 @@ class StandIn:
 
     wrong = 0.0
 
-    def __init__(self, folder: str, **_: Any) -> None:
+    def __init__(self, folder: str, *, hf_overrides: dict[str, Any], **_: Any) -> None:
         if "unknown" in folder:
             raise ValueError("no such class")
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **hf_overrides).eval()
 
     def generate(self, prompts: list[Any], sampling: dict[str, Any], *, use_tqdm: bool) -> list[Any]:
         assert not use_tqdm
@@ -90,9 +90,9 @@ def test_an_engine_that_computes_something_else_is_shown_by_how_much_and_one_tha
 ) -> None:
     monkeypatch.setattr(vllm, "wrong", 100.0)
     (tmp_path / "unknown").mkdir()
-    folders = {"tiny": tiny_model, "unknown": tmp_path / "unknown"}
-    answer = vllm_check.ask(folders, WINDOWS, python=Path("/vllm/python"), **OPTIONS)
-    found = vllm_check.compare(tiny_model, answer["models"]["tiny"], WINDOWS)
+    served = {"tiny": vllm_check.Served(tiny_model, {}), "unknown": vllm_check.Served(tmp_path / "unknown", {})}
+    answer = vllm_check.ask(served, WINDOWS, python=Path("/vllm/python"), **OPTIONS)
+    found = vllm_check.compare(served["tiny"], answer["models"]["tiny"], WINDOWS)
     assert found["perplexity"]["vllm"] > 2 * found["perplexity"]["transformers"]
     assert found["others"] == found["tokens"] == 18
     assert found["margin"] > 1
@@ -100,6 +100,23 @@ def test_an_engine_that_computes_something_else_is_shown_by_how_much_and_one_tha
     assert refused == {"reason": "ValueError: no such class"}
     (*_, row) = vllm_check.table({"unknown": refused})
     assert row.startswith("| unknown | vLLM does not run it: ValueError: no such class |")
+
+
+def test_an_elastic_model_is_served_with_each_of_its_values_of_top_k(vllm: type[StandIn], tmp_path: Path) -> None:
+    config = Qwen2MoeConfig(
+        vocab_size=500, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=4, num_experts_per_tok=2,
+        norm_topk_prob=False, elastic_top_k=[1, 2, 4],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "elastic")
+    served = vllm_check.dials({"trained": tmp_path / "elastic"})
+    answer = vllm_check.ask(served, WINDOWS, python=Path("/vllm/python"), **OPTIONS)
+    found = {name: vllm_check.compare(served[name], answer["models"][name], WINDOWS) for name in served}
+    assert list(found) == ["trained", "trained, top_k 1", "trained, top_k 4"]
+    for row in found.values():
+        assert row["perplexity"]["vllm"] == pytest.approx(row["perplexity"]["transformers"], rel=1e-5)
+    assert len({row["perplexity"]["vllm"] for row in found.values()}) == 3
 
 
 def test_an_environment_that_fails_is_named(tmp_path: Path) -> None:
