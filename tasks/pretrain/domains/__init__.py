@@ -1,0 +1,1 @@
+"""Domain weights that are estimated while a model trains: DoReMi, DoGE and Aioli."""
