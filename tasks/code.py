@@ -8,7 +8,8 @@ code that it imports changed, and does not if a docstring, a comment, a type hin
 A module imports what its import statements name, at module level and inside functions, but not under TYPE_CHECKING;
 the packages of those modules; each module that a string names ("tasks.pretrain.launch.worker"); all modules of a
 package that an f-string reaches into (f"tasks.partition.methods.{name}"); and each data file or folder beside it that
-a string names ("report.html.j2"). Only packages of this project are followed.
+a string names ("report.html.j2"). A folder of data files counts with its modules, because a data file may name one, as
+lm-eval's `!function` does. Only packages of this project are followed.
 """
 
 from __future__ import annotations
@@ -88,15 +89,23 @@ class Project:
         names = {*source.imports, *dotted, module}
         for package in (string for string in dotted if string.endswith(".")):
             names.update(name for name in self.modules if name.startswith(package))
+        base = self._base(module)
+        for folder in (string for string in source.strings if f"{base}/{string}" in self._data):
+            inside = f"{base}/{folder}/".replace("/", ".")
+            names.update(name for name in self.modules if name.startswith(inside))
         parents = {name.rsplit(".", n)[0] for name in names for n in range(name.count(".") + 1)}
         return {name for name in parents if name in self.modules} - {module}
 
     def data(self, module: str) -> dict[str, Path]:
         """{package/…/name: path} of the data files that a module's strings name."""
-        folder = module if self.modules[module].name == "__init__.py" else module.rpartition(".")[0]
-        base = folder.replace(".", "/")
+        base = self._base(module)
         files = {path for string in self.source(module).strings for path in self._data.get(f"{base}/{string}", ())}
         return {f"{base}/{path.relative_to(self.modules[module].parent).as_posix()}": path for path in files}
+
+    def _base(self, module: str) -> str:
+        """package/…, the folder that a module is in."""
+        inside = module if self.modules[module].name == "__init__.py" else module.rpartition(".")[0]
+        return inside.replace(".", "/")
 
     def closure(self, entry: str) -> set[str]:
         """All modules that a process of `python -m entry` imports. Raises CodeError: there is no such module."""

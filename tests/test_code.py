@@ -73,7 +73,10 @@ def test_only_stages_that_import_a_module_have_its_digest() -> None:
     assert "tasks.pretrain.launch.worker" in parts["tasks.pretrain"]  # named by a string
     assert "tasks.partition.methods.random" in parts["tasks.partition"]  # reached by an f-string
     assert "moe_kernels/tiles.json" in parts["tasks.pretrain"]
-    assert {"tasks/evaluate/downstream/harness/hellaswag_100.yaml"} <= parts["tasks.evaluate"].keys()
+    harness = "tasks/evaluate/downstream/harness"
+    assert {f"{harness}/hellaswag_100.yaml"} <= parts["tasks.evaluate"].keys()
+    loaded = {f"{harness}/{name}".replace("/", ".") for name in ("analogies", "hellaswag", "inference")}
+    assert loaded <= parts["tasks.evaluate"].keys()  # by lm-eval, for a `!function` of its YAML files
     assert any(name.endswith("report.html.j2") for name in parts["tasks.evaluate.report"])
     assert not any(name.startswith("moe_kernels") for name in parts["tasks.moe.dense"])
 
@@ -154,6 +157,9 @@ def test_imports_are_followed_wherever_they_stand(tmp_path: Path) -> None:
         "p/page.txt": "text",
         "p/other.txt": "text",
         "p/tables/one.csv": "1",
+        "p/tables/__init__.py": "",
+        "p/tables/shape.py": "from p import f",
+        "p/f/__init__.py": "",
         "p/d/__init__.py": "",
         "p/d/worker.py": "import_module(f'p.e.{name}')",
         "p/e/__init__.py": "",
@@ -166,7 +172,7 @@ def test_imports_are_followed_wherever_they_stand(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     digests = code.Project({"p": tmp_path / "p"}).digests("p.a.main")
     modules = ["p", "p.a", "p.a.inner", "p.a.main", "p.b", "p.b.two", "p.c", "p.d", "p.d.worker"]
-    modules += ["p.e", "p.e.first", "p.e.second"]
+    modules += ["p.e", "p.e.first", "p.e.second", "p.f", "p.tables", "p.tables.shape"]
     assert sorted(digests) == sorted([*modules, "p/page.txt", "p/tables/one.csv"])
 
 
