@@ -6,6 +6,7 @@ python -m tasks.evaluate.summary PIPELINE
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MODELS = ("dense", "split", "trained", "child", "dense_trained")
 """Keys of evaluation.json, in the order of the columns; the last two are there in pipelines with `control`."""
+EQUAL = 0.02
+"""The relative difference up to which two models are of equal size."""
 
 
 def read(pipeline: str) -> dict[str, Any]:
@@ -157,13 +160,20 @@ def change(evaluation: dict[str, Any]) -> str:
 
 
 def rival(evaluation: dict[str, Any]) -> str:
-    """Who is better at equal active parameters, the trained model or the dense child; "" without one."""
+    """Who is better, the trained model or the dense child, at which active parameters; "" without one.
+
+    They count as equal within 2 %: a child may have any shape.
+    """
     delta = evaluation.get("difference", {}).get("trained_child")
     if delta is None:
         return ""
-    ours, child = (count(evaluation[key]["parameters"]["active"]) for key in ("trained", "child"))
+    ours, child = (evaluation[key]["parameters"]["active"] for key in ("trained", "child"))
+    if math.isclose(ours, child, rel_tol=EQUAL):
+        sizes = f"At equal active parameters ({count(ours)}, dense child {count(child)})"
+    else:
+        sizes = f"With {count(ours)} active parameters, {ours / child:.2f} × the dense child's {count(child)},"
     return (
-        f"At equal active parameters ({ours}, dense child {child}) and after the same training, "
+        f"{sizes} and after the same training, "
         f"{verdict(delta, rival='dense child')}: mean loss {signed(delta)} nats/token compared with the dense child, "
         "paired by window."
     )

@@ -537,8 +537,9 @@ def test_a_dense_child_is_a_column_of_table_page_and_card_and_one_sentence_says_
     assert summary.titles(results.evaluation) == ["dense parent", "after the split", "after training", "dense child"]
     sentence = summary.rival(results.evaluation)
     assert sentence == (
-        "At equal active parameters (106.3 M, dense child 98.0 M) and after the same training, the Mixture-of-Experts "
-        "is better: mean loss −0.110 ± 0.000 nats/token compared with the dense child, paired by window."
+        "With 106.3 M active parameters, 1.08 × the dense child's 98.0 M, and after the same training, the "
+        "Mixture-of-Experts is better: mean loss −0.110 ± 0.000 nats/token compared with the dense child, paired by "
+        "window."
     )
     assert sentence in summary.notes(results.evaluation)
     text = shown(results)
@@ -555,6 +556,21 @@ def test_a_dense_child_is_a_column_of_table_page_and_card_and_one_sentence_says_
     rows = dict(summary.speeds(results.evaluation))
     label = "tokens/s, prompt: moe_kernels float32, 2 threads"
     assert rows[label] == ["400", "–", "432 (1.08 ×)", "600 (1.50 ×)"]
+
+
+@pytest.mark.parametrize(
+    ("child", "begins"),
+    [
+        (101e6, "At equal active parameters (100.0 M, dense child 101.0 M) and after the same training, "),
+        (98.5e6, "At equal active parameters (100.0 M, dense child 98.5 M) and after the same training, "),
+        (103e6, "With 100.0 M active parameters, 0.97 × the dense child's 103.0 M, and after the same training, "),
+        (50e6, "With 100.0 M active parameters, 2.00 × the dense child's 50.0 M, and after the same training, "),
+    ],
+)
+def test_active_parameters_are_called_equal_within_two_percent(child: float, begins: str) -> None:
+    sizes = {"trained": 100e6, "child": child}
+    evaluation = {name: {"parameters": {"active": size}} for name, size in sizes.items()}
+    assert summary.rival(evaluation | {"difference": {"trained_child": {"loss": -0.1}}}).startswith(begins)
 
 
 def test_a_difference_within_two_standard_errors_is_nobodys(finished: Path) -> None:
