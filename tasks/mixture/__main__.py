@@ -41,6 +41,11 @@ def run(pipeline: str) -> Path:
         model=model,
         seq_len=entry.evaluate.seq_len,
         windows=entry.mixture.windows,
+        pipeline=pipeline,
+        student=Path("runs") / pipeline / "moe",
+        target=entry.mixture.targets(list(tokens)),
+        proxy=entry.mixture.proxy,
+        swarm=entry.mixture.swarm,
     )
     started = time.perf_counter()
     with scratch.workspace("mixture", pipeline):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tasks import settings
 from tasks.mixture import published, repetition
 
 
@@ -31,6 +32,14 @@ class Problem:
     """The dense checkpoint."""
     seq_len: int
     windows: int
+    pipeline: str = ""
+    """Whose weights these are; its unfinished work is kept under this name."""
+    student: Path = Path("moe")
+    """The split model, a checkpoint."""
+    target: dict[str, float] = field(default_factory=dict)
+    """What a method with a proxy minimises: weights, of sum 1, on the losses of these domains."""
+    proxy: settings.Proxy | None = None
+    swarm: settings.Swarm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

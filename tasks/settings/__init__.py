@@ -21,9 +21,10 @@ from tasks.settings.corpus import Corpus, Domain, Items
 from tasks.settings.deployments import Deployment
 from tasks.settings.evaluate import Evaluate, Task
 from tasks.settings.fields import Frozen, Name
+from tasks.settings.mixture import Mixture, Proxy, Swarm
 from tasks.settings.model import Model, Shape
 from tasks.settings.partition import Partition
-from tasks.settings.pipeline import Mixture, Pipeline
+from tasks.settings.pipeline import Pipeline
 from tasks.settings.pretrain import Pretrain
 from tasks.settings.text import FILE, SettingsError, read
 
@@ -39,9 +40,11 @@ __all__ = [  # callers say settings.Domain
     "Partition",
     "Pipeline",
     "Pretrain",
+    "Proxy",
     "Settings",
     "SettingsError",
     "Shape",
+    "Swarm",
     "Task",
     "load",
     "read",

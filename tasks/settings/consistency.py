@@ -23,6 +23,7 @@ def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models
     for name, pipeline in pipelines.items():
         where = f"pipelines.{name}"
         yield from (f"{where}.{fault}" for fault in _domains(pipeline, corpora[pipeline.corpus]))
+        yield from (f"{where}.mixture.{fault}" for fault in _proxies(pipeline, corpora[pipeline.corpus]))
         yield from (f"{where}.{fault}" for fault in _sizes(pipeline, models[pipeline.model]))
         yield from (f"{where}.{fault}" for fault in _tasks(pipeline.evaluate))
 
@@ -65,6 +66,27 @@ def _domains(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
             )
 
 
+def _proxies(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
+    """A target that the corpus lacks, and a swarm too small for its domains."""
+    mixture, domains = pipeline.mixture, corpus.trained
+    if mixture.proxy and len(domains) < 2:
+        yield (
+            f"method = {mixture.method!r}: corpora.{pipeline.corpus} has a single domain, {domains[0]}, to train on, "
+            "so there is nothing to weigh; set method: uniform"
+        )
+    for name in mixture.targets(domains):
+        if name not in corpus.domains:
+            yield (
+                f"target = {mixture.target!r}: corpora.{pipeline.corpus} has no domain {name}; it has "
+                f"{', '.join(corpus.domains)}, or set target: mean"
+            )
+    if mixture.swarm:
+        try:
+            mixture.swarm.require(len(domains))
+        except ValueError as error:
+            yield f"swarm.{error}"
+
+
 def _sizes(pipeline: Pipeline, entry: Model) -> Iterator[str]:
     """What the model is too small for, as far as its config is known."""
     known = model.config(pipeline.model, entry)
@@ -97,9 +119,17 @@ def _sizes(pipeline: Pipeline, entry: Model) -> Iterator[str]:
             yield f"control = {error}"
         elif str(error).startswith("shape"):  # else it stands there already
             yield f"control.{error}"
+    proxy = pipeline.mixture.proxy
+    if proxy and proxy.layers and layers and proxy.layers > layers:
+        yield (
+            f"mixture.proxy.layers = {proxy.layers}: {pipeline.model} has {layers} ({source}); set it to that or "
+            "less, or leave it out"
+        )
     limit = model.positions(config)
-    for section in ("pretrain", "evaluate"):
-        seq_len = getattr(pipeline, section).seq_len
+    lengths = {"pretrain": pipeline.pretrain.seq_len, "evaluate": pipeline.evaluate.seq_len}
+    if proxy and proxy.model != "scratch":
+        lengths["mixture.proxy"] = proxy.seq_len
+    for section, seq_len in lengths.items():
         if limit is not None and seq_len > limit:
             yield (
                 f"{section}.seq_len = {seq_len}: {pipeline.model} has max_position_embeddings = {limit} ({source}); "
