@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from tasks.corpus.tokenizer import encoder
+from tasks.evaluate.downstream import accuracy, paired, task_table
 from tasks.tools.evaluate import __main__ as command
 from tasks.tools.evaluate import checkpoints, judge, page, passages, table
-from tests.conftest import documents
+from tests.conftest import SETTINGS, documents
+from tests.evaluate.downstream.test_accuracy import ITEMS
 from tests.evaluate.report.test_page import Page
 
 TEXT = "\n\n".join(documents("prose")[:40]) + "\nKöln, 東京, 🙂 and more.\n" * 20
+VERBS = ("sorts", "reads", "opens", "flies")
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -103,6 +106,42 @@ def test_a_dense_and_a_sparse_checkpoint_of_one_tokenizer_are_compared_window_by
     assert "2 sparse layers × 4 experts" in " ".join(seen.text.split())
     assert any("compared with tiny-model, paired by window: +" in note for note in table.notes(result))
     assert not list(Path(".scratch").rglob("*.json"))
+
+
+def test_scores_are_compared_item_by_item_whatever_the_tokenizers(
+    text: Path, tiny_model: Path, qwen: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = "{name: hellaswag_100, source: dir:cases.jsonl}"
+    settings = SETTINGS.format(model=tiny_model, data=".").replace("batch: 4}", f"batch: 4, tasks: [{task}]}}")
+    Path("pipelines.yaml").write_text(settings)
+    alike = [item | {"endings": [f"{verb} {i}." for verb in VERBS]} for i, item in enumerate(ITEMS)]
+    Path("cases.jsonl").write_text("".join(json.dumps(item) + "\n" for item in alike))
+    values: list[dict[str, list[float]]] = []
+    score = accuracy.score
+
+    def noted(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found = score(*arguments, **options)
+        values.append(found["items"]["values"])
+        return found
+
+    monkeypatch.setattr(accuracy, "score", noted)
+    result = command.run(
+        [tiny_model, qwen, other], Path("out"), text=text, seq_len=64, windows=1, tasks=["hellaswag_100"]
+    )
+    scores = [model["tasks"]["hellaswag_100"] for model in result["models"]]
+    seen = " ".join(Page(page.render(result)).text.split())
+    assert "on the same items, 95% interval of the bootstrap; undecided: 0 is in it" in seen
+    for i, difference in enumerate(result["difference"], 1):
+        for metric in ("acc", "acc_norm"):
+            found = difference["tasks"]["hellaswag_100"][metric]
+            assert found["difference"] == pytest.approx(scores[0][metric] - scores[i][metric])
+            assert (found["low"], found["high"]) == paired.interval(np.subtract(values[0][metric], values[i][metric]))
+            assert found["low"] < found["high"]
+            assert task_table.interval(found) in seen
+            assert f"hellaswag_100 {metric} {task_table.interval(found)}" in table.on_items(result)[i - 1]
+    assert [line.partition(", ")[0] for line in table.on_items(result)] == [
+        f"Scores of tiny-model compared with {title}" for title in table.titles(result)[1:]
+    ]
 
 
 def test_the_loss_of_a_window_is_the_one_that_transformers_computes(text: Path, qwen: Path, other: Path) -> None:

@@ -61,21 +61,22 @@ def main_metric(task: Task, scores: Mapping[str, Any]) -> str | None:
     return "acc" if "acc" in with_error else with_error[0] if with_error else None
 
 
-def differences(items: Mapping[str, Any]) -> dict[str, Any]:
+def differences(items: Mapping[str, Any], pairs: Sequence[tuple[str, str]] = PAIRS) -> dict[str, Any]:
     """Of every task and metric, each pair of models on the same items.
 
     Args:
         items: {task: {items: digests, metrics: {metric: {model: values}}}}, the content of items.json.
+        pairs: of models, the first minus the second.
 
     Returns:
-        {task: {metric: {trained_dense, trained_child: {difference, low, high}}}}.
+        {task: {metric: {trained_dense, trained_child or what the pairs are: {difference, low, high}}}}.
     """
     import numpy as np
 
     found: dict[str, Any] = {}
     for task, entry in items.items():
         for metric, by_model in entry["metrics"].items():
-            for first, second in PAIRS:
+            for first, second in pairs:
                 if first in by_model and second in by_model:
                     delta = np.subtract(by_model[first], by_model[second])
                     low, high = interval(delta)

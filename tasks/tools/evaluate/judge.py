@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +15,10 @@ import numpy as np
 
 from tasks import architectures, code, scratch
 from tasks.corpus.tokenizer import encoder
-from tasks.evaluate import likelihood, routing_balance
+from tasks.evaluate import likelihood
 from tasks.evaluate.downstream import collection, judging
-from tasks.evaluate.machine import machine
 from tasks.moe import counts, device, loss, routing
-from tasks.tools.evaluate import checkpoints
+from tasks.tools.evaluate import checkpoints, comparison
 from tasks.tools.evaluate.checkpoints import Checkpoint
 from tasks.tools.evaluate.passages import Passages
 
@@ -63,8 +60,9 @@ def evaluate(request: Request) -> dict[str, Any]:
         flops_per_token if known, loss and perplexity (by ids alone), bits_per_byte: {domain, mean}, unseen: the
         same, tasks, routing {experts, top_k, balance} and load {domain: [layers][experts]} of a known sparse one,
         changed: of how many texts its tokenizer gives back others, analysis: run.analyse's of a known sparse one if
-        asked for, seconds}]; difference: [{against, unit, domains
-        {loss, stderr}, unseen}], the first minus each other, paired by window; missing {task: why}; machine.
+        asked for, seconds}]; difference: [{against, unit, domains {loss, stderr}, unseen, tasks {task: {metric:
+        {difference, low, high}}}}], the first minus each other, paired by window and by item; paired {level, draws} of
+        the intervals; missing {task: why}; machine.
 
     Raises:
         ValueError: a checkpoint is damaged, or reads fewer tokens at once than a window has.
@@ -89,7 +87,7 @@ def evaluate(request: Request) -> dict[str, Any]:
             _Judge(request, one, folder=folder / f"model-{i}", tasks=tasks).run()
             for i, one in enumerate(request.checkpoints)
         ]
-        result = summarise(request, done, missing=tasks.missing)
+        result = comparison.summarise(request, done, missing=tasks.missing)
         shutil.rmtree(folder)
     return result
 
@@ -111,12 +109,11 @@ class _Judge:
         self._model: PreTrainedModel | None = None
 
     def run(self) -> dict[str, Any]:
-        """All of its parts: text, and tasks {name: scores}."""
+        """All of its parts: text, and tasks {name: judging.Judge.scores}."""
         print(self.checkpoint.path, flush=True)
         self.folder.mkdir(exist_ok=True)
         text = self._part("text", self._text)
-        scored = self.tasks.scores(self._pair, keep=self.folder / "task", batch=self.request.batch, dtype="auto")
-        tasks = {name: entry["scores"] for name, entry in scored.items()}
+        tasks = self.tasks.scores(self._pair, keep=self.folder / "task", batch=self.request.batch, dtype="auto")
         self._model = None  # an analysis reads the weights layer by layer
         sparse = architectures.is_moe(self.checkpoint.config) and self.request.analyses
         return {**text, "tasks": tasks, **({"analysis": self._analysis()} if sparse else {})}
@@ -224,68 +221,3 @@ def _counted(model: PreTrainedModel) -> Iterator[np.ndarray | None]:
         return
     with routing.expert_load(model) as load_LE:
         yield load_LE
-
-
-def summarise(request: Request, done: Sequence[Mapping[str, Any]], *, missing: Mapping[str, str]) -> dict[str, Any]:
-    """What `evaluate` returns, from the measurements of each checkpoint in the order of the request."""
-    unseen, counted = request.passages.unseen, done[0]["counted"]
-    groups = {"domains": [domain for domain in counted if domain not in unseen], "unseen": unseen}
-    models = [_model(request, one, each, groups) for one, each in zip(request.checkpoints, done, strict=True)]
-    difference = [
-        {"against": str(other.path), "unit": "nats/token" if request.by_ids else "bits/byte"}
-        | {
-            group: _difference(done[0]["nats"], result["nats"], _some(counted, domains), by_ids=request.by_ids)
-            for group, domains in groups.items()
-            if domains
-        }
-        for other, result in list(zip(request.checkpoints, done, strict=True))[1:]
-    ]
-    text: dict[str, Any] = {
-        "source": request.passages.source,
-        "by": "ids" if request.by_ids else "text",
-        "seq_len": request.passages.seq_len,
-        "batch": request.batch,
-        "dtype": request.dtype,
-    }
-    text |= {group: _some(counted, domains) for group, domains in groups.items() if domains}
-    for model in models:
-        model["tasks"] = {name: scores for name, scores in model["tasks"].items() if name not in missing}
-    here = machine(device.default())
-    return {"text": text, "models": models, "difference": difference, "missing": dict(missing), "machine": here}
-
-
-def _model(
-    request: Request, checkpoint: Checkpoint, done: Mapping[str, Any], groups: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    def scores(domains: Sequence[str]) -> dict[str, Any]:
-        some = _some(done["nats"], domains)
-        if request.by_ids:
-            return dict(likelihood.scores(some, done["counted"]))
-        bits = {d: loss.bits_per_byte(sum(sums), num_bytes=done["counted"][d]["bytes"]) for d, sums in some.items()}
-        return {"bits_per_byte": bits | {"mean": statistics.fmean(bits.values())}}
-
-    kept = ("class", "parameters", "flops_per_token", "tasks", "load", "changed", "analysis", "seconds")
-    entry = {"path": str(checkpoint.path), **_some(done, [field for field in kept if field in done])}
-    entry |= scores(groups["domains"])
-    if groups["unseen"]:
-        entry["unseen"] = scores(groups["unseen"])
-    if done["load"]:
-        experts = done["experts"]
-        balance = routing_balance.balance(done["load"], layers=experts["layers"], top_k=experts["top_k"])
-        entry["routing"] = {"experts": experts["experts"], "top_k": experts["top_k"], "balance": balance}
-    return entry
-
-
-def _difference(
-    first: Mapping[str, list[float]], second: Mapping[str, list[float]], counted: Mapping[str, Any], *, by_ids: bool
-) -> dict[str, float]:
-    """likelihood.difference on the domains of `counted`, in bits per byte where there are no tokens to compare."""
-    first, second = _some(first, list(counted)), _some(second, list(counted))
-    if by_ids:
-        return likelihood.difference(first, second, counted)
-    sizes = {d: {"windows": entry["windows"], "tokens": entry["bytes"]} for d, entry in counted.items()}
-    return {key: value / math.log(2) for key, value in likelihood.difference(first, second, sizes).items()}
-
-
-def _some(table: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: table[key] for key in keys}

@@ -46,6 +46,7 @@ def context(result: dict[str, Any]) -> dict[str, Any]:
         "chart": Markup(charts.dots(bits, label="bits per byte; fewer is better")),
         "text": table.text(result),
         "others": table.others(result),
+        "differences": table.differences(result),
         "heat_maps": maps,
         "analyses": [
             analysis_section.section(model["analysis"], {model["path"]: title})

@@ -71,6 +71,20 @@ def _sizes(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def differences(result: Result) -> dict[str, Any] | None:
+    """The scores of the first checkpoint less those of each other: {columns, groups of rows}; None without any."""
+    others, columns = result["difference"], titles(result)
+    rows = [
+        (f"{task} {metric}", [task_table.interval(other["tasks"][task][metric]) for other in others])
+        for task, by_metric in (others[0]["tasks"] if others else {}).items()
+        for metric in by_metric
+    ]
+    level = f"{result['paired']['level']:.0%}"
+    basis = f"on the same items, {level} interval of the bootstrap; undecided: 0 is in it"
+    group = {"title": columns[0], "basis": basis, "rows": rows}
+    return {"columns": [f"less {title}" for title in columns[1:]], "groups": [group]} if rows else None
+
+
 def notes(result: Result) -> list[str]:
     """Sentences on the text, on how the checkpoints can be compared, on differences, and on routing."""
     basis, columns = result["text"], titles(result)
@@ -110,11 +124,28 @@ def routing(found: dict[str, Any]) -> str:
     return summary.routing({"routing": basis})
 
 
+def on_items(result: Result) -> list[str]:
+    """The differences of scores in words: a line for each other checkpoint."""
+    columns, level = titles(result), f"{result['paired']['level']:.0%}"
+    return [
+        f"Scores of {columns[0]} compared with {title}, paired by item, with intervals of {level} (bootstrap): "
+        + "; ".join(
+            f"{task} {metric} {task_table.interval(found)}"
+            for task, by_metric in entry["tasks"].items()
+            for metric, found in by_metric.items()
+        )
+        + "."
+        for entry, title in zip(result["difference"], columns[1:], strict=True)
+        if entry["tasks"]
+    ]
+
+
 def table(result: Result) -> Table:
     """Rows and notes for the terminal."""
     from rich.table import Table
 
-    shown = Table(title=result["models"][0]["path"], caption="\n".join(notes(result)), caption_justify="left")
+    caption = "\n".join([*notes(result), *on_items(result)])
+    shown = Table(title=result["models"][0]["path"], caption=caption, caption_justify="left")
     shown.add_column("")
     for title in titles(result):
         shown.add_column(title, justify="right", overflow="fold")
