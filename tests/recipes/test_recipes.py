@@ -30,14 +30,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_can_be_pasted_into_the_project_and_planned(path: Path) -> None:
-    """Its entries join those of pipelines.yaml without a clash of names, and the whole is valid."""
+    """Its entries join those of pipelines.yaml; one that is there already is the same, and the whole is valid."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
     ours, theirs = yaml.load((RECIPES.parent / "pipelines.yaml").read_text()), yaml.load(path.read_text())
     assert list(theirs) == ["models", "corpora", "pipelines"]
     for section, entries in theirs.items():
-        assert not set(ours[section]) & set(entries)
+        assert all(ours[section].get(name, entry) == entry for name, entry in entries.items())
         ours[section] |= entries
     assert path.stem in settings.validate(ours).pipelines
 
@@ -112,3 +112,15 @@ def test_the_modern_recipe_has_the_sizes_of_its_parent() -> None:
     assert cost.expert_width == 128
     assert not [each.engine for each in cost.engines if each.refused or each.slow]
     assert cost.sparse["active"] < 0.7 * cost.sparse["total"]
+
+
+def test_the_long_run_has_a_million_tokens_seven_domains_and_both_controls() -> None:
+    path = RECIPES / "long.yaml"
+    config = settings.load(path)
+    assert settings.read(path)["corpora"] == settings.read(RECIPES / "corpora/wide.yaml")["corpora"]
+    assert len(config.corpus("wide").domains) == 7
+    pipeline = config.pipeline("long")
+    assert pipeline.pretrain.tokens == pipeline.pretrain.steps * 2048 == 2**20
+    assert (pipeline.control.method, pipeline.control.parent) == ("static", True)
+    cost = plan.plan(config, "long", bfloat16=True)
+    assert cost.sparse["active"] == pytest.approx(94.8e6, rel=0.01)  # the demo's
