@@ -1,0 +1,1 @@
+"""The split beside its dense child over the size of the parent."""
