@@ -10,9 +10,11 @@ ids it does so at B = 1 alone, and else attends across documents).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.corpus.sampling.loader import Batch, Loader, train_windows
 from tasks.corpus.sampling.sampler import Sampler
@@ -49,6 +51,39 @@ def draw(
         mask_documents=params.mask_documents,
     )
     return sampler, loader
+
+
+def select(batch: Batch, rows: NDArray[np.int64]) -> Batch:
+    """Some rows of a batch, in the order given; `step_targets` stays."""
+    ids_BL = batch.input_ids[rows]
+    positions = None if batch.position_ids is None else batch.position_ids[rows]
+    if positions is None:
+        starts = np.arange(len(rows)) * ids_BL.shape[1]
+    else:
+        starts = np.flatnonzero(positions.reshape(-1) == 0)
+    return replace(
+        batch,
+        input_ids=ids_BL,
+        labels=batch.labels[rows],
+        position_ids=positions,
+        cu_seqlens=np.append(starts, ids_BL.size).astype(np.int32),
+        domains=[batch.domains[row] for row in rows],
+        windows=[batch.windows[row] for row in rows],
+    )
+
+
+def plain(ids_BL: NDArray[np.int64], *, domain: str) -> Batch:
+    """Windows of text as a batch: each one segment, of which all but the first token is predicted."""
+    rows, length = ids_BL.shape
+    return Batch(
+        input_ids=ids_BL,
+        labels=ids_BL,
+        position_ids=None,
+        cu_seqlens=(np.arange(rows + 1) * length).astype(np.int32),
+        domains=[domain] * rows,
+        windows=list(range(rows)),
+        step_targets=rows * (length - 1),
+    )
 
 
 def documents(batch: Batch, rows: slice, device: torch.device) -> dict[str, Any]:

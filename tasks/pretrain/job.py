@@ -9,12 +9,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from tasks import code, scratch
+from tasks.pretrain.domains.plan import Plan
 from tasks.settings import Pretrain
 
 JOB = "job.json"
+_PLAN: TypeAdapter[Plan | None] = TypeAdapter(Plan | None)
 _FOLDERS = ("corpus", "model", "parent", "mixture", "workspace")
 
 
@@ -40,6 +42,8 @@ class Job:
     losses are, so that a run gets the batches of another."""
     shape: dict[str, int] | None = None
     """Train masks with the model, that lead it to these sizes (tasks/pretrain/masks)."""
+    estimate: Plan | None = None
+    """Estimate domain weights while training (tasks/pretrain/domains)."""
 
     def write(self) -> Path:
         """Write workspace/job.json, which `read` reads."""
@@ -48,6 +52,8 @@ class Job:
             fields["weights"] = str(self.weights)
         if self.shape is not None:
             fields["shape"] = self.shape
+        if self.estimate is not None:
+            fields["estimate"] = self.estimate.model_dump()
         path = self.workspace / JOB
         scratch.write_json(path, {**fields, "params": self.params.model_dump()})
         return path
@@ -59,13 +65,21 @@ class Job:
         try:
             params = Pretrain(**fields["params"])
             folders = {name: Path(fields[name]) for name in _FOLDERS}
+            estimate = _PLAN.validate_python(fields.get("estimate"))
         except (KeyError, ValidationError) as error:
             raise TrainingError(
                 f"{path} was written by code with other settings ({str(error).splitlines()[0]}); read it with that "
                 "code, or train again"
             ) from None
         weights = Path(fields["weights"]) if "weights" in fields else None
-        return cls(pipeline=fields["pipeline"], params=params, weights=weights, shape=fields.get("shape"), **folders)
+        return cls(
+            pipeline=fields["pipeline"],
+            params=params,
+            weights=weights,
+            shape=fields.get("shape"),
+            estimate=estimate,
+            **folders,
+        )
 
 
 def code_digest() -> str:

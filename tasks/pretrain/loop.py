@@ -12,6 +12,10 @@ import numpy as np
 from tasks.pretrain import batches, elastic, schedule, step_result
 from tasks.pretrain.checkpoints.recovery import Recovery
 from tasks.pretrain.checkpoints.run_state import RunState
+from tasks.pretrain.domains import estimators
+from tasks.pretrain.domains.alignment import Alignment
+from tasks.pretrain.domains.excess import Excess
+from tasks.pretrain.domains.sweeps import Sweeps
 from tasks.pretrain.dynamic import Reweighter
 from tasks.pretrain.health.loss_guard import LossGuard, named
 from tasks.pretrain.health.router_monitor import RouterMonitor
@@ -60,6 +64,10 @@ class Trainer:
         self.monitor = RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
         self.dial = elastic.Dial(engine.module, seed=self.params.seed)
         epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.trained.items()}
+        shares = self.sampler.weights
+        self.weigher = estimators.load(job, shares=shares, engine=engine, objective=objective, process=process)
+        if isinstance(self.weigher, Excess):
+            objective.factors = self.weigher.factors
         self.run_log = RunLog(job, engine=engine, process=process, epoch_tokens=epoch_tokens)
         self.recovery = Recovery(
             job,
@@ -70,6 +78,7 @@ class Trainer:
             sampler=self.sampler,
             guard=self.guard,
             monitor=self.monitor,
+            weigher=self.weigher,
         )
 
     def run(self) -> None:
@@ -109,7 +118,7 @@ class Trainer:
             rates = self.engine.set_rates(step=step, params=self.params)
             top_k = self.dial.turn(step)
             batch = self.loader.next()
-        losses = self._forward_backward(batch, watch, top_k=top_k)
+        losses = self._forward_backward(batch, watch, top_k=top_k, rate=max(rates.values()))
         result = self._collect(batch, losses, seconds=watch.spent["forward"] + watch.spent["backward"])
         with watch("optimizer"):
             verdict, norm = self._update(result)
@@ -118,21 +127,33 @@ class Trainer:
             return False
         timing = {"seconds": watch.total(), **watch.spent}
         self.state.add(result, seconds=timing["seconds"])
+        if self.weigher:
+            self.weigher.settle(taken=verdict == "sound")
+            self.state.estimate = self.weigher.state()
         if verdict == "sound":
             what, drawn = self.params.phase(step), top_k if self.dial.values else None
-            self.run_log.step(self.state, result, rates=rates, norm=norm, timing=timing, what=what, top_k=drawn)
+            estimate = None if self.weigher is None or isinstance(self.weigher, Sweeps) else self.weigher.record()
+            self.run_log.step(
+                self.state, result, rates=rates, norm=norm, timing=timing, what=what, top_k=drawn, estimate=estimate
+            )
             for event in self.monitor.check(result.load_LE, step=step, top_k=top_k) if result.load_LE.size else ():
                 self.run_log.event(
                     step, what=event.what, message=event.message, layer=event.layer, experts=list(event.experts)
                 )
         return True
 
-    def _forward_backward(self, batch: Batch, watch: Stopwatch, *, top_k: int) -> list[Losses]:
+    def _forward_backward(self, batch: Batch, watch: Stopwatch, *, top_k: int, rate: float) -> list[Losses]:
         """Accumulate the gradients of a batch; the losses of its micro-batches."""
         if self.objective.balancer:
             self.objective.balancer.begin(top_k=top_k)
         if self.objective.masks:
             self.objective.masks.begin(self.state.step)
+        if isinstance(self.weigher, Alignment):
+            with watch("backward"):
+                return self.weigher.backward(batch, step=self.state.step, rate=rate)
+        if isinstance(self.weigher, Excess):
+            with watch("forward"):
+                self.weigher.begin(batch, self.engine.module)
         losses = []
         for start in range(0, len(batch.input_ids), self.params.micro_batch):
             if start:
@@ -186,8 +207,11 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         if self.state.step == self.params.steps:
             self.state.load_after = self._evaluate()
-        elif self.state.step % self.params.eval_every == 0:
+        elif self.state.step % self.params.eval_every == 0 or self._swept():
             self._evaluate()
+
+    def _swept(self) -> bool:
+        return isinstance(self.weigher, Sweeps) and self.weigher.due(self.state.step)
 
     def _evaluate(self) -> list[list[int]]:
         """Log the validation losses, move dynamic domain weights, return tokens per layer and expert."""
@@ -204,6 +228,12 @@ class Trainer:
             self.sampler.set_weights(state.weights)
             for message in self.reweighter.at_cap(state.weights, losses=losses):
                 self.run_log.event(state.step, what="domain_at_cap", message=message)
+        swept = self.weigher if isinstance(self.weigher, Sweeps) and self._swept() else None
+        if swept:
+            unseen = swept.measure(self.engine.module, batch=self.params.micro_batch, process=self.process)
+            state.weights = swept.move(losses | unseen, step=state.step)
+            state.estimate = swept.state()
+            self.sampler.set_weights(state.weights)
         self.run_log.validation(
             state,
             losses,
@@ -211,6 +241,7 @@ class Trainer:
             sampler=self.sampler.state(),
             load_LE=load_LE,
             seconds=time.perf_counter() - begun,
+            estimate=swept.record() if swept else None,
         )
         load: list[list[int]] = load_LE.tolist()
         return load

@@ -98,4 +98,5 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]], config: dict[st
         "references": trainer.validation.references,
         "final_weights": trainer.state.weights,  # those at the start stand in mixture.json
         "resumed_from": trainer.state.resumed_from,
+        **({"estimate": trainer.weigher.mean} if trainer.weigher else {}),
     }

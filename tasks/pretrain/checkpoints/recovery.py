@@ -13,6 +13,7 @@ from tasks.settings import Pretrain
 if TYPE_CHECKING:
     from tasks.corpus.sampling.sampler import Sampler
     from tasks.pretrain.checkpoints.run_state import RunState
+    from tasks.pretrain.domains.weigher import Weigher
     from tasks.pretrain.engine.interface import Engine
     from tasks.pretrain.health.loss_guard import LossGuard
     from tasks.pretrain.health.router_monitor import RouterMonitor
@@ -34,9 +35,11 @@ class Recovery:
         sampler: Sampler,
         guard: LossGuard,
         monitor: RouterMonitor,
+        weigher: Weigher | None,
     ) -> None:
         self.params, self.engine, self.process, self.run_log = job.params, engine, process, run_log
         self.state, self.sampler, self.guard, self.monitor = state, sampler, guard, monitor
+        self._weigher = weigher
         self.checkpoints = CheckpointManager(
             job.workspace / "checkpoints", params=job.params, rank=process.rank, world_size=process.world_size
         )
@@ -120,6 +123,8 @@ class Recovery:
         self.state.restore(saved)
         if self.state.biases:
             gate.set_biases(self.engine.module, self.state.biases)
+        if self._weigher:
+            self._weigher.restore(self.state.estimate)
         self.sampler.restore(saved["sampler"])
         self.guard.restore(saved["guard"])
         self.monitor.restore(saved["watch"])

@@ -81,8 +81,14 @@ class RunLog:
         timing: dict[str, float],
         what: What,
         top_k: int | None = None,
+        estimate: Mapping[str, Any] | None = None,
     ) -> None:
-        """Log a step that the guard let pass; `top_k` is what an elastic model had in it."""
+        """Log a step that the guard let pass.
+
+        Args:
+            top_k: what an elastic model had in it.
+            estimate: domain weights that are estimated, and what moved them.
+        """
         if not self._log:
             return
         params = self.params
@@ -104,6 +110,8 @@ class RunLog:
         }
         if top_k is not None:
             record["top_k"] = top_k
+        if estimate is not None:
+            record["estimate"] = estimate
         if len(set(rates.values())) > 1:
             record["rates"] = dict(rates)
         spent = {name: value for name, value in timing.items() if name != "seconds"}
@@ -130,8 +138,9 @@ class RunLog:
         sampler: dict[str, Any],
         load_LE: np.ndarray,
         seconds: float,
+        estimate: Mapping[str, Any] | None = None,
     ) -> None:
-        """Log an evaluation, with the domain weights that hold from here on."""
+        """Log an evaluation, with the domain weights that hold from here on, and those that are estimated."""
         record = {
             "kind": "validation",
             "step": state.step,
@@ -144,6 +153,8 @@ class RunLog:
         }
         if references is not None:
             record["references"] = dict(references)
+        if estimate is not None:
+            record["estimate"] = estimate
         self._write(record | {"timing": {"seconds": seconds}})
 
     def event(self, step: int, *, what: str, message: str, **details: Any) -> None:

@@ -16,6 +16,7 @@ Shapes: B windows of one forward pass, L tokens of a window, T = B L tokens, V v
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,9 @@ class Objective:
         """
         self.params, self.model = params, model
         self.balancer, self.distiller, self.masks = balancer, distiller, masks
+        self.factors: Callable[..., torch.Tensor] | None = None
+        """What the cross-entropy of each window counts [B], from the losses of its tokens, the batch and `rows`
+        (tasks/pretrain/domains/excess); all alike if None."""
         self.stock: Any = getattr(model, "module", model)
 
     @property
@@ -106,11 +110,14 @@ class Objective:
             )
         distilled = distiller.losses(batch, rows=rows, out=out, target_BL=target_BL) if distiller else {}
         if "cross_entropy" in distilled:  # computed along with the divergence, in one pass over the logits
-            nats_B = distilled.pop("cross_entropy")
+            nats_B = weighted_B = distilled.pop("cross_entropy")
         else:
-            nats_B = _per_window(out.logits, target_BL, fused=fused)
+            nats_BL = _per_token(out.logits, target_BL, fused=fused)
+            nats_B = weighted_B = nats_BL.sum(1)
+            if self.factors is not None:
+                weighted_B = self.factors(nats_BL, batch, rows=rows) * nats_B
         scale = self.params.batch / self.params.micro_batch / max(batch.step_targets, 1)
-        total = scale * (distill.cross_entropy if distill else 1.0) * nats_B.sum()
+        total = scale * (distill.cross_entropy if distill else 1.0) * weighted_B.sum()
         parts: dict[str, torch.Tensor] = {}
         if self.balancer:
             parts |= self.balancer.losses(routed, real_T=_real(batch.labels[rows], device))
@@ -138,7 +145,7 @@ def targets(labels_BL: NDArray[np.int64]) -> torch.Tensor:
     return F.pad(torch.from_numpy(labels_BL)[:, 1:], (0, 1), value=IGNORED)  # all L: slicing logits would copy them
 
 
-def _per_window(logits: torch.Tensor, target_BL: torch.Tensor, *, fused: bool) -> torch.Tensor:
+def _per_token(logits: torch.Tensor, target_BL: torch.Tensor, *, fused: bool) -> torch.Tensor:
     import torch.nn.functional as F
 
     if fused:
@@ -147,7 +154,7 @@ def _per_window(logits: torch.Tensor, target_BL: torch.Tensor, *, fused: bool) -
         nats = F.cross_entropy(
             logits.float().flatten(0, 1), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
         )
-    return nats.view_as(target_BL).sum(1)
+    return nats.view_as(target_BL)
 
 
 def _real(labels_BL: NDArray[np.int64], device: torch.device) -> torch.Tensor | None:
