@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks import sources
-from tasks.settings import Settings, SettingsError, harness
+from tasks.settings import Pretrain, Settings, SettingsError, harness
 from tasks.settings import model as models
+from tasks.settings.pretrain import FEW_MOVES, MOVES
 from tasks.sources import hub
 
 PLACEHOLDER = "YOUR-NAME"
@@ -59,12 +60,26 @@ def refusals(settings: Settings, pipeline: str) -> Iterator[str]:
 
 
 def warnings(settings: Settings, pipeline: str) -> list[str]:
-    """What engines of a pipeline will run slowly, and better shapes; nothing where its model is not known yet."""
+    """What of a pipeline will hardly work, and what engines will run slowly, with better shapes.
+
+    Nothing of its shapes where its model is not known yet.
+    """
     from tasks.partition import shapes
 
     entry = settings.pipeline(pipeline)
     parent = _parent(settings, entry.model)
-    return [] if parent is None else shapes.warnings(parent, entry.partition)
+    return evaluations(entry.pretrain) + ([] if parent is None else shapes.warnings(parent, entry.partition))
+
+
+def evaluations(pretrain: Pretrain) -> list[str]:
+    """That dynamic batch loading moves the weights too seldom, if it does."""
+    if pretrain.dynamic is None or pretrain.moves >= FEW_MOVES:
+        return []
+    better = max(pretrain.tokens // MOVES, 1)
+    return [
+        f"pretrain.dynamic: the weights move at {pretrain.moves} evaluations alone, by a whole excess loss each, so "
+        f"they jump and come too late; set pretrain.eval_tokens to {better} or less, or leave it out"
+    ]
 
 
 def _parent(settings: Settings, model: str) -> Any:

@@ -30,11 +30,12 @@ class Reweighter:
         rule: domain_weights.Rule,
         start: Mapping[str, float],
         within: float,
+        smoothing: float = 0.0,
         given: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         """`given`: the weights after the evaluation of each step, to follow instead (Job.weights)."""
         self.references, self.rule, self.given = dict(references), rule, given
-        self.start, self.within = dict(start), within
+        self.start, self.within, self.smoothing = dict(start), within, smoothing
 
     @classmethod
     def load(cls, job: Job, *, validation: Validation, start: Mapping[str, float]) -> Reweighter | None:
@@ -68,11 +69,12 @@ class Reweighter:
             rule=dynamic.rule,
             start=start,
             within=dynamic.within,
+            smoothing=dynamic.smoothing,
             given=followed,
         )
 
     def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
-        """The weights after the evaluation of a step (`tasks.corpus.sampling.weights.update`, then `within`).
+        """The weights after the evaluation of a step (`sampling.weights.update`, smoothed, then `within`).
 
         Args:
             weights: those in use.
@@ -81,6 +83,8 @@ class Reweighter:
         if self.given is not None:
             return dict(self.given[step])
         moved = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
+        old = self.smoothing
+        moved = {domain: (1 - old) * weight + old * weights[domain] for domain, weight in moved.items()}
         return domain_weights.within(moved, start=self.start, factor=self.within)
 
     def at_cap(self, weights: Mapping[str, float], *, losses: Mapping[str, float]) -> list[str]:

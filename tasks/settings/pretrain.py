@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from tasks.settings.fields import LARGEST, Above, Frozen, Name, NotNegative, Pos
 
 What = Literal["all", "router", "experts"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+MOVES, FEW_MOVES = 16, 8
+"""Evaluations of a run with dynamic batch loading, unless it says otherwise, and how many are too few."""
 Part = Literal["router", "experts", "shared", "ffn", "attention", "norms", "embeddings", "masks"]
 
 
@@ -80,6 +82,8 @@ class Dynamic(Frozen):
     within: Annotated[float, Field(ge=1, le=1e30)] = 4.0
     """Each weight stays between a fourth and four times its share at the start: a domain whose reference is out of
     reach would take all."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of the old weights in the new ones: by 0.5 an evaluation moves them half as far as the rule says."""
 
 
 class Phase(Frozen):
@@ -151,9 +155,11 @@ class Pretrain(Frozen):
     dynamic: Dynamic | None = None
 
     eval_tokens: Positive = 1 << 20
-    """Tokens between evaluations on the validation windows; rounded up to whole steps."""
+    """Tokens between evaluations on the validation windows; rounded up to whole steps. With `dynamic` a sixteenth of
+    `tokens` if absent."""
     eval_windows: Positive = 2
-    """Validation windows per domain in each of them."""
+    """Validation windows per domain in each of them. With `dynamic`, if absent, as many as take a 32nd of the tokens
+    between two evaluations: 2 to 8."""
     save_every: Positive = 50
     """Steps between checkpoints."""
     keep: Positive = 2
@@ -184,6 +190,11 @@ class Pretrain(Frozen):
         return -(-self.eval_tokens // self.step_tokens)
 
     @property
+    def moves(self) -> int:
+        """Evaluations by which dynamic batch loading moves the weights: before the first step, and between two."""
+        return -(-self.steps // self.eval_every)
+
+    @property
     def phases(self) -> list[tuple[int, What]]:
         """(last step, what is trained) of each phase, in order."""
         if isinstance(self.train, str):
@@ -197,6 +208,19 @@ class Pretrain(Frozen):
     def phase(self, step: int) -> What:
         """What is trained in a step, from 1."""
         return next(what for last, what in self.phases if step <= last)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluations(cls, given: Any) -> Any:
+        """Evaluations that suit the budget, where they move the weights."""
+        if not isinstance(given, dict) or given.get("dynamic") is None:
+            return given
+        tokens, seq_len = given.get("tokens"), given.get("seq_len")
+        if not isinstance(tokens, int) or not isinstance(seq_len, int) or tokens < 1 or seq_len < 1:
+            return given  # refused below
+        between = given.get("eval_tokens", max(tokens // MOVES, 1))
+        windows = between // (32 * seq_len) if isinstance(between, int) else 0
+        return {"eval_tokens": between, "eval_windows": min(max(windows, 2), 8)} | given
 
     @model_validator(mode="after")
     def _batch(self) -> Self:

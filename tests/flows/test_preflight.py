@@ -57,6 +57,17 @@ def test_a_shape_that_an_engine_cannot_load_is_refused_with_near_ones(monkeypatc
         preflight.require(config, "fine")
 
 
+def test_too_few_evaluations_to_move_weights_by_are_warned_of_with_a_number() -> None:
+    config = settings.load(ROOT / "pipelines.yaml")
+    fine = config.pipeline("fine").pretrain
+    (line,) = preflight.evaluations(fine)
+    assert "the weights move at 3 evaluations alone" in line
+    assert "set pretrain.eval_tokens to 3072 or less" in line
+    assert preflight.warnings(config, "fine")[0] == line
+    assert preflight.evaluations(settings.Pretrain(**fine.model_dump() | {"eval_tokens": 3072})) == []
+    assert preflight.evaluations(config.pipeline("demo").pretrain) == []
+
+
 def test_a_hub_out_of_reach_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     preflight.require(recipe(source=f"hub:org/scripted@{COMMIT}", format="dataset"), "llama-3-2-1b-shared")

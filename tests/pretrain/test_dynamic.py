@@ -136,6 +136,26 @@ def test_given_weights_are_followed_whatever_the_losses_are(tmp_path: Path) -> N
     assert Job.read(without.write()) == without
 
 
+def test_smoothing_holds_back_a_share_of_the_old_weights() -> None:
+    given = {"references": {"cc": 1.0, "wiki": 1.0}, "start": {"cc": 0.5, "wiki": 0.5}, "within": 4.0}
+    losses = {"cc": 1.0 + math.log(3), "wiki": 1.0}
+    for smoothing, expected in ((0.0, 0.75), (0.6, 0.6), (0.8, 0.55)):
+        reweighter = Reweighter(rule="paper", smoothing=smoothing, **given)
+        assert reweighter.update(given["start"], losses=losses, step=1)["cc"] == pytest.approx(expected)
+
+
+def test_evaluations_that_move_weights_suit_the_budget_unless_the_settings_say_otherwise() -> None:
+    run = {"seq_len": 512, "batch": 8, "learning_rate": 1e-3}
+    plain = Pretrain(tokens=1 << 26, **run)
+    assert (plain.eval_tokens, plain.eval_windows) == (1 << 20, 2)
+    for tokens, windows in ((1 << 16, 2), (1 << 20, 4), (1 << 26, 8)):
+        moving = Pretrain(tokens=tokens, dynamic={}, **run)
+        assert (moving.moves, moving.eval_tokens, moving.eval_windows) == (16, tokens // 16, windows)
+        assert Pretrain(**moving.model_dump()) == moving
+    given = Pretrain(tokens=1 << 20, dynamic={}, eval_tokens=1 << 18, eval_windows=3, **run)
+    assert (given.moves, given.eval_windows) == (4, 3)
+
+
 @pytest.mark.parametrize("rule", ["paper", "code"])
 def test_domains_end_nearer_to_their_references_together_than_with_weights_that_stand_still(rule: Any) -> None:
     """Three made-up learning curves, one of which falls slowly: the spread of loss - reference at the end."""
