@@ -12,10 +12,10 @@ from html import escape
 
 COLOURS = 8
 LEVELS = 9
-_WIDTH, _HEIGHT = 480, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 38
-_ROW = 34
-_NAMES = 112  # width of the column of row names
+WIDTH, HEIGHT = 480, 270
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 38
+ROW = 34
+NAMES = 112  # width of the column of row names
 
 
 def lines(
@@ -54,33 +54,33 @@ def lines(
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def px(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
-        return _TOP + (y_high - y) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
     for tick in y_ticks:
-        parts.append(_grid_line(py(tick), number(tick)))
+        parts.append(grid_line(py(tick), number(tick)))
     for tick in x_ticks:
         if x_low <= tick <= x_high:
-            parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}">{number(tick)}</text>')
-    axis = _HEIGHT - _BOTTOM
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{axis}" y2="{axis}"/>')
-    parts.append(f'<text class="end" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}">{escape(x_label)}</text>')
+            parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{HEIGHT - BOTTOM + 17}">{number(tick)}</text>')
+    axis = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{axis}" y2="{axis}"/>')
+    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">{escape(x_label)}</text>')
     ordered = sorted(enumerate(series.items()), key=lambda item: item[1][0] != faint)
     for i, (label, points) in ordered:
         style = "faint" if label == faint else f"line s{i % COLOURS}"
         path = "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
         parts.append(f'<path class="{style}" d="{path}"><title>{escape(label)}</title></path>')
         if label in levels:
-            across = f"M{_LEFT} {py(levels[label]):.1f}H{_WIDTH - _RIGHT}"
+            across = f"M{LEFT} {py(levels[label]):.1f}H{WIDTH - RIGHT}"
             parts.append(f'<path class="level s{i % COLOURS}" d="{across}"><title>{escape(label)}</title></path>')
         if label != faint:
             x, y = points[-1]
             parts.append(f'<circle class="s{i % COLOURS}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>')
     keys = [(label, "faint" if label == faint else f"s{i % COLOURS}") for i, label in enumerate(series)]
-    chart = _svg("".join(parts), width=_WIDTH, height=_HEIGHT, label=f"{y_label} by {x_label}")
+    chart = svg("".join(parts), width=WIDTH, height=HEIGHT, label=f"{y_label} by {x_label}")
     return f'<p class="unit">{escape(y_label)}</p>{chart}{legend(keys)}'
 
 
@@ -96,21 +96,21 @@ def scatter(points: Sequence[tuple[str, float, float, int]], *, x_label: str, y_
     parts = []
 
     def px(x: float) -> float:
-        return _LEFT + x / x_ticks[-1] * (_WIDTH - _LEFT - _RIGHT)
+        return LEFT + x / x_ticks[-1] * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
-        return _TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _TOP - _BOTTOM)
+        return TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM)
 
     for tick in y_ticks:
-        parts.append(_grid_line(py(tick), number(tick)))
-    axis = _HEIGHT - _BOTTOM
+        parts.append(grid_line(py(tick), number(tick)))
+    axis = HEIGHT - BOTTOM
     for tick in x_ticks:
         parts.append(f'<text class="mid" x="{px(tick):.1f}" y="{axis + 17}">{number(tick)}</text>')
-    parts.append(f'<text class="end" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}">{escape(x_label)}</text>')
+    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">{escape(x_label)}</text>')
     for label, x, y, model in points:
         title = f"<title>{escape(label)}: {x:.1f}, {y:.2f}</title>"
         parts.append(f'<circle class="m{model} dot" cx="{px(x):.1f}" cy="{py(y):.1f}" r="6.5">{title}</circle>')
-    chart = _svg("".join(parts), width=_WIDTH, height=_HEIGHT, label=f"{y_label} by {x_label}")
+    chart = svg("".join(parts), width=WIDTH, height=HEIGHT, label=f"{y_label} by {x_label}")
     keys = [(label, f"m{model}") for label, _, _, model in points]
     return f'<p class="unit">{escape(y_label)}</p>{chart}{legend(keys)}'
 
@@ -124,22 +124,22 @@ def dots(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
     """
     values = [value for row in rows.values() for value in row.values()]
     scale = ticks(0.0, max(values), count=6)
-    height = len(rows) * _ROW + 30
+    height = len(rows) * ROW + 30
 
     def px(value: float) -> float:
-        return _NAMES + value / scale[-1] * (_WIDTH - _NAMES - 24)
+        return NAMES + value / scale[-1] * (WIDTH - NAMES - 24)
 
-    parts = _scale([(px(tick), number(tick)) for tick in scale], height=height)
+    parts = row_scale([(px(tick), number(tick)) for tick in scale], height=height)
     for i, (name, row) in enumerate(rows.items()):
-        y = i * _ROW + _ROW / 2 + 4
+        y = i * ROW + ROW / 2 + 4
         low, high = min(row.values()), max(row.values())
-        parts.append(_name(name, y=y + 4))
+        parts.append(row_name(name, y=y + 4))
         parts.append(f'<line class="span" x1="{px(low):.1f}" x2="{px(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         for j, (series, value) in enumerate(row.items()):
             title = f"<title>{escape(name)}, {escape(series)}: {value:.3f}</title>"
             parts.append(f'<circle class="m{j} dot" cx="{px(value):.1f}" cy="{y:.1f}" r="6.5">{title}</circle>')
     keys = [(series, f"m{j}") for j, series in enumerate(next(iter(rows.values())))]
-    chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
+    chart = svg("".join(parts), width=WIDTH, height=height, label=label)
     return f'<p class="unit">{escape(label)}</p>{chart}{legend(keys)}'
 
 
@@ -151,15 +151,15 @@ def bars(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
         label: what is measured, with its unit.
     """
     scale = ticks(0.0, max(sum(row.values()) for row in rows.values()), count=5)
-    height = len(rows) * _ROW + 30
+    height = len(rows) * ROW + 30
 
     def px(value: float) -> float:
-        return _NAMES + value / scale[-1] * (_WIDTH - _NAMES - 60)
+        return NAMES + value / scale[-1] * (WIDTH - NAMES - 60)
 
-    parts = _scale([(px(tick), number(tick)) for tick in scale], height=height)
+    parts = row_scale([(px(tick), number(tick)) for tick in scale], height=height)
     for i, (name, row) in enumerate(rows.items()):
-        y, at = i * _ROW + 12, 0.0
-        parts.append(_name(name, y=y + 13))
+        y, at = i * ROW + 12, 0.0
+        parts.append(row_name(name, y=y + 13))
         for j, (series, value) in enumerate(row.items()):
             title = f"<title>{escape(name)}, {escape(series)}: {value:,}</title>"
             width = px(at + value) - px(at)
@@ -167,7 +167,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], *, label: str) -> str:
             at += value
         parts.append(f'<text x="{px(at) + 6:.1f}" y="{y + 13}">{number(float(f"{at:.3g}"))}</text>')
     keys = [(series, f"s{j}") for j, series in enumerate(next(iter(rows.values())))]
-    chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
+    chart = svg("".join(parts), width=WIDTH, height=height, label=label)
     return f'<p class="unit">{escape(label)}</p>{chart}{legend(keys)}'
 
 
@@ -190,25 +190,25 @@ def histograms(rows: Mapping[str, Mapping[int, int]], *, label: str) -> str:
         return ""
     powers = [k for row in shares.values() for k in row]
     low, high, top = min(powers), max(powers) + 1, max(max(row.values()) for row in shares.values())
-    height = len(shares) * _ROW + 30
+    height = len(shares) * ROW + 30
 
     def px(k: float) -> float:
-        return _NAMES + (k - low) / (high - low) * (_WIDTH - _NAMES - 24)
+        return NAMES + (k - low) / (high - low) * (WIDTH - NAMES - 24)
 
     step = -(-(high - low) // 9)
-    parts = _scale([(px(k), _binary(k)) for k in range(low, high + 1, step)], height=height)
+    parts = row_scale([(px(k), _binary(k)) for k in range(low, high + 1, step)], height=height)
     for i, (name, row) in enumerate(shares.items()):
-        base = (i + 1) * _ROW + 2
-        parts.append(_name(name, y=base - 4))
-        parts.append(f'<line class="axis" x1="{_NAMES}" x2="{px(high):.1f}" y1="{base}" y2="{base}"/>')
+        base = (i + 1) * ROW + 2
+        parts.append(row_name(name, y=base - 4))
+        parts.append(f'<line class="axis" x1="{NAMES}" x2="{px(high):.1f}" y1="{base}" y2="{base}"/>')
         for k, share in sorted(row.items()):
-            tall = share / top * (_ROW - 6)
+            tall = share / top * (ROW - 6)
             title = f"<title>{escape(name)}, {1 << k:,} to {(2 << k) - 1:,}: {rows[name][k]:,} ({share:.1%})</title>"
             parts.append(
                 f'<rect class="s0" x="{px(k) + 0.5:.2f}" y="{base - tall:.2f}" width="{px(k + 1) - px(k) - 1:.2f}" '
                 f'height="{tall:.2f}">{title}</rect>'
             )
-    chart = _svg("".join(parts), width=_WIDTH, height=height, label=label)
+    chart = svg("".join(parts), width=WIDTH, height=height, label=label)
     return f'<p class="unit">{escape(label)}; the tallest bar is {top:.0%} of its row</p>{chart}'
 
 
@@ -274,13 +274,13 @@ def _binary(k: int) -> str:
     return f"{1 << k % 10}{('', 'k', 'M', 'G', 'T')[k // 10]}"
 
 
-def _grid_line(y: float, text: str) -> str:
+def grid_line(y: float, text: str) -> str:
     """A line across a chart of axes, with its text at the left."""
-    line = f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text class="end" x="{_LEFT - 7}" y="{y + 4:.1f}">{text}</text>'
+    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return f'{line}<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{text}</text>'
 
 
-def _scale(marks: Sequence[tuple[float, str]], *, height: int) -> list[str]:
+def row_scale(marks: Sequence[tuple[float, str]], *, height: int) -> list[str]:
     """Vertical grid lines of a chart of rows, each with its text below: [(x, text)]."""
     return [
         f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 26}"/>'
@@ -289,11 +289,11 @@ def _scale(marks: Sequence[tuple[float, str]], *, height: int) -> list[str]:
     ]
 
 
-def _name(name: str, *, y: float) -> str:
+def row_name(name: str, *, y: float) -> str:
     """A row's name beside it, cut to fit the column."""
     shown = name if len(name) <= 13 else name[:12] + "…"
-    return f'<text class="end" x="{_NAMES - 10}" y="{y:.1f}">{escape(shown)}</text>'
+    return f'<text class="end" x="{NAMES - 10}" y="{y:.1f}">{escape(shown)}</text>'
 
 
-def _svg(body: str, *, width: int, height: int, label: str) -> str:
+def svg(body: str, *, width: int, height: int, label: str) -> str:
     return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'

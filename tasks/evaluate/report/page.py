@@ -21,6 +21,7 @@ from tasks.evaluate.report import (
     elastic_section,
     experts_section,
     frontier_section,
+    mixture_section,
     tasks_section,
     training_section,
 )
@@ -32,7 +33,7 @@ from tasks.settings import Task, suites
 
 FIRST = (answer_section, frontier_section)
 """What the page begins with. Each module has `section(results)`, which gives a section.Section or None."""
-MORE = (tasks_section, elastic_section, cost_section)
+MORE = (tasks_section, elastic_section, cost_section, mixture_section)
 """The same, for what comes after quality and speed."""
 PACKAGES = ("torch", "transformers", "deepspeed", "lm-eval", "datasets", "tokenizers", "numpy", "pyarrow", "moeforge")
 PARTS = {

@@ -104,9 +104,9 @@ def test_bars_lie_end_to_end_from_zero_and_are_as_long_as_the_numbers_say(rows: 
     for rect, value in zip(drawn, values, strict=True):
         assert abs(rect["width"] / longest - value / max(*values, 1)) < 0.01 or rect["width"] < 0.02
     for first, second in zip(drawn[::2], drawn[1::2], strict=True):
-        assert first["x"] == charts._NAMES
+        assert first["x"] == charts.NAMES
         assert abs(second["x"] - first["x"] - first["width"]) < 0.02
-        assert second["x"] + second["width"] <= charts._WIDTH - 59
+        assert second["x"] + second["width"] <= charts.WIDTH - 59
 
 
 def test_a_bar_says_its_sum() -> None:
@@ -130,12 +130,12 @@ def test_histograms_draw_each_bucket_between_its_powers_and_as_high_as_its_share
     drawn = [number_attributes(rect) for rect in parse(markup).findall(".//rect")]
     assert len(drawn) == len(shares)
     low, high = min(k for k, _ in shares), max(k for k, _ in shares) + 1
-    step = (charts._WIDTH - charts._NAMES - 24) / (high - low)
+    step = (charts.WIDTH - charts.NAMES - 24) / (high - low)
     for rect, (k, share) in zip(drawn, shares, strict=True):
-        assert abs(rect["x"] - charts._NAMES - (k - low) * step) < 0.6
+        assert abs(rect["x"] - charts.NAMES - (k - low) * step) < 0.6
         assert abs(rect["width"] - step) < 1.1
-        assert abs(rect["height"] - share / max(s for _, s in shares) * (charts._ROW - 6)) < 0.01
-        assert abs((rect["y"] + rect["height"] - 2) / charts._ROW % 1 - 0.5) > 0.49  # stands on its row's line
+        assert abs(rect["height"] - share / max(s for _, s in shares) * (charts.ROW - 6)) < 0.01
+        assert abs((rect["y"] + rect["height"] - 2) / charts.ROW % 1 - 0.5) > 0.49  # stands on its row's line
     marks = [text for text in parse(markup).iter("text") if text.attrib["class"] == "mid"]
     assert 2 <= len(marks) <= 10
     gaps = [float(b.attrib["x"]) - float(a.attrib["x"]) for a, b in itertools.pairwise(marks)]
