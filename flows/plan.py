@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import plan_child
+from flows import plan_child, plan_mixture
 from flows.plan_child import ChildPlan
+from flows.plan_mixture import MixturePlan
 from tasks import scratch
 from tasks.moe import counts, families
 from tasks.pretrain.checkpoints import branch
@@ -56,13 +57,16 @@ class Plan:
     """A training checkpoint."""
     child: ChildPlan | None
     """The dense child; None without one."""
+    mixture: MixturePlan | None
+    """The estimate of domain weights; None where it trains nothing."""
 
     def seconds(self, flops_per_second: float) -> float:
         """Time for all FLOPs at UTILISATION of a matrix-product speed over all processes."""
         child = self.child.flops if self.child else 0
         beside = (self.child.masks, self.child.parent) if self.child else ()
         child += sum(each.flops for each in beside if each)
-        return (self.train_flops + self.other_flops + child) / (UTILISATION * flops_per_second)
+        mixture = self.mixture.flops if self.mixture else 0
+        return (self.train_flops + self.other_flops + child + mixture) / (UTILISATION * flops_per_second)
 
 
 def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -> Plan:
@@ -87,7 +91,9 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
     is_bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and bfloat16)
     experts = counts.experts(sparse)
     sizes = {"dense": counts.parameters(dense), "sparse": counts.parameters(sparse)}
-    child = plan_child.plan(dense, pipeline, corpus=settings.corpus(pipeline.corpus), bfloat16=is_bfloat16, cuda=cuda)
+    corpus = settings.corpus(pipeline.corpus)
+    child = plan_child.plan(dense, pipeline, corpus=corpus, bfloat16=is_bfloat16, cuda=cuda)
+    train_flops = cost_curve.flops(sparse, train, step=train.steps)
     return Plan(
         pipeline=name,
         dense=sizes["dense"],
@@ -99,13 +105,16 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         layers=sparse["num_hidden_layers"],
         steps=train.steps,
         tokens=tokens,
-        train_flops=cost_curve.flops(sparse, train, step=train.steps),
+        train_flops=train_flops,
         other_flops=_other_flops(settings, pipeline, dense=dense, sparse=sparse),
         dtype="bfloat16" if is_bfloat16 else "float32",
         memory=_memory(sparse, train, bfloat16=is_bfloat16, cuda=cuda, parent=dense),
         disk=_disk(settings, name, sizes=sizes, child=child) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
         checkpoint=estimate.checkpoint_bytes(sparse, train, bfloat16=is_bfloat16),
         child=child,
+        mixture=plan_mixture.plan(
+            name, pipeline, dense=dense, sparse=sparse, corpus=corpus, training_flops=train_flops
+        ),
     )
 
 

@@ -108,6 +108,13 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
         )
     table.add_row("FLOPs", f"{cost.train_flops:.2e}", "training, forward and backward")
     table.add_row("", f"{cost.other_flops:.2e}", "references, calibration, distillation, evaluation")
+    if mixture := cost.mixture:
+        trainings = f"{mixture.trainings:,} training{'s' if mixture.trainings != 1 else ''}"
+        table.add_row("domain weights", trainings, f"of a proxy: {mixture.what}")
+        if mixture.done:
+            table.add_row("", f"{mixture.done:,} more", "are there, and count if their inputs are the same")
+        table.add_row("", count(mixture.tokens), f"tokens of proxies, {mixture.share:.1%} of the training tokens")
+        table.add_row("", f"{mixture.flops:.2e}", f"FLOPs, {mixture.flops_share:.1%} of those of the training")
     if child := cost.child:
         memory = child.memory.device_total or child.memory.host_total
         table.add_row("dense child", count(child.parameters), f"parameters, {_shape(child.shape)}")
@@ -158,6 +165,8 @@ def _estimated_time(table: Table, cost: plan.Plan, train: Pretrain, *, tflops: f
         speed, basis = tflops * 1e12 * processes, f"the given {tflops:g} TFLOP/s"
     note = f"at {plan.UTILISATION:.0%} of {basis}" + (f", {processes} processes" if processes > 1 else "")
     table.add_row("time", clock(cost.seconds(speed)), note)
+    if mixture := cost.mixture:
+        table.add_row("", clock(mixture.flops / (plan.UTILISATION * speed)), "of which the estimate of domain weights")
 
 
 def _measured_time(table: Table, speed: Speed, train: Pretrain, *, spent: dict[str, float]) -> None:
