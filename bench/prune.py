@@ -58,7 +58,8 @@ def pipelines(
 
 
 def run(folder: Path, keys: Sequence[str]) -> None:
-    """The stages that a child needs, of what is not there yet. The mixture is measured once."""
+    """The stages that a child needs, of what is not there yet or was made with other settings. The mixture is measured
+    once."""
     if not (folder / "data/models" / healing.MODEL / "config.json").exists():
         healing.stage("moe.dense", healing.MODEL, folder=folder)
         healing.stage("corpus.fingerprint", healing.CORPUS, folder=folder)
@@ -71,8 +72,7 @@ def run(folder: Path, keys: Sequence[str]) -> None:
         elif not mixture.exists():
             mixture.parent.mkdir(parents=True)
             mixture.write_bytes(first.read_bytes())
-        if not (folder / "runs" / key / "control.json").exists():
-            healing.stage("control", key, folder=folder)
+        healing.stage("control", key, folder=folder)  # which keeps a child of the same inputs
 
 
 def table(folder: Path, rows: Sequence[str], seeds: Sequence[int]) -> None:
