@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from tasks import code
+from tests import warm_processes
 
 ROOT = Path(__file__).parent.parent
 PROJECT = code.Project({"tasks": ROOT / "tasks", "moe_kernels": ROOT / "kernels/moe_kernels"})
@@ -31,7 +30,7 @@ def test_a_comment_a_docstring_or_a_hint_changes_no_digest_and_a_constant_does()
     """Of every file of the project."""
     for module, path in FILES:
         text = path.read_text()
-        before = code.read(text, module, path=str(path))
+        before = PROJECT.source(module)
         assert code.read(f"# a remark\n{reworded(text)}", module, path=str(path)) == before, path
         assert code.read(f"{text}\nOF_A_TEST = 1\n", module, path=str(path)).digest != before.digest, path
 
@@ -83,13 +82,11 @@ def test_only_stages_that_import_a_module_have_its_digest() -> None:
 
 @pytest.mark.parametrize("entry", ["tasks.moe.dense", "tasks.corpus", "tasks.partition", "tasks.evaluate.report"])
 def test_what_a_process_imports_is_in_the_closure(entry: str) -> None:
-    script = (
-        "import importlib, json, sys; importlib.import_module(sys.argv[1]); "
-        "print(json.dumps([m for m in sys.modules if m.partition('.')[0] in ('tasks', 'moe_kernels')]))"
-    )
     main = f"{entry}.__main__" if f"{entry}.__main__" in PROJECT.modules else entry
-    done = subprocess.run([sys.executable, "-c", script, main], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = warm_processes.run(warm_processes.print_imports, main, code.PACKAGES)
+    assert done.returncode == 0, done.stderr
     imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert main in imported
     closure = PROJECT.closure(entry)
     assert imported <= closure
     # What is left is imported inside functions.

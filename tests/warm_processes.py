@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import multiprocessing
 import os
 import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +87,17 @@ class Started:
 def run(function: Callable[..., None], *args: Any, timeout: float = 300) -> Ended:
     """Call a function in a process of its own, in this one's working directory, and return how it ended."""
     return Started(function, *args).wait(timeout)
+
+
+def print_imports(module: str, packages: Sequence[str]) -> None:
+    """Import a module where nothing of these packages is loaded yet, and print as JSON what is loaded of them then."""
+    assert not _loaded(packages), _loaded(packages)
+    importlib.import_module(module)
+    print(json.dumps(_loaded(packages)))
+
+
+def _loaded(packages: Sequence[str]) -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] in packages]
 
 
 def _call(out: Path, err: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:

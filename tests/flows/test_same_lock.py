@@ -1,4 +1,5 @@
-"""One DAG: the flow and `dvc repro` leave the same dvc.lock. tests/e2e/test_readme.py shows it of the real stages."""
+"""One DAG: the flow and `dvc repro` leave the same dvc.lock. test_stages.py shows it of a run from nothing, and
+tests/e2e/test_readme.py of the real stages."""
 
 from __future__ import annotations
 
@@ -12,12 +13,6 @@ from tests.flows.conftest import judge, repro
 pytestmark = pytest.mark.usefixtures("server", "dvc_in_process")
 
 
-def test_dvc_repro_and_the_flow_leave_the_same_dvc_lock(toy: Path, templates: dict[str, Path]) -> None:
-    """Two fresh projects of the same content, one run by DVC and one by the flow; nothing in the toy is timed."""
-    upcycle("toy")
-    assert entries(toy / "dvc.lock") == entries(templates["done"] / "dvc.lock")
-
-
 def test_after_a_change_both_agree_again(done_toy: Path) -> None:
     judge(done_toy, 1.25)
     settings = done_toy / "pipelines.yaml"
@@ -26,11 +21,3 @@ def test_after_a_change_both_agree_again(done_toy: Path) -> None:
     lock = (done_toy / "dvc.lock").read_bytes()
     repro(done_toy)
     assert (done_toy / "dvc.lock").read_bytes() == lock
-
-
-def entries(lock: Path) -> dict[str, object]:
-    """dvc.lock without its order, which is that in which the stages ended."""
-    from ruamel.yaml import YAML
-
-    stages: dict[str, object] = YAML(typ="safe", pure=True).load(lock.read_text())["stages"]
-    return stages

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tasks import scratch
 from tasks.corpus import fingerprint
 from tasks.corpus.build import stage as corpus
 from tasks.evaluate import __main__ as evaluate
@@ -19,16 +20,16 @@ from tasks.partition import __main__ as stage
 from tasks.partition import convert, index
 from tasks.pretrain import __main__ as pretrain
 from tasks.tools import verify_partition as verify
+from tests import warm_processes
 
 RUN = Path("runs/tiny")
 SETTINGS = "{method: activation, experts: 12, shared_experts: 4, top_k: 4, calibration_windows: 16}"
-KILLED = """
-import os, signal
-from tasks import scratch
-from tasks.partition import __main__ as stage
-scratch.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-stage.run("tiny")
-"""
+
+
+def die_at_the_end():
+    """The stage, killed where it would publish its result; in a process of its own."""
+    scratch.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    stage.run("tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_a_conversion_that_fails_the_identity_test_writes_nothing(prepared, monk
 def test_kill_9_leaves_the_last_result_and_every_process_writes_the_same_bytes(prepared):
     stage.run("tiny")
     before = _digests()
-    killed = subprocess.run([sys.executable, "-c", KILLED], check=False)
+    killed = warm_processes.run(die_at_the_end)
     assert killed.returncode == -signal.SIGKILL
     assert _digests() == before
     (work,) = Path(".scratch/partition-tiny").glob("*/")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests import warm_processes
 
 from .conftest import STEPS
 from .projects import configure, timeless
@@ -16,18 +18,22 @@ from .warm_stages import stage
 
 pytestmark = pytest.mark.e2e
 
-PLAIN = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-AutoTokenizer.from_pretrained(sys.argv[1])
-losses = {}
-for domain, rows in json.loads(sys.argv[2]).items():
-    ids = torch.tensor(rows)
-    with torch.no_grad():
-        losses[domain] = model(input_ids=ids, labels=ids).loss.item()
-print(json.dumps({"dtype": str(model.dtype), "losses": losses, "code": "tasks" in sys.modules}))
-"""
+
+def print_plain_losses(folder: Path, rows_of: dict[str, list[list[int]]]) -> None:
+    """By torch and transformers alone, for a process that has not loaded this project's code."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    os.chdir("/")
+    sys.path[:] = [path for path in sys.path if not Path(path, "tasks").is_dir()]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    losses = {}
+    for domain, rows in rows_of.items():
+        ids = torch.tensor(rows)
+        with torch.no_grad():
+            losses[domain] = model(input_ids=ids, labels=ids).loss.item()
+    print(json.dumps({"dtype": str(model.dtype), "losses": losses, "code": "tasks" in sys.modules}))
 
 
 def test_training_needs_no_compiler_and_lowers_the_validation_loss(finished: Path) -> None:
@@ -53,8 +59,9 @@ def test_the_trained_checkpoint_loads_without_this_code_and_has_the_logged_loss(
     shown = {
         domain: ids[[0, 2]].tolist() for domain, ids in validation.items()
     }  # eval_windows: 2 of mixture.windows: 4
-    command = [sys.executable, "-c", PLAIN, str(root / "runs/tiny/trained"), json.dumps(shown)]
-    plain = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout)
+    done = warm_processes.run(print_plain_losses, root / "runs/tiny/trained", shown)
+    assert done.returncode == 0, done.stderr
+    plain = json.loads(done.stdout.splitlines()[-1])
     assert plain["dtype"] == "torch.float32"
     assert not plain["code"]
     assert plain["losses"] == pytest.approx(last["losses"], abs=1e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from ruamel.yaml import YAML
 
 from tests.conftest import documents
 from tests.pretrain.conftest import ROOT
-from tests.pretrain.projects import start, timeless, wait_for, workers
-from tests.pretrain.warm_stages import stage, stages
+from tests.pretrain.projects import timeless, wait_for, workers
+from tests.pretrain.warm_stages import stage, stages, start
 
 pytestmark = pytest.mark.e2e
 
@@ -66,10 +65,11 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def test_a_recipe_trains_with_two_processes_and_goes_on_after_kill_9(project: Path) -> None:
-    with start("tasks.pretrain", NAME, cwd=project) as process:
-        wait_for(lambda: any(project.glob(".scratch/pretrain-*/*/checkpoints/latest.json")))
-        assert len(workers(project)) >= 2
-        process.send_signal(signal.SIGKILL)
+    run = start("tasks.pretrain", NAME, cwd=project)
+    wait_for(lambda: any(project.glob(".scratch/pretrain-*/*/checkpoints/latest.json")))
+    assert len(workers(project)) >= 2
+    run.process.kill()
+    run.wait()
     wait_for(lambda: not workers(project), seconds=20)
     done = stage("tasks.pretrain", NAME, cwd=project)
     assert done.returncode == 0, done.stderr
