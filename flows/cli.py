@@ -1,4 +1,4 @@
-"""`moeforge`: run, tokenise, plan, inspect, evaluate, flops, export, doctor, … Commands import what they need."""
+"""`moeforge`: run, tokenise, weigh, plan, inspect, evaluate, export, doctor, … Commands import what they need."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pipeline of pipelines.yaml.")]
+RunnerOption = Annotated[
+    Literal["process", "thread", "dask", "ray"],
+    typer.Option("--runner", help="What does the work: processes or threads here, or a cluster."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="How many at once (default: one for each core, or all of the cluster)."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Of a running Dask scheduler or Ray head, else one starts here."),
+]
 
 
 @app.command(epilog="Example: moeforge run demo --force pretrain")
@@ -93,20 +105,9 @@ def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
 )
 def tokenise(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A corpus of pipelines.yaml.")],
-    runner: Annotated[
-        Literal["process", "thread", "dask", "ray"],
-        typer.Option("--runner", help="What does the work: processes or threads here, or a cluster."),
-    ] = "process",
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, help="How many at once (default: one for each core, or all of the cluster)."),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address", metavar="URL", help="Of a running Dask scheduler or Ray head, else one starts here."
-        ),
-    ] = None,
+    runner: RunnerOption = "process",
+    workers: WorkersOption = None,
+    address: AddressOption = None,
 ) -> None:
     """Tokenise a corpus on many processes or machines, and what it needs before.
 
@@ -128,6 +129,33 @@ def tokenise(
                 flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
         show(domains.table(name))
         print(f"{name}: done in {time.monotonic() - started:.0f} s")
+
+
+@app.command(
+    epilog="Examples: moeforge weigh NAME --workers 8; moeforge weigh NAME --runner dask --address tcp://node1:8786"
+)
+def weigh(
+    name: Name,
+    runner: RunnerOption = "process",
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Estimate the domain weights of a pipeline, its proxies trained by many processes or machines.
+
+    Stopped or killed, it goes on from where it was, with any other runner too.
+    """
+    environment.prepare()
+    raise_on_sigterm()
+    started = time.monotonic()
+    with clear_errors():
+        settings.load().pipeline(name)
+        from flows import weigh as flow
+
+        flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
+        if any(dag.changes([each.name for each in dag.ancestors(f"mixture@{name}")]).values()):
+            environment.connect()
+            flow.weigh(pipeline=name, runner=runner, workers=workers, address=address)
+        print(f"{name}: weights in runs/{name}/mixture.json after {time.monotonic() - started:.0f} s")
 
 
 @app.command(epilog="Examples: moeforge plan demo; moeforge plan recipes/llama-2-7b-random-4of16.yaml --tflops 312")

@@ -34,6 +34,7 @@ from tasks import settings
 from tasks.corpus.build import stage
 from tasks.corpus.build.planning import Unit
 from tasks.corpus.records import CorpusError
+from tasks.pretrain.job import TrainingError
 
 RunnerName = Literal["process", "thread", "dask", "ray"]
 BATCHES = 8
@@ -145,7 +146,7 @@ def units_through(pool: TaskRunner[Any], *, workers: int | None) -> stage.Runner
 def _may_pass(_task: object, _run: object, state: State[Any]) -> bool:
     """Whether a failed batch is worth another try: a full disk or a slow file system, not a faulty source."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError) or not isinstance(error, stage.FAILURES)
+    return isinstance(error, OSError) or not isinstance(error, (*stage.FAILURES, TrainingError))
 
 
 @task(

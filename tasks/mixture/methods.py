@@ -6,49 +6,9 @@ To add one: a function from `Problem` to `Estimate` under `@estimator("name")`, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from tasks import settings
-from tasks.mixture import published, repetition
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """The inputs of an estimator."""
-
-    tokens: dict[str, int]
-    """Training tokens of each domain of the corpus."""
-    weights: dict[str, float] | None
-    """The settings' `mixture.weights`, over exactly the corpus's domains; not normalised."""
-    alpha: float | None
-    """The exponent of `temperature`."""
-    budget: int
-    """Tokens that training reads."""
-    max_epochs: float
-    corpus: Path
-    model: Path
-    """The dense checkpoint."""
-    seq_len: int
-    windows: int
-    pipeline: str = ""
-    """Whose weights these are; its unfinished work is kept under this name."""
-    student: Path = Path("moe")
-    """The split model, a checkpoint."""
-    target: dict[str, float] = field(default_factory=dict)
-    """What a method with a proxy minimises: weights, of sum 1, on the losses of these domains."""
-    proxy: settings.Proxy | None = None
-    swarm: settings.Swarm | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Weights (normalised and capped by the caller) and the figures they rest on."""
-
-    weights: dict[str, float]
-    evidence: dict[str, Any] = field(default_factory=dict)
-
+from tasks.mixture import olmix, published, regmix, repetition
+from tasks.mixture.problem import Estimate, Problem, normalise
 
 Estimator = Callable[[Problem], Estimate]
 ESTIMATORS: dict[str, Estimator] = {}
@@ -89,12 +49,6 @@ def estimate(method: str, problem: Problem) -> Estimate:
     return Estimate(weights=weights, evidence=evidence)
 
 
-def normalise(weights: dict[str, float]) -> dict[str, float]:
-    """Weights over the same domains with sum 1."""
-    total = sum(weights.values())
-    return {domain: weight / total for domain, weight in weights.items()}
-
-
 @estimator("uniform")
 def uniform(problem: Problem) -> Estimate:
     """Every domain the same share."""
@@ -118,6 +72,9 @@ def temperature(problem: Problem) -> Estimate:
 def unimax(problem: Problem) -> Estimate:
     """As uniform as the cap on repetition allows (arXiv 2304.09151): what `estimate` does with equal shares."""
     return uniform(problem)
+
+
+ESTIMATORS |= {"regmix": regmix.estimate, "olmix": olmix.estimate}
 
 
 def _published(mix: str) -> Estimator:

@@ -24,6 +24,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, what is kept and what to try."""
 
 
+class Diverged(TrainingError):
+    """A loss or a gradient is not finite, and what the settings say to do about it does not help."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One run of the stage. Paths are relative to the project's root, where the workers run too."""

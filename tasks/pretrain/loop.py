@@ -19,7 +19,7 @@ from tasks.pretrain.domains.sweeps import Sweeps
 from tasks.pretrain.dynamic import Reweighter
 from tasks.pretrain.health.loss_guard import LossGuard, named
 from tasks.pretrain.health.router_monitor import RouterMonitor
-from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.job import Diverged, Job, TrainingError
 from tasks.pretrain.log.run_log import RunLog
 from tasks.pretrain.log.stopwatch import Stopwatch
 from tasks.pretrain.validation import Validation
@@ -222,7 +222,7 @@ class Trainer:
         )
         if not np.isfinite(list(losses.values())).all():
             what, kept = "the validation loss is not finite", self.recovery.kept()
-            raise TrainingError(self.guard.message(what, step=state.step, windows=[], kept=kept))
+            raise Diverged(self.guard.message(what, step=state.step, windows=[], kept=kept))
         if self.reweighter and state.step < self.params.steps:  # the same on every rank, because the losses are
             state.weights = self.reweighter.update(state.weights, losses=losses, step=state.step)
             self.sampler.set_weights(state.weights)

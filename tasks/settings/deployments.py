@@ -42,7 +42,16 @@ class Tokenise(Frozen):
     address: str | None = None
 
 
-FLOWS: dict[str, type[Frozen]] = {"upcycle": Upcycle, "retrain": Retrain, "tokenise": Tokenise}
+class Weigh(Frozen):
+    """Parameters of flows/weigh.py."""
+
+    pipeline: str = "demo"
+    runner: Literal["process", "thread", "dask", "ray"] = "process"
+    workers: Positive | None = None
+    address: str | None = None
+
+
+FLOWS: dict[str, type[Frozen]] = {"upcycle": Upcycle, "retrain": Retrain, "tokenise": Tokenise, "weigh": Weigh}
 _ENTRYPOINT = re.compile(r"(?:\./)?flows[./](?P<module>\w+)(?:\.py)?:(?P<flow>\w+)")
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")

@@ -62,7 +62,7 @@ for out in outs:
     print("wrote", out, flush=True)
 '''
 
-JOBS = ("model", "sources", "corpus", "mixture", "partition", "pretrain", "control", "evaluate", "report")
+JOBS = ("model", "sources", "corpus", "partition", "mixture", "pretrain", "control", "evaluate", "report")
 SETTINGS = """\
 models:
   toy: {source: "dir:nowhere", license: none}
@@ -133,8 +133,9 @@ def dag_file() -> str:
         stage("corpus", over="corpora", params="corpora.${key}",
               deps=["data/corpora/${key}.sources.json", "data/models/${item.model}"],
               outs=["data/corpora/${key}"], metrics=["data/corpora/${key}.json"], meta=""),
-        stage("mixture", **own, deps=[corpus, model], outs=[], metrics=[f"{run}/mixture.json"], meta="{gpu: true}"),
         stage("partition", **own, deps=[corpus, model], outs=[f"{run}/moe"], metrics=[], meta="{gpu: true}"),
+        stage("mixture", **own, deps=[corpus, model, f"{run}/moe"], outs=[f"{run}/swarm"],
+              metrics=[f"{run}/mixture.json"], meta="{gpu: true}"),
         stage("pretrain", **own, deps=[f"{run}/mixture.json", f"{run}/moe"], outs=[f"{run}/trained"],
               metrics=[f"{run}/pretrain.json"], meta="{gpu: true}"),
         stage("control", **own, deps=[f"{run}/mixture.json", f"{run}/trained"], outs=[f"{run}/control"],

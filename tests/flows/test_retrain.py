@@ -97,7 +97,7 @@ def test_the_gate_through_the_weeks(done_toy: Path, without_dvc: WithoutDVC) -> 
     assert (third.name, third.type.value) == ("Refused", "FAILED")
     assert "1.6000 bits per byte is 0.1000 worse than the accepted 1.5000" in third.message
     assert "on the same windows of prose" in third.message
-    assert ran(done_toy) == ["sources", "corpus", "mixture", "partition", "pretrain", "control", "evaluate", "report"]
+    assert ran(done_toy) == ["sources", "corpus", "partition", "mixture", "pretrain", "control", "evaluate", "report"]
     assert record.read_text() == before
     assert "| last accepted | 1.5000 |" in str(Artifact.get("retrain-toy").data)
     assert shipped() == '[1.5, 0.0, "abcd"]texts'
@@ -190,7 +190,7 @@ def test_changed_code_alone_retrains_only_if_asked(done_toy: Path, without_dvc: 
     both = retrain("toy", return_state=True)  # data changed too: it trains with the present code, and says so
     assert both.name == "Accepted"
     assert "since 0123abc trained the model before: mixture (jobs.mixture modified)" in both.message
-    assert ran(done_toy) == ["sources", "corpus", "mixture", "partition", "pretrain", "control", "evaluate", "report"]
+    assert ran(done_toy) == ["sources", "corpus", "partition", "mixture", "pretrain", "control", "evaluate", "report"]
 
 
 def test_what_is_released_by_hand_is_what_was_judged(done_toy: Path) -> None:

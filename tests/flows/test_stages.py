@@ -25,7 +25,7 @@ from tasks.scratch import BusyError, workspace
 from tasks.settings import SettingsError
 from tests.flows.conftest import alive, ran, repro, until
 
-ALL = ["model", "sources", "corpus", "mixture", "partition", "pretrain", "control", "evaluate", "report"]
+ALL = ["model", "sources", "corpus", "partition", "mixture", "pretrain", "control", "evaluate", "report"]
 
 
 pytestmark = pytest.mark.usefixtures("server")

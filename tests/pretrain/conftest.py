@@ -44,7 +44,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_da
         for name in ("tasks", "kernels"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "pipelines.yaml").write_text(settings)
-        names = ("moe.dense", "corpus.fingerprint", "corpus", "mixture", "partition")
+        names = ("moe.dense", "corpus.fingerprint", "corpus", "partition", "mixture")
         stages(*((f"tasks.{name}", "tiny") for name in names), cwd=folder)
         for split in (folder / "data/corpora").glob("*/*/test"):
             shutil.rmtree(split)  # only tasks/evaluate may open it

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tasks import scratch
 from tasks.moe import untrusted
-from tasks.pretrain.job import TrainingError
+from tasks.pretrain.job import Diverged
 from tasks.settings.pretrain import Guard as Knobs
 
 Verdict = Literal["sound", "skip", "rollback"]
@@ -59,7 +59,7 @@ class LossGuard:
             kept: what a stop leaves, such as "the checkpoint of step 50 under …"; called only for a message.
 
         Raises:
-            TrainingError: the policy is `stop`, or `limit` interventions in a row are used up.
+            Diverged: the policy is `stop`, or `limit` interventions in a row are used up.
         """
         what = self.fault(loss=loss, norm=norm)
         if what is None:
@@ -70,7 +70,7 @@ class LossGuard:
                     self._interventions = 0
             return "sound"
         if self.knobs.policy == "stop" or self._interventions >= self.knobs.limit:
-            raise TrainingError(self.message(what, step=step, windows=windows, kept=kept()))
+            raise Diverged(self.message(what, step=step, windows=windows, kept=kept()))
         self._interventions += 1
         self._frontier = max(self._frontier, step)
         return self.knobs.policy

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from tasks.pretrain.engine import deepspeed_launcher
-from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.job import Diverged, Job, TrainingError
 from tasks.pretrain.launch import environment, out_of_memory, supervise
 from tasks.settings import Pretrain
 
@@ -40,7 +40,8 @@ def run(job: Job) -> None:
     """Run the workers of a job to their end.
 
     Raises:
-        TrainingError: they cannot be started, or one failed; the message is the worker's own.
+        TrainingError: they cannot be started, or one failed; the message is the worker's own. Diverged, if it was the
+            loss.
         Interrupted: SIGTERM, SIGINT or SIGHUP came; the workers are gone.
     """
     job_file = job.write()
@@ -68,7 +69,8 @@ def run(job: Job) -> None:
         pump.join(timeout=_GRACE)
     failures = [json.loads(path.read_text()) for path in job.workspace.glob(supervise.FAILURES)]
     if code or failures:
-        raise TrainingError(reason(code, failures, params=job.params))
+        kind = Diverged if any(failure.get("diverged") for failure in failures) else TrainingError
+        raise kind(reason(code, failures, params=job.params))
     if not (job.workspace / "pretrain.json").exists():  # DeepSpeed's launcher gives 0 when a signal ended it
         raise TrainingError("the launcher ended before training did. Run again: training goes on from its checkpoint")
 
@@ -220,7 +222,10 @@ def _pump(stream: IO[bytes]) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn the signals that ask to stop into Interrupted, so that `finally` blocks run."""
+    """Turn the signals that ask to stop into Interrupted, so that `finally` blocks run. Threads get none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(128 + number)

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from tasks import scratch
-from tasks.pretrain.job import TrainingError
+from tasks.pretrain.job import Diverged, TrainingError
 from tasks.pretrain.launch import environment
 
 FAILURES = "failure-*.json"
@@ -86,7 +86,7 @@ def _train(train: Callable[[], None], *, workspace: Path, quiet: bool) -> int:
     try:
         train()
     except (TrainingError, ValueError, OSError) as error:
-        report(workspace, kind="error", message=str(error))
+        report(workspace, kind="error", message=str(error), diverged=isinstance(error, Diverged))
         if not quiet:  # else the stage prints it
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
         return 1
