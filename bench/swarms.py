@@ -2,6 +2,7 @@
 
     python -m bench.swarms                      # fetches RegMix's tables; about 3 minutes on 2 cores
     python -m bench.swarms --tables FOLDER      # tables that are there already, RegMix's or Olmix's
+    python -m bench.swarms --units 72           # a swarm of four units for each constant of the law
 
 Prints Spearman's rank correlation x 100 on held-out mixtures for each loss: as RegMix's notebook prints it, by the
 notebook's procedure (the mixes that are reported also stop the boosting), by `regmix` (units of the fit stop it), by
@@ -91,9 +92,13 @@ def linear(weights_UD: Array, losses_U: Array) -> Callable[[Array], Array]:
 LAWS: dict[str, Fit] = {"regmix": regmix.fit, "olmix": olmix.fit, "linear": linear}
 
 
-def of_regmix(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Print the table of RegMix's swarm; returns {scale: {loss: {law: Spearman x 100}}}."""
+def of_regmix(folder: Path, *, units: int | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Print the table of RegMix's swarm; returns {scale: {loss: {law: Spearman x 100}}}.
+
+    `units`: fit to the first so many of the 512.
+    """
     (_, mixes_UD), (losses, values_UL) = (table(folder / name) for name in FITTED)
+    mixes_UD, values_UL = mixes_UD[:units], values_UL[:units]
     tests = {scale: tuple(table(folder / name) for name in pair) for scale, pair in HELD_OUT.items()}
     result: dict[str, dict[str, dict[str, float]]] = {scale: {} for scale in tests}
     seconds = dict.fromkeys(("notebook", *LAWS), 0.0)
@@ -149,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.swarms", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tables", type=Path, help="a folder with RegMix's tables, or folders with Olmix's below it")
-    folder: Path | None = parser.parse_args(arguments).tables
+    parser.add_argument("--units", type=int, help="fit to the first so many of RegMix's 512 mixes")
+    parsed = parser.parse_args(arguments)
+    folder: Path | None = parsed.tables
     if folder is None:
         folder = Path(".scratch/swarms")
         try:
@@ -163,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"swarms: {folder} has neither {FITTED[0]} nor ratios.csv with metrics.csv", file=sys.stderr)
         return 1
     if ours:
-        of_regmix(folder)
+        of_regmix(folder, units=parsed.units)
     for swarm in swarms:
         of_olmix(swarm)
     return 0

@@ -16,7 +16,7 @@ OTHER_MEANINGS = {
     ("tasks/pretrain/loss/balance.py", "mixtral"),
     ("tasks/evaluate/report/hub_metadata.py", "llama"),  # a licence
     ("tasks/mixture/published.py", "llama"),  # a published mix of domains
-    ("tasks/settings/pipeline.py", "llama"),
+    ("tasks/settings/mixture.py", "llama"),
     ("tasks/engines/gguf_vocabulary.py", "llama"),  # kinds of tokenizers
     ("tasks/engines/gguf_vocabulary.py", "gpt2"),
     ("tasks/engines/gguf_vocabulary.py", "qwen2"),

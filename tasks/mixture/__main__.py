@@ -29,7 +29,7 @@ from tasks.mixture.problem import Problem, normalise
 if TYPE_CHECKING:
     from tasks.mixture.proxies.swarm import Runner
 
-UNITS = "units.json"
+MARKER = "estimate.txt"
 
 
 def problem_of(pipeline: str) -> Problem:
@@ -85,8 +85,8 @@ def run(pipeline: str) -> Path:
         taken = round(time.perf_counter() - started, 1)
         scratch.write_json(target.with_name("mixture.time.json"), {"seconds": taken})
         # DVC keeps the folder, and so it is there without a swarm too.
-        used = len(evidence.get("units", ()))
-        scratch.write_json(target.with_name("swarm") / UNITS, {"method": method, "units": used})
+        told = f"{method} has read {len(evidence.get('units', ()))} units\n"
+        scratch.write_text(target.with_name("swarm") / MARKER, told)
     for name, weight in estimate.weights.items():
         cap = f", lowered to {problem.max_epochs:g} epochs" if name in evidence["capped"] else ""
         print(f"{name}: weight {weight:.4f} (proportional {evidence['proportional'][name]:.4f}{cap})")

@@ -24,8 +24,9 @@ KAPPA = 0.05
 """Of the KL divergence to the prior."""
 HUBER = 0.02
 """Nats; the loss of the fit is quadratic below and linear above."""
-FLOORS = 16
-"""Starts of a fit, each with its own share of the smallest loss as what no mix removes."""
+FLOORS, POLISHED = 16, 4
+"""Starts of a fit, each with its own share of the smallest loss as what no mix removes, and how many of the best of
+them the search goes on from."""
 RANGE = (-20.0, 4.0)
 """Of the constants: no text costs more than exp(4) nats a token, far above a uniform guess."""
 BOOTSTRAPS = 40
@@ -57,7 +58,7 @@ def fit(weights_UD: Array, losses_U: Array, *, start: Law | None = None) -> Law:
     """The law of some mixes [U, D] and their losses [U], by L-BFGS on Huber's loss.
 
     Given the floor exp(c), the law is linear in the logarithm, so least squares start the search well: from FLOORS
-    floors between none and nearly the smallest loss, or from a law that is near.
+    floors between none and nearly the smallest loss, and from a law that is near.
     """
     from scipy import optimize
 
@@ -69,15 +70,13 @@ def fit(weights_UD: Array, losses_U: Array, *, start: Law | None = None) -> Law:
         return float(value_U.sum()), np.clip(error_U, -HUBER, HUBER) @ gradient
 
     starts = [start.constants] if start else []
-    for share in np.linspace(0.02, 0.98, FLOORS)[:: 4 if start else 1]:
+    for share in np.linspace(0.02, 0.98, FLOORS):
         floor = share * losses_U.min()
         slope_D = np.linalg.lstsq(weights_UD, np.log(losses_U - floor), rcond=None)[0]
-        starts.append(np.concatenate([[np.log(floor)], slope_D]))
+        starts.append(np.concatenate([[np.log(floor)], slope_D]).clip(*RANGE))
+    starts = sorted(starts, key=lambda constants: objective(constants)[0])[:POLISHED]
     bounds = [RANGE] * (1 + weights_UD.shape[1])
-    found = [
-        optimize.minimize(objective, begin.clip(*RANGE), jac=True, method="L-BFGS-B", bounds=bounds)
-        for begin in starts
-    ]
+    found = [optimize.minimize(objective, begin, jac=True, method="L-BFGS-B", bounds=bounds) for begin in starts]
     return Law(min(found, key=lambda each: each.fun).x)
 
 
