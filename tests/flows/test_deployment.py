@@ -14,6 +14,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.testing.cli import invoke_and_assert
 
 from tests.flows.conftest import alive, until
 
@@ -37,15 +38,11 @@ deployments:
 def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
     done_toy: Path, server: dict[str, str]
 ) -> None:
-    environment = {**os.environ, **server}
 
     def prefect(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
-            capture_output=True, text=True, env=environment, timeout=100,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr * code
+        """Call the command line in this process, which reaches the server too."""
+        output: str = invoke_and_assert(["--no-prompt", *arguments], expected_code=code).output
+        return output
 
     def next_runs() -> list[FlowRun]:
         scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
@@ -64,7 +61,7 @@ def test_deployed_flows_run_on_a_worker_and_a_cancelled_one_leaves_no_process(
     with log.open("w") as file:
         worker = subprocess.Popen(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--name", "here"],
-            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            env={**os.environ, **server, "PREFECT_WORKER_QUERY_SECONDS": "1"},
             stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
