@@ -1,7 +1,7 @@
 """Trend over size: how far the split lies below its dense child, of dense models trained here from scratch.
 
     python -m bench.trend FOLDER [--corpus data/corpora/wide] [--model data/models/smollm2-135m-q4]
-                                 [--sizes 300k 1m 3m 10m] [--shares 50 25] [--tokens 1228800]
+                                 [--sizes 100k 300k 1m 3m 10m] [--shares 50 25] [--tokens 1228800]
 
 Makes a project in FOLDER. The text of the corpus is tokenised anew with a vocabulary of 2,048 made from its training
 documents, LLaMAs of each size are trained on it, and each is cut to each share of its FFN: into this project's split
@@ -55,11 +55,19 @@ def prepare(folder: Path, made: dict[str, sizes.Size], *, corpus: Path, model: P
         healing.stage("corpus", sizes.CORPUS, folder=folder)
 
 
-def train(folder: Path, name: str) -> None:
-    """Train a size from scratch, and make it a model of the project."""
+def train(folder: Path, name: str, size: sizes.Size) -> None:
+    """Train a size from scratch, and make it a model of the project.
+
+    Raises SystemExit if it is there and was trained on another number of tokens.
+    """
     key = sizes.dense_of(name)
     root, target = folder / "runs" / key, folder / "data/models" / key
     if target.exists():
+        made = root / "pretrain.json"
+        if (tokens := json.loads(made.read_text())["tokens"]) != size.trained:
+            raise SystemExit(
+                f"{made}: tokens = {tokens}, asked for are {size.trained}; name another FOLDER, or --tokens"
+            )
         return
     if not (root / "mixture.json").exists():
         healing.stage("mixture", key, folder=folder)
@@ -187,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(folder, known, corpus=arguments.corpus, model=arguments.model)
     measured: dict[str, dict[int, Any]] = {}
     for name in made:
-        train(folder, name)
+        train(folder, name, made[name])
         measured[name] = {}
         for share in arguments.shares:
             key = sizes.cut_of(name, share)

@@ -12,10 +12,14 @@ from typing import Any
 
 CORPUS = "text"
 SEQ_LEN = 256
+BATCH = 8
+"""Windows in a step of the training from scratch."""
 VOCABULARY = 2048
 HEAD = 32
 CALIBRATION = 112
 """Windows: as many tokens as the 56 windows of 512 that SmolLM2's splits are fitted to on the same domains."""
+RATE = 0.5
+"""Peak learning rate of the training from scratch, times the hidden size, of 64 at least."""
 HEALING = 24_576
 """Tokens, the demo's."""
 
@@ -30,12 +34,18 @@ class Size:
     tokens: int
 
     @property
+    def trained(self) -> int:
+        """The tokens, rounded up to whole steps."""
+        return -(-self.tokens // (BATCH * SEQ_LEN)) * BATCH * SEQ_LEN
+
+    @property
     def body(self) -> int:
         """Parameters of the layers' matrices."""
         return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.ffn)
 
 
 SIZES = {
+    "100k": Size(hidden=32, ffn=128, layers=6, tokens=2_000_000),
     "300k": Size(hidden=64, ffn=192, layers=6, tokens=6_000_000),
     "1m": Size(hidden=96, ffn=256, layers=9, tokens=20_000_000),
     "3m": Size(hidden=160, ffn=448, layers=10, tokens=20_000_000),
@@ -125,9 +135,9 @@ def _from_scratch(name: str, size: Size) -> dict[str, Any]:
         "pretrain": {
             "tokens": size.tokens,
             "seq_len": SEQ_LEN,
-            "batch": 8,
-            "micro_batch": 8,
-            "learning_rate": 2e-3,
+            "batch": BATCH,
+            "micro_batch": BATCH,
+            "learning_rate": round(RATE / max(size.hidden, 64), 5),
             "warmup_tokens": size.tokens // 20,
             "eval_tokens": size.tokens // 4,
             "eval_windows": 4,

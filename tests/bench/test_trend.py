@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,14 +115,17 @@ def test_finished_pieces_are_kept(tmp_path, monkeypatch):
         for result in results.get(name, [f"{name}.json"]):
             path = folder / "runs" / key / result
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
+            path.write_text(json.dumps({"tokens": size.trained}))
 
+    size = sizes.Size(hidden=32, ffn=64, layers=1, tokens=2049)
     monkeypatch.setattr(healing, "stage", stage)
     start = tmp_path / "data/models/start-1m"
     start.mkdir(parents=True)
     (start / "config.json").write_text("{}")
     for _ in range(2):
-        trend.train(tmp_path, "1m")
+        trend.train(tmp_path, "1m", size)
+    with pytest.raises(SystemExit, match=r"pretrain.json: tokens = 4096, asked for are 6144; name another FOLDER"):
+        trend.train(tmp_path, "1m", replace(size, tokens=6144))
     with pytest.raises(SystemExit):
         trend.cut(tmp_path, "1m-50")
     for key in ("1m-50", "1m-50", "1m-25"):
