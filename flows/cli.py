@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from flows import costs, dag, environment, evaluate, export
+from flows import costs, dag, environment, evaluate, export, sharing
 from flows.terminal import clear_errors, fail, raise_on_sigterm, show
 from tasks import scratch, settings
 
@@ -27,18 +27,6 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pipeline of pipelines.yaml.")]
-RunnerOption = Annotated[
-    Literal["process", "thread", "dask", "ray"],
-    typer.Option("--runner", help="What does the work: processes or threads here, or a cluster."),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, help="How many at once (default: one for each core, or all of the cluster)."),
-]
-AddressOption = Annotated[
-    str | None,
-    typer.Option("--address", metavar="URL", help="Of a running Dask scheduler or Ray head, else one starts here."),
-]
 
 
 @app.command(epilog="Example: moeforge run demo --force pretrain")
@@ -97,65 +85,6 @@ def _check_before(name: str, force: list[str]) -> tuple[list[str], bool]:
             for line in preflight.warnings(config, name):
                 print(f"warning: {line}", file=sys.stderr)
         return names, not is_due
-
-
-@app.command(
-    epilog="Examples: moeforge tokenise demo --workers 8; "
-    "moeforge tokenise demo --runner dask --address tcp://node1:8786"
-)
-def tokenise(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A corpus of pipelines.yaml.")],
-    runner: RunnerOption = "process",
-    workers: WorkersOption = None,
-    address: AddressOption = None,
-) -> None:
-    """Tokenise a corpus on many processes or machines, and what it needs before.
-
-    Stopped or killed, it goes on from where it was, with any other runner too. On a cluster, all machines share the
-    project's folder, and the workers run in it.
-    """
-    environment.prepare()
-    raise_on_sigterm()
-    started = time.monotonic()
-    with clear_errors():
-        settings.load().corpus(name)
-        from flows import domains, progress
-        from flows import tokenise as flow
-
-        flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
-        if any(dag.changes([each.name for each in dag.ancestors(f"corpus@{name}")]).values()):
-            environment.connect()
-            with progress.display(terminal=False):  # the corpus has a live display of its own
-                flow.tokenise(corpus=name, runner=runner, workers=workers, address=address)
-        show(domains.table(name))
-        print(f"{name}: done in {time.monotonic() - started:.0f} s")
-
-
-@app.command(
-    epilog="Examples: moeforge weigh NAME --workers 8; moeforge weigh NAME --runner dask --address tcp://node1:8786"
-)
-def weigh(
-    name: Name,
-    runner: RunnerOption = "process",
-    workers: WorkersOption = None,
-    address: AddressOption = None,
-) -> None:
-    """Estimate the domain weights of a pipeline, its proxies trained by many processes or machines.
-
-    Stopped or killed, it goes on from where it was, with any other runner too.
-    """
-    environment.prepare()
-    raise_on_sigterm()
-    started = time.monotonic()
-    with clear_errors():
-        settings.load().pipeline(name)
-        from flows import weigh as flow
-
-        flow.task_runner(runner, workers=workers, address=address)  # refused before Prefect starts
-        if any(dag.changes([each.name for each in dag.ancestors(f"mixture@{name}")]).values()):
-            environment.connect()
-            flow.weigh(pipeline=name, runner=runner, workers=workers, address=address)
-        print(f"{name}: weights in runs/{name}/mixture.json after {time.monotonic() - started:.0f} s")
 
 
 @app.command(epilog="Examples: moeforge plan demo; moeforge plan recipes/llama-2-7b-random-4of16.yaml --tflops 312")
@@ -280,6 +209,13 @@ def _released(name: str) -> Iterator[Any]:
             yield releases
 
 
+app.command(
+    epilog="Examples: moeforge tokenise demo --workers 8; "
+    "moeforge tokenise demo --runner dask --address tcp://node1:8786"
+)(sharing.tokenise)
+app.command(
+    epilog="Examples: moeforge weigh NAME --workers 8; moeforge weigh NAME --runner dask --address tcp://node1:8786"
+)(sharing.weigh)
 app.command(epilog="Example: moeforge evaluate demo --against data/models/NAME --corpus demo")(evaluate.evaluate)
 app.command(epilog="Examples: moeforge flops demo; moeforge flops runs/demo/trained --seq-len 4096")(costs.flops)
 app.command(epilog="Example: moeforge speedup runs/demo --against runs/demo/control")(costs.speedup)
