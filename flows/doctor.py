@@ -28,8 +28,9 @@ EXTRAS = {
     "fast": "without it, tokenising a corpus takes several times as long",
     "filters": "needed for filters of language, fluency and the rules of Gopher, C4 and FineWeb",
     "llama-cpp": "without it, speed in llama.cpp is not measured",
-    "dask": "needed for moeforge tokenise --runner dask",
-    "ray": "needed for moeforge tokenise --runner ray",
+    "mixture": "needed for the domain weights of regmix and olmix",
+    "dask": "needed for moeforge tokenise and weigh --runner dask",
+    "ray": "needed for moeforge tokenise and weigh --runner ray",
 }
 HUB = "https://huggingface.co"
 

@@ -92,8 +92,9 @@ def propose(
     Raises:
         ValueError: the caps sum to less than 1.
     """
-    import cvxpy as cp
+    import cvxpy
 
+    cp: Any = cvxpy  # it takes its functions in by `*`, which mypy does not follow
     if caps_D.sum() < 1:
         raise ValueError(f"the caps on repetition sum to {caps_D.sum():.3f}, and shares to 1; train on fewer tokens")
     mix_D = cp.Variable(len(prior_D))
@@ -103,8 +104,9 @@ def propose(
     problem.solve(solver=cp.CLARABEL)
     if mix_D.value is None:
         raise ValueError(f"the proposal could not be solved ({problem.status}); more units make the laws tamer")
-    found_D = np.clip(np.asarray(mix_D.value, dtype=np.float64), 0, None)
-    return found_D / found_D.sum()
+    found_D: Array = np.clip(np.asarray(mix_D.value, dtype=np.float64), 0, None)
+    found_D /= found_D.sum()
+    return found_D
 
 
 def caps(problem: Problem) -> Array:
@@ -142,6 +144,7 @@ def solve(problem: Problem, seen: Observed) -> tuple[Array, dict[str, Any]]:
 
 def estimate(problem: Problem) -> Estimate:
     """The proposal of a swarm that is trained where it is not there yet."""
+    evidence.require("cvxpy", method="olmix")
     seen = swarm.observe(problem)
     mix_D, figures = solve(problem, seen)
     return Estimate(weights=dict(zip(seen.domains, mix_D.tolist(), strict=True)), evidence=seen.evidence | figures)

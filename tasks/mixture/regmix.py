@@ -93,6 +93,7 @@ def solve(problem: Problem, seen: Observed) -> tuple[Array, dict[str, Any]]:
 
 def estimate(problem: Problem) -> Estimate:
     """The proposal of a swarm that is trained where it is not there yet."""
+    evidence.require("lightgbm", method="regmix")
     seen = swarm.observe(problem)
     mix_D, figures = solve(problem, seen)
     return Estimate(weights=dict(zip(seen.domains, mix_D.tolist(), strict=True)), evidence=seen.evidence | figures)

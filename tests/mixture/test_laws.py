@@ -135,6 +135,13 @@ def test_a_target_domain_draws_its_weight_and_a_cap_holds(monkeypatch: pytest.Mo
         assert max(capped.evidence["epochs"].values()) <= 4 + 1e-6
 
 
+def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence.importlib.util, "find_spec", lambda _: None)
+    for method, package in (("olmix", "cvxpy"), ("regmix", "lightgbm")):
+        with pytest.raises(ValueError, match=rf"'{method}' needs {package}: pip install 'moeforge\[mixture\]'"):
+            methods.estimate(method, problem())
+
+
 def test_a_loss_that_older_units_have_not_is_fitted_to_the_others() -> None:
     seen = observed(48)
     seen.losses["copy"][:20] = np.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,12 @@ Array = NDArray[np.float64]
 Law = Callable[[Array], Array]
 """Mixes [U, D] to losses [U]."""
 FOLDS = 5
+
+
+def require(package: str, *, method: str) -> None:
+    """Raise ValueError before anything is trained if the package that fits the law is not here."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"mixture.method = {method!r} needs {package}: pip install 'moeforge[mixture]'")
 
 
 def held_out(fit: Callable[[Array, Array], Law], weights_UD: Array, losses_U: Array, *, seed: int) -> Array:

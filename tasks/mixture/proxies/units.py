@@ -47,10 +47,9 @@ class Setup:
         """Digest of what a unit depends on besides text, mix and seed: checkpoint, settings, code."""
         from tasks.pretrain import job
 
-        free = {"seed", "micro_batch"}  # micro-batches differ in rounding alone; each unit has its own seed
         content = {
             "checkpoint": scratch.digest(self.checkpoint),
-            "params": self.params.model_dump(exclude=free),
+            "params": self.params.model_dump(exclude={"seed"}),  # each unit has its own
             "also": self.also,
             "code": job.code_digest(),
         }

@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.job import Diverged, Job, TrainingError
 from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
 from tests.pretrain.conftest import ROOT
@@ -120,10 +121,23 @@ def test_a_launcher_that_ends_well_before_training_did_is_an_error(
         launcher.run(job("nothing"))
     Path("work/pretrain.json").touch()
     launcher.run(job("nothing"))
+    with ThreadPoolExecutor(1) as thread:  # which may set no handler of signals
+        thread.submit(launcher.run, job("nothing")).result()
+
+
+def test_a_loss_that_is_not_finite_arrives_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("work").mkdir()
+    told = {"kind": "error", "message": "the loss", "rank": 0, "host": HOST, "time": 0.0, "diverged": True}
+    line = ["sh", "-c", f"echo '{json.dumps(told)}' > work/failure-0.json; exit 1"]
+    monkeypatch.setattr(launcher, "command", lambda *_, **__: line)
+    with pytest.raises(Diverged, match=r"^the loss "):
+        launcher.run(job("nothing"))
 
 
 STAGE = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tasks.pretrain.launch import launcher
 from tasks.pretrain.job import Job
