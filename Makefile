@@ -16,6 +16,8 @@ QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/te
   $(addprefix tests/evaluate/,test_likelihood.py report/test_charts.py) tests/mixture/test_methods.py \
   $(addprefix tests/flows/test_,plan.py preflight.py progress.py quality_gate.py) \
   $(addprefix tests/kernels/test_,config.py cpu.py routing.py)
+# Bytecode is kept: a suite of some hundred processes would compile the project again in each of them
+TESTS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -q -n 2
 
 .PHONY: demo test quick check house versions setup clean
 
@@ -24,10 +26,10 @@ demo: setup
 	@echo 'moeforge, dvc and prefect are found in a shell after: source $(VENV)/bin/activate'
 
 test: setup check
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	@$(TESTS) --dist loadfile --no-loadscope-reorder
 
 quick: check
-	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m pytest -q -n 2 -m 'not e2e' $(QUICK)
+	@$(TESTS) -m 'not e2e' $(QUICK)
 
 check: setup house
 	@ruff check .

@@ -13,8 +13,7 @@ from filelock import FileLock
 
 from tests.conftest import SETTINGS
 
-from .projects import stage
-from .warm_stages import stages
+from .warm_stages import stage, stages
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -52,6 +51,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_da
     return made_once(tmp_path_factory, "prepared", make)
 
 
+def hide_compilers() -> None:
+    """Leave this process, and those that it starts, without a compiler."""
+    os.environ |= {"PATH": "/nonexistent", "CXX": "/nonexistent/c++"}
+
+
 @pytest.fixture
 def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the prepared project; the test runs inside it."""
@@ -67,7 +71,7 @@ def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         shutil.copytree(prepared, folder)
-        done = stage("tasks.pretrain", "tiny", cwd=folder, env={"PATH": "/nonexistent", "CXX": "/nonexistent/c++"})
+        done = stage("tasks.pretrain", "tiny", cwd=folder, limit=hide_compilers)
         assert done.returncode == 0, done.stderr
         assert json.loads((folder / "runs/tiny/pretrain.json").read_text())["steps"] == STEPS
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,27 +15,6 @@ from ruamel.yaml import YAML
 MODULE = "tasks.pretrain.launch.worker"
 WORKER = "stage-worker"
 """What a worker's process is called: the module, or its name if it was forked (warm_stages.py)."""
-
-
-def stage(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `python -m …` in a project and return what it printed."""
-    with start(*arguments, cwd=cwd, **options) as process:
-        out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def start(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """Start `python -m …` in a project."""
-    paths = {"PYTHONPATH": f"{cwd}{os.pathsep}{cwd / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=cwd,
-        env={**os.environ, **paths, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 def processes(project: Path) -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """Stages of a project under test as forks of the warm server: neither a stage nor its workers load torch again.
 
-`projects.stage` and `projects.start` run the commands as a user does, and are for tests of what starts a worker.
+With `env` the stage alone is a fork, and its launcher starts the workers as a user's does.
 """
 
 from __future__ import annotations
@@ -23,8 +23,17 @@ from tests.warm_processes import Ended, Started, free_port, set_rank
 _fork = multiprocessing.get_context("fork")
 
 
-def stage(*arguments: str, cwd: Path, limit: Callable[[], object] | None = None) -> Ended:
-    """Run a stage as `python -m …` in a project; `limit`, a function of a module, is called in its process first."""
+def stage(
+    *arguments: str, cwd: Path, limit: Callable[[], object] | None = None, env: dict[str, str] | None = None
+) -> Ended:
+    """Run a stage as `python -m …` in a project.
+
+    Args:
+        limit: a function of a module, called in its process first.
+        env: variables of a run whose workers are no forks, but started by the project's own launcher.
+    """
+    if env is not None:
+        return Started(_stages, [arguments], cwd, limit, env).wait()
     return start(*arguments, cwd=cwd, limit=limit).wait()
 
 
@@ -64,7 +73,12 @@ def stages(*lines: tuple[str, ...], cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _stages(lines: list[tuple[str, ...]], cwd: Path, limit: Callable[[], object] | None) -> None:
+def _stages(
+    lines: list[tuple[str, ...]],
+    cwd: Path,
+    limit: Callable[[], object] | None,
+    env: dict[str, str] | None = None,
+) -> None:
     os.chdir(cwd)
     sys.path[:0] = [str(cwd), str(cwd / "kernels")]
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
@@ -73,8 +87,11 @@ def _stages(lines: list[tuple[str, ...]], cwd: Path, limit: Callable[[], object]
     from tasks.pretrain.launch import launcher
 
     assert Path(launcher.__file__).is_relative_to(cwd), "the code under test was imported from elsewhere"
-    names = {"PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
-    launcher.subprocess = SimpleNamespace(Popen=Workers, **names)  # type: ignore[assignment]
+    if env is None:
+        names = {"PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
+        launcher.subprocess = SimpleNamespace(Popen=Workers, **names)  # type: ignore[assignment]
+    else:
+        os.environ |= env
     for module, *arguments in lines:
         sys.argv = [module, *arguments]
         try:

@@ -20,8 +20,8 @@ from tasks.pretrain.launch import launcher
 from tasks.settings import Pretrain
 from tests.pretrain.conftest import ROOT
 from tests.pretrain.launch import fake_srun
-from tests.pretrain.projects import checkpoints, configure, processes, stage, wait_for, workers
-from tests.pretrain.warm_stages import kill_when
+from tests.pretrain.projects import checkpoints, configure, processes, wait_for, workers
+from tests.pretrain.warm_stages import kill_when, stage
 
 HOST = socket.gethostname()
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2"}
