@@ -5,8 +5,9 @@
 Reads data/corpora/<corpus>/, for methods that measure data/models/<model>/, and for proxies that are students
 runs/<pipeline>/moe/. Writes runs/<pipeline>/mixture.json: the weights, the method, and the evidence (the uniform and
 proportional mixes to compare with, tokens per domain, epochs of the training budget, the domains whose share a cap on
-repetition lowered, what the method measured), and runs/<pipeline>/swarm/, the finished units of a swarm. Stopped at
-any moment, even by kill -9, the same command goes on and ends with the same result.
+repetition lowered, what the method measured), mixture.csv, its weights for DVC's plots, and runs/<pipeline>/swarm/,
+the finished units of a swarm. Stopped at any moment, even by kill -9, the same command goes on and ends with the same
+result.
 
 A swarm's units on machines that share the project's folder, before the command above, which finds them done:
 
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import scratch, settings
-from tasks.mixture import methods
+from tasks.mixture import methods, plots
 from tasks.mixture.problem import Problem, normalise
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def run(pipeline: str) -> Path:
         if problem.proxy:
             content["seed"] = problem.proxy.seed
         scratch.write_json(target, content)
+        scratch.write_text(target.with_suffix(".csv"), plots.weights_csv(content))
         taken = round(time.perf_counter() - started, 1)
         scratch.write_json(target.with_name("mixture.time.json"), {"seconds": taken})
         # DVC keeps the folder, and so it is there without a swarm too.

@@ -71,7 +71,7 @@ def test_metrics_and_plots_are_declared_and_stay_in_git() -> None:
         for path, options in item.items()
     }
     names = ("mixture", "partition", "pretrain", "control", "evaluation")
-    for path in (*(f"{name}.json" for name in names), "loss.csv", "validation.csv"):
+    for path in (*(f"{name}.json" for name in names), "mixture.csv", "loss.csv", "validation.csv"):
         assert declared[f"runs/${{key}}/{path}"]["cache"] is False
     for path in ("data/models/${key}.json", "data/corpora/${key}.json"):
         assert declared[path]["cache"] is False

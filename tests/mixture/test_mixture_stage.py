@@ -49,6 +49,10 @@ def test_reference_losses_are_those_of_a_plain_forward_pass_and_the_baselines_st
     budget = settings.load().pipeline("tiny").pretrain.tokens
     assert evidence["epochs"]["code"] == pytest.approx(0.5 * budget / tokens["code"])
     assert evidence["capped"] == {}
+    share = repr(evidence["proportional"]["code"])
+    rows = Path("runs/tiny/mixture.csv").read_text().splitlines()
+    assert rows[0] == "domain,weight,spread,uniform,proportional"
+    assert f"code,0.5,,0.5,{share}" in rows[1:]
 
 
 def test_the_test_part_may_be_missing_and_neither_it_nor_a_window_may_be_too_short_for_the_evaluation(
