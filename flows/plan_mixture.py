@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tasks import architectures
+from tasks.mixture import aioli
 from tasks.moe import counts
 from tasks.settings import Corpus, Mixture, Pipeline
-from tasks.settings.mixture import MEAN, Proxy
+from tasks.settings.mixture import MEAN, ONLINE, Proxy
 
 _TRAININGS = {"doremi": 2, "doge": 1, "aioli": 1}
 """DoReMi trains a reference and then a proxy against it."""
@@ -54,9 +55,11 @@ def plan(
     mixture = pipeline.mixture
     if mixture.proxy is None:
         return None
-    proxy, domains = mixture.proxy, list(corpus.trained)
+    domains = list(corpus.trained)
+    proxy = mixture.proxy.holding(len(domains)) if mixture.method in ONLINE else mixture.proxy
     config = proxy_config(proxy, dense=dense, sparse=sparse)
-    done, trainings = 0, _TRAININGS.get(mixture.method, 1)
+    repeated = mixture.seeds * (mixture.doremi.rounds if mixture.doremi else 1)
+    done, trainings = 0, repeated * _TRAININGS.get(mixture.method, 1)
     if mixture.swarm is not None:
         done = min(mixture.swarm.units, sum(1 for _ in Path("runs", name, "swarm").glob("*.json")))
         trainings = mixture.swarm.units - done
@@ -64,7 +67,7 @@ def plan(
     each = -(-proxy.tokens // step) * step
     per_token = counts.flops_per_token(config, seq_len=proxy.seq_len)
     measured = len({*domains, *mixture.targets(domains)})
-    added = _added(mixture, tokens=each, domains=domains)
+    added = repeated * _added(mixture, proxy, tokens=each, domains=domains)
     validation = 2 * proxy.windows * measured * proxy.seq_len  # before the first step and after the last
     flops = trainings * (each * per_token["train"] + validation * per_token["forward"])
     flops += round(added * per_token["forward"])
@@ -98,16 +101,21 @@ def proxy_config(proxy: Proxy, *, dense: dict[str, Any], sparse: dict[str, Any])
     return config
 
 
-def _added(mixture: Mixture, *, tokens: int, domains: list[str]) -> float:
+def _added(mixture: Mixture, proxy: Proxy, *, tokens: int, domains: list[str]) -> float:
     """Tokens of forward passes that a method makes in its loop beside a training's own.
 
-    DoReMi runs its reference on every batch. DoGE takes the domains' gradients apart, which costs what one over the
-    batch costs; towards a target it adds that one's gradient, of as many windows as a domain has in the batch.
+    DoReMi runs its reference on every batch, and where a batch has several micro-batches the proxy once more. DoGE
+    takes the domains' gradients apart, which costs what one over the batch costs; towards a target it adds that one's
+    gradient, of as many windows as a domain has in the batch. Aioli evaluates after each of its sweeps.
     """
     if mixture.method == "doremi":
-        return tokens
+        return tokens * (2 if (proxy.micro_batch or proxy.batch) < proxy.batch else 1)
     if mixture.method == "doge" and mixture.target != MEAN:
         return 3 * tokens * len(mixture.targets(domains)) / len(domains)  # a backward pass costs two forward
+    if mixture.method == "aioli":
+        rounds = aioli.plan(tokens // (proxy.batch * proxy.seq_len), domains=len(domains))
+        measured = len({*domains, *mixture.targets(domains)})
+        return aioli.evaluations(rounds, domains=len(domains)) * measured * proxy.windows * proxy.seq_len
     return 0
 
 

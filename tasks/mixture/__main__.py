@@ -59,6 +59,8 @@ def problem_of(pipeline: str) -> Problem:
         target=mixture.targets(list(tokens)),
         proxy=mixture.proxy,
         swarm=mixture.swarm,
+        doremi=mixture.doremi,
+        seeds=mixture.seeds,
         pretrain=entry.pretrain,
     )
 

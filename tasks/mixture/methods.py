@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.mixture import olmix, published, regmix, repetition
+from tasks.mixture import aioli, doge, doremi, olmix, published, regmix, repetition
 from tasks.mixture.problem import Estimate, Problem, normalise
 
 Estimator = Callable[[Problem], Estimate]
@@ -75,6 +75,7 @@ def unimax(problem: Problem) -> Estimate:
 
 
 ESTIMATORS |= {"regmix": regmix.estimate, "olmix": olmix.estimate}
+ESTIMATORS |= {"doremi": doremi.estimate, "doge": doge.estimate, "aioli": aioli.estimate}
 
 
 def _published(mix: str) -> Estimator:

@@ -37,6 +37,9 @@ class Problem:
     """What a method with a proxy minimises: weights, of sum 1, on the losses of these domains."""
     proxy: settings.Proxy | None = None
     swarm: settings.Swarm | None = None
+    doremi: settings.DoReMi | None = None
+    seeds: int = 1
+    """Trainings whose mean is the estimate of doremi, doge and aioli."""
     pretrain: settings.Pretrain | None = None
     """How the result will be trained; a proxy is trained alike."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -14,6 +15,8 @@ PROXIES = ("doremi", "doge", "aioli", "regmix", "olmix")
 """Methods that train proxies."""
 SWARMS = ("regmix", "olmix")
 """Methods that fit a law to a swarm of proxies."""
+ONLINE = ("doremi", "doge", "aioli")
+"""Those among them that estimate while one proxy trains."""
 WEIGHTED = ("explicit", "reference_loss", "doremi", *SWARMS)
 """Methods that take `weights`."""
 LOGARITHMS = ("doremi", *SWARMS)
@@ -59,6 +62,7 @@ class Proxy(Frozen):
     """Of one training; rounded up to whole steps of batch x seq_len."""
     seq_len: SeqLen = 256
     batch: Positive = 8
+    """doremi, doge and aioli round it up to a multiple of the number of domains."""
     micro_batch: Positive | None = None
     """Sequences per forward pass; the batch if absent."""
     learning_rate: Above
@@ -75,6 +79,13 @@ class Proxy(Frozen):
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch = {self.batch} is not a multiple of micro_batch = {self.micro_batch}")
         return self
+
+    def holding(self, domains: int) -> Proxy:
+        """The same with a batch, rounded up, in which so many domains are equally often. It is one micro-batch, if
+        nothing else is said."""
+        each = math.lcm(domains, self.micro_batch or 1)
+        batch = -(-self.batch // each) * each
+        return self.model_copy(update={"batch": batch, "micro_batch": self.micro_batch or batch})
 
     @property
     def sizes(self) -> ProxyShape:
@@ -101,6 +112,15 @@ class Swarm(Frozen):
                 f"units = {self.units}: a law over {domains} domains has {domains + 1} constants, and takes {least} "
                 f"units or more; set it to {least}, better {4 * (domains + 1)}"
             )
+
+
+class DoReMi(Frozen):
+    """What DoReMi leaves to its user."""
+
+    rounds: Positive = 1
+    """In each, the last estimate is the mix that the reference is trained on."""
+    step_size: Above = 1.0
+    """How far an excess of one nat moves the logarithm of a weight; lower it if one domain takes all."""
 
 
 class Mixture(Frozen):
@@ -142,6 +162,10 @@ class Mixture(Frozen):
     """doremi, doge, aioli, regmix and olmix, which need it."""
     swarm: Swarm | None = None
     """regmix and olmix, which need it."""
+    doremi: DoReMi | None = None
+    """doremi alone; its defaults if absent."""
+    seeds: Positive = 1
+    """doremi, doge and aioli: trainings from `proxy.seed` on, whose mean is taken and whose deviation is shown."""
 
     def targets(self, trained: list[str]) -> dict[str, float]:
         """What is minimised, as {domain: weight} of sum 1."""
@@ -180,6 +204,15 @@ class Mixture(Frozen):
             if not given and self.method in methods:
                 example = "{model: student, tokens: N, learning_rate: X}" if field == "proxy" else "{units: N}"
                 raise ValueError(f"method `{self.method}` needs `{field}`: {example}")
+        if self.doremi is not None and self.method != "doremi":
+            raise ValueError(f"method `{self.method}` takes no `doremi`, which is of doremi")
+        if self.seeds != 1 and self.method not in ONLINE:
+            raise ValueError(f"method `{self.method}` takes no `seeds`, which is of {', '.join(ONLINE)}")
+        if self.method == "doremi" and self.target != MEAN:
+            raise ValueError(
+                "method `doremi` takes no `target`: it weighs each domain against its own reference; use doge, aioli, "
+                "regmix or olmix"
+            )
         if self.method not in PROXIES and self.target != MEAN:
             raise ValueError(f"method `{self.method}` takes no `target`, which is of {', '.join(PROXIES)}")
         if not isinstance(self.target, str) and sum(self.target.values()) < SMALLEST:

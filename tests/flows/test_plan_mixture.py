@@ -78,13 +78,19 @@ def test_the_methods_that_move_weights_while_a_proxy_trains_cost_what_their_loop
     assert doremi.flops / doge.flops == pytest.approx(2 + 1 / 3, rel=0.02)
     towards = planned(config, "doge", proxy={"windows": 1}, target="docs")
     assert towards.flops / doge.flops == pytest.approx(1 + 1 / 4, rel=0.02)
+    again = planned(config, "doremi", proxy={"windows": 1}, doremi={"rounds": 3}, seeds=2)
+    assert (again.trainings, again.flops) == (12, 6 * doremi.flops)
+    parts = planned(config, "doremi", proxy={"windows": 1, "micro_batch": 1})
+    assert parts.flops / doge.flops == pytest.approx(2 + 2 / 3, rel=0.02)
+    swept = planned(config, "aioli", proxy={"windows": 1})  # 20 steps: one sweep, five evaluations of four windows
+    assert swept.flops / doge.flops == pytest.approx(1 + 5 * 4 * 128 / 3 / EACH, rel=0.02)
 
 
 def test_a_proxy_of_the_first_layers_costs_those_layers_and_the_plan_shows_all_of_it(
     config: settings.Settings,
 ) -> None:
     student, parent = (
-        planned(config, "aioli", model=model, proxy={"layers": layers})
+        planned(config, "doge", model=model, proxy={"layers": layers})
         for model, layers in (("student", None), ("parent", 15))
     )
     assert student.flops_share == pytest.approx(EACH / 24_576, rel=0.25)

@@ -136,4 +136,11 @@ def _excess(job: Job, plan: DoReMi, shares: Mapping[str, float], *, engine: Engi
             f"doremi compares token by token: the reference {plan.reference} has vocab_size = {sizes[0]}, and the "
             f"model {job.model} has {sizes[1]}; give it a reference of the same tokenizer"
         )
-    return Excess(reference, shares=shares, micro_batch=job.params.micro_batch, vocabulary=sizes[1], process=process)
+    return Excess(
+        reference,
+        shares=shares,
+        micro_batch=job.params.micro_batch,
+        vocabulary=sizes[1],
+        process=process,
+        step_size=plan.step_size,
+    )

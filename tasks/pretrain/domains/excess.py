@@ -37,7 +37,14 @@ class Excess(Weigher):
     """Weights by the excess over a frozen reference."""
 
     def __init__(
-        self, reference: Any, *, shares: Mapping[str, float], micro_batch: int, vocabulary: int, process: Process
+        self,
+        reference: Any,
+        *,
+        shares: Mapping[str, float],
+        micro_batch: int,
+        vocabulary: int,
+        process: Process,
+        step_size: float = rules.STEP_SIZE,
     ) -> None:
         """Args:
         reference: a causal language model, on the device.
@@ -48,6 +55,7 @@ class Excess(Weigher):
         super().__init__(shares)
         self._reference = reference.eval().requires_grad_(False)
         self._shares, self._micro_batch, self._process = dict(shares), micro_batch, process
+        self._step_size = step_size
         self.scores = dict.fromkeys(shares, math.log(vocabulary))
         self._factors: dict[str, float] | None = None
 
@@ -97,7 +105,7 @@ class Excess(Weigher):
         scores = self.scores | {
             domain: float(excess_D[i] / tokens_D[i]) for i, domain in enumerate(self.domains) if tokens_D[i]
         }
-        weights = rules.doremi(self.weights, excess=scores)
+        weights = rules.doremi(self.weights, excess=scores, step_size=self._step_size)
         self.propose(weights, scores=scores)
         raw = {domain: weight / self._shares[domain] for domain, weight in weights.items()}
         mean = math.fsum(raw[domain] * tokens_D[i] for i, domain in enumerate(self.domains)) / max(tokens_D.sum(), 1)

@@ -16,6 +16,8 @@ class DoReMi(Frozen):
     method: Literal["doremi"] = "doremi"
     reference: str
     """The folder of a frozen model that has the same vocabulary."""
+    step_size: Above = 1.0
+    """How far an excess of one nat moves the logarithm of a weight."""
 
 
 class DoGE(Frozen):

@@ -1,0 +1,56 @@
+"""DoGE (arXiv 2310.15393): domains weigh as much as their gradients help the others, or a target.
+
+One proxy, whose steps take the gradient of every domain apart (tasks/pretrain/domains/alignment). A target's gradient
+is of held-out windows, as many in each step as the batch has of a domain.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from tasks.mixture.problem import Estimate, Problem
+from tasks.mixture.proxies import course
+from tasks.mixture.proxies.units import Setup
+from tasks.pretrain.domains.plan import DoGE
+from tasks.settings.pretrain import Balance
+
+
+def estimate(problem: Problem) -> Estimate:
+    """The mean over seeds.
+
+    Raises:
+        ValueError: the corpus does not fit.
+        TrainingError, OSError: a proxy cannot be trained; what was finished is kept.
+    """
+    setup = course.prepare(problem, method="doge")
+    # The gradients are the cross-entropy's alone.
+    setup = replace(setup, params=setup.params.model_copy(update={"balance": Balance(loss="none")}))
+    target = course.target(problem)
+    extra = _products(setup, domains=len(problem.tokens), targets=len(target or ()))
+    courses = [
+        course.run(
+            setup,
+            DoGE(target=target),
+            weights=course.uniform(problem),
+            seed=seed,
+            work=problem.work,
+            extra_flops=extra,
+        )
+        for seed in course.seeds(problem)
+    ]
+    means = [each.weights for each in courses]
+    return course.estimate(problem, method="doge", means=means, trajectory=courses[0].trajectory, courses=courses)
+
+
+def _products(setup: Setup, *, domains: int, targets: int) -> float:
+    """Floating-point operations of the gradients' products, and of the targets' gradients.
+
+    The backward passes of the domains take no more than one over the batch, since each is over its own windows.
+    """
+    from tasks.moe import counts
+
+    config = json.loads((setup.checkpoint / "config.json").read_text())
+    size = counts.parameters(config)["total"]
+    products = setup.params.steps * 2 * size * domains * (targets or domains)
+    return products + setup.flops() * targets / domains

@@ -1,0 +1,60 @@
+"""DoReMi (arXiv 2305.10429): domains weigh as much as a proxy's loss on them exceeds that of a reference.
+
+Reference and proxy begin with the same checkpoint and train on as many tokens. The reference sees the baseline mix;
+the proxy sees all domains equally often, and its loss is weighed by domain (tasks/pretrain/domains/excess). In a
+further round the estimate is the baseline.
+"""
+
+from __future__ import annotations
+
+import json
+
+from tasks import settings
+from tasks.mixture.problem import Estimate, Problem, prior
+from tasks.mixture.proxies import course
+from tasks.mixture.proxies.course import Course
+from tasks.mixture.proxies.units import Setup
+from tasks.pretrain.domains.plan import DoReMi
+
+
+def estimate(problem: Problem) -> Estimate:
+    """The mean over seeds of the last round's weights.
+
+    Raises:
+        ValueError: a domain's baseline is 0, or the corpus does not fit.
+        TrainingError, OSError: a proxy cannot be trained; what was finished is kept.
+    """
+    setup, baseline = course.prepare(problem, method="doremi"), prior(problem)
+    constants = problem.doremi or settings.DoReMi()
+    means: list[dict[str, float]] = []
+    every: list[Course] = []
+    first: list[Course] = []
+    for seed in course.seeds(problem):
+        mean, rounds = dict(baseline), []
+        for _ in range(constants.rounds):
+            reference = course.run(setup, None, weights=mean, seed=seed, work=problem.work)
+            plan = DoReMi(reference=str(reference.folder / course.TRAINED), step_size=constants.step_size)
+            proxy = course.run(
+                setup,
+                plan,
+                weights=course.uniform(problem),
+                seed=seed,
+                work=problem.work,
+                extra_flops=_scoring(setup),
+            )
+            mean = proxy.weights
+            rounds.append(proxy)
+            every += [reference, proxy]
+        means.append(mean)
+        first = first or rounds
+    return course.estimate(problem, method="doremi", means=means, trajectory=course.joined(first), courses=every)
+
+
+def _scoring(setup: Setup) -> float:
+    """Floating-point operations of the reference's forward passes, and of the proxy's where micro-batches take one."""
+    from tasks.moe import counts
+
+    config = json.loads((setup.checkpoint / "config.json").read_text())
+    forward = counts.flops_per_token(config, seq_len=setup.params.seq_len)["forward"]
+    passes = 2 if setup.params.micro_batch < setup.params.batch else 1
+    return float(passes * setup.tokens * forward)
