@@ -101,16 +101,21 @@ class Swarm(Frozen):
     workers: Positive = 1
     """Trainings at once on this machine. Cores and GPUs are shared out among them."""
 
-    def require(self, domains: int) -> None:
-        """Raise ValueError, which begins with the field, if a law over so many domains cannot be fitted and held out.
+    @staticmethod
+    def least(domains: int) -> int:
+        """Units without which a law over so many domains can't be fitted and held out.
 
         The log-linear law has a constant for each domain and one more; a fit that leaves out a fifth of the units
         must still see more than that.
         """
-        if self.units < (least := 2 * (domains + 1)):
+        return 2 * (domains + 1)
+
+    def require(self, domains: int) -> None:
+        """Raise ValueError, which begins with the field, if there are fewer."""
+        if self.units < (least := self.least(domains)):
             raise ValueError(
                 f"units = {self.units}: a law over {domains} domains has {domains + 1} constants, and takes {least} "
-                f"units or more; set it to {least}, better {4 * (domains + 1)}"
+                f"units or more; set it to {least}, better {2 * least}"
             )
 
 

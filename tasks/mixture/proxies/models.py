@@ -90,6 +90,8 @@ def _scratch(proxy: Proxy, parent: Path, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+    from tasks.moe.writer import ShardWriter
+
     own = AutoConfig.from_pretrained(parent, local_files_only=True)
     config = LlamaConfig(
         **proxy.sizes.model_dump(),
@@ -99,9 +101,15 @@ def _scratch(proxy: Proxy, parent: Path, folder: Path) -> None:
         bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
         dtype="float32",
+        architectures=[LlamaForCausalLM.__name__],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(proxy.seed)
         model = LlamaForCausalLM(config).float()
-    files.save(model, folder)
+    state = model.state_dict()
+    del state["lm_head.weight"]  # tied
+    with ShardWriter(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor)
+    files.write_config(config, folder)
     files.copy_tokenizer(parent, folder)

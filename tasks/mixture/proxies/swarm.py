@@ -150,9 +150,8 @@ def plan(problem: Problem) -> Plan:
     folder, base, domains = Path("runs") / problem.pipeline / "swarm", setup.base(), setup.domains()
     reused = _fewer_domains(folder, base=base, domains=domains, trained=set(problem.tokens))
     count = problem.swarm.units
-    if reused:
-        known = set.union(*(set(record["weights"]) for record in reused))
-        count = max(count - len(reused), 2 * (len(set(problem.tokens) - known) + 1))
+    if reused:  # a law of a new domain's loss is fitted to new units alone
+        count = max(count - len(reused), problem.swarm.least(len(problem.tokens)))
     planned = []
     for i, weights in enumerate(mixes(start, count=count, seed=problem.proxy.seed)):
         seed = (problem.proxy.seed + i) % (1 << 32)

@@ -131,15 +131,15 @@ def test_a_new_domain_takes_over_the_units_without_it_unless_their_text_changed(
     more = TOKENS | {"d": 1000}
     swarm._text["names"] = list(more)
     seen = swarm.observe(problem(more, count=16))
-    assert (len(trained), len(seen.weights_UD)) == (20, 20)  # 2 x (1 new domain + 1)
-    assert (len(seen.of("a")[1]), len(seen.of("d")[1])) == (20, 4)
+    assert (len(trained), len(seen.weights_UD)) == (26, 26)  # as many new ones as a law of d takes
+    assert (len(seen.of("a")[1]), len(seen.of("d")[1])) == (26, 10)
     assert (seen.weights_UD[:16, 3] == 0).all()
     assert (seen.weights_UD[16:, 3] > 0).any()
-    assert len(swarm.observe(problem(more, count=24)).weights_UD) == 24
-    assert len(trained) == 24
+    assert len(swarm.observe(problem(more, count=28)).weights_UD) == 28
+    assert len(trained) == 28
     monkeypatch.setattr(units.Setup, "domains", lambda _: {name: f"new {name}" for name in more})
     swarm.observe(problem(more, count=16))
-    assert len(trained) == 40
+    assert len(trained) == 44
 
 
 def test_a_unit_that_diverges_is_left_out_by_name_and_too_many_are_refused_with_the_number(
