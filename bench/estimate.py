@@ -100,7 +100,6 @@ def train(project: Path, fields: dict[str, Any]) -> tuple[int, float]:
 def prepare(folder: Path) -> Path:
     """A project whose stages up to `mixture` have run, with a small model's tokenizer."""
     from tests import conftest
-    from tests.pretrain.projects import stage
 
     project, data = folder / "project", folder / "data"
     project.mkdir()
@@ -116,7 +115,8 @@ def prepare(folder: Path) -> Path:
     (project / "pipelines.template").write_text(text)
     (project / "pipelines.yaml").write_text(text)
     for name in ("moe.dense", "corpus.fingerprint", "corpus", "mixture"):
-        done = stage(f"tasks.{name}", "tiny", cwd=project)
+        line = [sys.executable, "-m", f"tasks.{name}", "tiny"]
+        done = subprocess.run(line, cwd=project, env=common.environment(project), capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
     return project
