@@ -29,6 +29,8 @@ FULL["pipelines"]["fine"]["pretrain"]["dynamic"]["references"] = {
     "sizes": [1000, 10_000, 100_000],
 }
 FULL["pipelines"]["fine"]["pretrain"]["train"] = [{"what": "router", "tokens": 4096}, {"what": "all"}]
+FULL["pipelines"]["demo"]["mixture"] = {"method": "olmix", "swarm": {"units": 16}, "proxy": {
+    "model": "student", "layers": 4, "tokens": 65536, "learning_rate": 2e-4, "micro_batch": 4}}  # fmt: skip
 FULL["deployments"][1]["parameters"] |= {"tolerance": 0.1}
 FULL = settings.validate(FULL).model_dump()  # every field, those with a default too
 PREFECTS = {"build", "push", "pull", "triggers", "sla", "interval", "anchor_date", "work_pool", "concurrency_limit"}

@@ -245,7 +245,8 @@ def test_every_field_is_read_by_some_stage_or_by_the_plan() -> None:
         if not path.is_relative_to(ROOT / "tasks" / "settings")
     )
     classes = [settings.Model, settings.Domain, settings.Corpus, settings.Items, NearDuplicates, Decontaminate,
-               settings.Mixture, settings.Partition, settings.Pretrain, Balance, Distill, Fit, Dynamic, Guard,
+               settings.Mixture, settings.Proxy, settings.Swarm, settings.Partition, settings.Pretrain, Balance,
+               Distill, Fit, Dynamic, Guard,
                settings.Task, settings.Evaluate]  # fmt: skip
     in_steps = {"warmup_tokens": "warmup_steps", "eval_tokens": "eval_every"}
     idle = [
