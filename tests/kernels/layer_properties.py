@@ -103,8 +103,8 @@ def a_graph_can_be_walked_twice(s: Subject) -> None:
 
 
 def relabelling_the_experts_changes_nothing_but_the_order_of_their_gradients(s: Subject) -> None:
-    p = make_problem(24, 4, top_k=3, hidden=24, width=8)
-    old_E = torch.randperm(4, generator=torch.Generator().manual_seed(1))
+    p = make_problem(12, 3, top_k=2, hidden=24, width=8)
+    old_E = torch.tensor([2, 0, 1])
     relabelled = p.replaced(
         w13_EGD=p.w13_EGD[old_E], w2_EDF=p.w2_EDF[old_E], top_k_index_TK=old_E.argsort()[p.top_k_index_TK]
     )
@@ -114,8 +114,8 @@ def relabelling_the_experts_changes_nothing_but_the_order_of_their_gradients(s: 
 
 
 def permuting_the_tokens_permutes_the_output_and_leaves_the_weight_gradients(s: Subject) -> None:
-    p = make_problem(24, 4, top_k=3, hidden=24, width=8)
-    order_T = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    p = make_problem(12, 3, top_k=2, hidden=24, width=8)
+    order_T = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     rows = ("x_TD", "top_k_index_TK", "top_k_weights_TK", "grad_out_TD")
     before, after = s.run(p), s.run(p.replaced(**{name: getattr(p, name)[order_T] for name in rows}))
     for name in NAMES:
@@ -133,8 +133,8 @@ def any_gradient_can_be_left_out(s: Subject) -> None:
 
 
 def every_tensor_may_have_any_strides(s: Subject) -> None:
-    p = make_problem(20, 4, top_k=2, hidden=16, width=8)
-    p = p.replaced(grad_out_TD=p.grad_out_TD[:1, :1].expand(20, 16))
+    p = make_problem(9, 2, top_k=2, hidden=16, width=8)
+    p = p.replaced(grad_out_TD=p.grad_out_TD[:1, :1].expand(9, 16))
     plain = s.run(p)
 
     def columns(tensor: Tensor) -> Tensor:
@@ -153,8 +153,8 @@ def every_tensor_may_have_any_strides(s: Subject) -> None:
         got = s.run(p, strided)
         for name in NAMES:
             s.assert_close(got[name], plain[name], f"{name}, {change.__name__}")
-    one_token = s.run(p.replaced(x_TD=p.x_TD[:1].repeat(20, 1)))
-    expanded = s.run(p, lambda x, *rest: s.layer(x[:1].expand(20, 16), *rest))
+    one_token = s.run(p.replaced(x_TD=p.x_TD[:1].repeat(9, 1)))
+    expanded = s.run(p, lambda x, *rest: s.layer(x[:1].expand(9, 16), *rest))
     assert torch.equal(expanded["out"], one_token["out"])
 
 
@@ -197,7 +197,7 @@ def a_backward_inside_autocast_computes_in_the_dtype_of_its_forward(s: Subject) 
 
 
 def gradient_checkpointing_gives_the_same_bits(s: Subject) -> None:
-    p = make_problem(24, 4, top_k=3, hidden=24, width=8)
+    p = make_problem(12, 3, top_k=2, hidden=24, width=8)
     plain = s.run(p)
     again = s.run(p, partial(checkpoint, s.layer, use_reentrant=False))
     assert all(torch.equal(again[name], plain[name]) for name in NAMES)

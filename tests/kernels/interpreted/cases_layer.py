@@ -104,7 +104,7 @@ def test_rows_that_come_sorted_are_computed_and_padding_is_zero_both_ways(
 
 
 def test_absent_experts_add_nothing_and_their_rows_and_weights_are_never_read() -> None:
-    p = make_problem(50, 8, top_k=3, hidden=40, width=20).rounded(torch.float32)
+    p = make_problem(20, 8, top_k=3, hidden=40, width=20).rounded(torch.float32)
     absent_TK = p.top_k_index_TK > 4
     exact = p.replaced(top_k_weights_TK=p.top_k_weights_TK.masked_fill(absent_TK, 0)).run(
         experts_reference, torch.float64
@@ -124,7 +124,7 @@ def test_absent_experts_add_nothing_and_their_rows_and_weights_are_never_read() 
 
 
 def test_a_token_or_an_expert_of_nan_spoils_no_other() -> None:
-    p = make_problem(40, 4, top_k=1, hidden=24, width=12).rounded(torch.float32)
+    p = make_problem(16, 4, top_k=1, hidden=24, width=12).rounded(torch.float32)
     p.top_k_index_TK[0] = 2
     expected = TRITON.run(p)
     spoiled = p.replaced(x_TD=p.x_TD.clone(), w13_EGD=p.w13_EGD.clone(), w2_EDF=p.w2_EDF.clone())
@@ -150,7 +150,7 @@ def test_k_rows_of_a_token_are_added_in_the_order_of_k() -> None:
 
 
 def test_both_operators_are_what_their_schemas_and_fakes_say_and_inference_keeps_nothing() -> None:
-    p = make_problem(12, 4, top_k=2, hidden=16, width=8).rounded(torch.float16)
+    p = make_problem(6, 2, top_k=2, hidden=16, width=8).rounded(torch.float16)
     x, w13, w2, weights, grad_out = (
         t.to(DEVICE) for t in (p.x_TD, p.w13_EGD, p.w2_EDF, p.top_k_weights_TK, p.grad_out_TD)
     )

@@ -58,12 +58,12 @@ def projections(p: Problem, *, dtype: torch.dtype | None = None, up_first: bool 
 
 @pytest.mark.parametrize("up_first", [False, True])
 def test_separate_gate_and_up_weights_give_the_bits_of_fused_ones(up_first: bool) -> None:
-    p = make_problem(40, 4, top_k=2, hidden=33, width=21).rounded(torch.float32)
+    p = make_problem(20, 3, top_k=2, hidden=33, width=21).rounded(torch.float32)
     assert_equal_bits(run(p, **projections(p, up_first=up_first)), run(p))
 
 
 def test_fp32_weights_give_the_bits_of_weights_cast_before_and_get_gradients_straight_from_the_sums() -> None:
-    p = make_problem(40, 4, top_k=2, hidden=33, width=21).rounded(torch.float16)
+    p = make_problem(20, 3, top_k=2, hidden=33, width=21).rounded(torch.float16)
     names = ("w13_EGD", "w2_EDF", "top_k_weights_TK")
     half, whole = run(p), run(p, **{name: getattr(p, name).float().to(DEVICE) for name in names})
     assert {name for name, tensor in whole.items() if tensor.dtype == torch.float32} == {"dw13", "dw2", "dweights"}
@@ -119,7 +119,7 @@ def test_forward_loads_by_descriptor_give_the_bits_of_loads_by_pointer(
 
 
 def test_backward_loads_by_descriptor_give_the_bits_of_loads_by_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = make_problem(40, 3, top_k=2, hidden=40, width=72).rounded(torch.float16)
+    p = make_problem(20, 2, top_k=2, hidden=40, width=72).rounded(torch.float16)
     by_pointers = run(p)
     descriptors = Mock(wraps=forward.TensorDescriptor)
     monkeypatch.setattr(forward, "current_arch", lambda: 90)
