@@ -32,6 +32,8 @@ SMOOTHED, STRENGTHS, MOST, LEAST = 0.5, (0.1, 5.0), 15.0, 2e-4
 """RegMix's swarm (arXiv 2407.01492): the exponent of the prior, the ends of the concentrations, how often its prior a
 domain may have, and the share below which it has none."""
 TRIES = 100_000
+FILES = "[0-9a-f]*.json"
+"""Units, by their keys."""
 
 Runner = Callable[[Callable[[Any], None], list[Any]], None]
 """Calls a picklable function with every unit, in any order, anywhere, and raises if a call does."""
@@ -61,6 +63,8 @@ class Plan:
     domains: dict[str, str]
     units: list[Unit]
     reused: list[dict[str, Any]]
+    others: int
+    """Finished units that do not count."""
 
     def path(self, unit: Unit) -> Path:
         """The file of a unit."""
@@ -165,13 +169,14 @@ def plan(problem: Problem) -> Plan:
         domains=domains,
         units=planned,
         reused=reused,
+        others=len({path.stem for path in folder.glob(FILES)} - {unit.key for unit in planned}) - len(reused),
     )
 
 
 def _fewer_domains(folder: Path, *, base: str, domains: dict[str, str], trained: set[str]) -> list[dict[str, Any]]:
     """Finished units over some of the domains alone, whose text is the same."""
     found = []
-    for path in sorted(folder.glob("[0-9a-f]*.json")):
+    for path in sorted(folder.glob(FILES)):
         record = json.loads(path.read_text())
         known = record["domains"]
         if record["base"] == base and known.items() <= domains.items() and set(record["weights"]) < trained:
@@ -199,8 +204,11 @@ def observe(problem: Problem, *, run: Runner | None = None) -> Observed:
 def complete(planned: Plan, *, run: Runner) -> None:
     """Train the units of a plan that are not finished."""
     if pending := planned.pending():
-        done = len(planned.units) - len(pending)
-        print(f"swarm: {len(pending)} units of {planned.setup.tokens} tokens to train, {done} are there", flush=True)
+        done = len(planned.units) - len(pending) + len(planned.reused)
+        told = f"swarm: {len(pending)} units of {planned.setup.tokens} tokens to train; {done} are there"
+        if planned.others:
+            told += f", and {planned.others} in {planned.folder} are of other models, text, settings or code"
+        print(told, flush=True)
         run(functools.partial(train, planned), pending)
 
 

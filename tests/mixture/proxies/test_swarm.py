@@ -118,10 +118,14 @@ def test_more_units_and_another_target_train_only_what_is_missing(trained: list[
     assert len(trained) == 12
 
 
-def test_another_model_or_other_training_takes_no_unit(trained: list[dict[str, float]]) -> None:
+def test_another_model_or_other_training_takes_no_unit_and_says_so(
+    trained: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
     swarm.observe(problem(count=8))
     swarm.observe(problem(count=8, learning_rate=2e-3))
     assert len(trained) == 16
+    told = "swarm: 8 units of 2048 tokens to train; 0 are there, and 8 in runs/tiny/swarm are of other models, text"
+    assert told in capsys.readouterr().out
 
 
 def test_a_new_domain_takes_over_the_units_without_it_unless_their_text_changed(
