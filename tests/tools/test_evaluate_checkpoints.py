@@ -15,7 +15,8 @@ import pytest
 from tasks.corpus.tokenizer import encoder
 from tasks.evaluate.downstream import accuracy, paired, task_table
 from tasks.tools.evaluate import __main__ as command
-from tasks.tools.evaluate import checkpoints, judge, page, passages, table
+from tasks.tools.evaluate import checkpoints, page, passages, table
+from tasks.tools.evaluate.request import Request
 from tests.conftest import SETTINGS, documents
 from tests.evaluate.downstream.test_accuracy import ITEMS
 from tests.evaluate.report.test_page import Page
@@ -305,7 +306,7 @@ def test_text_that_cannot_be_judged_on_is_one_message(text: Path, tiny_model: Pa
             command.run([tiny_model], Path("out"), seq_len=64, **options)
     with pytest.raises(ValueError, match="5 checkpoints; at most 4"):
         command.run([tiny_model] * 5, Path("out"), text=text)
-    assert judge.Request(
+    assert Request(
         checkpoints=[checkpoints.examine(tiny_model)],
         passages=passages.of_file(text, seq_len=8, windows=1, tokenizer=tiny_model),
     ).by_ids

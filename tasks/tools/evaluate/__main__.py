@@ -20,8 +20,8 @@ from tasks import scratch, settings
 from tasks.settings import harness, suites
 
 if TYPE_CHECKING:
-    from tasks.tools.evaluate.judge import Dtype
     from tasks.tools.evaluate.passages import Passages
+    from tasks.tools.evaluate.request import Dtype
 
 MOST = 4
 """Checkpoints that a chart has colours for."""
@@ -63,6 +63,7 @@ def run(
         ValueError, FileNotFoundError: naming the file, the field and the fix.
     """
     from tasks.tools.evaluate import checkpoints, judge, page
+    from tasks.tools.evaluate.request import Request
 
     if len(paths) > MOST:
         raise ValueError(f"{len(paths)} checkpoints; at most {MOST} can be compared at once")
@@ -70,7 +71,7 @@ def run(
     wanted = [task for name in tasks for task in tasks_named(name, limit=limit)]
     found = [checkpoints.examine(path) for path in paths]
     passages = _passages(paths[0], corpus, text, seq_len=seq_len, windows=windows, unseen_windows=unseen_windows)
-    request = judge.Request(
+    request = Request(
         checkpoints=found,
         passages=passages,
         tasks=wanted,

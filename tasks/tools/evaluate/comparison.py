@@ -14,7 +14,7 @@ from tasks.moe import device, loss
 
 if TYPE_CHECKING:
     from tasks.tools.evaluate.checkpoints import Checkpoint
-    from tasks.tools.evaluate.judge import Request
+    from tasks.tools.evaluate.request import Request
 
 
 def summarise(request: Request, done: Sequence[Mapping[str, Any]], *, missing: Mapping[str, str]) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,35 +19,10 @@ from tasks.evaluate.downstream import collection, judging
 from tasks.moe import counts, device, loss, routing
 from tasks.tools.evaluate import checkpoints, comparison
 from tasks.tools.evaluate.checkpoints import Checkpoint
-from tasks.tools.evaluate.passages import Passages
+from tasks.tools.evaluate.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from tasks.settings import Task
-
-Dtype = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked for."""
-
-    checkpoints: list[Checkpoint]
-    """The first is compared with each of the others."""
-    passages: Passages
-    tasks: Sequence[Task] = field(default_factory=list)
-    analyses: Sequence[str] = ()
-    """Of the experts and routers of sparse checkpoints (tasks/evaluate/analysis)."""
-    analysis_windows: int = 1
-    batch: int = 4
-    dtype: Dtype = "float32"
-
-    @property
-    def by_ids(self) -> bool:
-        """Whether all of them have the tokenizer of the windows; if not, they are given the windows' text."""
-        made = self.passages.reference.fingerprint
-        return all(encoder.same_ids(one.tokenizer, made) for one in self.checkpoints)
 
 
 def evaluate(request: Request) -> dict[str, Any]:
