@@ -8,8 +8,7 @@ code that it imports changed, and does not if a docstring, a comment, a type hin
 A module imports what its import statements name, at module level and inside functions, but not under TYPE_CHECKING;
 the packages of those modules; each module that a string names ("tasks.pretrain.launch.worker"); all modules of a
 package that an f-string reaches into (f"tasks.partition.methods.{name}"); and each data file or folder beside it that
-a string names ("report.html.j2"). A folder of data files counts with its modules, because a data file may name one, as
-lm-eval's `!function` does. Only packages of this project are followed.
+a string names ("report.html.j2"), a folder with its modules. Only packages of this project are followed.
 """
 
 from __future__ import annotations
@@ -70,6 +69,7 @@ class Project:
 
     def __init__(self, packages: dict[str, Path]) -> None:
         self.modules: dict[str, Path] = {}
+        self._folders: dict[str, str] = {}  # package/… of each module
         self._data: dict[str, list[Path]] = {}
         for package, root in packages.items():
             for path in sorted(root.rglob("*")):
@@ -77,7 +77,8 @@ class Project:
                     continue
                 parts = (package, *path.relative_to(root).parts)
                 if path.suffix == ".py":
-                    self.modules[".".join((*parts[:-1], path.stem)).removesuffix(".__init__")] = path
+                    name = ".".join((*parts[:-1], path.stem)).removesuffix(".__init__")
+                    self.modules[name], self._folders[name] = path, "/".join(parts[:-1])
                     continue
                 for n in range(2, len(parts) + 1):  # the file by its name, and by that of each folder above it
                     self._data.setdefault("/".join(parts[:n]), []).append(path)
@@ -86,26 +87,18 @@ class Project:
         """The modules that a module imports itself, with their packages, and its own."""
         source = self.source(module)
         dotted = {string for string in source.strings if "." in string}  # "moe_kernels" also names an implementation
-        names = {*source.imports, *dotted, module}
-        for package in (string for string in dotted if string.endswith(".")):
-            names.update(name for name in self.modules if name.startswith(package))
-        base = self._base(module)
-        for folder in (string for string in source.strings if f"{base}/{string}" in self._data):
-            inside = f"{base}/{folder}/".replace("/", ".")
-            names.update(name for name in self.modules if name.startswith(inside))
+        base = self._folders[module]
+        inside = [f"{base}/{each}/".replace("/", ".") for each in source.strings if f"{base}/{each}" in self._data]
+        inside += [string for string in dotted if string.endswith(".")]
+        names = {*source.imports, *dotted, module, *(n for n in self.modules if n.startswith(tuple(inside)))}
         parents = {name.rsplit(".", n)[0] for name in names for n in range(name.count(".") + 1)}
         return {name for name in parents if name in self.modules} - {module}
 
     def data(self, module: str) -> dict[str, Path]:
         """{package/…/name: path} of the data files that a module's strings name."""
-        base = self._base(module)
-        files = {path for string in self.source(module).strings for path in self._data.get(f"{base}/{string}", ())}
+        base, strings = self._folders[module], self.source(module).strings
+        files = {path for string in strings for path in self._data.get(f"{base}/{string}", ())}
         return {f"{base}/{path.relative_to(self.modules[module].parent).as_posix()}": path for path in files}
-
-    def _base(self, module: str) -> str:
-        """package/…, the folder that a module is in."""
-        inside = module if self.modules[module].name == "__init__.py" else module.rpartition(".")[0]
-        return inside.replace(".", "/")
 
     def closure(self, entry: str) -> set[str]:
         """All modules that a process of `python -m entry` imports. Raises CodeError: there is no such module."""
@@ -113,8 +106,7 @@ class Project:
         if main not in self.modules:
             packages = sorted({module.partition(".")[0] for module in self.modules})
             raise CodeError(f"{entry}: no such module in {', '.join(packages)}")
-        done: set[str] = set()
-        todo = {main}
+        done, todo = set[str](), {main}
         while todo:
             done.add(module := todo.pop())
             todo |= self.imports(module) - done
