@@ -19,13 +19,16 @@ QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/te
 # Bytecode is kept: a suite of some hundred processes would compile the project again in each of them
 TESTS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -q -n 2
 
-.PHONY: demo test quick check house versions setup clean
+.PHONY: demo test suite quick check house versions setup clean
 
 demo: setup
 	@moeforge run demo
 	@echo 'moeforge, dvc and prefect are found in a shell after: source $(VENV)/bin/activate'
 
-test: setup check
+test: setup # mypy keeps one core busy for a minute, so the suite does not wait for it
+	@$(MAKE) --no-print-directory -j2 check suite
+
+suite:
 	@$(TESTS) --dist loadfile --no-loadscope-reorder
 
 quick: check
