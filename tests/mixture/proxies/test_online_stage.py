@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,39 +15,23 @@ from tasks.mixture import __main__ as stage
 from tasks.mixture import aioli, doge, doremi, methods
 from tasks.mixture.proxies import course
 from tasks.pretrain.job import Diverged
-from tests.conftest import documents
-from tests.corpus import texts
 from tests.pretrain import warm_stages
 from tests.pretrain.projects import wait_for
 
+ROOT = Path(__file__).parents[3]
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }  # fmt: skip
-STEP = 8 * 64
 
 
 @pytest.fixture
-def project(tiny_project: Path, tiny_model: Path) -> Path:
-    """The tiny project with model and corpus: prose, code, the prose's words shuffled, and unseen little texts."""
-    words = " ".join(documents("prose")).split(" ")
-    random.Random(0).shuffle(words)
-    rows = {
-        "noise": [" ".join(words[i : i + 150]) for i in range(0, len(words) - 150, 150)],
-        "words": texts.sentences(60, seed=1),
-    }
-    domains = {
-        name: {"source": texts.jsonl(Path(f"{name}.jsonl"), some).replace("dir:", f"dir:{tiny_project}/"),
-               "format": "jsonl", "license": "none"}
-        for name, some in rows.items()
-    }  # fmt: skip
-    domains["words"] |= {"unseen": True}
-    edit(lambda content: content["corpora"]["tiny"]["domains"].update(domains))
-    configure(method="uniform", proxy=None)
-    Path("data/models").mkdir(parents=True)
-    Path("data/models/tiny").symlink_to(tiny_model)
-    texts.run()
-    return tiny_project
+def project(project: Path) -> Path:
+    """Prose, code, and little texts that are never trained on; the settings are the test's own."""
+    text = Path("pipelines.yaml").read_text()
+    Path("pipelines.yaml").unlink()
+    Path("pipelines.yaml").write_text(text)
+    return project
 
 
 def edit(change: Any) -> None:
@@ -59,8 +42,8 @@ def edit(change: Any) -> None:
 
 
 def configure(*, steps: int = 24, **mixture: Any) -> None:
-    """Settings of the mixture, and of a tiny proxy from scratch of so many steps of nine windows."""
-    proxy = {"model": "scratch", "shape": SHAPE, "tokens": steps * 9 * 64, "seq_len": 64, "batch": 7, "windows": 2,
+    """Settings of the mixture, and of a tiny proxy from scratch of so many steps of eight windows."""
+    proxy = {"model": "scratch", "shape": SHAPE, "tokens": steps * 8 * 64, "seq_len": 64, "batch": 7, "windows": 2,
              "learning_rate": 1e-2}  # fmt: skip
     given = {"proxy": proxy, "max_epochs": 500.0} | mixture
 
@@ -86,7 +69,7 @@ def test_every_method_shows_its_course_and_counts_what_it_took(project: Path) ->
     configure(method="aioli", target="words")
     made["aioli"] = estimated()
 
-    one, budget = 24 * 9 * 64, 1536
+    one, budget = 24 * 8 * 64, 1536
     tokens = {"doremi": 4 * one, "doge": 2 * one, "aioli": one}
     for name, written in made.items():
         evidence = written["evidence"]
@@ -101,7 +84,7 @@ def test_every_method_shows_its_course_and_counts_what_it_took(project: Path) ->
     steps = {name: [point["step"] for point in written["evidence"]["trajectory"]] for name, written in made.items()}
     assert steps["doremi"] == [*range(1, 49)]
     assert steps["doge"] == [*range(1, 25)]
-    assert steps["aioli"] == [*range(0, 13, 4)]
+    assert steps["aioli"] == [0, 4, 8]
     assert "spread" not in made["aioli"]["evidence"]
     assert made["doge"]["evidence"]["spread_over"] == "seeds"
     assert all(value > 0 for value in made["doge"]["evidence"]["spread"].values())
@@ -112,6 +95,8 @@ def test_every_method_shows_its_course_and_counts_what_it_took(project: Path) ->
 
 def test_a_stage_killed_in_its_second_training_ends_with_the_mixture_of_one_that_was_not(project: Path) -> None:
     configure(method="doremi")
+    for name in ("tasks", "kernels"):
+        Path(name).symlink_to(ROOT / name)  # what the stage's process imports
     started = warm_stages.start("tasks.mixture", "tiny", cwd=project)
     courses = Path(".scratch/mixture-tiny")
     wait_for(lambda: [*courses.glob("*/courses/*/done.json")] and [*courses.glob("*/courses/*/checkpoints/step-*")])
@@ -128,6 +113,21 @@ def test_a_stage_killed_in_its_second_training_ends_with_the_mixture_of_one_that
     assert stage.run("tiny").read_bytes() == killed
 
 
+def test_a_mix_of_nearly_one_domain_is_printed_as_a_warning(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(method="doremi")
+    problem = replace(stage.problem_of("tiny"), work=Path("work"))
+    folder = problem.work / "courses/one"
+    folder.mkdir(parents=True)
+    made = course.Course(
+        weights={"prose": 0.97, "code": 0.03}, trajectory=[], steps=1, tokens=1, flops=1.0, folder=folder
+    )
+    for method, advice in (("doremi", "; or lower mixture.doremi.step_size"), ("doge", "\n")):
+        course.estimate(problem, method=method, means=[made.weights], trajectory=[], courses=[made])
+        assert f"warning: {method} gives prose 0.97 of the mix. Train the proxy on more tokens{advice}" in (
+            capsys.readouterr().out
+        )
+
+
 def test_what_an_estimator_cannot_weigh_is_refused_by_name_before_anything_is_trained(project: Path) -> None:
     configure(method="doge")
     problem = stage.problem_of("tiny")
@@ -136,12 +136,12 @@ def test_what_an_estimator_cannot_weigh_is_refused_by_name_before_anything_is_tr
             estimate(replace(problem, tokens={"code": 5}))
     assert problem.proxy
     long = problem.proxy.model_copy(update={"seq_len": 10**6})
-    with pytest.raises(ValueError, match=r"code, noise, prose has not one training window of mixture.proxy.seq_len"):
+    with pytest.raises(ValueError, match=r"code, prose has not one training window of mixture.proxy.seq_len"):
         course.prepare(replace(problem, proxy=long), method="doge")
     with pytest.raises(ValueError, match="the prior of code is 0, and its logarithm is taken"):
-        doremi.estimate(replace(problem, weights={"code": 0.0, "noise": 1.0, "prose": 1.0}, work=Path("work")))
+        doremi.estimate(replace(problem, weights={"code": 0.0, "prose": 1.0}, work=Path("work")))
     with pytest.raises(ValueError, match=r"mixture.weights must name exactly .* not in the corpus: poems"):
-        methods.estimate("doremi", replace(problem, weights={"code": 1.0, "noise": 1.0, "poems": 1.0}))
+        methods.estimate("doremi", replace(problem, weights={"code": 1.0, "poems": 1.0}))
     with pytest.raises(ValueError, match=r"mixture.proxy.tokens give 5 steps, and a sweep over 3 domains"):
         aioli.plan(5, domains=3)
     assert not [*Path().glob("work/courses")]
