@@ -11,15 +11,17 @@ and `copy` the code once more. Prints the weights and their share of the uniform
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from bench import common
 
 METHODS = ("doremi", "doge", "aioli", "regmix", "olmix")
 DOMAINS = ("prose", "code", "noise", "copy")
@@ -97,13 +99,11 @@ def configure(method: str, *, steps: int) -> None:
     Path("pipelines.yaml").write_text(json.dumps(content))  # JSON is YAML
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.planted", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser(__doc__)
     parser.add_argument("methods", nargs="*", help="all if absent")
     parser.add_argument("--steps", type=int, default=800, help="of a proxy; a quarter for each unit of a swarm")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if unknown := set(arguments.methods) - set(METHODS):
         parser.error(f"{', '.join(sorted(unknown))} is not one of {', '.join(METHODS)}")
     from tasks.mixture.__main__ import run
