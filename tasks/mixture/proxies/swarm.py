@@ -94,7 +94,7 @@ class Observed:
 
 
 def mixes(prior: dict[str, float], *, count: int, seed: int) -> list[dict[str, float]]:
-    """Mixes around a prior, each drawn by its own number: more of them begin with the same.
+    """Different mixes around a prior, each drawn by its own number: more of them begin with the same.
 
     Dirichlet, with a concentration of the smoothed prior times a strength. The strengths are spread evenly over the
     logarithm by van der Corput's sequence.
@@ -111,14 +111,17 @@ def mixes(prior: dict[str, float], *, count: int, seed: int) -> list[dict[str, f
         strength = np.exp(low + (high - low) * _van_der_corput(i))
         for _ in range(TRIES):
             share_D = rng.dirichlet(smooth_D * strength)
-            if np.isfinite(share_D).all() and (share_D <= MOST * prior_D).all():
+            if not (np.isfinite(share_D).all() and (share_D <= MOST * prior_D).all()):
+                continue
+            share_D = np.where(share_D < LEAST, 0.0, share_D)
+            mix = dict(zip(names, (share_D / share_D.sum()).tolist(), strict=True))
+            if mix not in drawn:  # one domain alone comes more than once
                 break
         else:
             raise ValueError(
                 f"no mix keeps below {MOST:g} times the prior {prior}; give mixture.weights that are more even"
             )
-        share_D = np.where(share_D < LEAST, 0.0, share_D)
-        drawn.append(dict(zip(names, (share_D / share_D.sum()).tolist(), strict=True)))
+        drawn.append(mix)
     return drawn
 
 
@@ -157,8 +160,8 @@ def plan(problem: Problem) -> Plan:
     if reused:  # a law of a new domain's loss is fitted to new units alone
         count = max(count - len(reused), problem.swarm.least(len(problem.tokens)))
     planned = []
-    for i, weights in enumerate(mixes(start, count=count, seed=problem.proxy.seed)):
-        seed = (problem.proxy.seed + i) % (1 << 32)
+    seed = problem.proxy.seed  # one for all: they differ in what the mix changes, not in the windows drawn of a domain
+    for weights in mixes(start, count=count, seed=seed):
         key = scratch.fingerprint([base, domains, weights, seed])
         planned.append(Unit(key=key, weights=weights, seed=seed))
     return Plan(
