@@ -20,8 +20,8 @@ from tasks.mixture.compare.ground import Ground
 from tasks.pretrain.launch import environment
 from tasks.settings.pretrain import MOVES, Dynamic
 
-_PRELOAD = ["deepspeed.runtime.engine", "transformers.models.llama.modeling_llama", "tasks.pretrain.launch.worker"]
-"""What a warm process has loaded before it forks for a cell."""
+_PRELOAD = ["deepspeed.runtime.engine", "transformers.models.llama.modeling_llama"]
+"""What a warm process has loaded before it forks for a cell: libraries alone, as a test's warm processes have."""
 
 
 @dataclass(frozen=True, kw_only=True)
