@@ -21,7 +21,7 @@ from tasks.mixture.problem import Estimate, Problem, normalise
 from tasks.mixture.proxies import models, units
 from tasks.mixture.proxies.units import Setup
 from tasks.pretrain.domains.plan import Plan
-from tasks.pretrain.job import Diverged, Job
+from tasks.pretrain.job import Diverged
 
 DONE, TRAINED = "done.json", "trained"
 SAVES = 8
@@ -119,19 +119,7 @@ def run(
 def _train(setup: Setup, plan: Plan | None, *, weights: Mapping[str, float], seed: int, folder: Path) -> None:
     from tasks.pretrain.log import log_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    mixture = folder / "mixture.json"
-    scratch.write_json(mixture, {"weights": dict(weights), "evidence": {}})
-    job = Job(
-        pipeline="proxy",
-        params=setup.params.model_copy(update={"seed": seed}),
-        corpus=setup.corpus,
-        model=setup.checkpoint,
-        parent=setup.checkpoint,
-        mixture=mixture,
-        workspace=folder,
-        estimate=plan,
-    )
+    job = units.job_of(setup, weights=weights, seed=seed, workspace=folder, estimate=plan)
     what = plan.method if plan else "reference"
     print(f"{what}: training a proxy for {setup.params.steps} steps, seed {seed}", flush=True)
     try:
@@ -183,7 +171,7 @@ def estimate(
     weights = normalise({d: math.fsum(mean[d] for mean in means) / len(means) for d in problem.tokens})
     evidence: dict[str, Any] = {
         "trajectory": trajectory,
-        "cost": cost(problem, tokens=sum(c.tokens for c in courses), flops=sum(c.flops for c in courses)),
+        "cost": units.cost(problem, tokens=sum(c.tokens for c in courses), flops=sum(c.flops for c in courses)),
     }
     if len(means) > 1:
         deviation = {d: float(np.std([mean[d] for mean in means], ddof=1)) for d in problem.tokens}
@@ -202,19 +190,6 @@ def estimate(
         else:
             shutil.rmtree(folder)
     return Estimate(weights=weights, evidence=evidence)
-
-
-def cost(problem: Problem, *, tokens: int, flops: float) -> dict[str, float]:
-    """The entry `cost` of the evidence: of all proxies, and as a share of the training that the weights are for."""
-    assert problem.pretrain is not None
-    served = problem.student if (problem.student / "config.json").exists() else problem.model
-    training = problem.budget * units.flops_per_token(served, seq_len=problem.pretrain.seq_len)
-    return {
-        "tokens": tokens,
-        "flops": flops,
-        "share_of_training": tokens / problem.budget,
-        "flops_share": flops / training,
-    }
 
 
 def seeds(problem: Problem) -> list[int]:

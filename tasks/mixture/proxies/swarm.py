@@ -260,16 +260,8 @@ def _observed(planned: Plan, problem: Problem) -> Observed:
             f"mixture.swarm: {len(left_out)} of {len(records)} units diverged, and {len(sound)} are left, of which a "
             f"law over {len(domains)} domains takes {least}; lower mixture.proxy.learning_rate"
         )
-    assert problem.pretrain is not None
-    count, training = len(sound) + len(left_out), problem.budget
-    served = problem.student if (problem.student / "config.json").exists() else problem.model
-    per_token = units.flops_per_token(served, seq_len=problem.pretrain.seq_len)
-    cost = {
-        "tokens": count * setup.tokens,
-        "flops": count * setup.flops(),
-        "share_of_training": count * setup.tokens / training,
-        "flops_share": count * setup.flops() / (training * per_token),
-    }
+    count = len(sound) + len(left_out)
+    cost = units.cost(problem, tokens=count * setup.tokens, flops=count * setup.flops())
     listed = [{name: record[name] for name in ("weights", "losses", "seed")} for record in sound]
     return Observed(
         domains=domains,

@@ -6,12 +6,15 @@ import contextlib
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks import scratch
 from tasks.control import child
+from tasks.mixture.problem import Problem
+from tasks.pretrain.domains.plan import Plan
 from tasks.pretrain.job import Job
 from tasks.settings import Pretrain, Proxy
 from tasks.settings.pretrain import Guard
@@ -119,10 +122,21 @@ def train(setup: Setup, *, weights: dict[str, float], seed: int, workspace: Path
         Diverged: a loss is not finite.
         TrainingError, ValueError, OSError: it cannot be trained, and why.
     """
+    run(job_of(setup, weights=weights, seed=seed, workspace=workspace))
+    losses: dict[str, float] = json.loads((workspace / "pretrain.json").read_text())["validation_after"]
+    if setup.also:
+        losses |= unseen(workspace / "trained", setup)
+    return losses
+
+
+def job_of(
+    setup: Setup, *, weights: Mapping[str, float], seed: int, workspace: Path, estimate: Plan | None = None
+) -> Job:
+    """One training of the proxy, as a job of the stage `pretrain`; writes its mixture.json."""
     workspace.mkdir(parents=True, exist_ok=True)
     mixture = workspace / "mixture.json"
-    scratch.write_json(mixture, {"weights": weights, "evidence": {}})
-    job = Job(
+    scratch.write_json(mixture, {"weights": dict(weights), "evidence": {}})
+    return Job(
         pipeline="proxy",
         params=setup.params.model_copy(update={"seed": seed}),
         corpus=setup.corpus,
@@ -130,12 +144,8 @@ def train(setup: Setup, *, weights: dict[str, float], seed: int, workspace: Path
         parent=setup.checkpoint,
         mixture=mixture,
         workspace=workspace,
+        estimate=estimate,
     )
-    run(job)
-    losses: dict[str, float] = json.loads((workspace / "pretrain.json").read_text())["validation_after"]
-    if setup.also:
-        losses |= unseen(workspace / "trained", setup)
-    return losses
 
 
 def run(job: Job) -> None:
@@ -178,3 +188,16 @@ def flops_per_token(checkpoint: Path, *, seq_len: int) -> int:
 
     config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     return counts.flops_per_token(config, seq_len=seq_len)["train"]
+
+
+def cost(problem: Problem, *, tokens: int, flops: float) -> dict[str, float]:
+    """The entry `cost` of the evidence: of all proxies, and as a share of the training that the weights are for."""
+    assert problem.pretrain is not None
+    served = problem.student if (problem.student / "config.json").exists() else problem.model
+    training = problem.budget * flops_per_token(served, seq_len=problem.pretrain.seq_len)
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "share_of_training": tokens / problem.budget,
+        "flops_share": flops / training,
+    }
