@@ -126,6 +126,44 @@ def test_an_estimate_costs_its_flops_in_tokens_of_the_training_and_methods_of_a_
     assert settings == {"method": "reference_loss", "windows": 3}
 
 
+def test_estimates_towards_a_target_share_a_swarm_and_have_the_text_of_the_target_as_a_rival() -> None:
+    ground: Any = SimpleNamespace(domains=["a", "b"], has_parent=False, proxy={"model": "scratch"})
+
+    def made(method: str) -> dict[str, Any]:
+        wanted = estimates.Wanted(method=method, seed=0, tokens=1000, target="b")
+        return estimates.mixture(ground, wanted, proxy_tokens=100, units=8)
+
+    assert made("olmix")["target"] == made("doge")["target"] == "b"
+    assert "target" not in made("doremi")  # which takes none
+    assert made("uniform") == {"method": "uniform"}
+    assert made("target") == {"method": "explicit", "weights": {"a": 1e-6, "b": 1.0}}
+
+
+def test_a_table_with_a_target_shows_it_beside_every_rival() -> None:
+    def on_target(loss: float) -> dict[int, Any]:
+        return {seed: {**cell(3.0, 4.0), "target": {"b": loss + seed / 100}} for seed in range(3)}
+
+    rivals = {"uniform": on_target(4.0), "proportional": on_target(4.2), "target": on_target(3.4)}
+    row = table.row("olmix", on_target(3.5), rivals)
+    assert row["target"]["against"]["uniform"]["verdict"] == "better than uniform"
+    assert row["target"]["against"]["target"]["verdict"] == "worse than target"
+    content = {
+        "what": "a model",
+        "seeds": [0, 1, 2],
+        "windows": 4,
+        "unseen": ["c"],
+        "target": "b",
+        "tokens": 10,
+        "equal_tokens": [table.row("uniform", rivals["uniform"], {})],
+        "equal_cost": [{**row, "cost": 5, "baseline_tokens": 15}],
+    }
+    shown = table.markdown(content)
+    assert "unseen: c; target: b." in shown
+    assert "| method | held-out | - uniform | unseen | - uniform | target | - uniform | on held-out text |" in shown
+    assert "| - uniform | - proportional | - target | |" in shown
+    assert "| olmix | 5 | 15 | target | 3.5100 ± 0.0058 | -0.5000 ± 0.0000 | -0.7000 ± 0.0000 | +0.1000 ± " in shown
+
+
 @pytest.mark.e2e
 def test_a_comparison_trains_each_cell_once_at_equal_tokens_and_at_equal_cost(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -148,6 +186,8 @@ def test_a_comparison_trains_each_cell_once_at_equal_tokens_and_at_equal_cost(
     assert uniform["heldout"]["mean"] < 1.1 * math.log(400)
     assert "| uniform | " in capsys.readouterr().out
 
+    assert compare.main([*command, "--target", "news"]) == 1
+    assert "--target news: not a domain that is trained on; those are code, prose" in capsys.readouterr().err
     made = [*(folder / "cells").iterdir(), *(folder / "estimates").iterdir()]
     before = [path.stat().st_mtime_ns for path in made]
     assert compare.main(command) == 0

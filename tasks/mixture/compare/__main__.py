@@ -26,8 +26,9 @@ from tasks import scratch
 from tasks.corpus import manifest
 from tasks.mixture.compare import cells, estimates, ground, table
 from tasks.mixture.compare.cells import Cell
-from tasks.mixture.compare.estimates import BASELINES, DYNAMIC, Wanted
+from tasks.mixture.compare.estimates import BASELINES, DYNAMIC, TARGET, Wanted
 from tasks.mixture.compare.ground import Ground
+from tasks.settings.mixture import MEAN
 
 ROUND_TO = 4
 """Budgets of the baselines at equal cost are rounded up to a quarter of a training, so that estimates share them."""
@@ -39,15 +40,38 @@ Results = dict[int, Any]
 class Comparison:
     """The trainings of a ground, method by method."""
 
-    def __init__(self, on: Ground, *, seeds: Sequence[int], proxy: tuple[int, int], jobs: int, once: bool) -> None:
-        """`proxy`: tokens of a proxy, and units of a swarm. `once`: all seeds train with the first one's estimate."""
+    def __init__(
+        self,
+        on: Ground,
+        *,
+        seeds: Sequence[int],
+        proxy: tuple[int, int],
+        jobs: int,
+        once: bool,
+        target: str = MEAN,
+    ) -> None:
+        """Args:
+        proxy: tokens of a proxy, and units of a swarm.
+        once: all seeds train with the first one's estimate.
+        target: the domain whose loss is to fall, or the mean of all.
+
+        Raises:
+            ValueError: the target is no trained domain.
+        """
+        if target != MEAN and target not in on.domains:
+            raise ValueError(f"--target {target}: not a domain that is trained on; those are {', '.join(on.domains)}")
         self.ground, self.seeds, self.proxy, self.jobs, self.once = on, list(seeds), proxy, jobs, once
-        self.tokens = on.params.tokens
+        self.tokens, self.target = on.params.tokens, target
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """What a method is held to at equal cost."""
+        return BASELINES if self.target == MEAN else (*BASELINES, TARGET)
 
     def mixtures(self, method: str, tokens: int) -> dict[int, Path]:
         """mixture.json of a method for each seed."""
         wanted = {
-            seed: Wanted(method=method, seed=self.seeds[0] if self.once else seed, tokens=tokens)
+            seed: Wanted(method=method, seed=self.seeds[0] if self.once else seed, tokens=tokens, target=self.target)
             for seed in self.seeds
         }
         proxy_tokens, units = self.proxy
@@ -64,7 +88,13 @@ class Comparison:
             ]
         else:
             every = [Cell(method=method, seed=seed, tokens=tokens, mixture=path) for seed, path in mixtures.items()]
-        return dict(zip(mixtures, cells.run(self.ground, every, jobs=self.jobs), strict=True))
+        results = dict(zip(mixtures, cells.run(self.ground, every, jobs=self.jobs), strict=True))
+        if self.target == MEAN:
+            return results
+        return {
+            seed: {**result, "target": {self.target: result["heldout"][self.target]}}
+            for seed, result in results.items()
+        }
 
     def cost(self, method: str) -> float:
         """What a method costs before training, in tokens of the training: the dearest seed's."""
@@ -88,7 +118,7 @@ class Comparison:
         """The row of a method whose estimate costs something."""
         cost = self.cost(method)
         tokens = self.baseline_tokens(cost)
-        rivals = {name: self.trained(name, tokens) for name in BASELINES}
+        rivals = {name: self.trained(name, tokens) for name in self.rivals}
         made = table.row(method, self.trained(method, self.tokens), rivals)
         return {**made, "cost": cost, "baseline_tokens": tokens}
 
@@ -119,6 +149,7 @@ def run(comparison: Comparison, methods: Sequence[str]) -> dict[str, Any]:
         "windows": on.windows,
         "estimates": "one" if comparison.once else "by seed",
         "unseen": sorted(manifest.load(on.folder / on.corpus).unseen),
+        "target": None if comparison.target == MEAN else comparison.target,
         "equal_tokens": [],
         "equal_cost": [],
         "failed": {},
@@ -147,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     where.add_argument("--corpus", type=Path, help="a tokenised corpus, for a small model from scratch")
     where.add_argument("--pipeline", help="a pipeline whose split model is trained")
     parser.add_argument("--unseen", nargs="+", default=[], metavar="DOMAIN", help="hold these domains out (--corpus)")
+    parser.add_argument(
+        "--target", default=MEAN, metavar="DOMAIN", help="whose loss the estimates are to lower; the mean if absent"
+    )
     parser.add_argument("--methods", nargs="+", default=estimates.known(), choices=estimates.known(), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=262_144, help="of one training")
@@ -168,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     folder, corpus=arguments.corpus, unseen=arguments.unseen, seeds=seeds, tokens=tokens
                 )
             proxy = arguments.proxy_tokens or tokens // 4, arguments.units
-            comparison = Comparison(on, seeds=seeds, proxy=proxy, jobs=arguments.jobs, once=arguments.once)
+            comparison = Comparison(
+                on, seeds=seeds, proxy=proxy, jobs=arguments.jobs, once=arguments.once, target=arguments.target
+            )
             failed = run(comparison, arguments.methods)["failed"]
     except (ValueError, OSError, scratch.BusyError) as error:
         print(f"compare: {error}", file=sys.stderr)

@@ -15,10 +15,14 @@ import tasks
 from tasks import scratch
 from tasks.mixture import methods
 from tasks.mixture.compare.ground import Ground
-from tasks.settings.mixture import LOGARITHMS, PROXIES, SWARMS
+from tasks.settings.mixture import LOGARITHMS, MEAN, PROXIES, SWARMS
 
 BASELINES = ("uniform", "proportional")
 DYNAMIC = "dynamic"
+TARGET = "target"
+"""As much of the target's own text as `max_epochs` allows, and equal shares of the others if any is left to give."""
+REST = 1e-6
+"""What it gives the others where no cap binds."""
 OTHERS = ("unimax",)
 
 
@@ -29,6 +33,8 @@ class Wanted:
     method: str
     seed: int
     tokens: int
+    target: str = MEAN
+    """The domain whose loss is to fall."""
 
 
 def known() -> list[str]:
@@ -40,11 +46,15 @@ def mixture(ground: Ground, wanted: Wanted, *, proxy_tokens: int, units: int) ->
     """The settings `mixture` of an estimate."""
     if wanted.method == DYNAMIC and ground.has_parent:
         return {"method": "reference_loss", "windows": ground.params.eval_windows}
+    if wanted.method == TARGET:
+        return {"method": "explicit", "weights": {d: 1.0 if d == wanted.target else REST for d in ground.domains}}
     if wanted.method not in PROXIES:
         return {"method": "uniform" if wanted.method == DYNAMIC else wanted.method}
     made = {"method": wanted.method, "proxy": {**ground.proxy, "tokens": proxy_tokens, "seed": wanted.seed}}
     if wanted.method in SWARMS:
         made["swarm"] = {"units": units}
+    if wanted.target != MEAN and wanted.method != "doremi":  # which weighs by excess alone
+        made["target"] = wanted.target
     if wanted.method in LOGARITHMS:  # the mean of the domains is to fall, so the search begins where all are alike
         made["weights"] = dict.fromkeys(ground.domains, 1.0)
     return made
@@ -81,8 +91,9 @@ def cost(ground: Ground, mixture: Path) -> float:
 
 
 def _estimate(ground: Ground, settings: dict[str, Any], *, tokens: int, target: Path) -> None:
-    """Run the stage, and keep its mixture.json. Methods that fit a law to the same swarm share its trainings."""
-    shared = {name: value for name, value in settings.items() if name != "method"}
+    """Run the stage, and keep its mixture.json. Methods that fit a law to the same swarm share its trainings, and so
+    do targets."""
+    shared = {name: value for name, value in settings.items() if name not in ("method", "target")}
     kind = "swarm" if settings["method"] in SWARMS else settings["method"]
     name = f"{kind}-{scratch.fingerprint({'ground': ground.identity, 'mixture': shared, 'tokens': tokens})}"
     run = ground.folder / "runs" / name

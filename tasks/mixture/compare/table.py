@@ -9,6 +9,8 @@ from typing import Any
 
 Losses = Mapping[int, float]
 """{seed: loss}."""
+TEXTS = {"heldout": "held-out", "unseen": "unseen", "target": "target"}
+"""What a result has losses on, and how a table calls it."""
 
 
 def mean(losses: Mapping[str, float]) -> float:
@@ -42,7 +44,7 @@ def row(method: str, results: Mapping[int, Any], against: Mapping[str, Mapping[i
     A negative difference is a lower loss than the baseline's.
     """
     made: dict[str, Any] = {"method": method, "seeds": sorted(results)}
-    for what in ("heldout", "unseen"):
+    for what in TEXTS:
         own = _by_seed(results, what)
         if not own:
             continue
@@ -68,7 +70,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     lines = [
         f"{content['what'][0].upper()}{content['what'][1:]}, {seeds_said}, {content['windows']} test windows a domain."
     ]
-    lines += [f"Loss in nats per token, the mean of the domains; unseen: {', '.join(unseen) or 'none'}.", ""]
+    target = f"; target: {content['target']}" if content["target"] else ""
+    lines += [f"Loss in nats per token, the mean of the domains; unseen: {', '.join(unseen) or 'none'}{target}.", ""]
     lines += [f"At equal tokens ({content['tokens']:,}):", "", *_table(content["equal_tokens"])]
     if content["equal_cost"]:
         lines += ["", "At equal total cost: baselines train on as many tokens more as the estimate cost:", ""]
@@ -77,28 +80,32 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| method | held-out | - uniform | unseen | - uniform | on held-out text | on unseen text |"]
-    lines += ["|---|---:|---:|---:|---:|---|---|"]
+    texts = {what: name for what, name in TEXTS.items() if any(what in made for made in rows)}
+    head = ["method", *(cell for name in texts.values() for cell in (name, "- uniform"))]
+    head += [f"on {name} text" for name in texts.values()]
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|---:|' * len(texts)}{'---|' * len(texts)}"]
     for made in rows:
         cells = [made["method"]]
-        for what in ("heldout", "unseen"):
-            found = made.get(what)
-            cells += [_shown(found), _shown(found["against"].get("uniform"), sign="+")] if found else ["–", "–"]
-        cells += [_said(made.get(what), "uniform") for what in ("heldout", "unseen")]
+        for what in texts:
+            found = made[what]
+            cells += [_shown(found), _shown(found["against"].get("uniform"), sign="+")]
+        cells += [_said(made[what], "uniform") for what in texts]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _cost_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| method | its cost, tokens | baselines train on | text | loss | - uniform | - proportional | |"]
-    lines += ["|---|---:|---:|---|---:|---:|---:|---|"]
+    rivals = list(dict.fromkeys(name for made in rows for name in made["heldout"]["against"]))
+    head = ["method", "its cost, tokens", "rivals train on", "text", "loss", *(f"- {name}" for name in rivals)]
+    lines = [f"| {' | '.join(head)} | |"]
+    lines += [f"|---|---:|---:|---|---:|{'---:|' * len(rivals)}---|"]
     for made in rows:
-        for what, name in (("heldout", "held-out"), ("unseen", "unseen")):
+        for what, name in TEXTS.items():
             if what not in made:
                 continue
             against = made[what]["against"]
             said = "; ".join(_said(made[what], other) for other in against)
-            differences = [_shown(against.get(other), sign="+") for other in ("uniform", "proportional")]
+            differences = [_shown(against[other], sign="+") for other in rivals]
             cells = [made["method"], f"{made['cost']:,.0f}", f"{made['baseline_tokens']:,}", name, _shown(made[what])]
             lines.append(f"| {' | '.join([*cells, *differences, said])} |")
     return lines
@@ -108,12 +115,12 @@ def _shown(found: Mapping[str, Any] | None, *, sign: str = "") -> str:
     return f"{found['mean']:{sign}.4f} ± {found['stderr']:.4f}" if found else "–"
 
 
-def _said(found: Mapping[str, Any] | None, other: str) -> str:
-    return found["against"][other]["verdict"] if found and other in found["against"] else "–"
+def _said(found: Mapping[str, Any], other: str) -> str:
+    return found["against"][other]["verdict"] if other in found["against"] else "–"
 
 
 def _by_seed(results: Mapping[int, Any], what: str) -> dict[int, float]:
-    return {seed: mean(result[what]) for seed, result in results.items() if result[what]}
+    return {seed: mean(result[what]) for seed, result in results.items() if result.get(what)}
 
 
 def _spread(results: Mapping[int, Any]) -> dict[str, dict[str, float]]:
