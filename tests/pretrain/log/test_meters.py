@@ -133,6 +133,18 @@ def test_the_peak_of_a_processor_is_the_speed_of_its_best_matrix_product(
     assert meters.peak(CPU, torch.float32, size=64, rounds=3) == 2 * 64**3 / 1.0
 
 
+def test_short_products_are_repeated_until_one_of_them_had_the_processor_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = [0.03, 0.03, 0.03, 0.03, 0.03, 0.05, 0.001]  # the sixth reaches the 0.2 s
+    clock = iter([at for second in seconds for at in (0.0, second)])
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
+    assert meters.peak(CPU, torch.float32, size=64) == 2 * 64**3 / 0.03
+    monkeypatch.setattr(meters, "SECONDS", 0.2005)
+    clock = iter([at for second in seconds for at in (0.0, second)])
+    assert meters.peak(CPU, torch.float32, size=64) == 2 * 64**3 / 0.001
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
