@@ -118,6 +118,9 @@ def test_an_estimate_costs_its_flops_in_tokens_of_the_training_and_methods_of_a_
     assert estimates.cost(ground, made[wanted[0]]) == 0.25
     estimates.run(ground, wanted, proxy_tokens=100, units=8)
     assert len(stages) == 3
+    target = estimates.Wanted(method="olmix", seed=0, tokens=1000, target="b")
+    estimates.run(ground, [target], proxy_tokens=100, units=8)
+    assert stages[3] == stages[0]  # another target fits its law to the same swarm
     settings = estimates.mixture(ground, wanted[0], proxy_tokens=100, units=8)
     assert settings["weights"] == {"a": 1.0, "b": 1.0}
     assert "weights" not in estimates.mixture(ground, wanted[2], proxy_tokens=100, units=8)
@@ -126,7 +129,7 @@ def test_an_estimate_costs_its_flops_in_tokens_of_the_training_and_methods_of_a_
     assert settings == {"method": "reference_loss", "windows": 3}
 
 
-def test_estimates_towards_a_target_share_a_swarm_and_have_the_text_of_the_target_as_a_rival() -> None:
+def test_estimates_towards_a_target_are_told_it_and_have_its_own_text_as_a_baseline() -> None:
     ground: Any = SimpleNamespace(domains=["a", "b"], has_parent=False, proxy={"model": "scratch"})
 
     def made(method: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Comparison:
         self.tokens, self.target = on.params.tokens, target
 
     @property
-    def rivals(self) -> tuple[str, ...]:
+    def baselines(self) -> tuple[str, ...]:
         """What a method is held to at equal cost."""
         return BASELINES if self.target == MEAN else (*BASELINES, TARGET)
 
@@ -118,7 +118,7 @@ class Comparison:
         """The row of a method whose estimate costs something."""
         cost = self.cost(method)
         tokens = self.baseline_tokens(cost)
-        rivals = {name: self.trained(name, tokens) for name in self.rivals}
+        rivals = {name: self.trained(name, tokens) for name in self.baselines}
         made = table.row(method, self.trained(method, self.tokens), rivals)
         return {**made, "cost": cost, "baseline_tokens": tokens}
 

@@ -95,17 +95,17 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cost_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    rivals = list(dict.fromkeys(name for made in rows for name in made["heldout"]["against"]))
-    head = ["method", "its cost, tokens", "rivals train on", "text", "loss", *(f"- {name}" for name in rivals)]
+    baselines = list(dict.fromkeys(name for made in rows for name in made["heldout"]["against"]))
+    head = ["method", "its cost, tokens", "baselines train on", "text", "loss", *(f"- {name}" for name in baselines)]
     lines = [f"| {' | '.join(head)} | |"]
-    lines += [f"|---|---:|---:|---|---:|{'---:|' * len(rivals)}---|"]
+    lines += [f"|---|---:|---:|---|---:|{'---:|' * len(baselines)}---|"]
     for made in rows:
         for what, name in TEXTS.items():
             if what not in made:
                 continue
             against = made[what]["against"]
             said = "; ".join(_said(made[what], other) for other in against)
-            differences = [_shown(against[other], sign="+") for other in rivals]
+            differences = [_shown(against[other], sign="+") for other in baselines]
             cells = [made["method"], f"{made['cost']:,.0f}", f"{made['baseline_tokens']:,}", name, _shown(made[what])]
             lines.append(f"| {' | '.join([*cells, *differences, said])} |")
     return lines
