@@ -102,7 +102,9 @@ def peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, rounds: 
     """FLOP/s of one device that MFU is a share of.
 
     The data sheet's for bf16 and fp16 on a card in BF16_PEAKS; else the best of `rounds` products of square matrices
-    of `size` (8 times that on CUDA) in `dtype`, with this process's threads, or of as many as SECONDS hold.
+    of `size` (8 times that on CUDA) in `dtype`, or of as many as SECONDS hold. On a processor one thread computes
+    them, and the peak is that of all of this process's threads: products of several threads wait for the last one,
+    so that beside other work none may be undisturbed.
     """
     import torch
 
@@ -113,13 +115,16 @@ def peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, rounds: 
             if known is not None:
                 return known
         size *= 8
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     a = torch.ones(size, size, dtype=dtype, device=device)
     taken: list[float] = []
     while len(taken) < rounds or sum(taken) < SECONDS:
         begun = time.perf_counter()
         (a @ a)[0, 0].item()  # the read waits for the device
         taken.append(time.perf_counter() - begun)
-    return 2 * size**3 / min(taken)
+    torch.set_num_threads(threads)
+    return 2 * size**3 / min(taken) * (1 if device.type == "cuda" else threads)
 
 
 def timing(

@@ -130,7 +130,18 @@ def test_the_peak_of_a_processor_is_the_speed_of_its_best_matrix_product(
 ) -> None:
     clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    assert meters.peak(CPU, torch.float32, size=64, rounds=3) == 2 * 64**3 / 1.0
+    threads = torch.get_num_threads()
+    assert meters.peak(CPU, torch.float32, size=64, rounds=3) == 2 * 64**3 / 1.0 * threads
+    assert torch.get_num_threads() == threads
+
+
+def test_the_peak_of_a_processor_counts_the_threads_that_a_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(meters.time, "perf_counter", iter([0.0, 1.0]).__next__)
+    assert meters.peak(CPU, torch.float32, size=64, rounds=1) == 2 * 64**3 * 7
+    assert used == [1, 7]
 
 
 def test_short_products_are_repeated_until_one_of_them_had_the_processor_for_itself(
@@ -139,10 +150,10 @@ def test_short_products_are_repeated_until_one_of_them_had_the_processor_for_its
     seconds = [0.03, 0.03, 0.03, 0.03, 0.03, 0.05, 0.001]  # the sixth reaches the 0.2 s
     clock = iter([at for second in seconds for at in (0.0, second)])
     monkeypatch.setattr(meters.time, "perf_counter", lambda: next(clock))
-    assert meters.peak(CPU, torch.float32, size=64) == 2 * 64**3 / 0.03
+    assert meters.peak(CPU, torch.float32, size=64) == 2 * 64**3 / 0.03 * torch.get_num_threads()
     monkeypatch.setattr(meters, "SECONDS", 0.2005)
     clock = iter([at for second in seconds for at in (0.0, second)])
-    assert meters.peak(CPU, torch.float32, size=64) == 2 * 64**3 / 0.001
+    assert meters.peak(CPU, torch.float32, size=64) == 2 * 64**3 / 0.001 * torch.get_num_threads()
 
 
 @pytest.mark.parametrize(
