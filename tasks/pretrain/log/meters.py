@@ -98,11 +98,11 @@ def flops(config: Any, *, seq_len: int, what: What = "all") -> int:
     return counts.flops_per_token(config, seq_len=seq_len, what=what)["train"]
 
 
-def peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, rounds: int = 5) -> float:
+def peak(device: torch.device, dtype: torch.dtype, *, size: int = 512, rounds: int = 5) -> float:
     """FLOP/s of one device that MFU is a share of.
 
     The data sheet's for bf16 and fp16 on a card in BF16_PEAKS; else the best of `rounds` products of square matrices
-    of `size` (8 times that on CUDA) in `dtype`, or of as many as SECONDS hold. On a processor one thread computes
+    of `size` (16 times that on CUDA) in `dtype`, or of as many as SECONDS hold. On a processor one thread computes
     them, and the peak is that of all of this process's threads: products of several threads wait for the last one,
     so that beside other work none may be undisturbed.
     """
@@ -114,7 +114,7 @@ def peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, rounds: 
             known = next((value for card, value in BF16_PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
             if known is not None:
                 return known
-        size *= 8
+        size *= 16
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a = torch.ones(size, size, dtype=dtype, device=device)
