@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from tasks.moe import device as devices
 from tasks.tools.estimate import Memory
 
@@ -24,23 +22,12 @@ def lacks(first: Memory, others: list[Memory]) -> str:
     return f"does not fit here ({', '.join(short)})" if short else ""
 
 
-def matrix_speed(*, bfloat16: bool, seconds: float = 0.5) -> tuple[float, str]:
-    """Measure this machine's matrix products: (FLOP/s, what was measured), on one GPU or on all CPU threads."""
+def matrix_speed(*, bfloat16: bool) -> tuple[float, str]:
+    """FLOP/s of one process on this machine (`meters.peak`), and what computes them: a GPU, or all CPU threads."""
     import torch
 
-    device = devices.default()
-    size = 8192 if device == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    from tasks.pretrain.log import meters
 
-    def product() -> None:
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    product()
-    start, done = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < seconds:
-        product()
-        done += 1
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return done * 2 * size**3 / spent, where
+    device = torch.device(devices.default())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return meters.peak(device, torch.bfloat16 if bfloat16 else torch.float32), where

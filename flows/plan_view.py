@@ -159,7 +159,7 @@ def _estimated_time(table: Table, cost: plan.Plan, train: Pretrain, *, tflops: f
     if tflops is None:
         measured, where = plan_machine.matrix_speed(bfloat16=cost.dtype == "bfloat16")
         processes = train.processes if "CPU" not in where else 1  # processes on one CPU share it
-        speed, basis = measured * processes, f"{where}, measured now at {measured / 1e12:.2f} TFLOP/s in {cost.dtype}"
+        speed, basis = measured * processes, f"{where}, whose peak is {measured / 1e12:.2f} TFLOP/s in {cost.dtype}"
     else:
         processes = train.processes
         speed, basis = tflops * 1e12 * processes, f"the given {tflops:g} TFLOP/s"
