@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.partition.compare",
         description="Perplexity right after the split, method by method, beside bounds, pruning and peers.",
-        epilog="With the defaults 115 rows, estimated at four hours of one core for the default model (two and a half "
+        epilog="With the defaults 127 rows, estimated at four hours of one core for the default model (two and a half "
         "with --seeds 1): a row without calibration text takes half a minute, one with it 1 to 5 minutes.",
     )
     parser.add_argument("--model", default="smollm2-135m-q4", help="a dense model under data/models")

@@ -20,7 +20,13 @@ _FITTED: dict[str, dict[str, Any]] = {
     ", refit": {"down_proj": "refit"},
     ", refit and fit": {"down_proj": "refit", "fit_passes": FIT_PASSES},
 }
-_FINE = ((64, ""), (192, ""), (384, ""), (768, ""), (64, ", refit"), (384, ", refit"), (384, ", refit and fit"))
+_WIDE = (8, 16, 24, 48)
+"""Experts in all, of 192, 96, 64 and 32 neurons where the FFN has 1,536: widths and numbers that engines run."""
+_FINE = (
+    *((total, "") for total in (64, 192, 384, 768)),
+    *((total, ", refit") for total in (*_WIDE, 64, 384)),
+    (384, ", refit and fit"),
+)
 """Experts in all, and what is fitted."""
 
 
