@@ -1,6 +1,6 @@
 """Compare methods of domain weights by what a model trained with them is worth.
 
-    python -m tasks.mixture.compare FOLDER --corpus data/corpora/wide --unseen docs
+    python -m tasks.mixture.compare FOLDER --corpus data/corpora/wide
     python -m tasks.mixture.compare FOLDER --pipeline demo --methods uniform proportional dynamic
 
 Each method's weights come from the stage `mixture`, which runs in FOLDER as in any project. A model is trained with
