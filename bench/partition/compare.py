@@ -117,6 +117,7 @@ def _method(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> di
 
     partition = Partition.model_validate(job.partition)
     with scratch.workspace("compare", scratch.fingerprint(asdict(job)), inputs=asdict(job)) as folder:
+        shutil.rmtree(folder / "moe", ignore_errors=True)  # of a row that failed or was killed
         start = time.perf_counter()
         made = construct(
             Path(job.model_dir),

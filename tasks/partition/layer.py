@@ -103,7 +103,7 @@ class Layer:
         """`top_k_T` in the parts that `chunks` gives, [CHUNK]; None for each part without it."""
         count = len(self.inputs if tokens is None else tokens)
         if self.top_k_T is None:
-            yield from [None] * -(-count // CHUNK)
+            yield from [None] * max(1, -(-count // CHUNK))  # `split` gives one part of no tokens too
         else:
             yield from (self.top_k_T if tokens is None else self.top_k_T[tokens]).split(CHUNK)
 

@@ -130,6 +130,18 @@ def _fitted(layer, *, passes, seed=0):
     return made
 
 
+@pytest.mark.parametrize("refit", ["refit", "refit_experts"])
+def test_an_expert_that_no_calibration_token_passes_keeps_its_weights_and_the_others_are_refitted(refit):
+    layer, never = ffn(), 3
+    made = _converted(layer, sizes=Sizes(width=48, experts=6, shared=2, size=6, top_k=1), scale=1.0)
+    made.router_ED[never] = made.router_ED[[0, 1]].mean(0)  # never above both
+    before, error = made.down_DN.clone(), _error(layer, made)
+    getattr(made, refit)()
+    own = EXPERTS[2 + never]
+    torch.testing.assert_close(made.down_DN[:, own], before[:, own])
+    assert _error(layer, made) < 0.9 * error
+
+
 def test_a_fit_loses_less_on_other_tokens_too_and_leaves_router_and_choices():
     layer = ffn(tokens=5000)
     before = _converted(layer)
