@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,24 +23,24 @@ GRACE = 10.0
 """Seconds between the request to stop and the end."""
 
 
-class Stop(BaseException):
-    """The owner wants the command to end."""
-
-
 def run(command: list[str]) -> int:
     """Run `command` to its end and return its exit code, or 143 if it was stopped."""
-    signal.signal(signal.SIGTERM, _stop)
-    child = None
-    try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, and the owner decides
-        threading.Thread(target=_watch_input, daemon=True).start()
-        return child.wait()
-    except Stop:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if child:
+    waited = {signal.SIGTERM, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # at its default, macOS drops it while it is blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, waited)  # a handler would miss one that comes just before waitpid()
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, waited),
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the owner too, and the owner decides
+    threading.Thread(target=_watch_input, daemon=True).start()
+    while (code := child.poll()) is None:
+        if signal.sigwait(waited) == signal.SIGTERM:
             end(child.pid)
-        return 128 + signal.SIGTERM
+            return 128 + signal.SIGTERM
+    return code
 
 
 def end(pid: int) -> None:
@@ -79,14 +78,10 @@ def _signal(process: psutil.Process, number: int) -> None:
         return
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise Stop
-
-
 def _watch_input() -> None:
     while os.read(0, 1024):
         pass
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # it alone waits, and must wake
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ say which process died.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -18,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tasks import scratch
@@ -39,25 +37,28 @@ def run(train: Callable[[], None], *, workspace: Path, lifeline: bool) -> int:
             the signal if killed.
         lifeline: end as soon as standard input closes, whose other end the launcher holds.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED)  # until they can be forwarded
+    waited = {*_ASKED, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # at its default, macOS drops it while it is blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waited)
         die_with_parent(signal.SIGKILL)
         if lifeline:
             _end_with_input()
         return _train(train, workspace=workspace, quiet=lifeline)
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
-
-    for number in _ASKED:
-        signal.signal(number, forward)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    for number in _ASKED:  # the launcher ends all ranks when one fails, and this report must still be written
-        signal.signal(number, signal.SIG_IGN)
+    # Signals stay blocked and are taken one by one: a handler beside waitpid() would miss one that comes just before
+    # it. They stay blocked to the end: the launcher ends all ranks when one fails, and this report must be written.
+    ended, status = 0, 0
+    while not ended:
+        number = signal.sigwait(waited)
+        if number == signal.SIGCHLD:
+            ended, status = os.waitpid(child, os.WNOHANG)  # 0 if the child was only stopped
+        else:
+            os.kill(child, number)  # not reaped yet, so the id is its own
+    code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return code
     if -code not in _ASKED:
