@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -164,6 +165,7 @@ def run(job: Job) -> None:
     job.write()
     with (job.workspace / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
         worker.run(job)
+    gc.collect()  # model and optimizer stand in circles of references; the next unit's would come on top
 
 
 def unseen(checkpoint: Path, setup: Setup) -> dict[str, float]:

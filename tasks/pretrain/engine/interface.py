@@ -124,6 +124,10 @@ class Engine:
         else:
             universal.load(self.deepspeed, folder, is_universal=False)
 
+    def close(self) -> None:
+        """Take out DeepSpeed's hooks: autograd's nodes hold them, they the model, and no collector sees the circle."""
+        self.deepspeed.destroy()
+
 
 def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any] | None = None) -> Engine:
     """Put a model into an engine, freeze in it what no phase trains, and fit the buckets to its size.

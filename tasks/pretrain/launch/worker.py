@@ -9,6 +9,7 @@ other end, so no worker outlives it, not even after kill -9.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -66,7 +67,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
     process = Process(rank=rank, world_size=world_size, device=device, hosts=hosts)
     trainer = Trainer(job, engine=engine, objective=objective, process=process)
-    with trainer.loader:
+    with contextlib.closing(engine), trainer.loader:
         trainer.run()
         outputs.write(trainer)
     torch.distributed.barrier()

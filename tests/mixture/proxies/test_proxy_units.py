@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def test_a_unit_returns_the_losses_of_a_plain_forward_pass_on_every_domain(proje
     again = units.train(setup, weights=EVEN, seed=1, workspace=project / "two")
     other = units.train(setup, weights={"prose": 1.0, "code": 0.0}, seed=1, workspace=project / "three")
     assert (again == losses, other["prose"] < losses["prose"]) == (True, True)
+
+
+def test_a_unit_leaves_no_tensor_behind(project: Path) -> None:
+    def held() -> int:
+        """Elements of all tensors, of those too that only a collection would free."""
+        return sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.Tensor))
+
+    setup = setup_of(project)
+    before = held()
+    units.train(setup, weights=EVEN, seed=1, workspace=project / "one")
+    assert held() <= before
 
 
 def test_in_a_thread_beside_others_a_unit_has_a_process_of_its_own(
