@@ -53,7 +53,7 @@ def build(texts: dict[str, list[str]]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from tasks.corpus import fingerprint
-    from tasks.corpus.build import stage
+    from tasks.corpus.prepare import stage
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts["prose"] + texts["code"], vocab_size=VOCABULARY, special_tokens=["<|end|>"])

@@ -126,7 +126,7 @@ def ours(model: Path, *, work: Path, files: list[Path]) -> Run:
     import pyarrow as pa
 
     from tasks.corpus import fingerprint
-    from tasks.corpus.build import stage
+    from tasks.corpus.prepare import stage
 
     corpora = {
         file.stem.split(".")[0]: {

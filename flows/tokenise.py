@@ -5,7 +5,7 @@
     python -m flows.tokenise demo                                         # the same flow, with Prefect's log
     prefect deployment run tokenise/demo                                  # on a server, by a worker
 
-The units leave what they made in the work folder (tasks/corpus/build/planning.py), so the stage finds it done and only
+The units leave what they made in the work folder (tasks/corpus/prepare/planning.py), so the stage finds it done and only
 publishes; `dvc repro` and this flow leave the same dvc.lock.
 """
 
@@ -31,8 +31,8 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from flows import dag, environment, stages
 from flows.stages import Outcome
 from tasks import settings
-from tasks.corpus.build import stage
-from tasks.corpus.build.planning import Unit
+from tasks.corpus.prepare import stage
+from tasks.corpus.prepare.planning import Unit
 from tasks.corpus.records import CorpusError
 from tasks.pretrain.job import TrainingError
 

@@ -25,7 +25,7 @@ from flows.tokenise import (
     units_through,
 )
 from tasks import settings
-from tasks.corpus.build import stage
+from tasks.corpus.prepare import stage
 from tasks.mixture import __main__ as mixture
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 
 from tasks.corpus import fingerprint
-from tasks.corpus.build import planning, stage
+from tasks.corpus.prepare import planning, stage
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from tasks import scratch, settings
 from tasks.corpus import files, manifest, shards
-from tasks.corpus.build import planning, scan, stage, tokenise
+from tasks.corpus.prepare import planning, scan, stage, tokenise
 from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import CorpusError, Document, Record
 from tasks.corpus.tokenizer import encoder

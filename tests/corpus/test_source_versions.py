@@ -13,7 +13,7 @@ import pytest
 
 from tasks import scratch, sources
 from tasks.corpus import fingerprint, manifest
-from tasks.corpus.build import chunk_store, resolve, scan, stage
+from tasks.corpus.prepare import chunk_store, resolve, scan, stage
 from tasks.sources import hashes
 from tests.archives import pack
 from tests.corpus.readers.reading import lines

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.corpus import fingerprint, shards
-from tasks.corpus.build import stage
+from tasks.corpus.prepare import stage
 from tasks.corpus.tokenizer import encoder
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ import pytest
 from tasks import scratch
 from tasks.corpus import __main__ as command
 from tasks.corpus import fingerprint
-from tasks.corpus.build import planning, stage
-from tasks.corpus.build.planning import Unit
+from tasks.corpus.prepare import planning, stage
+from tasks.corpus.prepare.planning import Unit
 from tasks.corpus.tokenizer import encoder
 from tests.conftest import SETTINGS
 from tests.flows.conftest import alive, server, until

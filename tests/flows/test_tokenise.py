@@ -20,7 +20,7 @@ from prefect.flows import load_flow_from_entrypoint
 
 from flows import dag, domains, tokenise
 from flows.tokenise import RunnerError, RunnerName, task_runner
-from tasks.corpus.build.planning import Unit
+from tasks.corpus.prepare.planning import Unit
 from tasks.corpus.records import CorpusError
 from tests.flows.conftest import ROOT, alive, ran, until
 from tests.flows.test_stages import task_runs

@@ -12,7 +12,7 @@ import pytest
 
 from tasks import scratch
 from tasks.corpus import fingerprint
-from tasks.corpus.build import stage as corpus
+from tasks.corpus.prepare import stage as corpus
 from tasks.evaluate import __main__ as evaluate
 from tasks.mixture import __main__ as mixture
 from tasks.moe import dense

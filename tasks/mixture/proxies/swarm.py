@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks import scratch
-from tasks.corpus.build import stage
+from tasks.corpus.prepare import stage
 from tasks.mixture.problem import Problem, prior
 from tasks.mixture.proxies import models, units
 from tasks.mixture.proxies.units import Setup

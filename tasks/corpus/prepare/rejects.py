@@ -13,8 +13,8 @@ from pathlib import Path
 import orjson
 
 from tasks.corpus import files
-from tasks.corpus.build import chunk_store
-from tasks.corpus.build.planning import Plan
+from tasks.corpus.prepare import chunk_store
+from tasks.corpus.prepare.planning import Plan
 from tasks.corpus.records import CorpusError
 
 EXAMPLES = 100  # bad records of a rule shown per task

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tasks import display
-from tasks.corpus.build import corpus_display
-from tasks.corpus.build.corpus_display import CorpusDisplay
-from tasks.corpus.build.counters import Meter
+from tasks.corpus.prepare import corpus_display
+from tasks.corpus.prepare.corpus_display import CorpusDisplay
+from tasks.corpus.prepare.counters import Meter
 from tests.terminals import Terminal
 
 

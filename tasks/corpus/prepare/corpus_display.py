@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tasks.corpus.build.counters import Counters
+from tasks.corpus.prepare.counters import Counters
 from tasks.display import ONE_LINE, Display, bar, time_left
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import pytest
 
 from tasks import scratch, settings, sources
 from tasks.corpus import manifest, shards
-from tasks.corpus.build import chunk_store, scan, stage, tokenise
+from tasks.corpus.prepare import chunk_store, scan, stage, tokenise
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
 from tests.corpus.texts import ROOT, Project, jsonl, run, sentences, texts_of

@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks import code, scratch
 from tasks.corpus import shards
-from tasks.corpus.build import stage
+from tasks.corpus.prepare import stage
 from tests.corpus.texts import CORPUS
 
 CALLS = ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir")

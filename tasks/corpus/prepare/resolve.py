@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import files
-from tasks.corpus.build import chunk_store, rejects, scan
-from tasks.corpus.build.planning import Plan
+from tasks.corpus.prepare import chunk_store, rejects, scan
+from tasks.corpus.prepare.planning import Plan
 from tasks.corpus.dedup import duplicates
 from tasks.corpus.manifest import SPLITS
 from tasks.corpus.records import CorpusError

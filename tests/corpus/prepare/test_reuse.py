@@ -12,7 +12,7 @@ import pytest
 
 from tasks import scratch
 from tasks.corpus import manifest
-from tasks.corpus.build import chunk_store, publishing, scan
+from tasks.corpus.prepare import chunk_store, publishing, scan
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
 from tests.corpus.texts import Project, jsonl, run, sentences

@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from tasks.corpus import __main__ as main
-from tasks.corpus.build import stage
+from tasks.corpus.prepare import stage
 from tasks.tools import verify_corpus as verify
-from tests.corpus.build import crashes
+from tests.corpus.prepare import crashes
 from tests.corpus.texts import ROOT, Project, run, sentences
 from tests.flows.conftest import alive, until
 
@@ -57,7 +57,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_killed_at_many_calls_every_run_that_ends_gives_the_bytes_of_an_undisturbed_one(clean: str) -> None:
-    process = start(str(ROOT / "tests/corpus/build/crashes.py"), str(KILLS), "0")
+    process = start(str(ROOT / "tests/corpus/prepare/crashes.py"), str(KILLS), "0")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     counts = json.loads(output)

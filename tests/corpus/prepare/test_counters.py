@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.corpus import files
-from tasks.corpus.build import counters
-from tasks.corpus.build.counters import Counters, Meter, Snapshot
+from tasks.corpus.prepare import counters
+from tasks.corpus.prepare.counters import Counters, Meter, Snapshot
 
 
 def meter(folder: Path, *, phase: str = "scan", task: int = 0) -> Meter:

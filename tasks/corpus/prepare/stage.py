@@ -23,8 +23,8 @@ from typing import Any
 
 from tasks import code, scratch, settings, sources
 from tasks.corpus import files, fingerprint, source_versions
-from tasks.corpus.build import corpus_display, counters, planning, publishing, resolve, scan, tokenise
-from tasks.corpus.build.planning import PHASES, Phase, Plan, Unit
+from tasks.corpus.prepare import corpus_display, counters, planning, publishing, resolve, scan, tokenise
+from tasks.corpus.prepare.planning import PHASES, Phase, Plan, Unit
 from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder

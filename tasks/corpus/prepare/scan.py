@@ -12,9 +12,9 @@ from typing import Any
 
 import xxhash
 
-from tasks.corpus.build import chunk_store, planning, rejects
-from tasks.corpus.build.counters import Meter
-from tasks.corpus.build.planning import SOURCES, Plan
+from tasks.corpus.prepare import chunk_store, planning, rejects
+from tasks.corpus.prepare.counters import Meter
+from tasks.corpus.prepare.planning import SOURCES, Plan
 from tasks.corpus.dedup import decontamination, minhash
 from tasks.corpus.filters import chain
 from tasks.corpus.readers.base import Reader
