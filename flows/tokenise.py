@@ -5,8 +5,8 @@
     python -m flows.tokenise demo                                         # the same flow, with Prefect's log
     prefect deployment run tokenise/demo                                  # on a server, by a worker
 
-The units leave what they made in the work folder (tasks/corpus/prepare/planning.py), so the stage finds it done and only
-publishes; `dvc repro` and this flow leave the same dvc.lock.
+The units leave what they made in the work folder (tasks/corpus/prepare/planning.py), so the stage finds it done and
+only publishes; `dvc repro` and this flow leave the same dvc.lock.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from tasks import plugin
 
 LARGEST = 1 << 53
 """The largest integer that a float64, and so JSON anywhere, holds exactly."""
@@ -27,3 +30,26 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def extended(section: str) -> Callable[[type[Section]], type[Section]]:
+    """Class decorator: add the fields that plug-ins have for this section of pipelines.yaml.
+
+    A plug-in reads its own field of the section; the core has no name for it.
+    """
+
+    def extend(core: type[Section]) -> type[Section]:
+        added: dict[str, Any] = plugin.fields(section)
+        if taken := sorted(added.keys() & core.model_fields.keys()):
+            raise ValueError(f"a plug-in's {section}.{taken[0]} is a field of the core already")
+        return create_model(core.__name__, __base__=core, __module__=core.__module__, __doc__=core.__doc__, **added)
+
+    return extend
+
+
+def choice(field: str, *values: str) -> Any:
+    """The annotation of a setting with a fixed set of values: the core's, then those of plug-ins."""
+    return Literal[(*values, *plugin.choices(field))]

@@ -12,9 +12,9 @@ import numpy as np
 
 from tasks import scratch
 from tasks.corpus import files, fingerprint, manifest, shards
+from tasks.corpus.dedup import decontamination
 from tasks.corpus.prepare import tokenise
 from tasks.corpus.prepare.planning import SOURCES, Plan
-from tasks.corpus.dedup import decontamination
 from tasks.corpus.tokenizer.encoder import Encoder
 
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import files
-from tasks.corpus.prepare import chunk_store, rejects, scan
-from tasks.corpus.prepare.planning import Plan
 from tasks.corpus.dedup import duplicates
 from tasks.corpus.manifest import SPLITS
+from tasks.corpus.prepare import chunk_store, rejects, scan
+from tasks.corpus.prepare.planning import Plan
 from tasks.corpus.records import CorpusError
 
 OUTCOMES = (*SPLITS, "duplicate", "near_duplicate")

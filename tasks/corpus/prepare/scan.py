@@ -12,11 +12,11 @@ from typing import Any
 
 import xxhash
 
+from tasks.corpus.dedup import decontamination, minhash
+from tasks.corpus.filters import chain
 from tasks.corpus.prepare import chunk_store, planning, rejects
 from tasks.corpus.prepare.counters import Meter
 from tasks.corpus.prepare.planning import SOURCES, Plan
-from tasks.corpus.dedup import decontamination, minhash
-from tasks.corpus.filters import chain
 from tasks.corpus.readers.base import Reader
 from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import CorpusError, Document, Record, Reject

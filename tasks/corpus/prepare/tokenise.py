@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from tasks import scratch
 from tasks.corpus import shards
+from tasks.corpus.manifest import SPLITS
 from tasks.corpus.prepare import chunk_store, rejects, resolve, scan
 from tasks.corpus.prepare.counters import Meter
 from tasks.corpus.prepare.planning import Plan
 from tasks.corpus.prepare.resolve import OUTCOMES
-from tasks.corpus.manifest import SPLITS
 from tasks.corpus.records import runs
 from tasks.corpus.sampling import permutation
 from tasks.corpus.tokenizer.encoder import Encoder

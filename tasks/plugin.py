@@ -1,0 +1,63 @@
+"""The registry of optional features: what the core asks instead of naming one.
+
+A plug-in is a folder `tasks/plugins/<name>/`. Each of its files with a name from `SEAMS` fills the seam of that name;
+a missing file fills none. Deleting the folder, its tests and its entries in pipelines.yaml deletes the feature.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FOLDER = Path(__file__).parent / "plugins"
+SEAMS: Mapping[str, str] = {
+    "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
+}
+"""{file name: what the core reads of the module}."""
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """The plug-ins of this installation, sorted."""
+    return tuple(sorted(path.parent.name for path in FOLDER.glob("*/__init__.py")))
+
+
+@functools.cache
+def modules(seam: str) -> Mapping[str, ModuleType]:
+    """{plug-in: its module for a seam}, of the plug-ins that have one. Imports them.
+
+    Raises:
+        KeyError: there is no such seam.
+    """
+    if seam not in SEAMS:
+        raise KeyError(f"{seam!r} is no seam; seams: {', '.join(SEAMS)}")
+    return {
+        name: importlib.import_module(f"tasks.plugins.{name}.{seam}")
+        for name in names()
+        if (FOLDER / name / f"{seam}.py").is_file()
+    }
+
+
+def fields(section: str) -> dict[str, Any]:
+    """{field: (annotation, default)} that plug-ins add to a section of the settings, such as `pretrain`.
+
+    Raises:
+        ValueError: two plug-ins add the same field.
+    """
+    found: dict[str, Any] = {}
+    for name, module in modules("settings").items():
+        for field, definition in getattr(module, "FIELDS", {}).get(section, {}).items():
+            if field in found:
+                raise ValueError(f"tasks/plugins/{name}/settings.py: another plug-in has {section}.{field} already")
+            found[field] = definition
+    return found
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """The values that plug-ins add to a setting with a fixed set of values, such as `mixture.method`."""
+    found = (getattr(module, "CHOICES", {}).get(field, ()) for module in modules("settings").values())
+    return tuple(value for values in found for value in values)
