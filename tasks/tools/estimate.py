@@ -1,6 +1,6 @@
 """What a training run will need, from its settings: memory per process and ZeRO stage, disk, and with a speed, time.
 
-The terms are those of what the engine does, stage by stage; `bench/estimate.py` holds them against real runs.
+The terms are those of what the engine does, stage by stage; tests hold them against real runs.
 
 Shapes: T tokens of a forward pass, D hidden, V vocabulary, K experts per token, E experts, F width of one.
 """

@@ -17,7 +17,7 @@ COMMANDS = [
 
 
 def test_the_commands_are_found():
-    assert {"bench.convert", "bench.kernels.gpu_layer", "bench.tune.__main__"} <= set(COMMANDS)
+    assert {"bench.speed", "bench.kernels.gpu_layer", "bench.tune.__main__"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,1 +1,0 @@
-"""The split beside its dense child over the size of the parent."""
