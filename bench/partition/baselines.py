@@ -1,4 +1,4 @@
-"""What a split is held against: the dense model with its FFNs replaced, layer by layer, on validation windows.
+"""What a conversion is held against: the dense model with its FFNs replaced, layer by layer, on validation windows.
 
 The oracles look at the answer and bound what can be reached; static pruning is the plainest alternative. Each is a
 `Build`: it sees one dense FFN and gives the function that stands in its place.

@@ -1,7 +1,7 @@
-"""Every split beside what bounds it and what others make of the same model, right after the split.
+"""Every partition method beside its bounds and pruning, right after the conversion.
 
     python -m bench.partition.compare                       # the whole table
-    python -m bench.partition.compare --only oracle peer    # rows whose name has one of these words in it
+    python -m bench.partition.compare --only oracle LLaMA   # rows whose name has one of these words in it
 
 Prints method x share of the FFN active: perplexity on validation windows of every domain and its ratio to the dense
 parent's, identity error, seconds of construction, peak memory, and the speed of a converted layer. A row runs in a
@@ -68,11 +68,10 @@ def jobs(
     where |= {"windows": windows, "calibration": calibration}
     yield Job(row="dense", share=100, seed=0, **where)
     own = rows.methods(width, calibration=calibration)
-    names = [name for name in [*rows.plain(rows.SHARES[0], 0), *own] if not only or any(word in name for word in only)]
+    names = [name for name in [*rows.plain(rows.SHARES[0]), *own] if not only or any(word in name for word in only)]
     for share in shares:
         for name in names:
-            seeded = name in rows.SEEDED if name in own else rows.plain(share, 0)[name].seeded
-            for seed in range(seeds if seeded else 1):
+            for seed in range(seeds if name in rows.SEEDED else 1):
                 options = own[name][share].model_copy(update={"seed": seed}).model_dump() if name in own else None
                 yield Job(row=name, share=share, seed=seed, partition=options, **where)
 
@@ -95,7 +94,7 @@ def _plain(job: Job, parent: Streamed, validation: dict[str, np.ndarray]) -> dic
     from bench.partition import baselines
     from tasks.partition import calibration
 
-    row, text = rows.plain(job.share, job.seed)[job.row], None
+    row, text = rows.plain(job.share)[job.row], None
     if row.calibrated:
         text, _ = calibration.draw(Path(job.corpus_dir), seq_len=SEQ_LEN, count=job.calibration, seed=job.seed)
     measured = baselines.measure(parent, validation, row.build, calibration=text)
@@ -247,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compute what is missing, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.partition.compare",
-        description="Perplexity right after the split, method by method, beside bounds, pruning and peers.",
-        epilog="With the defaults 127 rows, estimated at four hours of one core for the default model (two and a half "
+        description="Perplexity right after the conversion, method by method, beside bounds and pruning.",
+        epilog="With the defaults about 120 rows, some four hours of one core for the default model (two and a half "
         "with --seeds 1): a row without calibration text takes half a minute, one with it 1 to 5 minutes.",
     )
     parser.add_argument("--model", default="smollm2-135m-q4", help="a dense model under data/models")

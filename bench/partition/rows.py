@@ -1,18 +1,20 @@
-"""The rows of the comparison: bounds, pruning and peers, and what the partition stage makes."""
+"""The rows of the comparison: bounds, pruning, and what the partition stage makes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from bench.partition import baselines, peers
+from bench.partition import baselines
 from bench.partition.baselines import Build
 from tasks.settings import Partition
 
 SHARES = (50, 75, 25)  # in the order in which they are computed
 CALIBRATION = 28
 """Training windows by default, the same ones for every row with the same seed."""
-SEEDED = {"random", "clustering", "activation, 64 experts"}
+LLAMA_MOE = {"scale": "paper", "gate": "tanh", "router": "random"}
+"""LLaMA-MoE (arXiv 2406.16554) right after its conversion, with a linear router fitted to its gate."""
+SEEDED = {"random", "clustering", "LLaMA-MoE, random", "LLaMA-MoE, clustering", "activation, 64 experts"}
 """Rows of the stage that are made with every seed; the others, which seeds change little, with the first."""
 FIT_PASSES = 1  # of every row with a fit
 _FITTED: dict[str, dict[str, Any]] = {
@@ -35,34 +37,25 @@ class Plain:
     """A row that is no settings of the stage."""
 
     build: Build
-    seeded: bool = False
     calibrated: bool = False
     timed: bool = True
     """False for oracles, which compute every neuron and then drop some."""
 
 
-def plain(share: int, seed: int) -> dict[str, Plain]:
-    """Bounds, pruning and peers with `share` per cent of the FFN active; for 100, the dense model as well."""
+def plain(share: int) -> dict[str, Plain]:
+    """Bounds and pruning with `share` per cent of the FFN active; for 100, the dense model alone."""
     if share == 100:
         return {"dense": Plain(build=baselines.dense)}
-    part, top_k, half = share / 100, 8 * share // 100, 4 * share // 100
-
-    def llama_moe(split: Any, gate: Any) -> Plain:
-        build = peers.llama_moe(split, experts=8, top_k=top_k, gate=gate, seed=seed)
-        return Plain(build=build, seeded=True)
-
+    part = share / 100
+    pruned = {
+        "": baselines.static(part),
+        ", refit": baselines.static(part, refit=True),
+        ", refit and fit": baselines.static(part, refit=True, fit_passes=FIT_PASSES),
+    }
     return {
         "oracle: top neurons by activation": Plain(build=baselines.neuron_oracle(part), timed=False),
         "oracle: top neurons by contribution": Plain(build=baselines.neuron_oracle(part, weighted=True), timed=False),
-        "static pruning": Plain(build=baselines.static(part), calibrated=True),
-        "static pruning, refit": Plain(build=baselines.static(part, refit=True), calibrated=True),
-        "static pruning, refit and fit": Plain(
-            build=baselines.static(part, refit=True, fit_passes=FIT_PASSES), calibrated=True
-        ),
-        "peer: LLaMA-MoE random": llama_moe("random", "tanh"),
-        "peer: LLaMA-MoE random, linear gate": llama_moe("random", "linear"),
-        "peer: LLaMA-MoE clustering": llama_moe("clustering", "tanh"),
-        "peer: CMoE": Plain(build=peers.cmoe(experts=8 - half, shared=half, top_k=half), calibrated=True),
+        **{f"static pruning{fitted}": Plain(build=build, calibrated=True) for fitted, build in pruned.items()},
     }
 
 
@@ -105,7 +98,9 @@ def methods(width: int, *, calibration: int = CALIBRATION) -> dict[str, dict[int
         "importance, inner sharing": row("importance", eighths, sharing="inner"),
         "importance, inter sharing": row("importance", shared, sharing="inter"),
         "moebert": row("moebert", quarters),
-        "peer: MoEBERT": row("moebert", quarters, router="random"),
+        "MoEBERT": row("moebert", quarters, router="random"),
+        "LLaMA-MoE, random": row("random", eighths, **LLAMA_MOE),
+        "LLaMA-MoE, clustering": row("clustering", eighths, rows=["up"], metric="cosine", **LLAMA_MOE),
         **{
             f"token clusters, {total} experts, refit": row("token_clusters", clusters(total), down_proj="refit")
             for total in (8, 16)

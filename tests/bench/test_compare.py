@@ -90,13 +90,13 @@ def test_rows_that_depend_on_a_seed_are_listed_with_each_and_words_pick_rows(tmp
         ),
     ]
     assert ("clustering", 50, 1, 1) in listed("clustering")
-    assert ("peer: LLaMA-MoE clustering", 75, 1, None) in listed("clustering")
+    assert ("LLaMA-MoE, clustering", 75, 1, 1) in listed("clustering")
     assert set(rows.methods(1536)) >= rows.SEEDED
-    assert {row for row, *_ in listed()} == {"dense", *rows.plain(25, 0), *rows.methods(1536)}
+    assert {row for row, *_ in listed()} == {"dense", *rows.plain(25), *rows.methods(1536)}
 
 
-def test_bounds_pruning_and_peers_run(project):
-    for name, share in zip(rows.plain(25, 0), itertools.cycle(rows.SHARES)):
+def test_bounds_and_pruning_run(project):
+    for name, share in zip(rows.plain(25), itertools.cycle(rows.SHARES)):
         figures = compare.run(compare.Job(row=name, share=share, seed=0, **WHERE))
         assert set(figures["nats"]) == {"prose", "code"}, name
         assert all(0 < nats < 20 for nats in figures["nats"].values()), name
