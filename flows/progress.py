@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live display on a terminal, plain lines elsewhere.
+"""What a person sees of a run: a table of stages on a terminal, plain lines `stage | text` elsewhere.
 
 `stages.py` reports events here. Without a display, as under a Prefect worker, they go nowhere: Prefect's log has all.
 """
@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from tasks.display import Display
+from rich.progress import TaskID, TextColumn, TimeElapsedColumn
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from tasks.display import Display, text_column
 
 State = Literal["waiting", "running", "done", "cached", "failed"]
 
@@ -45,72 +42,46 @@ def line(stage: str, text: str) -> None:
 @contextmanager
 def display(*, terminal: bool | None = None) -> Iterator[None]:
     """Show the events reported inside the block: live if standard output is a terminal, else as lines."""
-    shown = StageDisplay(terminal=terminal)
-    _open.append(shown)
-    try:
-        with shown.area:
+    with StageDisplay(terminal=terminal) as shown:
+        _open.append(shown)
+        try:
             yield
-    finally:
-        _open.remove(shown)
+        finally:
+            _open.remove(shown)
 
 
-@dataclass
-class Row:
-    """A stage on the display."""
-
-    state: State = "waiting"
-    started: float | None = None
-    seconds: float = 0.0
-    text: str = ""
-
-    def move(self, new: State) -> None:
-        """Change the state, and keep the time."""
-        now = time.monotonic()
-        if new == "running" and self.started is None:
-            self.started = now
-        if new in ("done", "failed") and self.started is not None:
-            self.seconds, self.started = now - self.started, None
-        self.state = new
-
-    @property
-    def clock(self) -> str:
-        seconds = self.seconds if self.started is None else time.monotonic() - self.started
-        return f"{seconds:.0f} s" if seconds else ""
-
-
-class StageDisplay:
-    """A table of the stages (state, seconds, last line), or lines `stage | text`."""
+class StageDisplay(Display):
+    """A row for each stage (state, time, last line), or lines."""
 
     def __init__(self, *, terminal: bool | None = None) -> None:
-        self.rows: dict[str, Row] = {}
-        self.area = Display(self.table, stream=sys.stdout, terminal=terminal)
+        columns = [TextColumn(f"{{task.fields[{name}]}}") for name in ("mark", "stage", "state")]
+        super().__init__(
+            *columns, TimeElapsedColumn(), text_column("{task.fields[text]}"), stream=sys.stdout, terminal=terminal
+        )
+        self._rows: dict[str, TaskID] = {}
         self._lock = threading.Lock()
 
     def state(self, stage: str, new: State) -> None:
         with self._lock:
-            row = self.rows.setdefault(stage, Row())
-            row.move(new)
-            if not self.area.on_terminal and new != "waiting":
-                self.area.say(f"{stage} | == {new} {row.clock if row.seconds else ''}".rstrip())
+            if stage not in self._rows:
+                self._rows[stage] = self.bars.add_task(
+                    "", start=False, total=None, mark="", stage=stage, state=new, text=""
+                )
+            row = self._rows[stage]
+            if new == "running":
+                self.bars.start_task(row)
+            elif new != "waiting":
+                self.bars.stop_task(row)
+            self.bars.update(row, mark=_MARKS[new], state=new)
+            if new == "done":
+                self.bars.update(row, text="")
+            seconds = self.bars.tasks[row].elapsed
+            if not self.on_terminal and new != "waiting":
+                took = f" {seconds:.0f} s" if new in ("done", "failed") and seconds else ""
+                self.say(f"{stage} | == {new}{took}")
 
     def line(self, stage: str, text: str) -> None:
-        with self._lock:
-            if not self.area.on_terminal:
-                self.area.say(f"{stage} | {text}")
-            elif text.strip():
-                self.rows.setdefault(stage, Row()).text = text.strip()
-
-    def table(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table.grid(padding=(0, 1))
-        table.add_column()
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True, min_width=6)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        for name, row in list(self.rows.items()):
-            text = row.text if row.state in ("running", "failed") else ""
-            table.add_row(_MARKS[row.state], name, row.state, row.clock, Text(text, style="dim"))
-        return table
+        if not self.on_terminal:
+            self.say(f"{stage} | {text}")
+        elif text.strip():
+            self.bars.update(self._rows[stage], text=text.strip())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
+import sys
 
 import pytest
-from rich.console import Console
 
 from flows import progress
+from tests.terminals import Terminal
 
 
 def test_plain_lines_name_the_stage_and_how_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,26 +23,20 @@ def test_plain_lines_name_the_stage_and_how_it_ended(capsys: pytest.CaptureFixtu
     assert lines[3] == "corpus@demo | == cached"
 
 
-def test_the_live_table_shows_the_last_line_of_a_running_stage_and_not_its_markup() -> None:
-    live = progress.StageDisplay(terminal=True)
-    live.state("model@demo", "cached")
-    live.state("pretrain@demo", "running")
-    live.line("pretrain@demo", "step 3/48 [bold] loss 2.5")
-    console = Console(file=io.StringIO(), width=80)
-    console.print(live.table())
-    first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert "model@demo" in first
-    assert "cached" in first
-    assert "step 3/48 [bold] loss 2.5" in second
-
-
-def test_a_long_line_does_not_break_the_table() -> None:
-    live = progress.StageDisplay(terminal=True)
-    live.state("pretrain@demo", "running")
-    live.line("pretrain@demo", "x" * 500)
-    console = Console(file=io.StringIO(), width=60)
-    console.print(live.table())
-    assert [len(line) for line in console.file.getvalue().splitlines()] == [60]  # type: ignore[attr-defined]
+def test_the_live_table_shows_the_last_line_of_a_running_stage_cut_and_without_its_markup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal.open(monkeypatch, columns=60)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with progress.display():
+        progress.state("model@demo", "cached")
+        progress.state("pretrain@demo", "running")
+        progress.line("pretrain@demo", "step 3/48 [bold] loss 2.5 " + "x" * 500)
+    first, second, rest = terminal.screen(columns=60)
+    assert first.split()[:3] == ["≡", "model@demo", "cached"]
+    assert second.split()[:3] == ["▶", "pretrain@demo", "running"]
+    assert "step 3/48 [bold]" in second
+    assert rest == ""
 
 
 def test_after_the_display_events_go_nowhere(capsys: pytest.CaptureFixture[str]) -> None:

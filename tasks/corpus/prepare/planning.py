@@ -6,7 +6,6 @@ The work folder is `.scratch/corpus-NAME/FINGERPRINT/`; all processes and machin
     scan/DOMAIN-KEY/00000-000.arrow, .json …     documents of task 0 (chunk_store.py), and its summary 00000.json
     outcomes/KEY/DOMAIN/00000.npy, .json         the split of each document, or why it is dropped (resolve.py)
     tokenised/KEY/corpus/DOMAIN/…, done/DOMAIN/  shards and what is published with them (tokenise.py)
-    progress/                                    counters of each unit
 
 A KEY is a hash of everything that the work depends on (`Keys`), so that a changed setting keeps the work that it does
 not affect. FINGERPRINT is a hash of the code.

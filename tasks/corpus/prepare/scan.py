@@ -15,7 +15,6 @@ import xxhash
 from tasks.corpus.dedup import decontamination, minhash
 from tasks.corpus.filters import chain
 from tasks.corpus.prepare import chunk_store, planning, rejects
-from tasks.corpus.prepare.counters import Meter
 from tasks.corpus.prepare.planning import SOURCES, Plan
 from tasks.corpus.readers.base import Reader
 from tasks.corpus.readers.registry import open_reader
@@ -76,9 +75,9 @@ def is_done(plan: Plan, domain: str, *, task: int) -> bool:
     return all(path.exists() for path in band_paths(plan, domain, task=task))
 
 
-def scan(plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Callable[[], Encoder]) -> None:
+def scan(plan: Plan, *, domain: str, task: int, load_encoder: Callable[[], Encoder]) -> None:
     """Scan one task from its last committed chunk on. Raises CorpusError or SourceError naming the domain."""
-    job = _TaskScan(plan, domain=domain, task=task, meter=meter, load_encoder=load_encoder)
+    job = _TaskScan(plan, domain=domain, task=task, load_encoder=load_encoder)
     try:
         job.run()
     except _TooManyBad as error:
@@ -98,11 +97,9 @@ _readers = planning.PerThread(_open, most=8)
 
 
 class _TaskScan:
-    def __init__(
-        self, plan: Plan, *, domain: str, task: int, meter: Meter, load_encoder: Callable[[], Encoder]
-    ) -> None:
+    def __init__(self, plan: Plan, *, domain: str, task: int, load_encoder: Callable[[], Encoder]) -> None:
         corpus = plan.corpus
-        self.plan, self.domain, self.corpus, self.task, self.meter = plan, domain, corpus, task, meter
+        self.plan, self.domain, self.corpus, self.task = plan, domain, corpus, task
         self.load_encoder = load_encoder
         self.folder = folder(plan, domain)
         self.pieces = plan.tasks[domain][task]
@@ -146,9 +143,6 @@ class _TaskScan:
         self.next_check = max(MIN_BAD if self.corpus.max_bad else 1, self.bad)
         for index, path in enumerate(chunk_store.chunk_paths(self.folder, self.task)):
             self._write_bands(index, functools.partial(_signed_columns, path))
-        for chunk in self.chunks:
-            self.meter.rules.update({**chunk["rules"], **chunk["bad"]})
-            self.meter.add(documents=chunk["records"])
 
     def _read(self) -> None:
         skip = sum(chunk["records"] for chunk in self.chunks)
@@ -171,7 +165,6 @@ class _TaskScan:
         for index, piece in enumerate(self.pieces):
             self.piece = index
             self.rows.append((yield from self.reader.read(piece)))
-            self.meter.add(files=int(piece.start == 0))
 
     def _add(self, record: Record, *, number: int, chunk: chunk_store.Chunk) -> None:
         """Put a record into the chunk, as a document or as a reject."""
@@ -260,11 +253,8 @@ class _TaskScan:
     def _commit(self, chunk: chunk_store.Chunk) -> None:
         self._decontaminate(chunk)
         index = len(self.chunks)
-        summary = chunk_store.commit(self.folder, self.task, index=index, chunk=chunk)
-        self.chunks.append(summary)
+        self.chunks.append(chunk_store.commit(self.folder, self.task, index=index, chunk=chunk))
         self._write_bands(index, lambda: chunk.documents)
-        self.meter.rules.update({**summary["rules"], **summary["bad"]})
-        self.meter.add(documents=chunk.records, bytes=chunk.chars)
 
     def _write_bands(self, index: int, load: Callable[[], Any]) -> None:
         """Write the bands of a chunk, unless they are there; `load` gives the columns of its documents."""

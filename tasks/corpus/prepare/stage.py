@@ -23,11 +23,12 @@ from typing import Any
 
 from tasks import code, scratch, settings, sources
 from tasks.corpus import files, fingerprint, source_versions
-from tasks.corpus.prepare import corpus_display, counters, planning, publishing, resolve, scan, tokenise
+from tasks.corpus.prepare import planning, publishing, resolve, scan, tokenise
 from tasks.corpus.prepare.planning import PHASES, Phase, Plan, Unit
 from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
+from tasks.display import Progress
 
 MODELS = Path("data/models")
 FAILURES = (
@@ -47,6 +48,9 @@ WORKER_KILLED = (
 
 FILTER_PACKAGES = ("datatrove", "py3langid", "rensa", "wordfreq")
 """Packages whose version may change which documents are dropped."""
+
+POLL = 2.0
+"""Seconds between looks for finished units."""
 
 FAST = "tokenised"
 """The folder of shards by the fast tokenizer, unless a document shows that it is wrong."""
@@ -104,16 +108,14 @@ def run_unit(path: str, unit: Unit) -> None:
     plan = planning.load(Path(path))
     if _is_done(plan, unit):
         return
-    with counters.Meter(_progress(plan), phase=unit.phase, domain=unit.domain, task=unit.task) as meter:
-        if unit.phase == "scan":
-            # Only documents that come as ids need a tokenizer here, to be decoded.
-            load = functools.partial(_encoder, plan.corpus)
-            scan.scan(plan, domain=unit.domain, task=unit.task, meter=meter, load_encoder=load)
-        elif unit.phase == "resolve":
-            source_versions.require_unchanged(plan.corpus, planning.SOURCES, versions=plan.sources)
-            resolve.resolve(plan)
-        else:
-            _tokenise(plan, unit=unit, meter=meter)
+    if unit.phase == "scan":
+        # Only documents that come as ids need a tokenizer here, to be decoded.
+        scan.scan(plan, domain=unit.domain, task=unit.task, load_encoder=functools.partial(_encoder, plan.corpus))
+    elif unit.phase == "resolve":
+        source_versions.require_unchanged(plan.corpus, planning.SOURCES, versions=plan.sources)
+        resolve.resolve(plan)
+    else:
+        _tokenise(plan, unit=unit)
 
 
 def processes(workers: int | None = None) -> Runner:
@@ -194,11 +196,7 @@ def _workspace(name: str, *, shared: bool = False) -> Iterator[Plan]:
             yield planning.load(path)
             return
         planning.make(path, name, corpus=corpus, keys=keys, fingerprints=fingerprints)
-        plan = planning.load(path)
-        for phase in PHASES:
-            for unit in _pending(plan, phase):  # that was begun with other settings
-                counters.forget(_progress(plan), phase=unit.phase, domain=unit.domain, task=unit.task)
-        yield plan
+        yield planning.load(path)
 
 
 def _version(package: str) -> str:
@@ -208,19 +206,40 @@ def _version(package: str) -> str:
         return ""
 
 
-def _progress(plan: Plan) -> Path:
-    return plan.path.with_name("progress")
-
-
 def _run_phases(plan: Plan, *, run: Runner) -> Path:
     """Run the units that are not done; returns the folder of the result."""
-    with corpus_display.CorpusDisplay(_progress(plan), domains=list(plan.tasks)) as display:
-        for phase in PHASES:
-            while units := _pending(plan, phase):  # twice if the fast tokenizer proves wrong
-                total = len(plan.units(phase))
-                display.phase(phase, total, before=total - len(units))
+    for phase in PHASES:
+        while units := _pending(plan, phase):  # twice if the fast tokenizer proves wrong
+            with _shown(plan, phase, units=units):
                 run(functools.partial(run_unit, str(plan.path)), units)
     return _output_folder(plan)
+
+
+@contextlib.contextmanager
+def _shown(plan: Plan, phase: Phase, *, units: list[Unit]) -> Iterator[None]:
+    """Show how many units of a phase are done, whichever machine does them."""
+    stop, total = threading.Event(), len(plan.units(phase))
+    with Progress(total, label=f"corpus {phase}", unit="unit", done=total - len(units)) as progress:
+
+        def look(units: list[Unit]) -> list[Unit]:
+            left = [unit for unit in units if not _is_done(plan, unit)]
+            if len(left) < len(units):
+                progress.advance(by=len(units) - len(left))
+            return left
+
+        def watch() -> None:
+            left = units
+            while not stop.wait(POLL):
+                left = look(left)
+            look(left)
+
+        thread = threading.Thread(target=watch, name="corpus display", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 def _pending(plan: Plan, phase: Phase) -> list[Unit]:
@@ -235,11 +254,11 @@ def _is_done(plan: Plan, unit: Unit) -> bool:
     return tokenise.finished(_output_folder(plan), unit.domain, task=unit.task) is not None
 
 
-def _tokenise(plan: Plan, *, unit: Unit, meter: counters.Meter) -> None:
+def _tokenise(plan: Plan, *, unit: Unit) -> None:
     def attempt(out: Path) -> None:
         # The folder decides the backend: another worker may find a mismatch meanwhile.
         encode = _encoder(plan.corpus, backend="auto" if out.parent.name == FAST else "reference")
-        tokenise.tokenise(plan, out=out, domain=unit.domain, task=unit.task, encode=encode, meter=meter)
+        tokenise.tokenise(plan, out=out, domain=unit.domain, task=unit.task, encode=encode)
 
     try:
         attempt(_output_folder(plan))

@@ -25,7 +25,6 @@ from tasks import scratch
 from tasks.corpus import shards
 from tasks.corpus.manifest import SPLITS
 from tasks.corpus.prepare import chunk_store, rejects, resolve, scan
-from tasks.corpus.prepare.counters import Meter
 from tasks.corpus.prepare.planning import Plan
 from tasks.corpus.prepare.resolve import OUTCOMES
 from tasks.corpus.records import runs
@@ -85,10 +84,10 @@ def finished(out: Path, domain: str, *, task: int) -> dict[str, Any] | None:
     return record if all((corpus / path).exists() for path in record["files"]) else None
 
 
-def tokenise(plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter) -> None:
+def tokenise(plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder) -> None:
     """Tokenise one task into `out`, except parts that are committed. Raises BackendMismatch."""
     began, sampled = time.perf_counter(), encode.checks["sampled"]
-    job = _Task(plan, out=out, domain=domain, task=task, encode=encode, meter=meter)
+    job = _Task(plan, out=out, domain=domain, task=task, encode=encode)
     job.write_shards()
     record = {
         "splits": {split: writer.sidecars for split, writer in job.writers.items()},
@@ -102,8 +101,8 @@ def tokenise(plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, 
 
 
 class _Task:
-    def __init__(self, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder, meter: Meter) -> None:
-        self.plan, self.domain, self.task, self.encode, self.meter = plan, domain, task, encode, meter
+    def __init__(self, plan: Plan, *, out: Path, domain: str, task: int, encode: Encoder) -> None:
+        self.plan, self.domain, self.task, self.encode = plan, domain, task, encode
         self.corpus = out / "corpus"
         self.folder = scan.folder(plan, domain)
         self.chunks = chunk_store.chunk_paths(self.folder, task)
@@ -112,9 +111,6 @@ class _Task:
         self.encoded = 0
 
     def write_shards(self) -> None:
-        counts = np.bincount(self.outcomes, minlength=len(OUTCOMES)).tolist()
-        dropped = {rule: n for rule, n in zip(OUTCOMES, counts, strict=True) if n and rule not in SPLITS}
-        self.meter.rules.update(dropped)
         for writer in self.writers.values():
             writer.look_up()
         start = 0
@@ -138,7 +134,6 @@ class _Task:
                 flat = batch.column("ids").combine_chunks()
                 ids, offsets = self.encode.wrap(np.split(flat.flatten().to_numpy(), flat.offsets.to_numpy()[1:-1]))
             self.encoded += len(ids)
-            self.meter.add(documents=len(batch), tokens=len(ids), bytes=int(sizes[begin:end].sum()))
             writer.write(batch, ids, offsets=offsets, text_bytes=sizes[begin:end])
 
     def write_records(self) -> dict[str, str]:
@@ -181,7 +176,6 @@ class _SplitWriter:
         if sidecar := shards.committed(self.id.path(self.job.corpus), self._metadata()["task_key"]):
             self.skip = sidecar["documents"]
             self.sidecars.append(sidecar)
-            self.job.meter.add(documents=sidecar["documents"], tokens=sidecar["tokens"])
 
     def skip_committed(self, documents: int) -> int:
         """How many of the next documents lie in committed parts."""

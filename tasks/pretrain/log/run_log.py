@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from tasks.display import Progress
 from tasks.moe import counts
 from tasks.pretrain.checkpoints.run_state import RunState
 from tasks.pretrain.health import router_monitor
@@ -16,7 +18,6 @@ from tasks.pretrain.job import Job
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.log import meters, trackers
 from tasks.pretrain.log.log_file import LogFile
-from tasks.pretrain.log.training_display import TrainingDisplay
 from tasks.pretrain.step_result import StepResult
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class RunLog:
         self.job, self.params, self.process = job, job.params, process
         self._epoch_tokens = epoch_tokens
         self._log: LogFile | None = None
-        self._display = TrainingDisplay(self.params.steps) if process.rank == 0 else None
+        rank_0 = process.rank == 0
+        self._display = Progress(self.params.steps, label="", unit="step", stream=sys.stdout) if rank_0 else None
         self._config: Any = engine.module.config
         self.peak = meters.peak(process.device, engine.dtype) * process.world_size
         self._seconds_R = np.zeros(process.world_size)
@@ -44,6 +46,8 @@ class RunLog:
             self._teacher_flops = counts.flops_per_token(parent, seq_len=self.params.seq_len)["forward"]
 
     def __enter__(self) -> Self:
+        if self._display:
+            self._display.__enter__()
         return self
 
     def __exit__(
@@ -54,12 +58,13 @@ class RunLog:
                 self._log.close(failed=error is not None)
         finally:
             if self._display:
-                self._display.close()
+                self._display.__exit__()
 
     def open(self, *, offset: int, step: int) -> None:
         """Continue after `offset` bytes of the log and after `step`; the rest of the log is cut off."""
-        if self.process.rank:
+        if not self._display:
             return
+        self._display.begin(step)
         if self._log:  # back to a checkpoint
             self._log.rewind(offset=offset, step=step)
             return
@@ -173,7 +178,16 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self._log and self._display:
             self._log.write(record)
-            self._display.show(record)
+            if record["kind"] == "event":
+                self.say(f"step {record['step']}: {record['message']}")
+            elif record["kind"] == "validation":
+                losses = "  ".join(f"{domain} {loss:.4f}" for domain, loss in record["losses"].items())
+                self.say(f"validation at step {record['step']}: mean {record['mean']:.4f}  {losses}")
+            else:
+                timing = record["timing"]
+                mfu = f"  MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
+                speed = f"{timing['tokens_per_second']:.0f} tokens/s{mfu}"
+                self._display.reach(record["step"], f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed}")
 
     def _domains(self, state: RunState, result: StepResult) -> dict[str, dict[str, float]]:
         windows = result.windows_by_domain()

@@ -285,15 +285,3 @@ def test_settings_with_numbers_for_keys_come_back_from_the_plan(project: Project
     # YAML has numbers for keys, JSON has not
     settings_file.write_text(settings_file.read_text().replace('{"2": 0.9}', "{2: 0.9}"))
     assert run()["domains"]["a"]["rules"]["kept"] > 10
-
-
-def test_a_unit_that_failed_is_not_counted_as_finished(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise CorpusError("torn")
-
-    monkeypatch.setattr(scan, "scan", fail)
-    project({"a": sentences(9, seed=1)})
-    with pytest.raises(CorpusError, match="torn"):
-        run()
-    (path,) = Path(".scratch").glob("*/*/progress/scan-a-*")
-    assert json.loads(path.read_text())["done"] is False
