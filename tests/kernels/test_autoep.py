@@ -13,7 +13,6 @@ from problems import assert_as_accurate_as_torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tasks.pretrain.engine.output_recorders import keyed_by_class_name
 from tests.warm_processes import spawn
 
 RANKS = 2
@@ -155,7 +154,8 @@ def two_steps(ids_BL: Tensor, *, ours: bool) -> dict[str, Tensor]:
         "zero_allow_untested_optimizer": True,
         "expert_parallel": {"enabled": True, "autoep_size": RANKS, "preset_model": "mixtral"},
     }
-    with keyed_by_class_name():
+    engine = pytest.importorskip("tasks.plugins.expert_parallel.engine")
+    with engine.keyed_by_class_name():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
     if ours:
         assert use_in_deepspeed(engine) == 2

@@ -6,10 +6,10 @@ import contextlib
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import plugin
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def read(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor
     """
     from tasks.pretrain.engine import checkpoint_writer
 
-    if params.expert_parallel > 1:
-        weights = _spread_experts(path, model=model)
+    others = (module.read(path, params=params, model=model) for module in plugin.modules("engine").values())
+    if (weights := next((other for other in others if other is not None), None)) is not None:
+        pass
     elif params.zero_stage == 3:
         weights = _zero_3(path)
     else:
@@ -85,24 +86,3 @@ def _zero_0(groups: Any, *, params: Pretrain, model: Path) -> dict[str, torch.Te
         for parameter, fp32 in zip(group["params"], tensors, strict=True):
             weights[names[id(parameter)]] = fp32
     return weights
-
-
-def _spread_experts(path: Path, *, model: Path) -> dict[str, torch.Tensor]:
-    """Those of a checkpoint whose experts are spread over processes."""
-    import torch
-    from transformers import AutoConfig
-
-    from tasks.moe import families
-    from tasks.pretrain.engine import expert_parallel, universal
-
-    converted = path.with_name("universal")
-    universal.convert(path, converted)
-    parts = {}
-    for file in (converted / "zero").glob("*/fp32.pt"):
-        saved = torch.load(file, weights_only=True)
-        parts[file.parent.name] = saved["param"] if isinstance(saved, dict) else saved
-    shutil.rmtree(converted)
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
-    shapes = families.expected(config)
-    whole = expert_parallel.stock(parts, model_type=config.model_type)
-    return {name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in whole.items()}  # ZeRO-3's are flat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tasks.pretrain.engine import expert_parallel
+from tasks import plugin
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -20,7 +20,7 @@ def of(params: Pretrain, *, dtype: torch.dtype, model_type: str = "") -> dict[st
 
     Args:
         dtype: of the weights in the forward pass.
-        model_type: of the model's config; expert parallelism alone asks for it.
+        model_type: of the model's config, for plug-ins.
 
     Raises:
         TrainingError: settings that DeepSpeed cannot follow together.
@@ -62,6 +62,6 @@ def of(params: Pretrain, *, dtype: torch.dtype, model_type: str = "") -> dict[st
     }
     if bfloat16 and accumulation > 1 and params.zero_stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}  # bfloat16 sums of many micro-batches lose the small ones
-    if experts := expert_parallel.configuration(params, model_type=model_type):
-        config["expert_parallel"] = experts
+    for module in plugin.modules("engine").values():
+        config |= module.configuration(params, model_type=model_type)
     return config

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks.pretrain.engine import expert_parallel
-
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -38,7 +36,7 @@ def install(engine: DeepSpeedEngine) -> None:
         or type(zero) is not DeepSpeedZeroOptimizer
     ):
         return
-    if zero.cpu_offload or zero.use_grad_accum_attribute or expert_parallel.active(engine):
+    if zero.cpu_offload or zero.use_grad_accum_attribute:
         return
     step = _Step(zero)
     zero.step = step.take

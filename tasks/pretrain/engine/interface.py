@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import plugin
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import configuration, cpu_step, expert_parallel, fp32_weights, optimizer, step, universal
+from tasks.pretrain.engine import configuration, cpu_step, fp32_weights, optimizer, step, universal
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -90,9 +91,9 @@ class Engine:
 
         The other ranks get None. A tied parameter comes under its first name.
         """
-        if expert_parallel.active(self.deepspeed):
-            return expert_parallel.full_weights(self.deepspeed)
-        return fp32_weights.full_weights(self.deepspeed)
+        full_weights = (_plug_in(self.config) or fp32_weights).full_weights
+        weights: dict[str, torch.Tensor] | None = full_weights(self.deepspeed)
+        return weights
 
     def save(
         self, folder: Path, *, texts: dict[Path, str], then: Callable[[dict[str, dict[str, Any]]], None]
@@ -107,8 +108,8 @@ class Engine:
             OSError: the folder cannot be made.
         """
         client: dict[str, Any] = {}
-        if self.deepspeed.zero_optimization_stage() in (1, 2) and "expert_parallel" not in self.config:
-            client = universal.INFO  # AutoEP adds it itself
+        if self.deepspeed.zero_optimization_stage() in (1, 2) and _plug_in(self.config) is None:
+            client = universal.INFO
         with optimizer.all_phases(self.deepspeed):
             self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client, save_latest=False)
         return self._collector.write(texts, then=then)
@@ -150,23 +151,32 @@ def build(model: PreTrainedModel, params: Pretrain, *, config: dict[str, Any] | 
         # Where nothing before a module is trained, DeepSpeed frees its weights before their gradients are taken.
         model.enable_input_require_grads()
     groups = trainable.groups(model, params)
-    expert_parallel.check(model, params)
+    for module in plugin.modules("engine").values():
+        module.check(model, params)
+    other = _plug_in(config)
     bucket = min(configuration.BUCKET, sum(parameter.numel() for parameter in model.parameters()))
     config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     biases = gate.biases(model)
     try:
-        with _quiet(), expert_parallel.conversion(params, config):
+        with _quiet(), other.conversion(params) if other else contextlib.nullcontext():
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     except (RuntimeError, OSError, ImportError) as error:
         if message := needs_compiler(error):
             raise TrainingError(message) from error
         raise
-    expert_parallel.prepare(engine, biases=biases)
+    if other:
+        other.prepare(engine, biases=biases)
     optimizer.undo_first_step(engine)
     optimizer.prepare(engine.basic_optimizer)
     built = Engine(engine, config=config)
-    cpu_step.install(engine)  # after the hooks that its update must come after
+    if not other:
+        cpu_step.install(engine)  # after the hooks that its update must come after
     return built
+
+
+def _plug_in(config: dict[str, Any]) -> Any:
+    """The plug-in whose engine a DeepSpeed configuration asks for; None for DeepSpeed's own."""
+    return next((module for module in plugin.modules("engine").values() if module.prepares(config)), None)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """DeepSpeed's internals that tasks/pretrain/engine relies on, one test each: what to change when a release breaks one.
 
-AutoEP's are in test_autoep_contract.py. The last test looks whether another file of tasks/ imports DeepSpeed.
+A plug-in's are beside it. The last test looks whether another file of tasks/ imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def outside(folder: Path) -> Iterator[tuple[str, ast.AST]]:
     """The nodes of every file of tasks/ but those of the engine's folder, with the file's name."""
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
-        if not name.startswith(ROOM):
+        if not name.startswith(ROOM) and path.name != "engine.py":  # a plug-in's
             yield from ((name, node) for node in ast.walk(ast.parse(path.read_text())))
 
 

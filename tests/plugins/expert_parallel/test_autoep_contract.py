@@ -1,4 +1,4 @@
-"""What expert_parallel.py and moe_kernels/autoep.py rely on inside DeepSpeed's AutoEP and in transformers.
+"""What engine.py and moe_kernels/autoep.py rely on inside DeepSpeed's AutoEP and in transformers.
 
 A failing test here means that a new release has changed an internal. Its docstring says which file to change.
 """
@@ -16,7 +16,8 @@ import torch
 from packaging.version import Version
 from transformers.utils import output_capturing
 
-from tasks.pretrain.engine import configuration, expert_parallel, interface, output_recorders
+from tasks.plugins.expert_parallel import engine as expert_parallel
+from tasks.pretrain.engine import configuration, interface
 from tasks.pretrain.job import TrainingError
 from tests.pretrain import engines
 
@@ -33,7 +34,7 @@ def convert() -> Any:
 
 
 def test_router_logits_of_a_stock_model_are_recorded_after_a_conversion_too() -> None:
-    """output_recorders.py: AutoEP must leave transformers' registry as it found it."""
+    """AutoEP must leave transformers' registry as it found it."""
     convert().destroy()
     logits = engines.mixtral(output_router_logits=True)(input_ids=torch.arange(5)[None]).router_logits
     assert [tuple(each.shape) for each in logits] == [(5, 4)] * 2
@@ -45,7 +46,7 @@ def test_class_names_are_keys_within_the_block_and_no_longer_after_it() -> None:
     registry = output_capturing._CAN_RECORD_REGISTRY
     methods = type(registry).get, type(registry).__setitem__
     made = engines.mixtral()
-    with output_recorders.keyed_by_class_name():
+    with expert_parallel.keyed_by_class_name():
         assert registry.get(str(type(made)), None)["router_logits"]
         assert registry.get("no class", 7) == 7
         registry["a class"] = {}
@@ -57,17 +58,17 @@ def test_class_names_are_keys_within_the_block_and_no_longer_after_it() -> None:
     Version(importlib.metadata.version("transformers")) < Version("5.23"), reason="the registry's keys are names"
 )
 def test_autoep_still_needs_class_names_as_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When this fails, DeepSpeed has followed transformers 5.23: raise its lower bound, delete output_recorders.py.
+    """When this fails, DeepSpeed has followed transformers 5.23: raise its lower bound, delete keyed_by_class_name.
 
     Until then the error of an AutoEP that meets a transformers it doesn't know names both versions.
     """
-    monkeypatch.setattr(output_recorders, "keyed_by_class_name", contextlib.nullcontext)
+    monkeypatch.setattr(expert_parallel, "keyed_by_class_name", contextlib.nullcontext)
     with pytest.raises(TrainingError, match=r"AutoEP of DeepSpeed 0\..* transformers 5\..*_CanRecordRegistry\.get"):
         convert()
 
 
 def test_a_converted_block_has_the_parts_that_are_read_of_it() -> None:
-    """expert_parallel.py (_blocks, _gather, _biased, _read) and moe_kernels/autoep.py."""
+    """engine.py (_blocks, _gather, _biased, _read) and moe_kernels/autoep.py."""
     engine = convert()
     (name, block), *_ = expert_parallel._blocks(engine).items()
     assert name == "model.layers.0.mlp"
@@ -91,7 +92,7 @@ def test_a_converted_block_has_the_parts_that_are_read_of_it() -> None:
 
 
 def test_the_placement_of_experts_gives_each_ranks_in_the_order_of_its_tensors() -> None:
-    """expert_parallel.py (_gather)."""
+    """engine.py (_gather)."""
     from deepspeed.checkpoint import autoep_affine
 
     placement = autoep_affine.legacy_uniform_autoep_placement_descriptor(4, 2, 2)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
 from tasks.moe import counts, families, routing
-from tasks.pretrain.engine import fp32_weights, output_recorders
+from tasks.pretrain.engine import fp32_weights, universal
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -31,7 +33,7 @@ TESTED = ("transformers>=5.22,<5.25", "deepspeed>=0.19.8,<0.20")
 
 
 def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
-    """The `expert_parallel` block of DeepSpeed's configuration; {} if every process has all experts.
+    """What DeepSpeed's configuration gets: `expert_parallel`, or nothing if every process has all experts.
 
     Raises:
         TrainingError: AutoEP can't train this model, or not in this way.
@@ -46,7 +48,8 @@ def configuration(params: Pretrain, *, model_type: str) -> dict[str, Any]:
         raise _refusal(
             params, "train: router leaves the experts as they are, and DeepSpeed wants to train those it spreads"
         )
-    return {"enabled": True, "autoep_size": params.expert_parallel, **architectures.SPARSE[model_type].autoep}
+    block = {"enabled": True, "autoep_size": params.expert_parallel, **architectures.SPARSE[model_type].autoep}
+    return {"expert_parallel": block}
 
 
 def check(model: nn.Module, params: Pretrain) -> None:
@@ -75,20 +78,14 @@ def check(model: nn.Module, params: Pretrain) -> None:
 
 
 @contextlib.contextmanager
-def conversion(params: Pretrain, config: dict[str, Any]) -> Iterator[None]:
+def conversion(params: Pretrain) -> Iterator[None]:
     """Around `deepspeed.initialize`, where AutoEP replaces the sparse blocks of a transformers model.
-
-    Args:
-        config: DeepSpeed's; nothing is done without its `expert_parallel` block.
 
     Raises:
         TrainingError: AutoEP can't handle the installed transformers. Both versions are named.
     """
-    if "expert_parallel" not in config:
-        yield
-        return
     try:
-        with output_recorders.keyed_by_class_name():
+        with keyed_by_class_name():
             yield
     except (AttributeError, KeyError, TypeError) as error:
         deepspeed, transformers = map(importlib.metadata.version, ("deepspeed", "transformers"))
@@ -99,6 +96,37 @@ def conversion(params: Pretrain, config: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def keyed_by_class_name() -> Iterator[None]:
+    """Accept class names as keys of transformers' registry of output recorders while the block runs.
+
+    AutoEP (deepspeed/module_inject/auto_ep_presets/base.py, 0.19.8) points the recorder of router logits to its own
+    router, in `transformers.utils.output_capturing._CAN_RECORD_REGISTRY`, by `registry.get(str(cls), default)` and
+    `registry[str(cls)] = entry`. Since transformers 5.23 that registry takes the model and names its class itself:
+    `get` with two arguments is a TypeError, and an entry written back is filed under `<class 'str'>`.
+    """
+    from transformers.utils import output_capturing
+
+    registry: Any = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
+    if registry is dict or not issubclass(registry, dict):  # before 5.23, or one that AutoEP leaves alone
+        yield
+        return
+    by_model = {name: getattr(registry, name) for name in ("get", "__setitem__")}
+
+    def get(self: Any, key: Any, *default: Any) -> Any:
+        return dict.get(self, key, *default) if isinstance(key, str) else by_model["get"](self, key, *default)
+
+    def set_item(self: Any, key: Any, value: Any) -> None:
+        (dict.__setitem__ if isinstance(key, str) else by_model["__setitem__"])(self, key, value)
+
+    registry.get, registry.__setitem__ = get, set_item
+    try:
+        yield
+    finally:
+        for name, method in by_model.items():
+            setattr(registry, name, method)
+
+
 def _refusal(params: Pretrain, reason: str) -> TrainingError:
     return TrainingError(
         f"pretrain.expert_parallel = {params.expert_parallel}: {reason}. With expert_parallel: 1, every process has "
@@ -106,9 +134,9 @@ def _refusal(params: Pretrain, reason: str) -> TrainingError:
     )
 
 
-def active(engine: DeepSpeedEngine) -> bool:
-    """True if the engine's experts are spread over processes."""
-    return bool(_blocks(engine))
+def prepares(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration spreads experts."""
+    return "expert_parallel" in config
 
 
 def prepare(engine: DeepSpeedEngine, *, biases: list[list[float]]) -> int:
@@ -118,12 +146,10 @@ def prepare(engine: DeepSpeedEngine, *, biases: list[list[float]]) -> int:
         biases: the stock routers' selection biases (gate.biases), with which DeepSpeed's go on; [] if there are none.
 
     Returns:
-        How many layers' experts are computed by moe_kernels: all; 0 without expert parallelism.
+        How many layers' experts are computed by moe_kernels: all.
     """
     from moe_kernels.autoep import use_in_deepspeed
 
-    if not active(engine):
-        return 0
     routing.readers["TokenChoiceTopKRouter"] = _read
     if biases:
         for router, bias in zip(routing.routers(engine), biases, strict=True):
@@ -207,6 +233,29 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     except ValueError as error:
         raise TrainingError(f"what expert_parallel gathered {error}; nothing was exported") from None
     return weights
+
+
+def read(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor] | None:
+    """The weights in a checkpoint's files, as `full_weights` gave them; None if its experts are not spread.
+
+    Args: those of checkpoint_weights.read.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if params.expert_parallel == 1:
+        return None
+    converted = path.with_name("universal")
+    universal.convert(path, converted)
+    parts = {}
+    for file in (converted / "zero").glob("*/fp32.pt"):
+        saved = torch.load(file, weights_only=True)
+        parts[file.parent.name] = saved["param"] if isinstance(saved, dict) else saved
+    shutil.rmtree(converted)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    shapes = families.expected(config)
+    whole = stock(parts, model_type=config.model_type)
+    return {name: tensor.view(shapes.get(name, tensor.shape)) for name, tensor in whole.items()}  # ZeRO-3's are flat
 
 
 def _blocks(engine: DeepSpeedEngine) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.moe import families, gate
+from tasks.plugins.expert_parallel import engine as expert_parallel
 from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_weights, configuration, expert_parallel, interface
+from tasks.pretrain.engine import checkpoint_weights, configuration, interface
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.loss.balance import Balancer
-from tests.pretrain.engine import expert_parallel_ranks as ranks
+from tests.plugins.expert_parallel import expert_parallel_ranks as ranks
 from tests.warm_processes import spawn_ranks
 
 EXACT = [name for name, (_, dtype) in ranks.CASES.items() if dtype == torch.float32]
@@ -181,12 +182,12 @@ def test_every_class_computes_the_same_and_comes_back_under_its_own_names(
     model, spread = small(kind), ranks.settings("zero-1")
     asked = {"input_ids": ranks.windows(0), "use_cache": False, "output_hidden_states": True}
     expected, before = model(**asked), {key: parameter.clone() for key, parameter in model.named_parameters()}
-    block = expert_parallel.configuration(spread, model_type=kind) | {"autoep_size": 1}
+    block = expert_parallel.configuration(spread, model_type=kind)["expert_parallel"] | {"autoep_size": 1}
     params = ranks.settings("zero-1", processes=1, expert_parallel=1)
     config = configuration.of(params, dtype=torch.float32) | {"expert_parallel": block}
     built = interface.build(model, params, config=config)
     assert expert_parallel.prepare(built.deepspeed, biases=[]) == (1 if kind == "qwen2_moe" else 2)
-    assert expert_parallel.active(built.deepspeed)
+    assert expert_parallel._blocks(built.deepspeed)
     out = built(**asked)
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
