@@ -1,27 +1,21 @@
 """Prompt and decode speed of a finished run beside its dense parent, and its dense child if there is one.
 
     python -m bench.speed RUN [--threads 1 2] [--json FILE]
-    python -m bench.speed --random smollm2 --share 50 --width 128 --shared 4 --top-k 2
-    python -m bench.speed --random 1b --share 50 --width 128 256 --shared 0 --engines llama.cpp
 
 In transformers as AutoModelForCausalLM gives it, with moe_kernels, both in float32 and, if the processor has it,
 bfloat16, and in llama.cpp in Q8_0. The models take turns. Figures are medians over the repeats, with the lowest and
-the highest. With --random the weights are random: a split of the shape (several --width and --shared: several splits),
-its dense parent, and a dense model whose FFN is as wide as the active part. The files are removed at the end.
+the highest.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from bench import common, random_models
+from bench import common
 from tasks import settings
 from tasks.engines import turns
 from tasks.evaluate.speeds import speed
@@ -46,23 +40,6 @@ def of_run(name: str) -> tuple[dict[str, Path], list[list[int]]]:
     if not folders["child"].is_dir():
         print(f"{folders.pop('child')} does not exist; the dense child is left out", file=sys.stderr)
     return folders, [windows[0] for windows in json.loads((run / "heldout.json").read_text()).values()]
-
-
-def shapes(arguments: argparse.Namespace, *, ffn: int) -> list[random_models.Shape]:
-    """The splits that the command line asks for; a list that is too short goes on with its last value."""
-    widths, shared, top_k = arguments.width, arguments.shared, arguments.top_k or [None]
-    count = max(map(len, (widths, shared, top_k)))
-    return [
-        random_models.Shape.of(
-            ffn=ffn,
-            share=arguments.share,
-            width=(widths[i:] or widths[-1:])[0],
-            shared=(shared[i:] or shared[-1:])[0],
-            top_k=(top_k[i:] or top_k[-1:])[0],
-            routed=arguments.experts,
-        )
-        for i in range(count)
-    ]
 
 
 def measure(
@@ -112,34 +89,17 @@ def cell(spread: Mapping[str, float] | None, *, digits: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a finished pipeline")
-    parser.add_argument("--random", choices=random_models.SIZES, help="random weights in the place of a run")
-    parser.add_argument("--share", type=float, default=50, help="percent of the FFN that is active (default: 50)")
-    parser.add_argument("--width", type=int, nargs="+", default=[128], help="of an expert (default: 128)")
-    parser.add_argument("--shared", type=int, nargs="+", default=[0], help="number of shared experts (default: 0)")
-    parser.add_argument("--top-k", type=int, nargs="+", help="of the routed experts (default: what the share leaves)")
-    parser.add_argument("--experts", type=int, help="routed experts that overlap (default: those of a split)")
-    parser.add_argument("--layers", type=int, help="default: 30 for smollm2, 4 for 1b")
+    parser.add_argument("run", metavar="RUN", help="a finished pipeline")
     parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and the number of cores")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--new", type=int, default=48, help="tokens that are decoded in a repeat (default: 48)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     arguments = parser.parse_args(argv)
-    if (arguments.run is None) == (arguments.random is None):
-        parser.error("give a RUN or --random")
     threads = arguments.threads or sorted({1, speed.cores()})
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if arguments.run:
-                folders, (ids, *_) = of_run(arguments.run)
-            else:
-                sizes: dict[str, Any] = dict(random_models.SIZES[arguments.random])
-                sizes["num_hidden_layers"] = arguments.layers or sizes["num_hidden_layers"]
-                splits = shapes(arguments, ffn=sizes["intermediate_size"])
-                folders = random_models.write(Path(folder), sizes, splits)
-                ids = random.Random(0).choices(range(256), k=512)
-                print(f"random weights, {sizes}, {arguments.share:g} % of the FFN active\n")
+            folders, (ids, *_) = of_run(arguments.run)
             text = turns.Text(ids, new=arguments.new, repeats=arguments.repeats, seconds=600)
             rows = measure(folders, text, engines=arguments.engines, threads=threads, scratch=Path(folder))
         except (ValueError, OSError) as error:
