@@ -249,15 +249,15 @@ def checkpoint_bytes(config: dict[str, Any], params: Pretrain, *, bfloat16: bool
 def disk(config: dict[str, Any], params: Pretrain, *, bfloat16: bool) -> dict[str, float]:
     """Bytes in .scratch at their peak: the checkpoints kept and the one being written; the parent's cached logits.
 
-    What is kept of the run when it is finished (tasks/pretrain/checkpoints/finished.py) is a part of the first.
+    What `keep_finished` keeps of the run is a part of the first.
     """
     stable = schedule.stable(params) is not None
     kept = min(params.keep, -(-params.steps // params.save_every))
     if params.keep_every:
         kept += params.steps // params.keep_every
     kept += stable
-    left = "2 stay, to run longer" if stable else "1 stays, to publish again"
-    name = f"training checkpoints in .scratch, {kept} and one being written; {left}"
+    left = ("; 2 stay, to run longer" if stable else "; 1 stays, to publish again") * params.keep_finished
+    name = f"training checkpoints in .scratch, {kept} and one being written{left}"
     sizes = {name: (kept + 1) * checkpoint_bytes(config, params, bfloat16=bfloat16)}
     if params.distill and params.distill.top_n:
         ids = 2 if config["vocab_size"] <= 1 << 16 else 4

@@ -181,7 +181,9 @@ def test_disk_has_the_checkpoints_kept_and_the_one_being_written() -> None:
     assert size == (3 + 2 + 1) * 14 * total
     (size,) = estimate.disk(config("mixtral"), params(save_every=64, zero_stage=0), bfloat16=False).values()
     assert size == 2 * 12 * total
-    (name,) = wsd = estimate.disk(config("mixtral"), params(save_every=8, schedule="wsd"), bfloat16=True)
+    (name,) = wsd = estimate.disk(
+        config("mixtral"), params(save_every=8, schedule="wsd", keep_finished=True), bfloat16=True
+    )
     assert "2 stay, to run longer" in name
     assert wsd[name] == (2 + 1 + 1) * 14 * total
     cached = estimate.disk(config("mixtral"), params(distill={"top_n": 64}), bfloat16=True)

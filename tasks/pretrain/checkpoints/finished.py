@@ -1,4 +1,4 @@
-"""What a finished run leaves to be made longer, and how a run begins where another one was.
+"""What a finished run leaves with `keep_finished`, to be made longer, and how a run begins where another one was.
 
 .scratch/finished-<pipeline>/<fingerprint of its inputs>/     the last finished run's; `--discard` deletes it
   inputs.json          digests of what it was trained from, and of the code
@@ -30,9 +30,13 @@ def folder(pipeline: str) -> Path | None:
 def keep(job: Job) -> None:
     """Turn the workspace of a run that is published into what is kept of it; the run kept before is deleted.
 
-    Killed in here, a run starts again from its last checkpoint and is published again.
+    Killed before the rename, a run starts again from its last checkpoint and is published again.
     """
-    workspace, checkpoints = job.workspace, job.workspace / "checkpoints"
+    workspace, checkpoints, root = job.workspace, job.workspace / "checkpoints", _root(job.pipeline)
+    if not job.params.keep_finished:
+        shutil.rmtree(workspace.rename(workspace.with_name(f"done-{workspace.name}")))
+        shutil.rmtree(root, ignore_errors=True)
+        return
     steps = store.steps(checkpoints)
     for step in steps:
         if step not in (steps[-1], schedule.stable(job.params)):
@@ -44,7 +48,6 @@ def keep(job: Job) -> None:
         for path in parent.iterdir():
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    root = _root(job.pipeline)
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     workspace.rename(root / workspace.name)

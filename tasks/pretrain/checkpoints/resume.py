@@ -34,6 +34,7 @@ _ALWAYS = frozenset(
         "save_every",  # what is written, and where to
         "keep",
         "keep_every",
+        "keep_finished",
         "trackers",
         "expert_log",
         "guard",  # what follows a step that went wrong; sound steps are the same
@@ -49,7 +50,7 @@ _ALWAYS = frozenset(
 )
 _COURSE = frozenset({"tokens", "schedule", "warmup_tokens", "decay_share", "final_lr_share"})
 """Safe as long as every step so far had the learning rate that the new settings give it."""
-_UNSEEN = _COURSE | {"launcher", "hostfile", "save_every", "keep", "keep_every", "trackers"}
+_UNSEEN = _COURSE | {"launcher", "hostfile", "save_every", "keep", "keep_every", "keep_finished", "trackers"}
 """What leaves no trace in the results, if it is safe."""
 NAMES = {"model": "the split model", "mixture": "the mixture", "corpus": "the corpus"}
 

@@ -23,7 +23,9 @@ def test_a_finished_run_is_made_longer_to_the_bytes_of_the_long_one_and_publishe
     project: Path, finished: Path
 ) -> None:
     long = 12 * 256
-    configure(project, tokens=8 * 256, save_every=3)  # at full rate up to step 4, the long one up to step 6
+    configure(
+        project, tokens=8 * 256, save_every=3, keep_finished=True
+    )  # at full rate up to step 4, the long one up to step 6
     done = stage("tasks.pretrain", "tiny", cwd=project)
     assert done.returncode == 0, done.stderr
     assert steps(project, "finished-tiny") == ["step-00000004", "step-00000008"]

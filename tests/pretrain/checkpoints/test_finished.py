@@ -24,7 +24,7 @@ STEPS = 100
 
 def settings(**fields: Any) -> Pretrain:
     given = {"tokens": 64 * STEPS, "seq_len": 16, "batch": 4, "learning_rate": 1e-3, "warmup_tokens": 640}
-    return Pretrain(**given | {"schedule": "wsd"} | fields)
+    return Pretrain(**given | {"schedule": "wsd", "keep_finished": True} | fields)
 
 
 def entry(content: bytes) -> dict[str, Any]:
@@ -97,6 +97,13 @@ def test_a_longer_run_is_the_same_up_to_the_stable_step(
         return
     assert 0 < last < steps
     assert all(schedule.share(step, short) == schedule.share(step, long) for step in range(1, last + 1))
+
+
+def test_a_finished_run_leaves_nothing_unless_the_settings_keep_it() -> None:
+    train("p", settings(), 90, 100)
+    assert kept("p")[-1] == 100
+    train("p", settings(keep_finished=False))
+    assert not [path for path in scratch.ROOT.glob("*-p/*") if path.name != "lock"], kept("p")
 
 
 def test_a_finished_run_leaves_its_last_step_and_the_last_before_its_decay() -> None:
