@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 
 from flows import costs, dag, environment, evaluate, export, sharing
 from flows.terminal import clear_errors, fail, raise_on_sigterm, show
-from tasks import scratch, settings
+from tasks import plugin, scratch, settings
 
 app = typer.Typer(
     name="moeforge",
@@ -222,31 +223,6 @@ app.command(epilog="Example: moeforge speedup runs/demo --against runs/demo/cont
 app.command(epilog="Example: moeforge export demo --gguf --quantise Q8_0")(export.export)
 
 
-@app.command("import", epilog="Example: moeforge import LLaMA-MoE-v1-3_5B-4_16 llama-moe --corpus data/corpora/slim")
-def import_(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of a released checkpoint.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder.")],
-    corpus: Annotated[
-        Path | None, typer.Option("--corpus", help="Corpus on whose training windows linear routers are fitted.")
-    ] = None,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="How many of them.")] = 32,
-) -> None:
-    """Turn a checkpoint that LLaMA-MoE released (v1 or v2) into a stock one, without its code.
-
-    Of a two-layer gate, the exact weights are kept beside it, and the routers are linear ones fitted to it.
-    """
-    from tasks.tools import import_llama_moe
-
-    with clear_errors():
-        try:
-            ids = import_llama_moe.windows(source, corpus, count=windows) if corpus else None
-            report = import_llama_moe.convert(source, target, ids_BL=ids)
-        except (ValueError, FileExistsError) as error:
-            fail(str(error))
-        for line in import_llama_moe.describe(report, source=source, target=target, corpus=corpus):
-            print(line)
-
-
 @app.command(epilog="Example: moeforge doctor")
 def doctor() -> None:
     """Check that this machine is fit, and say how to fix what is missing. Exit 1 if something needed is missing."""
@@ -258,6 +234,25 @@ def doctor() -> None:
         show(checks.table(results))
         if any(check.needed and not check.ok for check in results):
             raise typer.Exit(1)
+
+
+def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A plug-in's command, whose errors end as those of the core's commands do."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        with clear_errors():
+            try:
+                command(**arguments)
+            except (ValueError, FileExistsError) as error:
+                fail(str(error))
+
+    return run
+
+
+for _module in plugin.modules("commands").values():
+    for _name, (_command, _example) in _module.COMMANDS.items():
+        app.command(_name, epilog=f"Example: {_example}")(_with_clear_errors(_command))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "plugins"
 SEAMS: Mapping[str, str] = {
+    "commands": "COMMANDS {name: (function, example)}: commands of moeforge, with typer's annotations",
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
 }

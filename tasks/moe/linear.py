@@ -3,7 +3,7 @@
 - For a two-layer gate the router is a mix of the gate's own first layer, A inner, with A by least squares on the
   gate's logits centred over experts: top-k and softmax see differences alone. Were the inputs elliptical, the
   least-squares router of all would be such a mix; on hidden states of text, E x E free numbers keep more choices than
-  E x D do (docs/released.md).
+  E x D do (docs/plugins/llama_moe.md).
 - For a selection bias b it is plus b v, where v x is as near to 1 as a linear function of the hidden states comes. The
   bias then acts on the weights too, by e^b before they are normalised; `weight_error` has it.
 

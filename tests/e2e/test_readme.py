@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from flows import artifacts, cli
 from tests.conftest import ROOT, assert_kept_once, obey_file_modes
-from tests.flows.test_import import checkpoint
+from tests.plugins.llama_moe.test_command import checkpoint
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)

@@ -69,7 +69,7 @@ def test_an_import_prints_what_it_read_how_well_the_routers_fit_and_where_it_wro
     read, fitted, wrote = result.output.splitlines()[-3:]
     parameters = AutoModelForCausalLM.from_pretrained(target).num_parameters()
     assert f"source: LLaMA-MoE v1, {parameters:,} parameters; 2 layers of 4 experts, 2 for each token" in read
-    assert "Gaussian inputs, for want of a --corpus: they make " in fitted
+    assert "Gaussian inputs, for lack of a --corpus: they make " in fitted
     assert fitted.endswith("; the gates are in gates.safetensors")
     assert wrote == f"{target}: a stock mixtral checkpoint"
     agreement = json.loads((target / "import.json").read_text())["fit"]["mean"]["agreement"]

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from released_models import HIDDEN, LAYERS, SIZE, V1, V2, logits, save, v1_tensors, v2_tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tasks.moe import gate
-from tasks.tools import import_llama_moe
+from tasks.plugins.llama_moe import conversion
+from tests.plugins.llama_moe.released_models import HIDDEN, LAYERS, SIZE, V1, V2, logits, save, v1_tensors, v2_tensors
 
 IDS = np.random.default_rng(0).integers(0, 64, (3, 24))
 SCALES = [4.0, 2.5, 1.0, 7.0]
@@ -37,7 +37,7 @@ def difference(folder, config, tensors):
 def test_a_v1_checkpoint_with_its_gates_has_the_logits_of_its_own_code(tmp_path, scale):
     config, tensors = V1 | {"score_scale_factor": scale}, v1_tensors()
     source = save(tmp_path / "source", config, tensors)
-    report = import_llama_moe.convert(source, tmp_path / "new")
+    report = conversion.convert(source, tmp_path / "new")
     assert difference(tmp_path / "new", config, tensors) < 1e-5
     assert report["model_type"] == "mixtral"
     assert report["scales"] == (scale if isinstance(scale, list) else [scale] * LAYERS)
@@ -52,8 +52,8 @@ def test_a_v1_checkpoint_with_its_gates_has_the_logits_of_its_own_code(tmp_path,
 def test_the_linear_routers_come_near_the_gates_and_nearer_on_text(tmp_path):
     source = save(tmp_path / "source", V1, v1_tensors())
     text = np.random.default_rng(1).integers(0, 64, (64, 32))
-    blind = import_llama_moe.convert(source, tmp_path / "blind")["fit"]
-    fitted = import_llama_moe.convert(source, tmp_path / "fitted", ids_BL=text)["fit"]
+    blind = conversion.convert(source, tmp_path / "blind")["fit"]
+    fitted = conversion.convert(source, tmp_path / "fitted", ids_BL=text)["fit"]
     assert (blind["inputs"], fitted["inputs"], fitted["tokens"]) == ("gaussian", "text", text.size)
     assert fitted["layers"].keys() == {str(i) for i in range(LAYERS)}
     assert 0.75 < fitted["mean"]["agreement"] < 1
@@ -71,14 +71,14 @@ def test_the_linear_routers_come_near_the_gates_and_nearer_on_text(tmp_path):
 def test_the_same_source_gives_the_same_bytes(tmp_path):
     source = save(tmp_path / "source", V1, v1_tensors())
     for name in ("a", "b"):
-        import_llama_moe.convert(source, tmp_path / name, ids_BL=IDS)
+        conversion.convert(source, tmp_path / name, ids_BL=IDS)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
 def test_a_v1_checkpoint_in_bfloat16_keeps_its_dtype_and_the_bits_of_every_weight_but_down(tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in v1_tensors().items()}
-    import_llama_moe.convert(save(tmp_path / "source", V1 | {"torch_dtype": "bfloat16"}, tensors), tmp_path / "new")
+    conversion.convert(save(tmp_path / "source", V1 | {"torch_dtype": "bfloat16"}, tensors), tmp_path / "new")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert model.dtype == torch.bfloat16
     experts = model.model.layers[1].mlp.experts
@@ -93,9 +93,7 @@ def test_a_linear_v1_gate_is_the_router_itself(tmp_path):
         network = f"model.layers.{i}.mlp.gate.gate_network"
         tensors[f"{network}.weight"] = tensors.pop(f"{network}.0.weight")
         del tensors[f"{network}.2.weight"]
-    report = import_llama_moe.convert(
-        save(tmp_path / "source", V1 | {"gate_network": "linear"}, tensors), tmp_path / "new"
-    )
+    report = conversion.convert(save(tmp_path / "source", V1 | {"gate_network": "linear"}, tensors), tmp_path / "new")
     assert report["fit"] is None
     assert not (tmp_path / "new" / gate.FILE).exists()
     router = gate.router(load(tmp_path / "new").model.layers[0])
@@ -115,7 +113,7 @@ def test_a_linear_v1_gate_is_the_router_itself(tmp_path):
 def test_a_v2_checkpoint_has_the_logits_of_its_own_code(tmp_path, residual, contract, dense, target):
     config = V2 | {"intermediate_size_residual": residual or None, "num_moe_contract_layers": contract}
     tensors = v2_tensors(residual=residual, contract=contract, dense=dense)
-    report = import_llama_moe.convert(save(tmp_path / "source", config, tensors), tmp_path / "new")
+    report = conversion.convert(save(tmp_path / "source", config, tensors), tmp_path / "new")
     assert report["model_type"] == target
     assert report["sparse_layers"] == list(range(contract, LAYERS - contract))
     assert report["fit"] is None
@@ -124,7 +122,7 @@ def test_a_v2_checkpoint_has_the_logits_of_its_own_code(tmp_path, residual, cont
 
 def test_a_v2_sliding_window_that_the_text_outgrows_is_kept(tmp_path):
     config, tensors = V2 | {"sliding_window": 5, "intermediate_size_residual": SIZE}, v2_tensors(residual=SIZE)
-    report = import_llama_moe.convert(save(tmp_path / "source", config, tensors), tmp_path / "new")
+    report = conversion.convert(save(tmp_path / "source", config, tensors), tmp_path / "new")
     assert report["model_type"] == "qwen2_moe"  # GraniteMoeShared has no window
     assert difference(tmp_path / "new", config, tensors) < 1e-5
 
@@ -167,7 +165,7 @@ def test_what_would_change_the_result_is_refused_by_field_value_and_reason(tmp_p
     tensors = v1_tensors() if base is V1 else v2_tensors()
     source = save(tmp_path / "source", base | {field: value}, tensors)
     with pytest.raises(ValueError, match=reason) as refused:
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     assert field in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
@@ -176,7 +174,7 @@ def test_a_stock_mixtral_is_told_that_it_needs_no_import(tmp_path):
     config = {name: value for name, value in V2.items() if name not in {"scale_factor", "moe_type", "use_attn_moe"}}
     config = {name: value for name, value in config.items() if "contract" not in name and "residual" not in name}
     with pytest.raises(ValueError, match="A stock checkpoint needs no import"):
-        import_llama_moe.read(save(tmp_path / "source", config, v2_tensors()))
+        conversion.read(save(tmp_path / "source", config, v2_tensors()))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +203,7 @@ def test_missing_unknown_misshapen_and_quantised_tensors_are_named(tmp_path, spo
     spoil(tensors)
     source = save(tmp_path / "source", V1, tensors)
     with pytest.raises(ValueError, match=message):
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -215,10 +213,10 @@ def test_a_shard_that_is_cut_short_or_absent_is_named(tmp_path):
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is damaged or cut short"):
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002.safetensors named by .* is missing"):
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
 
 
 def test_a_tensor_that_stands_in_two_files_is_named_with_both(tmp_path):
@@ -228,7 +226,7 @@ def test_a_tensor_that_stands_in_two_files_is_named_with_both(tmp_path):
     (source / "model.safetensors.index.json").unlink()
     save_file(again, source / "zz.safetensors")
     with pytest.raises(ValueError, match=r"norm\.weight twice, in model-0000\d-of-00002.safetensors and zz\.safe"):
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -237,7 +235,7 @@ def test_a_config_that_is_no_object_is_one_line(tmp_path, text):
     source = save(tmp_path / "source", V1, v1_tensors())
     (source / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds a JSON)") as refused:
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     assert "\n" not in str(refused.value)
 
 
@@ -250,21 +248,21 @@ def test_pickles_are_refused_with_a_script_that_makes_them_safetensors(tmp_path,
     for n in (1, 2):
         torch.save({name: tensors[name] for name in names[n - 1 :: 2]}, source / f"pytorch_model-0000{n}-of-00002.bin")
     with pytest.raises(ValueError, match="only as pickles") as refused:
-        import_llama_moe.read(source)
+        conversion.read(source)
     assert "refs/pr/2" in str(refused.value)
     script = "\n".join(line[4:] for line in str(refused.value).splitlines() if line.startswith("    "))
     monkeypatch.chdir(source)
     exec(script, {})
-    assert set(import_llama_moe.read(source).format.tensors) == {name for name in tensors if "inv_freq" not in name}
+    assert set(conversion.read(source).format.tensors) == {name for name in tensors if "inv_freq" not in name}
 
 
 def test_a_target_that_exists_is_left_alone_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
     source = save(tmp_path / "source", V1, v1_tensors())
     (tmp_path / "new").mkdir()
     with pytest.raises(FileExistsError, match="is there already"):
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     (tmp_path / "new").rmdir()
     monkeypatch.setattr(gate, "write", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        import_llama_moe.convert(source, tmp_path / "new")
+        conversion.convert(source, tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

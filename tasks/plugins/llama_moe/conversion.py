@@ -1,6 +1,6 @@
 """Import of the checkpoints that LLaMA-MoE released, tensor by tensor and without their code.
 
-    report = import_llama_moe.convert(source, target)
+    report = conversion.convert(source, target)
 
 The result is a stock checkpoint. A two-layer gate is kept in gates.safetensors, exact; the checkpoint's own routers
 are linear ones fitted to it (tasks/moe/linear.py), and the report says how near they come.
@@ -26,7 +26,7 @@ from tasks.corpus import manifest
 from tasks.moe import families, files, gate, linear, untrusted
 from tasks.moe.writer import DTYPES, ShardWriter
 from tasks.partition import calibration, exporters
-from tasks.tools import llama_moe_formats
+from tasks.plugins.llama_moe import formats
 
 REPORT = "import.json"
 _PICKLES = """holds its weights only as pickles ({names}), which can run any code when they are opened. \
@@ -43,7 +43,7 @@ class Released:
     """A checkpoint folder whose config and headers have been read, and are known and whole."""
 
     folder: Path
-    format: llama_moe_formats.Format
+    format: formats.Format
     files: dict[str, Path]
     """By tensor."""
     dtypes: dict[str, torch.dtype]
@@ -77,7 +77,7 @@ def read(folder: Path) -> Released:
         headers = untrusted.headers(folder, shards, listed=listed)
         untrusted.check_config(raw, headers)
         shapes = {name: entry.shape for name, entry in headers.items()}
-        kind = untrusted.understood(lambda: llama_moe_formats.of(raw, shapes), file="config.json")
+        kind = untrusted.understood(lambda: formats.of(raw, shapes), file="config.json")
         families.account(shapes, kind.tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -154,7 +154,7 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
     gates: dict[int, gate.Gate] = {}
     with ShardWriter(folder, plan) as writer:
         for name, new in carried.items():
-            writer.write(new, llama_moe_formats.filled(released.tensor(kind.common[name]), shapes[name]))
+            writer.write(new, formats.filled(released.tensor(kind.common[name]), shapes[name]))
         for name, tensor in added.items():
             writer.write(name, tensor)
         for i in sparse_layers:
@@ -207,7 +207,7 @@ def describe(report: dict[str, Any], *, source: Path, target: Path, corpus: Path
         f" of {report['experts']} experts, {report['top_k']} for each token, and {report['shared_experts']} shared"
     )
     if fit := report["fit"]:
-        text = f"{fit['tokens']:,} tokens of {corpus}" if corpus else "Gaussian inputs, for want of a --corpus"
+        text = f"{fit['tokens']:,} tokens of {corpus}" if corpus else "Gaussian inputs, for lack of a --corpus"
         worst = min(fit["layers"], key=lambda i: fit["layers"][i]["agreement"])
         yield (
             f"linear routers fitted on {text}: they make {fit['mean']['agreement']:.1%} of the gates' choices "
