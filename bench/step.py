@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from bench import common
 from tasks import settings
-from tasks.control import child
+from tasks.control import training
 from tasks.moe import counts
 from tasks.pretrain.job import Job
 from tasks.pretrain.log import log_file
@@ -34,7 +34,7 @@ def run(pipeline: str, model: Path, *, side: str, params: settings.Pretrain) -> 
     """The step records of one side, and the seconds that it stood still for its checkpoints."""
     entry = settings.load().pipeline(pipeline)
     if side != "sparse":
-        params = child.training(params)
+        params = training.dense(params)
     workspace = Path(".scratch/bench-step") / side
     shutil.rmtree(workspace, ignore_errors=True)
     workspace.mkdir(parents=True)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step_tokens = params.step_tokens
     params = params.model_copy(update={"tokens": arguments.steps * step_tokens})
     sides = {"dense": Path("data/models") / entry.model, "sparse": Path("runs") / arguments.pipeline / "moe"}
-    if entry.child:
+    if entry.pruned:
         sides["child"] = Path("runs") / arguments.pipeline / "control/split"
     steps: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     saving = dict.fromkeys(sides, 0.0)

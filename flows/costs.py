@@ -85,8 +85,8 @@ def _configs(name: str) -> tuple[dict[str, Any], int | None]:
     pipeline = config.pipeline(name)
     dense = plan.dense_config(config, pipeline.model)
     models = {"dense parent": dense, "Mixture-of-Experts": plan.sparse_config(dense, pipeline.partition)}
-    if pipeline.child:
-        models["dense child"] = pipeline.child.config(dense, pipeline.partition)
+    if pipeline.pruned:
+        models["dense child"] = pipeline.pruned.config(dense, pipeline.partition)
     return models, pipeline.pretrain.seq_len
 
 

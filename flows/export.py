@@ -68,8 +68,8 @@ def checkpoint(name: str, *, child: bool = False) -> tuple[Path, str]:
     for result in (CHILD,) if child else RESULTS:
         if (folder := Path("runs", name, result)).joinpath("config.json").is_file():
             return folder, f"{name}-child" if child else name
-    if child and pipeline.child is None:
-        raise FileNotFoundError(f"pipelines.{name}.control = none: it has no dense child; set control: dense_child")
+    if child and pipeline.pruned is None:
+        raise FileNotFoundError(f"pipelines.{name}.control = none: it has no dense child; set control: pruned")
     raise FileNotFoundError(
         f"runs/{name}/{CHILD if child else RESULTS[0]}: not there yet; run `moeforge run {name}` first"
     )

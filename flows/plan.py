@@ -63,8 +63,7 @@ class Plan:
     def seconds(self, flops_per_second: float) -> float:
         """Time for all FLOPs at UTILISATION of a matrix-product speed over all processes."""
         child = self.child.flops if self.child else 0
-        beside = (self.child.masks, self.child.parent) if self.child else ()
-        child += sum(each.flops for each in beside if each)
+        child += sum(each.flops for each in self.child.beside.values()) if self.child else 0
         mixture = self.mixture.flops if self.mixture else 0
         return (self.train_flops + self.other_flops + child + mixture) / (UTILISATION * flops_per_second)
 
@@ -207,8 +206,8 @@ def _disk(
     if child:
         parts[_CHILD] = 2 * child.parameters * dtype
         parts |= {f"dense child: {part}": size for part, size in child.scratch.items()}
-        for what, each in {"masks of the dense child": child.masks, "parent trained alike": child.parent}.items():
-            parts |= {f"{what}: {part}": size for part, size in (each.scratch if each else {}).items()}
+        for title, each in child.beside.items():
+            parts |= {f"{title}: {part}": size for part, size in each.scratch.items()}
     if (manifest := Path("data/corpora", pipeline.corpus, "manifest.json")).exists():
         parts["shards"] = sum(path.stat().st_size for path in manifest.parent.rglob("*.arrow"))
     if kept := branch.kept_bytes(name):

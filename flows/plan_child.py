@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.control import child
+from tasks import plugin
+from tasks.control import training
 from tasks.moe import counts
 from tasks.pretrain.log import meters
 from tasks.settings import Corpus, Pipeline, Pretrain, SettingsError
-from tasks.settings.control import ChildShape
 from tasks.tools import estimate
 from tasks.tools.estimate import Memory
+
+SHAPE = ("num_hidden_layers", "num_key_value_heads", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +30,13 @@ class ChildPlan:
     """Bytes in .scratch while it is trained, by what takes them."""
     shape: dict[str, int]
     """Its sizes that are not the parent's."""
-    masks: ParentPlan | None
-    """The training of masks before the cut; None without one."""
-    parent: ParentPlan | None
-    """The training of the parent on the child's batches; None unless it is asked for."""
+    beside: dict[str, ParentPlan]
+    """Trainings of the parent, by title: before the cut, and on the same batches if it is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParentPlan:
-    """Figures of a training of the parent, with masks or by itself."""
+    """Figures of a training of the parent."""
 
     steps: int
     flops: int
@@ -58,7 +58,7 @@ def plan(
     Raises:
         SettingsError: the settings ask for a child that cannot be.
     """
-    control = pipeline.child
+    control = pipeline.pruned
     if control is None:
         return None
     partition, judge = pipeline.partition, pipeline.evaluate
@@ -66,15 +66,19 @@ def plan(
         config = control.config(dense, partition)
     except ValueError as error:
         raise SettingsError(f"control: {error}") from None
-    sizes = (*ChildShape.model_fields, "num_attention_heads")
-    train = child.training(pipeline.pretrain)
+    train = training.dense(pipeline.pretrain)
+
+    beside = {
+        title: each for module in plugin.modules("cost").values() for title, each in module.trainings(pipeline).items()
+    }
+    if control.parent:
+        beside["parent trained alike"] = train
 
     def forward(of: dict[str, Any], *, windows: int, seq_len: int) -> int:
         flops: int = counts.flops_per_token(of, seq_len=seq_len)["forward"]
         return windows * seq_len * flops
 
     def parent(params: Pretrain) -> ParentPlan:
-        """The masks are a few numbers beside the parent's weights."""
         validated = estimate.evaluated_windows(params, domains=len(corpus.trained))
         step = params.step_tokens * meters.flops(dense, seq_len=params.seq_len, what="all")
         return ParentPlan(
@@ -105,7 +109,6 @@ def plan(
         flops=flops,
         memory=estimate.memory(config, train, bfloat16=bfloat16, cuda=cuda, parent=dense),
         scratch=estimate.disk(config, train, bfloat16=bfloat16),
-        shape={field: config[field] for field in sizes if config[field] != dense.get(field)},
-        masks=parent(child.masks(pipeline.pretrain, tokens=control.tokens)) if control.tokens else None,
-        parent=parent(train) if control.parent else None,
+        shape={field: config[field] for field in SHAPE if config.get(field) != dense.get(field)},
+        beside={title: parent(params) for title, params in beside.items()},
     )

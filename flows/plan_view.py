@@ -120,11 +120,10 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
         table.add_row("dense child", count(child.parameters), f"parameters, {_shape(child.shape)}")
         table.add_row("", f"{child.flops:.2e}", "FLOPs of its cut, training on the same tokens, and evaluation")
         table.add_row("", gigabytes(memory), "peak memory of its training, rank 0")
-        for title, beside in {"its masks": child.masks, "parent trained alike": child.parent}.items():
-            if beside is not None:
-                memory = beside.memory.device_total or beside.memory.host_total
-                table.add_row(title, f"{beside.flops:.2e}", f"FLOPs of {beside.steps:,} steps of the parent")
-                table.add_row("", gigabytes(memory), "peak memory of this training, rank 0")
+        for title, beside in child.beside.items():
+            memory = beside.memory.device_total or beside.memory.host_total
+            table.add_row(title, f"{beside.flops:.2e}", f"FLOPs of {beside.steps:,} steps of the parent")
+            table.add_row("", gigabytes(memory), "peak memory of this training, rank 0")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)

@@ -18,6 +18,8 @@ SEAMS: Mapping[str, str] = {
     "commands": "COMMANDS {name: (function, example)}: commands of moeforge, with typer's annotations",
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
+    "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",
+    "control": "make(entry, control, job, …), steps(work), publish(work, …): a pruned baseline by another method",
 }
 """{file name: what the core reads of the module}."""
 
@@ -63,3 +65,11 @@ def choices(field: str) -> tuple[str, ...]:
     """The values that plug-ins add to a setting with a fixed set of values, such as `mixture.method`."""
     found = (getattr(module, "CHOICES", {}).get(field, ()) for module in modules("settings").values())
     return tuple(value for values in found for value in values)
+
+
+def owner(field: str, value: str) -> str | None:
+    """The plug-in that adds `value` to such a setting; None for a value of the core."""
+    for name, module in modules("settings").items():
+        if value in getattr(module, "CHOICES", {}).get(field, ()):
+            return name
+    return None

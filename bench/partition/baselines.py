@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.moe.streamed import Streamed
-from tasks.partition import dense_child
+from tasks.partition import pruned
 from tasks.partition.layer import Layer
 
 Ffn = Callable[[Tensor], Tensor]
@@ -155,13 +155,13 @@ def neuron_oracle(share: float, *, weighted: bool = False) -> Build:
 def static(share: float, *, refit: bool = False, fit_passes: int = 0, seed: int = 0) -> Build:
     """The `share` of neurons that contribute most on the calibration windows, the same for every token.
 
-    It is the dense child before training, by the code that cuts that (tasks/partition/dense_child.py): `refit` and
+    It is the pruned baseline before training, by the code that cuts that (tasks/partition/pruned.py): `refit` and
     `fit_passes` as in settings.Partition.
     """
 
     def build(layer: Layer) -> Ffn:
         count = round(share * len(layer.gate_ND))
-        kept = dense_child.keep(layer, count, refit=refit, fit_passes=fit_passes, seed=seed)
+        kept = pruned.keep(layer, count, refit=refit, fit_passes=fit_passes, seed=seed)
         return Layer(number=layer.number, gate_ND=kept.gate_MD, up_ND=kept.up_MD, down_DN=kept.down_DM).dense
 
     return build

@@ -1,1 +1,1 @@
-"""The stage `control`: the dense child of a pipeline, trained as its sparse model is."""
+"""The stage `control`: the pruned baseline of a pipeline, trained as its sparse model is."""

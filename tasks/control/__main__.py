@@ -1,14 +1,13 @@
-"""Make the dense child of a pipeline: cut it from the parent, and train it as the sparse model was trained.
+"""Build the pruned baseline of a pipeline: cut it from the parent, and train it as the sparse model was trained.
 
     python -m tasks.control PIPELINE
 
 Reads data/models/<model>/, data/corpora/<corpus>/, runs/<pipeline>/mixture.json and, with dynamic batch loading, the
-domain weights in runs/<pipeline>/training/. Writes runs/<pipeline>/control/ (model/: the trained child, split/: as it
-was cut, training/: its log, loss.csv, validation.csv; masks/: the same of their training; kept.safetensors: which
-units the child has, unless it was cut by the closed form; parent/: the parent trained alike, if it is asked for) and
-runs/<pipeline>/control.json. With `control: none` the folder holds a marker alone. Stopped at any moment, even by
-kill -9, the same command goes on and ends with the same bytes. A child that is there already, of the same inputs,
-settings and code, is left as it is.
+domain weights in runs/<pipeline>/training/. Writes runs/<pipeline>/control/ (model/: trained; split/: as it was cut;
+training/: its log; loss.csv, validation.csv; parent/: the parent trained alike, if it is asked for; what a plug-in's
+method adds) and runs/<pipeline>/control.json. With `control: none` the folder holds a marker alone. Stopped at any
+moment, even by kill -9, the same command goes on and ends with the same bytes. A pruned baseline that is there
+already, of the same inputs, settings and code, is left as it is.
 """
 
 from __future__ import annotations
@@ -17,14 +16,21 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks import scratch, settings
+from tasks import plugin, scratch, settings
 from tasks.settings import Control, Pipeline
 
-MARKER, PARENT = "made_from.json", "parent"
+if TYPE_CHECKING:
+    from tasks.pretrain.job import Job
+
+MARKER, SPLIT, PARENT, CUT = "made_from.json", "split", "parent", "cut.json"
+"""Inside the workspace: what the result is made from, the pruned baseline before training, the training of the parent
+and the figures of the cut."""
+SHAPE = ("num_hidden_layers", "num_key_value_heads", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def run(pipeline: str) -> dict[str, Any]:
@@ -35,7 +41,7 @@ def run(pipeline: str) -> dict[str, Any]:
         TrainingError, OSError, scratch.BusyError: with a message that says how to fix it.
     """
     entry = settings.load().pipeline(pipeline)
-    return _dense_child(pipeline, entry, entry.child) if entry.child else _nothing(pipeline)
+    return _pruned(pipeline, entry, entry.pruned) if entry.pruned else _nothing(pipeline)
 
 
 def _nothing(pipeline: str) -> dict[str, Any]:
@@ -44,20 +50,20 @@ def _nothing(pipeline: str) -> dict[str, Any]:
         scratch.write_json(work / "control" / MARKER, metrics)
         scratch.publish(work / "control", target / "control")
         scratch.write_json(target / "control.json", metrics)
-        shutil.rmtree(work)  # and with it what was begun of a child
+        shutil.rmtree(work)  # and with it what was begun
     return metrics
 
 
-def _dense_child(pipeline: str, entry: Pipeline, control: Control) -> dict[str, Any]:
+def _pruned(pipeline: str, entry: Pipeline, control: Control) -> dict[str, Any]:
     from tasks import code
-    from tasks.control import child, cuts
+    from tasks.control import training
     from tasks.pretrain import inputs
     from tasks.pretrain.job import Job
     from tasks.pretrain.launch import launcher
     from tasks.pretrain.log import trackers
 
     target, parent = Path("runs") / pipeline, Path("data/models") / entry.model
-    params = child.training(entry.pretrain)
+    params = training.dense(entry.pretrain)
     trackers.check(params.trackers)
     weights = _weights(target / "training/log.jsonl") if params.dynamic else {}
     made_from = {
@@ -68,8 +74,8 @@ def _dense_child(pipeline: str, entry: Pipeline, control: Control) -> dict[str, 
         "pretrain": params.model_dump(),
         "code": code.fingerprint("tasks.control"),
     }
-    marker = {"control": "dense_child", "inputs": scratch.fingerprint(made_from)}
-    with scratch.workspace("control", pipeline, inputs=made_from, priority=cuts.steps) as work:
+    marker = {"control": "pruned", "inputs": scratch.fingerprint(made_from)}
+    with scratch.workspace("control", pipeline, inputs=made_from, priority=_steps) as work:
         scratch.report_kept(work)
         if done := _published(target, marker):
             print(f"{target / 'control'}: made from the same inputs already, kept", flush=True)
@@ -80,23 +86,25 @@ def _dense_child(pipeline: str, entry: Pipeline, control: Control) -> dict[str, 
             pipeline=f"{pipeline}.control",  # for trackers alone; no pipeline can be called so
             params=params,
             corpus=Path("data/corpora") / entry.corpus,
-            model=work / cuts.SPLIT,
+            model=work / SPLIT,
             parent=parent,
             mixture=target / "mixture.json",
             workspace=work,
             weights=work / "weights.json" if params.dynamic else None,
         )
-        cut = cuts.make(entry, control, job)
+        cut = _cut(entry, control, job)
         launcher.run(job)
         metrics = marker | _metrics(cut, _trained(work))
         if control.parent:
             alike = replace(job, pipeline=f"{pipeline}.parent", model=parent, workspace=work / PARENT)
             alike.workspace.mkdir(exist_ok=True)
             launcher.run(alike)
-            made = _trained(alike.workspace)
-            metrics["seconds"]["parent"] = round(made["seconds"], 1)
-            metrics["parent"] = {"loss": _losses(made, "after"), "tokens": made["tokens"], "curve": made["curve"]}
-        _assemble(work, marker)
+            trained = _trained(alike.workspace)
+            metrics["seconds"]["parent"] = round(trained["seconds"], 1)
+            metrics["parent"] = {
+                "loss": _losses(trained, "after"), "tokens": trained["tokens"], "curve": trained["curve"]
+            }  # fmt: skip
+        _assemble(work, marker, method=control.method)
         scratch.publish(work / "control", target / "control")
         scratch.write_json(target / "control.json", metrics)
         shutil.rmtree(work)
@@ -109,8 +117,8 @@ def _weights(log: Path) -> dict[int, dict[str, float]]:
 
     if not log.is_file():
         raise ValueError(
-            f"{log}: not found; with pretrain.dynamic the sparse model's losses decide the batches, and its dense "
-            "child gets the same: run the stage `pretrain` first"
+            f"{log}: not found; with pretrain.dynamic the sparse model's losses decide the batches, and the "
+            "pruned baseline gets the same: run the stage `pretrain` first"
         )
     return {record["step"]: record["weights"] for record in log_file.read(log, "validation")}
 
@@ -125,9 +133,78 @@ def _published(target: Path, marker: dict[str, Any]) -> dict[str, Any] | None:
     return metrics if there == marker and metrics.get("inputs") == marker["inputs"] else None
 
 
+def _cut(entry: Pipeline, control: Control, job: Job) -> dict[str, Any]:
+    """Write the checkpoint that the training begins with, unless an earlier start has.
+
+    Args:
+        job: that training; its `model` is written.
+
+    Returns:
+        method, shape, parameters, identity_error, seconds by part, ffn_width, parent_ffn_width; what else the method
+        has to say: layer_error of the closed form.
+
+    Raises:
+        ValueError, TrainingError, OSError: with a message for the user.
+    """
+    from tasks.moe import counts
+
+    report = job.workspace / CUT
+    if job.model.is_dir():
+        earlier: dict[str, Any] = json.loads(report.read_text())
+        return earlier
+    unfinished = job.workspace / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    dense = json.loads((job.parent / "config.json").read_text())
+    config = control.config(dense, entry.partition)
+    started = time.perf_counter()
+    if owner := plugin.owner("control.method", control.method):
+        method = plugin.modules("control")[owner]
+        cut: dict[str, Any] = method.make(entry, control, job, config=config, folder=unfinished)
+    else:
+        cut = _closed_form(entry, job, count=config["intermediate_size"], folder=unfinished)
+    cut.setdefault("seconds", {"cut": round(time.perf_counter() - started, 1)})
+    config = json.loads((unfinished / "config.json").read_text())
+    cut |= {
+        "method": control.method,
+        "shape": {field: config[field] for field in SHAPE if field in config},
+        "ffn_width": config["intermediate_size"],
+        "parent_ffn_width": dense["intermediate_size"],
+        "parameters": counts.parameters(config)["total"],
+    }
+    scratch.write_json(report, cut)
+    scratch.sync(unfinished)
+    unfinished.rename(job.model)
+    return cut
+
+
+def _closed_form(entry: Pipeline, job: Job, *, count: int, folder: Path) -> dict[str, Any]:
+    from tasks.display import Progress
+    from tasks.moe.streamed import Streamed
+    from tasks.partition import pruned
+
+    with Progress(Streamed(job.parent).layers, label="pruned baseline", unit="layer") as progress:
+        cut = pruned.cut(
+            job.parent,
+            job.corpus,
+            entry.partition,
+            count=count,
+            seq_len=entry.pretrain.seq_len,
+            folder=folder,
+            report=progress.advance,
+        )
+    return {name: cut[name] for name in ("layer_error", "identity_error")}
+
+
+def _steps(work: Path) -> int:
+    """Steps of training that a workspace holds, those before the cut too."""
+    from tasks.pretrain.checkpoints import resume
+
+    before: int = sum(module.steps(work) for module in plugin.modules("control").values())
+    return resume.last_step(work) + before
+
+
 def _metrics(cut: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
     """The content of control.json: losses after the cut and after training, what both took, the curve."""
-    masks = cut.get("masks")
     of_training = (
         "steps",
         "tokens",
@@ -139,15 +216,10 @@ def _metrics(cut: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
         "curve",
     )
     return {
-        **{name: cut[name] for name in cut if name not in ("seconds", "masks")},
+        **cut,
         **{name: trained[name] for name in of_training},
         "loss": {"cut": _losses(trained, "before"), "trained": _losses(trained, "after")},
-        "seconds": {
-            **({"masks": round(masks["seconds"], 1)} if masks else {}),
-            "cut": cut["seconds"],
-            "training": round(trained["seconds"], 1),
-        },
-        **({"masks": {name: value for name, value in masks.items() if name != "seconds"}} if masks else {}),
+        "seconds": {**cut["seconds"], "training": round(trained["seconds"], 1)},
     }
 
 
@@ -162,19 +234,15 @@ def _losses(trained: dict[str, Any], when: str) -> dict[str, float]:
     return {**trained[f"validation_{when}"], "mean": trained[f"validation_mean_{when}"]}
 
 
-def _assemble(work: Path, marker: dict[str, Any]) -> None:
+def _assemble(work: Path, marker: dict[str, Any], *, method: str) -> None:
     """Make work/control of links to the results, so that a run killed in here can do it again."""
-    from tasks.control import cuts
-
     folder = work / "control"
     shutil.rmtree(folder, ignore_errors=True)
     _training(work, folder)
     _link(work / "trained", folder / "model")
-    _link(work / cuts.SPLIT, folder / "split")
-    if (work / cuts.KEPT).exists():
-        scratch.link(work / cuts.KEPT, folder / cuts.KEPT)
-    if (work / cuts.MASKS).exists():
-        _training(work / cuts.MASKS, folder / cuts.MASKS)
+    _link(work / SPLIT, folder / "split")
+    if owner := plugin.owner("control.method", method):
+        plugin.modules("control")[owner].publish(work, folder, link_training=_training)
     if (work / PARENT).exists():
         _training(work / PARENT, folder / PARENT)
         _link(work / PARENT / "trained", folder / PARENT / "model")
@@ -215,14 +283,11 @@ def main() -> int:
         print(f"control {pipeline}: {error}", file=sys.stderr)
         return 1
     if metrics["control"] == "none":
-        print(f"{pipeline} has no dense child (control: none)")
+        print(f"{pipeline} has no pruned baseline (control: none)")
         return 0
     losses = metrics["loss"]
-    if masks := metrics.get("masks"):
-        sizes = (f"{field} {size['expected']:g} for {size['target']}" for field, size in masks["size"].items())
-        print(f"masks after {masks['tokens']:,} tokens: {', '.join(sizes)}")
     print(
-        f"dense child with {metrics['ffn_width']} of {metrics['parent_ffn_width']} neurons: validation loss "
+        f"pruned baseline with {metrics['ffn_width']} of {metrics['parent_ffn_width']} neurons: validation loss "
         f"{losses['cut']['mean']:.3f} after the cut, {losses['trained']['mean']:.3f} after {metrics['tokens']:,} "
         "tokens of training"
     )

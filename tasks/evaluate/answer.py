@@ -34,7 +34,7 @@ def quality(evaluation: dict[str, Any]) -> str:
         return ""
     verdict = wording.verdict(delta, rival="dense parent")
     return (
-        "There is no dense model of the same active size to compare with (`control: dense_child` makes one). Against "
+        "There is no dense model of the same active size to compare with (`control: pruned` makes one). Against "
         f"the dense parent, with {parent} active parameters where it has {ours}, {verdict}: mean loss "
         f"{wording.signed(delta)} nats/token, paired by window."
     )

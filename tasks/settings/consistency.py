@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import tasks.settings.harness as harness
 import tasks.settings.model as model
 import tasks.settings.suites as suites
+from tasks import plugin
 from tasks.settings.corpus import Corpus
 from tasks.settings.evaluate import Evaluate
 from tasks.settings.model import Model
@@ -26,6 +27,9 @@ def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models
         yield from (f"{where}.mixture.{fault}" for fault in _proxies(pipeline, corpora[pipeline.corpus]))
         yield from (f"{where}.{fault}" for fault in _sizes(pipeline, models[pipeline.model]))
         yield from (f"{where}.{fault}" for fault in _tasks(pipeline.evaluate))
+        for module in plugin.modules("settings").values():
+            if hasattr(module, "faults"):
+                yield from (f"{where}.{fault}" for fault in module.faults(pipeline, corpus=corpora[pipeline.corpus]))
 
 
 def _tasks(evaluate: Evaluate) -> Iterator[str]:
@@ -106,16 +110,16 @@ def _sizes(pipeline: Pipeline, entry: Model) -> Iterator[str]:
     except ValueError as error:
         yield f"partition: {error}"
     try:
-        if width and layers and pipeline.child:
-            sizes = pipeline.child.sizes(config, partition)
+        if width and layers and pipeline.pruned:
+            pruned = pipeline.pruned.config(config, partition)
             for field in ("num_hidden_layers", "hidden_size"):
-                if distill and field in sizes and sizes[field] < config[field]:
+                if distill and pruned.get(field) != config.get(field):
                     yield (
-                        f"control.shape.{field} = {sizes[field]}: the parent has {config[field]}, and "
+                        f"control.shape.{field} = {pruned[field]}: the parent has {config[field]}, and "
                         "pretrain.distill compares student and parent layer by layer; leave one of them out"
                     )
     except ValueError as error:
-        if str(error).startswith("dense_child"):
+        if str(error).startswith("pruned"):
             yield f"control = {error}"
         elif str(error).startswith("shape"):  # else it stands there already
             yield f"control.{error}"

@@ -169,21 +169,21 @@ class Partition(Frozen):
             )
         return width // total
 
-    def child_width(self, width: int, *, layers: int) -> int:
-        """FFN width of the dense child, which is as many neurons as a token passes in a sparse layer.
+    def pruned_width(self, width: int, *, layers: int) -> int:
+        """FFN width of the pruned baseline, which is as many neurons as a token passes in a sparse layer.
 
         Raises ValueError if there is no such model: some of its `layers` stay dense, or nothing would be left out.
         """
         fix = "set partition.layers: all, or control: none"
         if len(self.sparse_layers(layers)) < layers:
             raise ValueError(
-                f"dense_child: partition.layers = {self.layers!r} keeps layers as wide as they are, and a dense class "
+                f"pruned: partition.layers = {self.layers!r} keeps layers as wide as they are, and a dense class "
                 f"has one intermediate_size for all; {fix}"
             )
         active = (self.shared_experts + self.top_k) * self.check_width(width)
         if active >= width:
             raise ValueError(
-                f"dense_child: method `{self.method}` has {active} active neurons a layer and the FFN {width}, so the "
+                f"pruned: method `{self.method}` has {active} active neurons a layer and the FFN {width}, so the "
                 "dense model of that size is the parent or larger; set control: none"
             )
         return active

@@ -1,4 +1,4 @@
-"""Tiny projects with a dense child, made from those of the tests of training."""
+"""Tiny projects with a pruned baseline, made from those of the tests of training."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def set_control(project: Path, control: str | dict[str, Any], **pretrain: Any) -
     yaml.dump(content, path)
 
 
-def child_of(
+def baseline_of(
     finished: Path, factory: pytest.TempPathFactory, name: str, *, said: str, prepare: Callable[[Path], None]
 ) -> Path:
-    """The finished project with the child of an uninterrupted run, made once for all; `said` is what it printed."""
+    """The finished project with the baseline of an uninterrupted run, made once for all; `said` is what it printed."""
 
     def make(folder: Path) -> None:
         shutil.copytree(finished, folder)
@@ -61,7 +61,7 @@ def kill_when(project: Path, condition: Callable[[], object]) -> None:
 
 
 def unfinished(project: Path, pattern: str) -> bool:
-    """Whether the unfinished child has such a file."""
+    """Whether the unfinished baseline has such a file."""
     return any(project.glob(f".scratch/control-tiny/*/{pattern}"))
 
 

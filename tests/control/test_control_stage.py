@@ -1,4 +1,4 @@
-"""The dense child of a tiny pipeline, and one of another shape by trained masks, through the stage's command."""
+"""The pruned baseline of a tiny pipeline through the stage's command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -14,7 +13,7 @@ from ruamel.yaml import YAML
 from tasks import scratch
 from tasks.pretrain.job import JOB, Job
 from tasks.tools import batch_trace, inspect_run
-from tests.control.conftest import child_of, kill_when, metrics, set_control, unfinished
+from tests.control.conftest import baseline_of, kill_when, metrics, set_control, unfinished
 from tests.pretrain.conftest import STEPS
 from tests.pretrain.projects import timeless
 from tests.pretrain.warm_stages import stage
@@ -24,34 +23,13 @@ pytestmark = pytest.mark.e2e
 WIDTH, ACTIVE = 128, 64  # 4 of 12 experts and 4 shared ones, of 8 neurons
 
 
-OWN = {"num_hidden_layers": 2, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128}
-SHAPE = {"num_hidden_layers": 1, "num_key_value_heads": 1, "hidden_size": 48, "intermediate_size": 64}
-MASKED_STEPS = 80
-
-
 @pytest.fixture(scope="module")
 def made(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished project with its dense child."""
-    said = "dense child with 64 of 128 neurons: validation loss "
-    return child_of(
-        finished, tmp_path_factory, "control", said=said, prepare=lambda root: set_control(root, "dense_child")
+    """The finished project with its pruned baseline."""
+    said = "pruned baseline with 64 of 128 neurons: validation loss "
+    return baseline_of(
+        finished, tmp_path_factory, "control", said=said, prepare=lambda root: set_control(root, "pruned")
     )
-
-
-@pytest.fixture(scope="module")
-def pruned(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished project with a child of another shape, by masks."""
-    said = "masks after 20,480 tokens: hidden_size "
-    return child_of(finished, tmp_path_factory, "pruned", said=said, prepare=set_masks)
-
-
-def set_masks(project: Path) -> None:
-    shape = {name: size for name, size in SHAPE.items() if name != "intermediate_size"}  # the active width by itself
-    set_shape(project, {"method": "hard_concrete", "tokens": MASKED_STEPS * 256, "shape": shape})
-
-
-def set_shape(project: Path, control: dict[str, Any]) -> None:
-    set_control(project, control, save_every=40, eval_tokens=12_800, micro_batch=4)
 
 
 def windows(run: Path, step: int) -> list[list[int]]:
@@ -75,7 +53,7 @@ def test_the_child_is_a_plain_checkpoint_of_the_parents_class_that_training_made
         model = AutoModelForCausalLM.from_pretrained(root / name)
         assert model.num_parameters() == known["parameters"]
         AutoTokenizer.from_pretrained(root / name)
-    assert known["control"] == "dense_child"
+    assert known["control"] == "pruned"
     assert (known["ffn_width"], known["parent_ffn_width"]) == (ACTIVE, WIDTH)
     assert known["identity_error"] <= 1e-5
     assert known["loss"]["trained"]["mean"] < known["loss"]["cut"]["mean"]
@@ -129,7 +107,7 @@ def test_what_concerns_routers_is_left_out_and_the_rest_of_the_settings_is_the_s
 def test_killed_in_the_cut_in_a_step_and_while_it_publishes_it_ends_with_the_same_bytes(
     project: Path, made: Path
 ) -> None:
-    set_control(project, "dense_child")
+    set_control(project, "pruned")
     kill_when(project, lambda: unfinished(project, "unfinished/*.safetensors") or unfinished(project, "split"))
     kill_when(project, lambda: unfinished(project, "checkpoints/step-00000006"))
     assert unfinished(project, "split")
@@ -147,10 +125,10 @@ def test_killed_in_the_cut_in_a_step_and_while_it_publishes_it_ends_with_the_sam
     assert (curve["loss"][0], curve["loss"][-1]) == (losses["cut"]["mean"], losses["trained"]["mean"])
 
 
-def test_a_child_of_the_same_inputs_is_kept_and_other_settings_make_a_new_one_or_none(
+def test_a_baseline_of_the_same_inputs_is_kept_and_other_settings_make_a_new_one_or_none(
     project: Path, made: Path
 ) -> None:
-    set_control(project, "dense_child")
+    set_control(project, "pruned")
     run = project / "runs/tiny"
     shutil.copytree(made / "runs/tiny/control", run / "control")
     shutil.copy(made / "runs/tiny/control.json", run)
@@ -176,56 +154,7 @@ def test_a_child_of_the_same_inputs_is_kept_and_other_settings_make_a_new_one_or
 
     set_control(project, "none")
     done = stage("tasks.control", "tiny", cwd=project)
-    assert done.stdout == "tiny has no dense child (control: none)\n"
+    assert done.stdout == "tiny has no pruned baseline (control: none)\n"
     assert [path.name for path in (run / "control").iterdir()] == ["made_from.json"]
     assert metrics(project) == {"control": "none"}
     assert not any((project / ".scratch").glob("control-tiny/*/"))
-
-
-def test_the_masks_come_to_their_targets_and_the_child_has_exactly_the_shape(pruned: Path) -> None:
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    known, root = metrics(pruned), pruned / "runs/tiny/control"
-    assert known["masks"]["size"].keys() == SHAPE.keys()
-    for field, size in known["masks"]["size"].items():
-        assert size["target"] == SHAPE[field]
-        assert abs(size["expected"] - size["target"]) <= 0.01 * OWN[field], field
-    for name in ("split", "model"):
-        model = AutoModelForCausalLM.from_pretrained(root / name)
-        config = model.config
-        assert {field: getattr(config, field) for field in SHAPE} == SHAPE
-        assert (config.num_attention_heads, config.head_dim, config.tie_word_embeddings) == (2, 16, True)
-        assert model.num_parameters() == known["parameters"]
-        AutoTokenizer.from_pretrained(root / name)
-    kept = {
-        name: (mask != 0).sum(-1).flatten().tolist() for name, mask in load_file(root / "kept.safetensors").items()
-    }
-    assert kept == {"layer_L": [1], "group_LK": [1, 1], "neuron_LN": [64, 64], "hidden_D": [48]}
-    assert known["identity_error"] <= 1e-5
-    assert known["loss"]["trained"]["mean"] < known["loss"]["cut"]["mean"]
-    assert known["seconds"].keys() == {"masks", "cut", "training"}
-    assert known["masks"]["tokens"] == MASKED_STEPS * 256
-    log = [json.loads(line) for line in (root / "masks/training/log.jsonl").read_text().splitlines()]
-    assert sum(record["kind"] == "step" for record in log) == MASKED_STEPS
-    assert not any((pruned / ".scratch").glob("control-tiny/*/"))
-
-
-def test_killed_while_masks_train_and_after_the_cut_it_ends_with_the_same_bytes(project: Path, pruned: Path) -> None:
-    set_masks(project)
-    kill_when(project, lambda: unfinished(project, "masks/checkpoints/step-00000040"))
-    kill_when(project, lambda: unfinished(project, "split"))
-    assert stage("tasks.control", "tiny", cwd=project).returncode == 0
-    assert scratch.digest(project / "runs/tiny/control") == scratch.digest(pruned / "runs/tiny/control")
-    assert metrics(project)["masks"] == metrics(pruned)["masks"]
-
-
-def test_a_baseline_has_the_same_shape_without_masks(project: Path) -> None:
-    set_shape(project, {"method": "magnitude", "shape": SHAPE})
-    assert stage("tasks.control", "tiny", cwd=project).returncode == 0
-    known = metrics(project)
-    assert known["method"] == "magnitude"
-    assert known["shape"] == {**SHAPE, "num_attention_heads": 2}
-    assert len(known["layers"]) == 1
-    assert "masks" not in known
-    assert not (project / "runs/tiny/control/masks").exists()

@@ -147,7 +147,7 @@ def write_child(root: Path) -> None:
     (root / "runs/demo/evaluation.json").write_text(json.dumps(evaluated(root, done)))
     (root / "runs/demo/samples.json").write_text(json.dumps(samples(done)))
     control = {
-        "control": "dense_child",
+        "control": "pruned",
         "seconds": {"cut": 100.0, "training": 140.0},
         "curve": curve(root, shift=0.78, flops=600, speed=400.0),
     }

@@ -251,7 +251,7 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
 ) -> None:
     without = changed(config, "pretrain")
     assert without.child is None
-    fine = config.pipelines["fine"].model_copy(update={"control": "dense_child"})
+    fine = config.pipelines["fine"].model_copy(update={"control": "pruned"})
     both = config.model_copy(update={"pipelines": {"fine": fine}})
     dense = plan.dense_config(both, fine.model)
     cost = plan.plan(both, "fine", bfloat16=True)
@@ -280,7 +280,7 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
         Console(file=text, width=160).print(table)
     assert f"FFNs of {width} neurons" in text.getvalue()
     assert "peak memory of its training" in text.getvalue()
-    shape = settings.control.ChildShape(num_hidden_layers=20, num_key_value_heads=2, hidden_size=480)
+    shape = settings.control.Shape(num_hidden_layers=20, num_key_value_heads=2, hidden_size=480)
     control = settings.Control(method="hard_concrete", shape=shape, tokens=102_400)
     masked = config.model_copy(
         update={"pipelines": {"fine": fine.model_copy(update={"control": control, "pretrain": longer})}}
@@ -288,20 +288,20 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
     planned = plan.plan(masked, "fine", bfloat16=True)
     pruned = planned.child
     assert pruned is not None
-    assert pruned.masks is not None
+    masks = pruned.beside["its masks"]
     each = 3 * 480 * width + 2 * 480 * (6 + 2) * 64 + 2 * 480
     assert pruned.parameters == 20 * each + 480 + 49152 * 480
-    assert pruned.masks.steps == 100
-    assert pruned.masks.flops == pytest.approx(6 * 134_515_008 * 102_400, rel=0.3)
-    assert pruned.masks.memory.host["weights"] == 2 * 134_515_008
-    assert any(part.startswith("masks of the dense child: training checkpoints") for part in planned.disk)
+    assert masks.steps == 100
+    assert masks.flops == pytest.approx(6 * 134_515_008 * 102_400, rel=0.3)
+    assert masks.memory.host["weights"] == 2 * 134_515_008
+    assert any(part.startswith("its masks: training checkpoints") for part in planned.disk)
     rarely = changed(config, "pretrain", eval_tokens=1 << 20)
-    flops = rarely.seconds(1e12) + (pruned.flops + pruned.masks.flops) / (plan.UTILISATION * 1e12)
+    flops = rarely.seconds(1e12) + (pruned.flops + masks.flops) / (plan.UTILISATION * 1e12)
     assert planned.seconds(1e12) == pytest.approx(flops)
     for table in plan_view.figures(masked, "fine", tflops=100.0):
         Console(file=text, width=160).print(table)
     assert "20 layers, 6 heads, 2 of keys and values, 480 hidden dimensions" in text.getvalue()
     assert "FLOPs of 100 steps of the parent" in text.getvalue()
     refused = fine.model_copy(update={"partition": split.model_copy(update={"layers": "alternate"})})
-    with pytest.raises(settings.SettingsError, match=r"control: dense_child: partition.layers = 'alternate'"):
+    with pytest.raises(settings.SettingsError, match=r"control: pruned: partition.layers = 'alternate'"):
         plan_child.plan(dense, refused, corpus=corpus, bfloat16=True)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tasks import settings
+from tasks.plugins.masks.settings import changes
 from tasks.settings import Control, Partition
-from tasks.settings.control import ChildShape, fields
+from tasks.settings.control import Shape
 from tests.settings.test_settings import changed, fault
 
 SPLIT = Partition(method="activation", experts=12, shared_experts=4, top_k=4)
@@ -24,17 +25,17 @@ def control(method: str = "magnitude", **shape: int) -> Control:
     return Control.model_validate({"method": method, "tokens": tokens, "shape": shape})
 
 
-def test_a_name_is_a_mapping_of_defaults_and_none_is_no_child() -> None:
+def test_a_name_is_a_mapping_of_defaults_and_none_is_no_baseline() -> None:
     mapping = {"method": "hard_concrete", "tokens": 65536, "shape": {"num_hidden_layers": 20}}
     known = [
-        settings.validate(changed("pipelines.fine.control", value)).pipelines["fine"].child
-        for value in ("none", "dense_child", mapping)
+        settings.validate(changed("pipelines.fine.control", value)).pipelines["fine"].pruned
+        for value in ("none", "pruned", mapping)
     ]
     assert known[:2] == [None, Control(method="static")]
-    assert known[2] == Control(method="hard_concrete", tokens=65536, shape=ChildShape(num_hidden_layers=20))
+    assert known[2] == Control(method="hard_concrete", tokens=65536, shape=Shape(num_hidden_layers=20))
 
 
-def test_without_a_shape_the_child_has_as_many_neurons_as_a_token_passes() -> None:
+def test_without_a_shape_the_pruned_baseline_has_as_many_neurons_as_a_token_passes() -> None:
     parent = {"intermediate_size": 128, "num_hidden_layers": 2, "hidden_size": 64}
     assert Control().config(parent, SPLIT) == parent | {"intermediate_size": 64}
     with pytest.raises(ValueError, match=r"set partition\.layers: all"):
@@ -50,7 +51,7 @@ def test_query_heads_go_with_the_head_of_keys_and_values_that_they_read_and_keep
         "num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 48, "head_dim": 8, "num_hidden_layers": 2,
         "intermediate_size": 64,
     }  # fmt: skip
-    narrow = fields(PARENT | {"layer_types": ["a", "b", "c", "d"]}, control(num_hidden_layers=2).sizes(PARENT, SPLIT))
+    narrow = changes(PARENT | {"layer_types": ["a", "b", "c", "d"]}, {"num_hidden_layers": 2, "intermediate_size": 64})
     assert narrow == {"num_hidden_layers": 2, "intermediate_size": 64, "layer_types": ["a", "b"]}
     qwen = control(num_key_value_heads=2, hidden_size=32).config(PARENT | {"model_type": "qwen2"}, SPLIT)
     assert (qwen["num_attention_heads"], qwen["hidden_size"], "head_dim" in qwen) == (4, 32, False)
@@ -59,7 +60,11 @@ def test_query_heads_go_with_the_head_of_keys_and_values_that_they_read_and_keep
 @pytest.mark.parametrize(
     ("method", "shape", "message"),
     [
-        ("static", {"hidden_size": 48}, "shape.hidden_size = 48: .* `static` cuts FFNs alone; set method: hard_conc"),
+        (
+            "static",
+            {"hidden_size": 48},
+            "shape.hidden_size = 48: .* `static` cuts FFNs alone; set method: hard",
+        ),
         ("random", {"hidden_size": 65}, "shape.hidden_size = 65: the parent has 64; set it to that or less"),
         ("random", {"hidden_size": 50}, r"shape.hidden_size = 50: .* 8 heads of 8 \(2 to a head .* nearest: 48"),
         ("hard_concrete", {"intermediate_size": 2}, "masks can be led to cut 98% of them at most; raise it"),
@@ -70,7 +75,7 @@ def test_a_shape_that_cannot_be_is_refused_by_its_field_with_a_fix(
     method: str, shape: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        control(method, **shape).sizes(PARENT, SPLIT)
+        control(method, **shape).config(PARENT, SPLIT)
 
 
 def test_a_class_without_a_width_of_heads_takes_hidden_size_and_heads_in_step_alone() -> None:
@@ -78,16 +83,16 @@ def test_a_class_without_a_width_of_heads_takes_hidden_size_and_heads_in_step_al
         with pytest.raises(
             ValueError, match=r"a qwen2 has no `head_dim`, so its .* need hidden_size = \d+; change both"
         ):
-            control(**shape).sizes(PARENT | {"model_type": "qwen2"}, SPLIT)
+            control(**shape).config(PARENT | {"model_type": "qwen2"}, SPLIT)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("child", "pipelines.fine.control.name = 'child': Input should be 'dense_child' or 'none'"),
+        ("child", "pipelines.fine.control.name = 'child': Input should be 'pruned' or 'none'"),
         ({"method": "static", "tokens": 9}, "needs `tokens`, on which the masks are trained; no other takes it"),
         ({"method": "hard_concrete"}, "method `hard_concrete` needs `tokens`"),
-        ({"shap": {}}, "control.mapping.shap: unknown key; allowed here: method, shape, tokens, parent"),
+        ({"shap": {}}, "control.mapping.shap: unknown key; allowed here: method, shape, parent, tokens"),
         ({"method": "hard_concrete", "tokens": 4096}, "control.tokens = 4096: masks need 20 steps .* to 20480"),
         (
             {"method": "random", "shape": {"hidden_size": 500}},

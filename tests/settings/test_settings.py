@@ -174,11 +174,11 @@ def test_a_size_that_a_method_cannot_make_lists_those_that_it_can(options: dict[
     [
         (
             {"layers": "alternate"},
-            "control = dense_child: partition.layers = 'alternate' keeps layers as wide",
+            "control = pruned: partition.layers = 'alternate' keeps layers as wide",
         ),
         (
             {"top_k": 144},
-            "control = dense_child: method `activation` has 1536 active neurons a layer",
+            "control = pruned: method `activation` has 1536 active neurons a layer",
         ),
         ({"layers": list(range(30))}, None),
     ],
@@ -186,7 +186,7 @@ def test_a_size_that_a_method_cannot_make_lists_those_that_it_can(options: dict[
 def test_a_dense_child_that_cannot_be_is_refused_with_the_settings(
     changes: dict[str, Any], message: str | None
 ) -> None:
-    raw = changed("pipelines.fine.control", "dense_child")
+    raw = changed("pipelines.fine.control", "pruned")
     raw["pipelines"]["fine"]["partition"] |= changes
     if message is None:
         settings.validate(raw)

@@ -42,7 +42,7 @@ def section(results: Results) -> Section | None:
         chart = charts.lines(series, x_label=f"{prefix}{unit}", y_label="validation loss, nats per token")
         figures.append(Figure(title=f"Loss by {title}", chart=Markup(chart)))
     made = sum(results.partition["seconds"].values())
-    cut = sum(results.control["seconds"].get(part, 0.0) for part in ("masks", "cut"))
+    cut = sum(seconds for part, seconds in results.control["seconds"].items() if part not in ("training", "parent"))
     notes = [
         f"Training alone, all on the same batches, from where the experts and the child were made ({made:,.0f} s and "
         f"{cut:,.0f} s)."

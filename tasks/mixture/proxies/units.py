@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import scratch
-from tasks.control import child
+from tasks.control.training import dense
 from tasks.mixture.problem import Problem
 from tasks.pretrain.domains.plan import Plan
 from tasks.pretrain.job import Job
@@ -78,7 +78,7 @@ def training(proxy: Proxy, pretrain: Pretrain) -> Pretrain:
     """
     step = proxy.batch * proxy.seq_len
     steps = -(-proxy.tokens // step)
-    params = pretrain if proxy.model == "student" else child.training(pretrain)
+    params = pretrain if proxy.model == "student" else dense(pretrain)
     return params.model_copy(
         update={
             "tokens": steps * step,

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.moe.internals import masked
-from tasks.moe.internals.masked import Keep
+from tasks.plugins.masks import masked
+from tasks.plugins.masks.masked import Keep
 from tasks.pretrain.masks import hard_concrete
 
 FILE = "masks.safetensors"

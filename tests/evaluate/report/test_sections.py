@@ -86,7 +86,7 @@ def test_text_that_no_stage_has_read_has_a_verdict_of_its_own(rivals: Results) -
 def test_without_a_child_the_answer_is_against_the_parent_and_says_what_is_missing(results: Results) -> None:
     said = answer.sentences(results.evaluation)
     assert said[0] == (
-        "There is no dense model of the same active size to compare with (`control: dense_child` makes one). Against "
+        "There is no dense model of the same active size to compare with (`control: pruned` makes one). Against "
         "the dense parent, with 134.5 M active parameters where it has 106.3 M, the dense parent is better: mean loss "
         "+0.490 ± 0.000 nats/token, paired by window."
     )

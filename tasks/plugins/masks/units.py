@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tasks.moe.internals.masked import Keep
 from tasks.moe.streamed import Streamed
+from tasks.plugins.masks.masked import Keep
 from tasks.pretrain.masks import module
 
 Axis = Literal["hidden", "queries", "keys", "neurons"]
@@ -53,7 +53,7 @@ def axes(name: str) -> tuple[Axis | None, ...]:
     try:
         return AXES[".".join(name.split(".")[-2:])]
     except KeyError:
-        raise ValueError(f"{name}: its axes are not known; add it to AXES in tasks/control/units.py") from None
+        raise ValueError(f"{name}: its axes are not known; add it to AXES in tasks/plugins/masks/units.py") from None
 
 
 def layer_of(name: str) -> int | None:

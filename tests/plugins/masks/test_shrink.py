@@ -6,11 +6,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tasks import architectures
-from tasks.control import shrink, units
-from tasks.moe.internals import masked
-from tasks.moe.internals.masked import Keep
 from tasks.moe.streamed import Streamed
 from tasks.partition import identity
+from tasks.plugins.masks import masked, shrink, units
+from tasks.plugins.masks.masked import Keep
 from tests import models
 
 OWN = {"num_hidden_layers": 3, "num_key_value_heads": 4, "hidden_size": 32, "intermediate_size": 48}
@@ -91,8 +90,8 @@ def test_the_layers_that_stay_keep_their_kind_of_attention(tmp_path, parents):
     source = Streamed(parents["qwen2, tied, sliding"])
     assert source.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
     keep = Keep(layer_L=torch.tensor([0.0, 1.0, 1.0]))
-    shrink.cut(source, keep, OWN | {"num_hidden_layers": 2}, folder=tmp_path / "child", report=print)
-    config = Streamed(tmp_path / "child").config
+    shrink.cut(source, keep, OWN | {"num_hidden_layers": 2}, folder=tmp_path / "pruned", report=print)
+    config = Streamed(tmp_path / "pruned").config
     assert config.layer_types == ["full_attention", "sliding_attention"]
     assert config.max_window_layers == 1
 
@@ -100,7 +99,7 @@ def test_the_layers_that_stay_keep_their_kind_of_attention(tmp_path, parents):
 def test_a_child_of_other_weights_is_refused_by_its_proof(tmp_path, parents):
     source = Streamed(parents["llama"])
     keep = units.random(source.config, OWN | SHAPES["all"], seed=0)
-    folder = tmp_path / "child"
+    folder = tmp_path / "pruned"
     shrink.cut(source, keep, OWN | SHAPES["all"], folder=folder, report=print)
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -113,6 +112,6 @@ def test_factors_are_folded_into_a_bfloat16_parent_and_the_child_is_proved_as_on
     models.build("llama", **SIZES, dtype=torch.bfloat16, tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
     source = Streamed(tmp_path / "dense")
     keep = soft(units.random(source.config, OWN | SHAPES["all"], seed=0))
-    made = shrink.cut(source, keep, OWN | SHAPES["all"], folder=tmp_path / "child", report=print)
+    made = shrink.cut(source, keep, OWN | SHAPES["all"], folder=tmp_path / "pruned", report=print)
     assert made["identity_error"] <= 1e-5
-    assert {value.dtype for value in load_file(tmp_path / "child/model.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(tmp_path / "pruned/model.safetensors").values()} == {torch.bfloat16}

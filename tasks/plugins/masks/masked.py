@@ -4,7 +4,7 @@ dimensions are cut, before any is cut.
     attach(model, lambda: keep)
 
 A mask is 0 for what is cut, and a factor for what stays. A dense model with factors computes what the cut model
-computes whose weights have them folded in (tasks/control/shrink.py), at any values, tied or not:
+computes whose weights have them folded in (shrink.py), at any values, tied or not:
 
     residual stream    the embedding and the outputs of attention and FFN times hidden_D; the last two times their
                        layer_L too. A dimension that is cut is 0 everywhere.

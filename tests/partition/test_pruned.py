@@ -1,4 +1,4 @@
-"""The dense child against transformers itself: the parent with the other neurons masked, for every dense class."""
+"""The pruned baseline against transformers itself: the parent with the other neurons masked, for every dense class."""
 
 import json
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from bench.partition import baselines
 from tasks import architectures, settings
 from tasks.moe.streamed import Streamed
-from tasks.partition import calibration, dense_child, identity
+from tasks.partition import calibration, identity, pruned
 from tests import models
 
 WIDTH, ACTIVE = 48, 24
@@ -45,8 +45,8 @@ def make(folder, dense, **options):
     """The child's folder, and what `cut` tells."""
     target, told = folder / "child", []
     partition = settings.Partition(**options)
-    count = settings.Control().sizes(dense.config.to_dict(), partition)["intermediate_size"]
-    made = dense_child.cut(dense.folder, folder, partition, count=count, seq_len=40, folder=target, report=told.append)
+    count = settings.Control().config(dense.config.to_dict(), partition)["intermediate_size"]
+    made = pruned.cut(dense.folder, folder, partition, count=count, seq_len=40, folder=target, report=told.append)
     assert len(told) == dense.layers
     return target, made
 
@@ -81,7 +81,7 @@ def test_every_dense_class_is_among_the_parents():
 
 
 @pytest.mark.parametrize("kind", PARENTS)
-def test_without_refit_the_child_is_the_parent_with_all_but_its_most_energetic_neurons_masked(tmp_path, kind):
+def test_without_refit_the_pruned_model_is_the_parent_with_all_but_its_most_energetic_neurons_masked(tmp_path, kind):
     dense = parent(tmp_path / "dense", kind)
     folder, made = make(tmp_path, dense, **SPLIT)
     model, kept = masked(dense)
@@ -108,7 +108,7 @@ def test_without_refit_the_child_is_the_parent_with_all_but_its_most_energetic_n
         assert torch.equal(tensor, expected), name
 
 
-def test_with_refit_and_fit_the_child_is_the_static_row_of_the_benchmark(tmp_path):
+def test_with_refit_and_fit_the_pruned_model_is_the_static_row_of_the_benchmark(tmp_path):
     dense = parent(tmp_path / "dense")
     folder, made = make(tmp_path, dense, **REFIT)
     validation = {"text": sample((3, 40), seed=4)}
@@ -143,15 +143,15 @@ def test_a_child_with_one_other_neuron_is_refused_by_its_proof(tmp_path, refit):
         theirs = dense.tensor(f"model.layers.{i}.mlp.gate_proj.weight")
         mine = weights[f"model.layers.{i}.mlp.gate_proj.weight"]
         kept[i] = np.array([(theirs == row).all(1).nonzero().item() for row in mine])
-    assert dense_child.prove(Streamed(folder), dense, kept, parent_weights=not refit) <= 1e-5
+    assert pruned.prove(Streamed(folder), dense, kept, parent_weights=not refit) <= 1e-5
     if refit:
         name = "model.layers.1.self_attn.o_proj.weight"
         weights[name] = weights[name] * 1.01
     else:
         weights["model.layers.1.mlp.up_proj.weight"][3] *= 1.5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(identity.IdentityError, match=r"dense child: its logits differ .* allowed: 1e-05"):
-        dense_child.prove(Streamed(folder), dense, kept, parent_weights=not refit)
+    with pytest.raises(identity.IdentityError, match=r"pruned model: its logits differ .* allowed: 1e-05"):
+        pruned.prove(Streamed(folder), dense, kept, parent_weights=not refit)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_a_child_with_one_other_neuron_is_refused_by_its_proof(tmp_path, refit):
         ),
     ],
 )
-def test_what_has_no_dense_child_is_refused_with_the_reason_and_a_fix(tmp_path, options, message):
+def test_what_has_no_pruned_is_refused_with_the_reason_and_a_fix(tmp_path, options, message):
     dense = parent(tmp_path / "dense")
-    with pytest.raises(ValueError, match=f"dense_child: {message}"):
+    with pytest.raises(ValueError, match=f"pruned: {message}"):
         make(tmp_path, dense, **SPLIT | options)
     assert not (tmp_path / "child").exists()
 

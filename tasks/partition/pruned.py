@@ -1,8 +1,8 @@
-"""The dense child of a parent by the closed form: the model of its own class with fewer neurons in each FFN.
+"""The pruned baseline by the closed form: a model of the parent's class with fewer neurons in each FFN.
 
-    made = cut(model_dir, corpus_dir, partition, count=768, seq_len=512, folder=work / "split", report=print)
+    cut(model_dir, corpus_dir, partition, count=768, seq_len=512, folder=work / "pruned", report=print)
 
-It is the rival of the split, so it is given all that the split is given: the same calibration windows, token weights,
+It is the baseline of the converted model, so it gets all that this gets: the same calibration windows, token weights,
 drift of the layers below, refit and fit, by the same code (converted.py). It differs in one thing: the neurons are the
 same for every token, those with the largest energy on the calibration text.
 
@@ -66,18 +66,18 @@ def keep(layer: Layer, count: int, *, refit: bool, fit_passes: int, seed: int) -
     sizes = Sizes(width=width, experts=(width - count) // size, shared=count // size, size=size, top_k=0)
     experts_EF = order_N.reshape(-1, size).cpu().numpy().astype(np.int32)
     router_ED = layer.gate_ND.new_zeros(sizes.experts, layer.gate_ND.shape[1])
-    made = Converted(layer, experts_EF, sizes=sizes, router_ED=router_ED, scale=0.0)
+    ffn = Converted(layer, experts_EF, sizes=sizes, router_ED=router_ED, scale=0.0)
     if refit:
-        made.refit()
+        ffn.refit()
     if fit_passes:
-        made.fit(fit_passes, seed=seed)
+        ffn.fit(fit_passes, seed=seed)
     neurons_M = order_N[:count].sort().values
     return Kept(
         neurons_M=neurons_M,
-        gate_MD=made.gate_ND[neurons_M],
-        up_MD=made.up_ND[neurons_M],
-        down_DM=made.down_DN[:, neurons_M].contiguous(),
-        converted=made,
+        gate_MD=ffn.gate_ND[neurons_M],
+        up_MD=ffn.up_ND[neurons_M],
+        down_DM=ffn.down_DN[:, neurons_M].contiguous(),
+        converted=ffn,
     )
 
 
@@ -92,7 +92,7 @@ def cut(
     folder: Path,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the dense child of a parent and a partition, a plain checkpoint with tokenizer, and prove what it is.
+    """Write the pruned baseline of a parent and a partition, a plain checkpoint with tokenizer, and prove what it is.
 
     Args:
         corpus_dir: where the calibration windows of `seq_len` tokens are drawn.
@@ -105,11 +105,11 @@ def cut(
         text), identity_error.
 
     Raises:
-        ValueError: the split itself is refused, or a tensor is not accounted for.
+        ValueError: the conversion itself is refused, or a tensor is not accounted for.
         IdentityError: the written checkpoint is not what was cut. It is left for whoever looks for the reason.
     """
     parent = Streamed(model_dir, device=device.default())
-    exporters.choose(parent.config, partition)  # what has no split has no rival of it
+    exporters.choose(parent.config, partition)  # what cannot be converted has no baseline
     width: int = parent.config.intermediate_size
     ids_BL, _ = calibration.draw(corpus_dir, seq_len=seq_len, count=partition.calibration_windows, seed=partition.seed)
     kind = fitting.RefitOnText if partition.down_proj == "refit" else fitting.OnText
@@ -141,13 +141,12 @@ def cut(
     files.write_config(config, folder)
     files.copy_tokenizer(parent.folder, folder)
     files.copy_documents(parent.folder, folder)
-    child = Streamed(folder, device=parent.device)
-    error = prove(child, parent, kept, parent_weights=partition.down_proj == "keep")
+    error = prove(Streamed(folder, device=parent.device), parent, kept, parent_weights=partition.down_proj == "keep")
     return {"ffn_width": count, "parent_ffn_width": width, "layer_error": errors, "identity_error": error}
 
 
 def _plan(parent: Streamed, count: int) -> tuple[Any, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """The child's config, and dtype and shape of its tensors. Raises ValueError if the parent has others."""
+    """The pruned model's config, and dtype and shape of its tensors. Raises ValueError if the parent has others."""
     from transformers import AutoConfig
 
     def config() -> Any:
@@ -157,18 +156,18 @@ def _plan(parent: Streamed, count: int) -> tuple[Any, dict[str, tuple[torch.dtyp
         families.account({name: entry.shape for name, entry in parent.stored.items()}, families.expected(config()))
     except ValueError as error:
         raise ValueError(f"{parent.folder} {error}") from None
-    child = config()
-    child.intermediate_size = count
-    return child, {name: (parent.stored[name].dtype, shape) for name, shape in families.expected(child).items()}
+    narrow = config()
+    narrow.intermediate_size = count
+    return narrow, {name: (parent.stored[name].dtype, shape) for name, shape in families.expected(narrow).items()}
 
 
 @torch.no_grad()
-def prove(child: Streamed, parent: Streamed, kept: Mapping[int, np.ndarray], *, parent_weights: bool) -> float:
-    """Prove that a child is its parent without the neurons that are not kept.
+def prove(pruned: Streamed, parent: Streamed, kept: Mapping[int, np.ndarray], *, parent_weights: bool) -> float:
+    """Prove that a pruned model is its parent without the neurons that are not kept.
 
     Args:
-        kept: int64 [M] of every layer, the neuron of the parent at each place of the child.
-        parent_weights: the reference's neurons have the parent's weights, or else those that the child has.
+        kept: int64 [M] of every layer, the neuron of the parent at each place of the pruned model.
+        parent_weights: the reference's neurons have the parent's weights, or else those of the pruned model.
 
     Returns:
         The largest difference of logits over the largest logit of the reference, FFNs in float64.
@@ -176,8 +175,8 @@ def prove(child: Streamed, parent: Streamed, kept: Mapping[int, np.ndarray], *, 
     Raises:
         IdentityError: it is above TOLERANCE, or the two place their tokens differently.
     """
-    if wrong := positions.difference(child, parent):
-        raise IdentityError(f"dense child: {wrong}")
+    if wrong := positions.difference(pruned, parent):
+        raise IdentityError(f"pruned model: {wrong}")
 
     def widen(_layer: int, block: nn.Module) -> None:
         identity.widen(block)
@@ -191,18 +190,18 @@ def prove(child: Streamed, parent: Streamed, kept: Mapping[int, np.ndarray], *, 
         down_DM = down_DN[:, place_M]
         down_DN.zero_()
         if not parent_weights:
-            gate_MD, up_MD, down_DM = (weight.to(down_DN) for weight in convert.ffn(child, layer))
+            gate_MD, up_MD, down_DM = (weight.to(down_DN) for weight in convert.ffn(pruned, layer))
             gate_ND[place_M], up_ND[place_M] = gate_MD, up_MD
         down_DN[:, place_M] = down_DM
 
     ids = torch.from_numpy(identity.sample_ids(parent))
     expected = parent.logits(parent.forward(ids, blocks=reference))
-    given = child.logits(child.forward(ids, blocks=widen))
+    own = pruned.logits(pruned.forward(ids, blocks=widen))
     largest = expected.abs().max().item()
-    error = (given - expected).abs().max().item() / largest if largest else math.inf
+    error = (own - expected).abs().max().item() / largest if largest else math.inf
     if not error <= TOLERANCE:  # a NaN too
         raise IdentityError(
-            f"dense child: its logits differ from those of the parent without the other neurons by {error:.2e} of the "
-            f"largest; allowed: {TOLERANCE:.0e}"
+            f"pruned model: its logits differ from those of the parent without the other neurons by {error:.2e} of "
+            f"the largest; allowed: {TOLERANCE:.0e}"
         )
     return error

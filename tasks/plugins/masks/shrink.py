@@ -1,6 +1,6 @@
 """The physical cut: a dense checkpoint of the units that masks keep, written tensor by tensor, and its proof.
 
-    made = cut(parent, keep, sizes, folder=work / "split", report=print)
+    metrics = cut(parent, keep, sizes, folder=work / "pruned", report=print)
 
 The factors of the masks are folded into the weights: those of hidden dimensions into the embedding, the head, and the
 rows of o_proj and down_proj; those of layers into the same rows; those of groups of heads into the columns of o_proj;
@@ -24,15 +24,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tasks import architectures
-from tasks.control import units
 from tasks.moe import families, files
-from tasks.moe.internals import masked
-from tasks.moe.internals.masked import Keep
 from tasks.moe.streamed import Streamed
 from tasks.moe.writer import ShardWriter
 from tasks.partition import identity, positions
 from tasks.partition.identity import IdentityError
-from tasks.settings import control
+from tasks.plugins.masks import masked, settings, units
+from tasks.plugins.masks.masked import Keep
 
 TOLERANCE = 1e-5
 """Of the largest logit."""
@@ -139,7 +137,7 @@ class Folded:
 
 
 def _config(parent: Streamed, sizes: Mapping[str, int], *, layers: list[int]) -> Any:
-    """The child's config. Raises ValueError if the parent has other tensors than its own."""
+    """The pruned model's config. Raises ValueError if the parent has other tensors than its own."""
 
     def own() -> Any:
         return AutoConfig.from_pretrained(parent.folder, local_files_only=True, trust_remote_code=False)
@@ -150,7 +148,7 @@ def _config(parent: Streamed, sizes: Mapping[str, int], *, layers: list[int]) ->
         raise ValueError(f"{parent.folder} {error}") from None
     config = own()
     kinds = getattr(config, "layer_types", None)
-    for field, value in control.fields(config.to_dict(), sizes).items():
+    for field, value in settings.changes(config.to_dict(), sizes).items():
         setattr(config, field, value)
     if kinds:
         config.layer_types = kinds = [kinds[i] for i in layers]
@@ -161,8 +159,8 @@ def _config(parent: Streamed, sizes: Mapping[str, int], *, layers: list[int]) ->
 
 
 @torch.no_grad()
-def prove(child: Streamed, folded: Folded) -> float:
-    """Prove that a child is its parent under masks, the weights with the masks' factors in both.
+def prove(pruned: Streamed, folded: Folded) -> float:
+    """Prove that a pruned model is its parent under masks, the weights with the masks' factors in both.
 
     Returns:
         The largest difference of logits over the largest logit of the reference, all but norms in float64.
@@ -170,16 +168,16 @@ def prove(child: Streamed, folded: Folded) -> float:
     Raises:
         IdentityError: it is above TOLERANCE, or the two place their tokens differently.
     """
-    if wrong := positions.difference(child, folded.parent, layers=folded.layers):
-        raise IdentityError(f"dense child: {wrong}")
-    ids = torch.from_numpy(identity.sample_ids(child))
+    if wrong := positions.difference(pruned, folded.parent, layers=folded.layers):
+        raise IdentityError(f"pruned model: {wrong}")
+    ids = torch.from_numpy(identity.sample_ids(pruned))
     expected = _logits(folded.parent, ids, tensor=folded.tensor, keep=folded.keep.binary())
-    given = _logits(child, ids, tensor=child.tensor, keep=Keep())
+    own = _logits(pruned, ids, tensor=pruned.tensor, keep=Keep())
     largest = expected.abs().max().item()
-    error = (given - expected).abs().max().item() / largest if largest else math.inf
+    error = (own - expected).abs().max().item() / largest if largest else math.inf
     if not error <= TOLERANCE:  # a NaN too
         raise IdentityError(
-            f"dense child: its logits differ from those of the masked parent by {error:.2e} of the largest; allowed: "
+            f"pruned model: its logits differ from those of the masked parent by {error:.2e} of the largest; allowed: "
             f"{TOLERANCE:.0e}"
         )
     return error

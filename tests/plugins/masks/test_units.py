@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks import architectures
-from tasks.control import units
 from tasks.moe import families
 from tasks.moe.streamed import Streamed
+from tasks.plugins.masks import units
 from tasks.pretrain.masks import hard_concrete, module
 from tests import models
 
