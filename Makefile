@@ -1,13 +1,13 @@
-# make demo     set up, then turn a 135M LLaMA into a Mixture-of-Experts and judge it
+# make demo     set up, then turn a 135M LLaMA into a Mixture-of-Experts and evaluate it
 # make test     set up, then every check
 # make quick    set up, then lint, types and the tests that need neither a model nor another process
-# make house    print the import graph, with circles, upward arrows, large files and crowded rooms
+# make imports  print the import graph, with circles, upward imports, large files and crowded packages
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Rooms, and files of other rooms, whose tests need neither a trained model nor another process
-QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/test_house.py \
+# Folders and files whose tests need neither a trained model nor another process
+QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/test_import_graph.py \
   $(addprefix tests/corpus/,filters readers tokenizer test_shards.py sampling/test_weights.py sampling/test_windows.py) \
   $(addprefix tests/moe/test_,counts.py files.py gate.py gguf.py internals_contract.py loss.py routing_record.py) \
   $(addprefix tests/partition/test_,convert.py index.py router_init.py split_methods.py) \
@@ -19,7 +19,7 @@ QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/te
 # Bytecode is kept: a suite of some hundred processes would compile the project again in each of them
 TESTS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -q -n 2
 
-.PHONY: demo test suite quick check house versions setup clean
+.PHONY: demo test suite quick check imports versions setup clean
 
 demo: setup
 	@moeforge run demo
@@ -34,7 +34,7 @@ suite:
 quick: check
 	@$(TESTS) -m 'not e2e' $(QUICK)
 
-check: setup house
+check: setup imports
 	@ruff check .
 	@ruff format --check .
 	@mypy
@@ -43,8 +43,8 @@ versions: setup # the lowest and the newest versions that pyproject.toml allows;
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@python -m bench.versions
 
-house: setup
-	@python -m bench.house
+imports: setup
+	@python -m bench.import_graph
 
 setup: $(VENV)/.installed
 
