@@ -17,7 +17,7 @@ class CorpusError(ValueError):
 class Document:
     """A text and where it came from: `row` is the line, row or page in the file `source`, counted from 0.
 
-    `ids` are its tokens, without separators, if it comes tokenised (Megatron).
+    `ids` are its tokens, if it comes tokenised; the scan decodes them, and `text` may be empty.
     """
 
     text: str

@@ -30,7 +30,7 @@ class Domain(Frozen):
     """One domain of a corpus."""
 
     source: SourceText
-    format: Literal["text", "jsonl", "parquet", "mediawiki", "dataset", "megatron"]
+    format: Literal["text", "jsonl", "parquet", "mediawiki", "dataset"]
     license: str
     sha256: Sha256 | None = None
     sdist: bool = False

@@ -27,7 +27,7 @@ from tasks.corpus import source_versions
 from tasks.corpus.filters import chain
 from tasks.corpus.manifest import SPLITS
 from tasks.corpus.readers.base import Piece
-from tasks.corpus.readers.registry import open_reader
+from tasks.corpus.readers.registry import READERS, open_reader
 from tasks.corpus.records import CorpusError
 
 SOURCES = scratch.ROOT / "sources"
@@ -97,7 +97,7 @@ def keys_of(corpus: settings.Corpus, *, fingerprints: dict[str, str], tokenizer:
     for name, domain in corpus.domains.items():
         own = domain.model_dump(exclude={"heldout", "unseen", "license", "near_duplicates", "filters"})
         own["filters"] = [rule.model_dump() for rule in corpus.filters_of(name)]
-        decoder = tokenizer if domain.format == "megatron" else ""
+        decoder = tokenizer if READERS[domain.format].has_ids else ""
         scans[name] = scratch.fingerprint([own, reading, fingerprints[f"domain {name}"], items, decoder])
         if corpus.near_duplicates:
             near = corpus.near_duplicates_of(name)

@@ -44,6 +44,9 @@ class Piece:
 class Reader(ABC):
     """Reads one domain. A pure function of the domain and of what its source holds."""
 
+    has_ids = False
+    """Whether its documents come as token ids, so that the scan depends on the tokenizer."""
+
     @abstractmethod
     def __init__(self, domain: Domain, cache: Path, *, max_record_bytes: int, check: bool) -> None: ...
 

@@ -13,7 +13,6 @@ from tasks.corpus.readers.base import Reader
 from tasks.corpus.readers.dataset import DatasetReader
 from tasks.corpus.readers.jsonl import JsonlReader
 from tasks.corpus.readers.mediawiki import MediawikiReader
-from tasks.corpus.readers.megatron import MegatronReader
 from tasks.corpus.readers.parquet import ParquetReader
 from tasks.corpus.readers.text import TextReader
 
@@ -26,7 +25,6 @@ READERS: dict[str, type[Reader]] = {
     "parquet": ParquetReader,
     "mediawiki": MediawikiReader,
     "dataset": DatasetReader,
-    "megatron": MegatronReader,
 }
 """The reader of each format; what it needs beyond the standard library is imported when it reads."""
 

@@ -12,7 +12,7 @@ from tasks.corpus import manifest
 from tasks.corpus.records import CorpusError
 from tasks.corpus.sampling import windows
 from tasks.partition import calibration
-from tasks.tools import export_megatron, inspect_corpus, verify_corpus
+from tasks.tools import inspect_corpus, verify_corpus
 from tests.corpus.texts import WORDS, Project, jsonl, run, sentences, texts_of
 
 
@@ -37,8 +37,6 @@ def test_an_unseen_domain_is_test_text_alone_and_no_reader_of_training_text_meet
     assert {domain for domain, _ in slots} == {"prose"}
     assert list(verify_corpus.problems(corpus)) == []
     assert inspect_corpus.describe_manifest(corpus)["domains"]["talk"]["first_text"]
-    written = export_megatron.export(corpus, tmp_path / "megatron")
-    assert set(written) == {"prose_train", "prose_validation", "prose_test", "talk_test"}
     with pytest.raises(ValueError, match="the test part of talk is shorter than one window"):
         windows.require(corpus, "test", seq_len=metrics["domains"]["talk"]["tokens"]["test"] + 1)
 
