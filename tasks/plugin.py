@@ -18,6 +18,7 @@ SEAMS: Mapping[str, str] = {
     "commands": "COMMANDS {name: (function, example)}: commands of moeforge, with typer's annotations",
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
+    "method": "a partition method, registered by tasks.partition.methods.method",
     "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",
     "control": "make(entry, control, job, …), steps(work), publish(work, …): a pruned baseline by another method",
 }

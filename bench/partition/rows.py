@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.partition import baselines
 from bench.partition.baselines import Build
+from tasks.partition.methods import NAMES
 from tasks.settings import Partition
 
 SHARES = (50, 75, 25)  # in the order in which they are computed
@@ -90,10 +91,9 @@ def methods(width: int, *, calibration: int = CALIBRATION) -> dict[str, dict[int
         common = {"method": method, "calibration_windows": calibration, "router": "regression", **options}
         return {share: Partition.model_validate({**common, **sizes[share]}) for share in SHARES}
 
+    listed = {"importance", "moebert", "token_clusters", "activation", "copy"}  # below; copies are not of one share
     return {
-        "random": row("random", eighths),
-        "clustering": row("clustering", eighths),
-        "coactivation": row("coactivation", eighths),
+        **{method: row(method, eighths) for method in NAMES if method not in listed},
         "importance": row("importance", eighths, sharing="none"),
         "importance, inner sharing": row("importance", eighths, sharing="inner"),
         "importance, inter sharing": row("importance", shared, sharing="inter"),

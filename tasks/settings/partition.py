@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tasks.architectures import SPARSE
-from tasks.settings.fields import LARGEST, Above, Frozen, NotNegative, Positive, Seed, Share
+from tasks.settings.fields import LARGEST, Above, Frozen, NotNegative, Positive, Seed, Share, choice, extended
 
+METHODS = sorted(file.stem for file in Path(__file__).parents[1].glob("partition/methods/[a-z]*.py"))
+"""A method is a file of its own, found by its name."""
 if TYPE_CHECKING:
-    Target = str
+    Method = Target = str
 else:
+    Method = choice("partition.method", *METHODS)
     Target = Literal[("auto", *SPARSE)]
 Engine = Literal["llama.cpp", "vllm", "sglang", "transformers", "transformers4"]
 
 
+@extended("partition")
 class Partition(Frozen):
     """Expert construction (tasks/partition): which neurons form an expert, who routes to it, what it is scaled by."""
 
-    method: Literal[
-        "random", "clustering", "coactivation", "importance", "moebert", "copy", "activation", "token_clusters"
-    ]
+    method: Method
     experts: Positive
     """Routed experts E."""
     top_k: Positive

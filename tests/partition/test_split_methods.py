@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from tasks import settings
 from tasks.partition import assignment, methods
+from tasks.partition.index import misplaced
 from tasks.partition.layer import Layer, Sizes
-from tasks.partition.methods import clustering, coactivation, constraints, copy, importance, token_clusters
+from tasks.partition.methods import clustering, coactivation, copy, importance, token_clusters
 
 KINDS = {
     "random": {},
@@ -77,7 +78,7 @@ def test_every_method_gives_the_same_int32_indices_again_and_they_keep_its_const
     sizes, index = Sizes.of(options, width), made(options, width)
     assert index.dtype == np.int32
     assert index.shape == (sizes.shared + sizes.experts, sizes.size)
-    assert constraints.problems(index, sizes=sizes, options=options) == []
+    assert misplaced(index, sizes=sizes, options=options) == []
     assert index.tobytes() == made(options, width).tobytes()
 
 
@@ -142,7 +143,7 @@ def test_what_breaks_a_constraint_is_named(fault):
     if kind == "moebert":
         assert 15 not in index[:, :2]
     breaks(index)
-    problems = constraints.problems(index, sizes=sizes, options=options)
+    problems = misplaced(index, sizes=sizes, options=options)
     assert any(re.search(message, text) for text in problems)
 
 

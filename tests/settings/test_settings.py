@@ -69,7 +69,7 @@ def test_the_projects_own_settings_are_valid() -> None:
         ("pipelines.fine.pretrain.launcher", "hostfile", "launcher: hostfile and `hostfile: FILE` go together"),
         ("pipelines.fine.pretrain.distill", {"top_n": 8}, "distill.top_n needs windows that are known"),
         ("pipelines.fine.pretrain.distill", {"logits": 0.0}, "logits and hidden are both 0; leave `distill` out"),
-        ("pipelines.fine.partition.method", "cluster", "partition.method = 'cluster': Input should be 'random'"),
+        ("pipelines.fine.partition.method", "cluster", "partition.method = 'cluster': Input should be 'activation'"),
         ("pipelines.fine.partition.top_k", 145, "top_k = 145 is more than experts = 144; allowed: 1 to 144"),
         ("pipelines.fine.partition.noise", 0.1, "`noise` is an option of method `copy`, not of `activation`"),
         ("pipelines.fine.partition.down_proj", "keep", "fit_passes = 2 goes on from the refit; set down_proj: refit"),

@@ -4,7 +4,8 @@
     experts_EF = methods.get("activation").split(layer, sizes, options)
 
 A method is one file with one function: (Layer, Sizes, settings.Partition) -> int32 [shared + experts, size], shared
-experts first, each row's indices distinct. It is pure: the same layer, options and seed give the same indices.
+experts first, each row's indices distinct. It is pure: the same layer, options and seed give the same indices. The
+file's name is the value of `partition.method`. A plug-in's method is its `method.py`, and its options are `FIELDS`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from tasks import plugin
 from tasks.partition.layer import Layer, Sizes
 from tasks.settings import Partition
 
@@ -50,5 +52,8 @@ def get(name: str) -> Method:
     """The method of that name; its module is imported on first use. Raises ValueError for an unknown one."""
     if name not in NAMES:
         raise ValueError(f"partition.method = {name!r} is not known; known: {', '.join(NAMES)}")
-    import_module(f"tasks.partition.methods.{name}")
+    if plugin.owner("partition.method", name):
+        plugin.modules("method")
+    else:
+        import_module(f"tasks.partition.methods.{name}")
     return _METHODS[name]
