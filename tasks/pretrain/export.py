@@ -22,7 +22,7 @@ import numpy as np
 
 from tasks import scratch
 from tasks.pretrain.checkpoints import finished, resume, store
-from tasks.pretrain.engine import checkpoint_weights
+from tasks.pretrain.engine import masters
 from tasks.pretrain.job import JOB, Job, TrainingError
 from tasks.settings import Pretrain
 
@@ -67,7 +67,7 @@ def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tu
                 sampler.restore(state["sampler"])
                 return next_windows(loader)
 
-        weights = checkpoint_weights.read(linked / state["tag"], params=params, model=job.model)
+        weights = masters.read(linked / state["tag"], params=params, model=job.model)
         made = folder / "made"
         shutil.rmtree(made, ignore_errors=True)
         fit = write(made, weights, model=job.model, biases=state.get("biases"), windows=windows)

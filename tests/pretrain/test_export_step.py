@@ -20,7 +20,7 @@ from tasks.moe import gate
 from tasks.pretrain import export
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_weights, interface
+from tasks.pretrain.engine import interface, masters
 from tasks.pretrain.engine.interface import Engine
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
@@ -73,7 +73,7 @@ def test_the_masters_of_a_checkpoint_are_those_of_its_engine(
 ) -> None:
     params = settings(zero_stage=stage, **fields)
     _, expected = trained(tmp_path, params, dtype, gated=gated)
-    result = checkpoint_weights.read(tmp_path / "checkpoints/step-00000003", params=params, model=tmp_path / "moe")
+    result = masters.read(tmp_path / "checkpoints/step-00000003", params=params, model=tmp_path / "moe")
     assert result.keys() == expected.keys()
     for name, tensor in expected.items():
         assert result[name].dtype == torch.float32

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import architectures
 from tasks.moe import counts, families, routing
-from tasks.pretrain.engine import fp32_weights, universal
+from tasks.pretrain.engine import masters, universal
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -218,7 +218,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
     owner = {id(parameter): block for block in blocks.values() for parameter in block.experts.parameters()}
     gathered: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        whole = fp32_weights.full(parameter)
+        whole = masters.full(parameter)
         if (block := owner.get(id(parameter))) is not None:
             whole = _gather(whole, block)
         if torch.distributed.get_rank() == 0:
@@ -238,7 +238,7 @@ def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor] | None:
 def read(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor] | None:
     """The weights in a checkpoint's files, as `full_weights` gave them; None if its experts are not spread.
 
-    Args: those of checkpoint_weights.read.
+    Args: those of masters.read.
     """
     import torch
     from transformers import AutoConfig

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import plugin
 from tasks.pretrain import trainable
-from tasks.pretrain.engine import configuration, cpu_step, fp32_weights, optimizer, step, universal
+from tasks.pretrain.engine import configuration, cpu_step, masters, optimizer, universal
 from tasks.pretrain.job import TrainingError
 from tasks.settings import Pretrain
 
@@ -79,21 +79,21 @@ class Engine:
         return optimizer.set_rates(self.deepspeed, step=step, params=params)
 
     def finish_step(self) -> float:
-        """Take the optimizer step; returns the norm of the gradient, see `step.finish`."""
-        return step.finish(self.deepspeed)
+        """Take the optimizer step; returns the norm of the gradient, see `optimizer.finish`."""
+        return optimizer.finish(self.deepspeed)
 
     def discard_step(self) -> None:
-        """Forget the gradients of this optimizer step; see `step.discard`."""
-        step.discard(self.deepspeed)
+        """Forget the gradients of this optimizer step; see `optimizer.discard`."""
+        optimizer.discard(self.deepspeed)
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
         """Every parameter whole and in fp32, from the fp32 weights of the optimizer: on rank 0, by name, on the CPU.
 
         The other ranks get None. A tied parameter comes under its first name.
         """
-        full_weights = (_plug_in(self.config) or fp32_weights).full_weights
-        weights: dict[str, torch.Tensor] | None = full_weights(self.deepspeed)
-        return weights
+        full_weights = (_plug_in(self.config) or masters).full_weights
+        whole: dict[str, torch.Tensor] | None = full_weights(self.deepspeed)
+        return whole
 
     def save(
         self, folder: Path, *, texts: dict[Path, str], then: Callable[[dict[str, dict[str, Any]]], None]

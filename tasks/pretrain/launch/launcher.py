@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from tasks.pretrain.engine import deepspeed_launcher
 from tasks.pretrain.job import Diverged, Job, TrainingError
 from tasks.pretrain.launch import environment, out_of_memory, supervise
 from tasks.settings import Pretrain
@@ -29,6 +28,8 @@ from tasks.settings import Pretrain
 _GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 _SLOTS = re.compile(r"(\S+)\s+slots=(\d+)")
 _REPORTS = (b"torch/distributed/elastic/", b"torch.distributed.elastic")
+_CHATTER = (b"[launch.py:", b"[runner.py:", b"[real_accelerator.py:")
+"""Signs of what DeepSpeed's launcher itself prints on stderr."""
 _KINDS = ("error", "killed", "unexpected")
 
 
@@ -131,7 +132,23 @@ def _deepspeed(hostfile: Path, processes: int) -> list[str]:
             f"pretrain.launcher: hostfile reaches {', '.join(machines)} by pdsh, and it is not installed here; "
             "install it (Debian: apt-get install pdsh), or set launcher: slurm in a Slurm job"
         )
-    return deepspeed_launcher.command(hostfile, port=_free_port(), local=local)
+    return deepspeed_command(hostfile, port=_free_port(), local=local)
+
+
+def deepspeed_command(hostfile: Path, *, port: int, local: bool) -> list[str]:
+    """DeepSpeed's command that starts a module on the machines of a hostfile; the module and its arguments follow.
+
+    Args:
+        port: of the first machine, on which the processes meet.
+        local: the hostfile has this machine alone, which needs no ssh.
+    """
+    where = ["--hostfile", str(hostfile), "--master_port", str(port)]
+    if local:
+        where += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    else:
+        where += ["--force_multi"]  # else a single machine of the file would be taken for this one
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    return [*runner, *where, "--no_local_rank", "--module"]
 
 
 def _srun(processes: int, environ: Mapping[str, str]) -> list[str]:
@@ -215,7 +232,7 @@ def _pump(stream: IO[bytes]) -> None:
     torchrun = False
     for line in iter(stream.readline, b""):
         torchrun = torchrun or any(sign in line for sign in _REPORTS)
-        if not torchrun and not any(sign in line for sign in deepspeed_launcher.CHATTER):
+        if not torchrun and not any(sign in line for sign in _CHATTER):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
 

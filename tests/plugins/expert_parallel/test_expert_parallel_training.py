@@ -17,7 +17,7 @@ from tasks.plugins.expert_parallel import engine as expert_parallel
 from tasks.pretrain import trainable
 from tasks.pretrain.checkpoints import store
 from tasks.pretrain.checkpoints.manager import CheckpointManager
-from tasks.pretrain.engine import checkpoint_weights, configuration, interface
+from tasks.pretrain.engine import configuration, interface, masters
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.loss.balance import Balancer
 from tests.plugins.expert_parallel import expert_parallel_ranks as ranks
@@ -146,7 +146,7 @@ def test_a_checkpoint_gives_the_weights_that_the_engine_handed_out(name: str, fo
     ranks.stock(name).config.save_pretrained(tmp_path)
     path = tmp_path / "checkpoint"
     shutil.copytree(folder / name / f"step-{ranks.SAVED:08}", path)
-    result = checkpoint_weights.read(path, params=ranks.settings(name), model=tmp_path)
+    result = masters.read(path, params=ranks.settings(name), model=tmp_path)
     expected = load_file(folder / f"{name}-saved.safetensors")
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tasks.pretrain.engine import deepspeed_launcher, distributed, step, universal
+from tasks.pretrain.engine import distributed, optimizer, universal
 from tasks.pretrain.engine.checkpoint_writer import _KNOWN, CheckpointCollector
 from tasks.pretrain.engine.interface import Engine
+from tasks.pretrain.launch import launcher
 from tests.pretrain.engines import build, settings, train
 
 ROOT = Path(__file__).parents[3]
@@ -53,19 +54,19 @@ INTERNALS = [
              "Find torch's AdamW under its new name: every stage must step through it."),
     Internal("0,1,2,3,0 bf16", "optimizer.param_groups", "optimizer.py set_rates",
              "Set the rates on the groups of basic_optimizer."),
-    Internal("0,1,2,3,0 bf16", "micro_steps", "step.py discard",
+    Internal("0,1,2,3,0 bf16", "micro_steps", "optimizer.py discard",
              "Find the count that decides about is_gradient_accumulation_boundary(), and set it back."),
-    Internal("1,2,3", "optimizer.micro_step_id", "step.py discard",
+    Internal("1,2,3", "optimizer.micro_step_id", "optimizer.py discard",
              "Find what decides whether the next gradient is copied or added, and make it copy."),
-    Internal("1,2,3", "optimizer.averaged_gradients", "step.py discard",
+    Internal("1,2,3", "optimizer.averaged_gradients", "optimizer.py discard",
              "Find where ZeRO keeps the sums of a step's gradients, and clear it."),
-    Internal("1,2,3", "optimizer.reset_cpu_buffers", "step.py discard",
+    Internal("1,2,3", "optimizer.reset_cpu_buffers", "optimizer.py discard",
              "Find what clears the gradients that offload keeps on the CPU."),
-    Internal("0 bf16", "optimizer.fp32_groups", "optimizer.py undo_first_step, fp32_weights.py full_weights",
+    Internal("0 bf16", "optimizer.fp32_groups", "optimizer.py undo_first_step, masters.py full_weights",
              "Find the fp32 weights beside bfloat16 ones; safe_get_full_fp32_param may know them by then."),
-    Internal("0 bf16", "optimizer.fp16_groups", "optimizer.py undo_first_step, fp32_weights.py full_weights",
+    Internal("0 bf16", "optimizer.fp16_groups", "optimizer.py undo_first_step, masters.py full_weights",
              "Find the parameters that belong to fp32_groups, in the same order."),
-    Internal("3", "optimizer.grad_position", "fp32_weights.py full",
+    Internal("3", "optimizer.grad_position", "masters.py full",
              "Find out otherwise whether a parameter has fp32 weights, i.e. whether some group trains it."),
     Internal("3", "optimizer.fp32_partitioned_groups_flat", "universal.py _count_steps",
              "Find the flat tensors that the optimizer steps, or drop _count_steps if test_universal.py passes."),
@@ -106,10 +107,11 @@ def test_every_stage_steps_through_torchs_adamw_with_the_groups_that_it_was_give
 
 
 def test_the_count_of_micro_batches_begins_where_a_discarded_step_sets_it_back_to(engines: dict[str, Engine]) -> None:
-    for stage, first in step._FIRST_MICRO_STEP.items():
+    for stage, first in optimizer._FIRST_MICRO_STEP.items():
         count = engines[str(stage)].deepspeed.optimizer.micro_step_id
         assert count == first, broken(
-            f"ZeRO {stage} begins to count micro-batches at {count}, not at {first}", used="step.py _FIRST_MICRO_STEP",
+            f"ZeRO {stage} begins to count micro-batches at {count}, not at {first}",
+            used="optimizer.py _FIRST_MICRO_STEP",
             fix="Put the new number there, and run test_engine.py.",
         )  # fmt: skip
 
@@ -133,7 +135,7 @@ def test_bfloat16_without_zero_takes_a_step_of_its_own_when_it_is_built(monkeypa
 def test_a_parameter_of_stage_3_knows_its_optimizer(engines: dict[str, Engine]) -> None:
     for parameter in engines["3"].module.parameters():
         assert getattr(parameter, "_z3_optimizer", None) is engines["3"].deepspeed.optimizer, broken(
-            "parameters of ZeRO-3 have no `_z3_optimizer`", used="fp32_weights.py full",
+            "parameters of ZeRO-3 have no `_z3_optimizer`", used="masters.py full",
             fix="Find the optimizer of a parameter otherwise: it says whether the parameter has fp32 weights.",
         )  # fmt: skip
 
@@ -167,7 +169,7 @@ def test_the_files_of_a_checkpoint_hold_what_is_read_from_them_without_an_engine
     assert written, "nothing was written"
     names, load = sorted(written[0]), collected.load
     used, fix = (
-        "checkpoint_weights.py read",
+        "masters.py read",
         "Read the new layout there; test_export_step.py compares with the engine.",
     )
     state = load(str(folder / next(name for name in names if name.endswith("model_states.pt"))))
@@ -217,7 +219,7 @@ def test_zero_to_fp32_takes_a_folder_and_a_tag() -> None:
 
     parameters = list(inspect.signature(get_fp32_state_dict_from_zero_checkpoint).parameters)
     assert parameters[:2] == ["checkpoint_dir", "tag"], broken(
-        f"get_fp32_state_dict_from_zero_checkpoint takes {parameters}", used="checkpoint_weights.py _zero_3",
+        f"get_fp32_state_dict_from_zero_checkpoint takes {parameters}", used="masters.py _zero_3",
         fix="Give it the folder and the tag by their new names.",
     )  # fmt: skip
 
@@ -226,13 +228,13 @@ def test_zero_to_fp32_takes_a_folder_and_a_tag() -> None:
 def test_the_launcher_knows_the_options_that_it_is_given(local: bool) -> None:
     from deepspeed.launcher import runner
 
-    line = deepspeed_launcher.command(Path("hosts"), port=1234, local=local)
+    line = launcher.deepspeed_command(Path("hosts"), port=1234, local=local)
     assert line[1:3] == ["-m", runner.__name__]
     try:
         arguments = runner.parse_args([*line[3:], "some.module", "argument"])
     except SystemExit as error:
         raise AssertionError(
-            broken(f"its launcher refuses {line[3:]}", used="deepspeed_launcher.py command",
+            broken(f"its launcher refuses {line[3:]}", used="launcher.py deepspeed_command",
                    fix="`python -m deepspeed.launcher.runner --help` has the new names.")
         ) from error  # fmt: skip
     assert (arguments.module, arguments.no_local_rank, arguments.user_script) == (True, True, "some.module")

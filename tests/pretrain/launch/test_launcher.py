@@ -68,10 +68,7 @@ def put_srun(folder: Path) -> Path:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose workers meet and then do as they are told, with srun in PATH; the test runs inside it."""
     project = tmp_path / "project"
-    for name in ("settings", "pretrain"):
-        shutil.copytree(ROOT / "tasks" / name, project / "tasks" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (ROOT / "tasks").glob("*.py"):
-        shutil.copy(path, project / "tasks")
+    shutil.copytree(ROOT / "tasks", project / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     worker = project / "tasks/pretrain/launch/worker.py"
     worker.write_text(worker.read_text().replace("\nif __name__", WORKER))
     (project / "work").mkdir()
