@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> None:
             for prefetch in (0, 2):
                 with loader_of(args, packing, mask=mask, prefetch=prefetch) as one:
                     own = rate(partial(batch_tokens, one), args.seconds)
-                name = f"{packing}{', masks' if mask else ''}{f', prefetch {prefetch}' if prefetch else ''}"
+                name = f"{packing}{', mask' if mask else ''}{f', prefetch {prefetch}' if prefetch else ''}"
                 ratios = "  ".join(f"{own / value:6.2f} x {peer}" for peer, value in rates.items())
                 print(f"{name:34} {own:8.1f} Mtok/CPU-s  {ratios}")
     lengths = np.concatenate([np.diff(shards.offsets(shards.open_shard(path))) for path in paths(args.corpus)])

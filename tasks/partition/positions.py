@@ -1,7 +1,7 @@
 """Whether a sparse model places its tokens as its parent does, where a text of a hundred tokens cannot see it.
 
 A sliding window acts on longer texts alone, and some rotary embeddings change behind a position that the config names.
-A text of that length costs what the whole model costs on it. So cos, sin and masks are compared by themselves.
+A text of that length costs what the whole model costs on it. So cos, sin and mask are compared by themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MASKED = 8192
 def difference(moe: Streamed, dense: Streamed, *, layers: Sequence[int] | None = None) -> str | None:
     """Where two models turn queries and keys otherwise, or see other tokens, with the fix; None if nowhere.
 
-    Compared are positions around 0 and every length in the config, and beyond the longest, and the masks of every
+    Compared are positions around 0 and every length in the config, and beyond the longest, and the mask of every
     layer for a text that is longer than its window.
 
     Args:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from tasks.moe import device, families, files
 from tasks.moe.streamed import Streamed
@@ -114,7 +115,9 @@ def cut(
     ids_BL, _ = calibration.draw(corpus_dir, seq_len=seq_len, count=partition.calibration_windows, seed=partition.seed)
     kind = fitting.RefitOnText if partition.down_proj == "refit" else fitting.OnText
     source = kind(parent, partition, Sizes.of(partition, width), ids_BL=ids_BL, importance={})
-    config, plan = _plan(parent, count)
+    config = parent_config(parent)
+    config.intermediate_size = count
+    plan = {name: (parent.stored[name].dtype, shape) for name, shape in families.expected(config).items()}
     kept: dict[int, np.ndarray] = {}
     errors: dict[str, float] = {}
     folder.mkdir()
@@ -145,20 +148,32 @@ def cut(
     return {"ffn_width": count, "parent_ffn_width": width, "layer_error": errors, "identity_error": error}
 
 
-def _plan(parent: Streamed, count: int) -> tuple[Any, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """The pruned model's config, and dtype and shape of its tensors. Raises ValueError if the parent has others."""
-    from transformers import AutoConfig
-
-    def config() -> Any:
-        return AutoConfig.from_pretrained(parent.folder, local_files_only=True, trust_remote_code=False)
-
+def parent_config(parent: Streamed) -> Any:
+    """A parent's config object, to be altered. Raises ValueError if the parent has other tensors than its class."""
+    config, altered = (
+        AutoConfig.from_pretrained(parent.folder, local_files_only=True, trust_remote_code=False) for _ in range(2)
+    )
     try:
-        families.account({name: entry.shape for name, entry in parent.stored.items()}, families.expected(config()))
+        families.account({name: entry.shape for name, entry in parent.stored.items()}, families.expected(config))
     except ValueError as error:
         raise ValueError(f"{parent.folder} {error}") from None
-    narrow = config()
-    narrow.intermediate_size = count
-    return narrow, {name: (parent.stored[name].dtype, shape) for name, shape in families.expected(narrow).items()}
+    return altered
+
+
+def require_equal(own: Tensor, expected: Tensor, *, reference: str) -> float:
+    """The largest difference of a pruned model's logits over the largest one of its reference.
+
+    Raises:
+        IdentityError: it is above TOLERANCE.
+    """
+    largest = expected.abs().max().item()
+    error = (own - expected).abs().max().item() / largest if largest else math.inf
+    if not error <= TOLERANCE:  # a NaN too
+        raise IdentityError(
+            f"pruned model: its logits differ from those of {reference} by {error:.2e} of the largest; allowed: "
+            f"{TOLERANCE:.0e}"
+        )
+    return error
 
 
 @torch.no_grad()
@@ -197,11 +212,4 @@ def prove(pruned: Streamed, parent: Streamed, kept: Mapping[int, np.ndarray], *,
     ids = torch.from_numpy(identity.sample_ids(parent))
     expected = parent.logits(parent.forward(ids, blocks=reference))
     own = pruned.logits(pruned.forward(ids, blocks=widen))
-    largest = expected.abs().max().item()
-    error = (own - expected).abs().max().item() / largest if largest else math.inf
-    if not error <= TOLERANCE:  # a NaN too
-        raise IdentityError(
-            f"pruned model: its logits differ from those of the parent without the other neurons by {error:.2e} of "
-            f"the largest; allowed: {TOLERANCE:.0e}"
-        )
-    return error
+    return require_equal(own, expected, reference="the parent without the other neurons")

@@ -13,7 +13,8 @@ from tasks.settings.fields import LARGEST, Above, Frozen, NotNegative, Positive,
 METHODS = sorted(file.stem for file in Path(__file__).parents[1].glob("partition/methods/[a-z]*.py"))
 """A method is a file of its own, found by its name."""
 if TYPE_CHECKING:
-    Method = Target = str
+    Method = str
+    Target = str
 else:
     Method = choice("partition.method", *METHODS)
     Target = Literal[("auto", *SPARSE)]

@@ -42,8 +42,8 @@ def parent(folder, kind="llama"):
 
 
 def make(folder, dense, **options):
-    """The child's folder, and what `cut` tells."""
-    target, told = folder / "child", []
+    """The folder, and what `cut` returns."""
+    target, told = folder / "pruned", []
     partition = settings.Partition(**options)
     count = settings.Control().config(dense.config.to_dict(), partition)["intermediate_size"]
     made = pruned.cut(dense.folder, folder, partition, count=count, seq_len=40, folder=target, report=told.append)
@@ -125,7 +125,7 @@ def test_with_refit_and_fit_the_pruned_model_is_the_static_row_of_the_benchmark(
 
 
 @pytest.mark.parametrize("refit", [{}, {"down_proj": "refit"}])
-def test_the_child_of_a_bfloat16_parent_is_stored_and_proved_as_one(tmp_path, refit):
+def test_the_pruned_model_of_a_bfloat16_parent_is_stored_and_proved_as_one(tmp_path, refit):
     dense = stored(tmp_path / "dense", models.build("llama", dtype=torch.bfloat16, max_position_embeddings=128))
     folder, made = make(tmp_path, dense, **SPLIT, **refit)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
@@ -134,7 +134,7 @@ def test_the_child_of_a_bfloat16_parent_is_stored_and_proved_as_one(tmp_path, re
 
 
 @pytest.mark.parametrize("refit", [{}, {"down_proj": "refit"}])
-def test_a_child_with_one_other_neuron_is_refused_by_its_proof(tmp_path, refit):
+def test_a_pruned_model_with_one_other_neuron_is_refused_by_its_proof(tmp_path, refit):
     dense = parent(tmp_path / "dense")
     folder, _ = make(tmp_path, dense, **SPLIT, **refit)
     weights = load_file(folder / "model.safetensors")
@@ -171,11 +171,11 @@ def test_a_child_with_one_other_neuron_is_refused_by_its_proof(tmp_path, refit):
         ),
     ],
 )
-def test_what_has_no_pruned_is_refused_with_the_reason_and_a_fix(tmp_path, options, message):
+def test_what_has_no_pruned_baseline_is_refused_with_the_reason_and_a_fix(tmp_path, options, message):
     dense = parent(tmp_path / "dense")
     with pytest.raises(ValueError, match=f"pruned: {message}"):
         make(tmp_path, dense, **SPLIT | options)
-    assert not (tmp_path / "child").exists()
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_a_tensor_that_the_class_does_not_know_is_refused_by_name(tmp_path):

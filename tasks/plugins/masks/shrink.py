@@ -12,7 +12,6 @@ Shapes: B windows, T tokens of one, L layers, K groups of heads, N neurons, D hi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig
 
 from tasks import architectures
 from tasks.moe import families, files
@@ -29,11 +27,9 @@ from tasks.moe.streamed import Streamed
 from tasks.moe.writer import ShardWriter
 from tasks.partition import identity, positions
 from tasks.partition.identity import IdentityError
+from tasks.partition.pruned import parent_config, require_equal
 from tasks.plugins.masks import masked, settings, units
 from tasks.plugins.masks.masked import Keep
-
-TOLERANCE = 1e-5
-"""Of the largest logit."""
 
 
 @torch.no_grad()
@@ -138,15 +134,7 @@ class Folded:
 
 def _config(parent: Streamed, sizes: Mapping[str, int], *, layers: list[int]) -> Any:
     """The pruned model's config. Raises ValueError if the parent has other tensors than its own."""
-
-    def own() -> Any:
-        return AutoConfig.from_pretrained(parent.folder, local_files_only=True, trust_remote_code=False)
-
-    try:
-        families.account({name: entry.shape for name, entry in parent.stored.items()}, families.expected(own()))
-    except ValueError as error:
-        raise ValueError(f"{parent.folder} {error}") from None
-    config = own()
+    config = parent_config(parent)
     kinds = getattr(config, "layer_types", None)
     for field, value in settings.changes(config.to_dict(), sizes).items():
         setattr(config, field, value)
@@ -159,7 +147,7 @@ def _config(parent: Streamed, sizes: Mapping[str, int], *, layers: list[int]) ->
 
 
 @torch.no_grad()
-def prove(pruned: Streamed, folded: Folded) -> float:
+def prove(model: Streamed, folded: Folded) -> float:
     """Prove that a pruned model is its parent under masks, the weights with the masks' factors in both.
 
     Returns:
@@ -168,19 +156,12 @@ def prove(pruned: Streamed, folded: Folded) -> float:
     Raises:
         IdentityError: it is above TOLERANCE, or the two place their tokens differently.
     """
-    if wrong := positions.difference(pruned, folded.parent, layers=folded.layers):
+    if wrong := positions.difference(model, folded.parent, layers=folded.layers):
         raise IdentityError(f"pruned model: {wrong}")
-    ids = torch.from_numpy(identity.sample_ids(pruned))
+    ids = torch.from_numpy(identity.sample_ids(model))
     expected = _logits(folded.parent, ids, tensor=folded.tensor, keep=folded.keep.binary())
-    own = _logits(pruned, ids, tensor=pruned.tensor, keep=Keep())
-    largest = expected.abs().max().item()
-    error = (own - expected).abs().max().item() / largest if largest else math.inf
-    if not error <= TOLERANCE:  # a NaN too
-        raise IdentityError(
-            f"pruned model: its logits differ from those of the masked parent by {error:.2e} of the largest; allowed: "
-            f"{TOLERANCE:.0e}"
-        )
-    return error
+    own = _logits(model, ids, tensor=model.tensor, keep=Keep())
+    return require_equal(own, expected, reference="the masked parent")
 
 
 def _logits(model: Streamed, ids_BT: Tensor, *, tensor: Callable[[str], Tensor], keep: Keep) -> Tensor:
