@@ -1,4 +1,4 @@
-"""Continually pre-train the split model of a pipeline.
+"""Continually pre-train the converted model of a pipeline.
 
     python -m tasks.pretrain PIPELINE [--discard | --branch OTHER [--step N]]
 

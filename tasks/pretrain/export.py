@@ -3,7 +3,7 @@
     python -m tasks.pretrain.export PIPELINE [--step N] [--to DIR]
 
 Reads .scratch/pretrain-<pipeline>/, or finished-<pipeline>/; writes DIR, or runs/<pipeline>/exported/step-<N>/.
-Without --step, the newest. The weights are the optimizer's fp32 weights in the split model's dtype, and load with
+Without --step, the newest. The weights are the optimizer's fp32 weights in the converted model's dtype, and load with
 `AutoModelForCausalLM` and none of this code.
 """
 
@@ -68,10 +68,10 @@ def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tu
                 return next_windows(loader)
 
         weights = masters.read(linked / state["tag"], params=params, model=job.model)
-        made = folder / "made"
-        shutil.rmtree(made, ignore_errors=True)
-        fit = write(made, weights, model=job.model, biases=state.get("biases"), windows=windows)
-        scratch.publish(made, target)
+        result = folder / "made"
+        shutil.rmtree(result, ignore_errors=True)
+        fit = write(result, weights, model=job.model, biases=state.get("biases"), windows=windows)
+        scratch.publish(result, target)
         shutil.rmtree(folder)
     return target, fit
 
@@ -84,14 +84,14 @@ def write(
     biases: list[list[float]] | None,
     windows: Callable[[], np.ndarray],
 ) -> dict[str, Any]:
-    """Write a checkpoint into a new folder, in the split model's dtype and with the files beside it.
+    """Write a checkpoint into a new folder, in the converted model's dtype and with the files beside it.
 
     Two-layer gates and selection biases go into gates.safetensors, and linear routers fitted to them into the
     checkpoint. Logits of masks go into masks.safetensors; the weights do without them.
 
     Args:
         weights: every parameter, whole, by its name in training; tied ones under their first name.
-        model: the split model's folder.
+        model: the converted model's folder.
         biases: of the choice, by sparse layer, if training had them.
         windows: makes token windows [B, L] to fit routers on; called only if there is something to fit.
 
@@ -99,7 +99,7 @@ def write(
         How near linear routers come to the trained ones, as `gate_fit`; {} if these were linear.
 
     Raises:
-        ValueError: names or shapes are not those of the split model.
+        ValueError: names or shapes are not those of the converted model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,12 +155,12 @@ def _hold(source: Path, target: Path, *, step: int | None) -> dict[str, Any]:
     The newest whole one if `step` is None.
     """
     while True:
-        kept = store.steps(source)
+        present = store.steps(source)
         if step is not None:
             store.read(source, step)  # raises if it is not there
-            kept = [step]
+            present = [step]
         try:
-            state, _ = store.newest(target, kept, damage=lambda path: _link(source / path.name, path))
+            state, _ = store.newest(target, present, damage=lambda path: _link(source / path.name, path))
         except (FileNotFoundError, shutil.Error):  # the run deleted it meanwhile, and has a newer one
             continue
         if state is None:

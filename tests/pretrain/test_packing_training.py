@@ -117,7 +117,7 @@ def test_every_step_of_a_run_with_moving_weights_is_told_as_the_loop_saw_it(
 
 
 def whole_step(project: Path, batch: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """By plain torch: each window's summed nats under the split model, document by document, and its targets."""
+    """By plain torch: each window's summed nats under the converted model, document by document, and its targets."""
     model = AutoModelForCausalLM.from_pretrained(project / "runs/tiny/moe", dtype=torch.float32).eval()
     nats, counts = [], []
     for ids, labels in zip(batch["ids"], batch["labels"], strict=True):
@@ -136,7 +136,7 @@ def test_a_packed_run_counts_what_it_predicts_and_learns(trained: Path) -> None:
     labels = {step: np.array(batch["labels"]) for step, batch in seen(trained).items()}
     assert [record["predicted"] for record in steps] == [(labels[r["step"]][:, 1:] >= 0).sum() for r in steps]
     assert all(record["tokens"] == record["step"] * BATCH * SEQ_LEN for record in steps)
-    losses, counts = whole_step(trained, seen(trained)[1])  # of the split model, which the first step starts from
+    losses, counts = whole_step(trained, seen(trained)[1])  # of the converted model, which the first step starts from
     loss = steps[0]["loss"]
     assert loss == pytest.approx(losses.sum() / counts.sum(), rel=1e-3)
     for domain, result in steps[0]["domains"].items():

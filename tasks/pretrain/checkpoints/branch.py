@@ -33,8 +33,8 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
     )
     some = [each for each in candidates if step in (None, each[0])]
     if not some:
-        kept = ", ".join(str(at) for at, _ in reversed(candidates))
-        raise TrainingError(f"{other} has no checkpoint of step {step}; kept: {kept}")
+        present = ", ".join(str(at) for at, _ in reversed(candidates))
+        raise TrainingError(f"{other} has no checkpoint of step {step}; kept: {present}")
     with scratch.workspace(resume.STAGE, pipeline, inputs=inputs, priority=resume.last_step) as folder:
         mine = store.steps(folder / "checkpoints")
         if mine and pipeline != other:
@@ -64,15 +64,15 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
 
 def outlook(pipeline: str, params: Pretrain) -> int:
     """The step that a run would go on from if what it reads is what it was; 0 without such a checkpoint."""
-    kept = finished.folder(pipeline)
-    if kept and resume.read_inputs(kept).get("code") != job.code_digest():
-        kept = None
-    for folder in [*resume.unfinished(pipeline), *filter(None, [kept])]:
+    last_run = finished.folder(pipeline)
+    if last_run and resume.read_inputs(last_run).get("code") != job.code_digest():
+        last_run = None
+    for folder in [*resume.unfinished(pipeline), *filter(None, [last_run])]:
         for step in reversed(store.steps(folder / "checkpoints")):
             path = folder / "checkpoints" / store.tag(step)
             if not store.damage(path, content=False) and not (resume.compare(store.state(path), params)[1]):
                 return step
-            if folder != kept:  # of an unfinished run, the newest alone is gone on with
+            if folder != last_run:  # of an unfinished run, the newest alone is gone on with
                 break
     return 0
 

@@ -41,12 +41,12 @@ def keep(job: Job) -> None:
     for step in steps:
         if step not in (steps[-1], schedule.stable(job.params)):
             store.delete(checkpoints / store.tag(step))
-    for parent, kept in (
+    for parent, names in (
         (workspace, ("checkpoints", "training", "inputs.json", JOB, loss_guard.FILE)),
         (workspace / "training", (LOG,)),
     ):
         for path in parent.iterdir():
-            if path.name not in kept:
+            if path.name not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
@@ -55,8 +55,8 @@ def keep(job: Job) -> None:
 
 def discard(pipeline: str) -> list[int]:
     """Delete what is kept of the finished run; returns the steps of its checkpoints."""
-    kept = folder(pipeline)
-    steps = store.steps(kept / "checkpoints") if kept else []
+    last_run = folder(pipeline)
+    steps = store.steps(last_run / "checkpoints") if last_run else []
     shutil.rmtree(_root(pipeline), ignore_errors=True)
     return steps
 

@@ -52,18 +52,18 @@ class CheckpointManager:
     def latest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint, with its `tag`; deletes what a crash left, and damaged newer ones.
 
-        Every byte is held against what was written; the ranks share that work and come to one verdict.
+        Every byte is held against what was written; the ranks share that work and agree.
 
         Raises:
             TrainingError: there are checkpoints, and all are damaged.
         """
         self.finish()
-        kept: list[int] = []
+        present: list[int] = []
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            kept = steps(self.folder)
-        kept = self._gathered(kept)[0]
-        newest, self.notes = store.newest(self.folder, kept, damage=self._damage)
+            present = steps(self.folder)
+        present = self._gathered(present)[0]
+        newest, self.notes = store.newest(self.folder, present, damage=self._damage)
         if self.rank == 0:
             store.sweep(self.folder, newest)
         agreed: dict[str, Any] | None = self._gathered(newest)[0]
@@ -87,7 +87,7 @@ class CheckpointManager:
             TrainingError: that one, or the beginning of this one, could not be written; the last whole one is kept.
         """
         self.finish()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self._engine, self._step = engine, state["step"]
         staging = self.folder / f".tmp-{tag(self._step)}"
         state = {**state, **self._form(engine), "params": self.params.model_dump(mode="json")}
@@ -103,7 +103,7 @@ class CheckpointManager:
             self._write = engine.save(staging, texts=texts, then=then)
         except OSError as error:
             raise self._failure(error) from error
-        self._blocked += time.perf_counter() - begun
+        self._blocked += time.perf_counter() - start
 
     def check(self) -> None:
         """Raise TrainingError if this rank's part of the checkpoint on its way could not be written; never waits."""
@@ -145,7 +145,7 @@ class CheckpointManager:
         """Wait until the checkpoint on its way is on the disk. Every rank raises TrainingError if any failed."""
         if self._write is None:
             return
-        begun = time.perf_counter()
+        start = time.perf_counter()
         # rank 0's thread waits for the others' markers, so theirs end first, and none writes after the second word
         (self._write.written if self.rank == 0 else self._write.done).wait()
         error = self._shared(self._write.error)
@@ -157,7 +157,7 @@ class CheckpointManager:
         if error is not None:
             raise self._failure(error)
         self._write = None
-        self._blocked += time.perf_counter() - begun
+        self._blocked += time.perf_counter() - start
 
     def _shared(self, error: Exception | None) -> Exception | None:
         """An error of any rank."""
@@ -179,14 +179,14 @@ class CheckpointManager:
         if not isinstance(error, OSError | RuntimeError | MemoryError):  # torch's writer: a full disk as RuntimeError
             return error
         last = find(self.folder)
-        kept = f"the checkpoint of step {last['step']} is whole" if last else "no checkpoint was written before"
+        whole = f"the checkpoint of step {last['step']} is whole" if last else "no checkpoint was written before"
         free = shutil.disk_usage(self.folder).free
-        made = TrainingError(
+        failure = TrainingError(
             f"the checkpoint of step {self._step} could not be written to {self.folder} ({error}; {free / 1e9:.1f} GB "
-            f"free); {kept}. Make room and run again: training goes on from it"
+            f"free); {whole}. Make room and run again: training goes on from it"
         )
-        made.__cause__ = error
-        return made
+        failure.__cause__ = error
+        return failure
 
     def _all_written(self, staging: Path, stop: threading.Event) -> bool:
         """Wait for the other ranks' markers; False if the run gave up meanwhile."""

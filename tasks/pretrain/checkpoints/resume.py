@@ -1,8 +1,8 @@
 """Which unfinished work a start continues, and which settings it may change.
 
-Unfinished work belongs to its inputs: the split model, the mixture, the corpus. Other inputs are a new start. Other
-settings are taken over only if the run that goes on is the one that the new settings would have given from the start,
-up to rounding and to which random numbers are drawn; else they are refused by name. The same rule says whether a
+Unfinished work belongs to its inputs: the converted model, the mixture, the corpus. Other inputs are a new start.
+Other settings are taken over only if the run that goes on is the one that the new settings would have given from the
+start, up to rounding and to which random numbers are drawn; else they are refused by name. The same rule says whether a
 finished run is made longer or published again (finished.py), or whether a run begins where another
 pipeline's was.
 """
@@ -52,7 +52,7 @@ _COURSE = frozenset({"tokens", "schedule", "warmup_tokens", "decay_share", "fina
 """Safe as long as every step so far had the learning rate that the new settings give it."""
 _UNSEEN = _COURSE | {"launcher", "hostfile", "save_every", "keep", "keep_every", "keep_finished", "trackers"}
 """What leaves no trace in the results, if it is safe."""
-NAMES = {"model": "the split model", "mixture": "the mixture", "corpus": "the corpus"}
+NAMES = {"model": "the converted model", "mixture": "the mixture", "corpus": "the corpus"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +96,27 @@ def workspace(pipeline: str, *, params: Pretrain, inputs: dict[str, str]) -> Ite
         if state:
             changed = admit(state, params, pipeline=pipeline, older=_goes_back(folder, params))
             notes += [f"going on from step {state['step']} with {change}" for change in changed]
-        elif kept := finished.folder(pipeline):
-            notes += _from_finished(kept, folder, params=params, pipeline=pipeline)
+        elif last_run := finished.folder(pipeline):
+            notes += _from_finished(last_run, folder, params=params, pipeline=pipeline)
         elif notes:
             notes.append("starting anew")
         yield folder, notes
 
 
-def _from_finished(kept: Path, folder: Path, *, params: Pretrain, pipeline: str) -> list[str]:
+def _from_finished(last_run: Path, folder: Path, *, params: Pretrain, pipeline: str) -> list[str]:
     """Go on from a finished run if it may be, in a workspace without a checkpoint; returns what to say."""
-    said = f"the finished run's checkpoints are kept in {kept} until this run is finished"
-    if kept.name != folder.name:
-        before = read_inputs(kept)
+    note = f"the finished run's checkpoints are kept in {last_run} until this run is finished"
+    if last_run.name != folder.name:
+        before = read_inputs(last_run)
         named = [name for key, name in NAMES.items() if before.get(key) != read_inputs(folder)[key]]
-        return [f"starting anew: {', '.join(named)} changed since the last run was finished; {said}"]
-    if read_inputs(kept).get("code") != read_inputs(folder)["code"]:
+        return [f"starting anew: {', '.join(named)} changed since the last run was finished; {note}"]
+    if read_inputs(last_run).get("code") != read_inputs(folder)["code"]:
         way = f"`python -m tasks.pretrain {pipeline} --branch {pipeline}` goes on from them nevertheless"
-        return [f"starting anew: the last run was finished by other code; {said}, and {way}"]
+        return [f"starting anew: the last run was finished by other code; {note}, and {way}"]
     notes: list[str] = []
     refused = ""
-    for step in reversed(store.steps(kept / "checkpoints")):
-        path = kept / "checkpoints" / store.tag(step)
+    for step in reversed(store.steps(last_run / "checkpoints")):
+        path = last_run / "checkpoints" / store.tag(step)
         problem = store.damage(path, content=False)
         if problem is None:
             state = store.state(path)
@@ -124,14 +124,14 @@ def _from_finished(kept: Path, folder: Path, *, params: Pretrain, pipeline: str)
             if refusal:
                 refused = refused or refusal
                 continue
-            problem = finished.take(kept, folder, step=step)
+            problem = finished.take(last_run, folder, step=step)
         if problem is None:
             left = params.steps - step
             way = f"with {left} steps to train" if left else "which is published again: no step is left to train"
             return [*notes, f"going on from step {step} of the finished run, {way}", *map(str, changed)]
         notes.append(f"{path} is damaged: {problem}")
     why = f" is not the one that these settings give ({refused})" if refused else " cannot be gone on with"
-    return [*notes, f"starting anew: the finished run{why}; {said}"]
+    return [*notes, f"starting anew: the finished run{why}; {note}"]
 
 
 def admit(state: dict[str, Any], params: Pretrain, *, pipeline: str, older: int | None = None) -> list[Change]:

@@ -50,10 +50,12 @@ def find(folder: Path) -> dict[str, Any] | None:
 def read(folder: Path, step: int) -> dict[str, Any]:
     """The state of one checkpoint, with its `tag`. Raises TrainingError if it is missing or damaged by its looks."""
     path = folder / tag(step)
-    if step not in (kept := steps(folder)):
-        raise TrainingError(f"{folder} has no checkpoint of step {step}; kept: {', '.join(map(str, kept)) or 'none'}")
+    if step not in (present := steps(folder)):
+        raise TrainingError(
+            f"{folder} has no checkpoint of step {step}; kept: {', '.join(map(str, present)) or 'none'}"
+        )
     if problem := damage(path, content=False):
-        raise TrainingError(f"{path} is damaged: {problem}; kept: {', '.join(map(str, kept))}")
+        raise TrainingError(f"{path} is damaged: {problem}; kept: {', '.join(map(str, present))}")
     return state(path)
 
 
@@ -67,19 +69,19 @@ def sweep(folder: Path, newest: dict[str, Any] | None) -> None:
 
 
 def newest(
-    folder: Path, kept: Sequence[int], *, damage: Callable[[Path], str | None]
+    folder: Path, present: Sequence[int], *, damage: Callable[[Path], str | None]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """The state of the newest whole checkpoint, and what to say of those passed over.
 
     Args:
-        kept: the steps that there are, oldest first.
+        present: the steps that there are, oldest first.
         damage: what is wrong with a checkpoint.
 
     Raises:
         TrainingError: all are damaged.
     """
     problems: list[str] = []
-    for step in reversed(kept):
+    for step in reversed(present):
         path = folder / tag(step)
         problem = damage(path)
         if problem is None:

@@ -119,9 +119,9 @@ class CheckpointCollector(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed 
 
     def _wait_for_copies(self) -> None:
         if self._write is not None and not self._write.copied.is_set():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             self._write.copied.wait()
-            self.waited += time.perf_counter() - begun
+            self.waited += time.perf_counter() - start
 
 
 class Write:

@@ -62,7 +62,7 @@ def read(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor
     Args:
         path: a checkpoint that this machine wrote; parts of it are read with pickle.
         params: the settings that it was written with.
-        model: the split model's folder.
+        model: the converted model's folder.
     """
     from tasks.pretrain.engine import checkpoint_writer
 

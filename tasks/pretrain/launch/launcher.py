@@ -182,10 +182,10 @@ def launcher_environment(params: Pretrain, environ: Mapping[str, str]) -> dict[s
 
     Every worker takes its share of its machine's cores (`environment.complete`); torchrun would set one thread each.
     """
-    kept = {name: value for name, value in environ.items() if name not in environment.TORCH}
+    clean = {name: value for name, value in environ.items() if name not in environment.TORCH}
     if params.launcher == "local":
-        kept.setdefault("OMP_NUM_THREADS", str(environment.threads({"LOCAL_SIZE": str(params.processes)})))
-    return kept
+        clean.setdefault("OMP_NUM_THREADS", str(environment.threads({"LOCAL_SIZE": str(params.processes)})))
+    return clean
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

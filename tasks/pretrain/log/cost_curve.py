@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 def flops(config: Any, params: Pretrain, *, step: int) -> int:
     """FLOPs of training up to a step, forward and backward, by what each phase trains; as `meters` counts them."""
-    total, begun = 0, 0
+    total, before = 0, 0
     for last, what in params.phases:
-        if steps := min(last, step) - begun:
+        if steps := min(last, step) - before:
             total += steps * params.step_tokens * meters.flops(config, seq_len=params.seq_len, what=what)
-        begun = min(last, step)
+        before = min(last, step)
     return total
 
 

@@ -31,7 +31,7 @@ from tasks.pretrain.log.trackers import Run, Tracker, start
 Record = dict[str, Any]
 
 LOG = "log.jsonl"
-SENT = "told.json"  # how many records trackers got, and which trackers: the log may have been cut since
+SENT = "sent.json"  # how many records trackers got, and which trackers: the log may have been cut since
 
 _HAS_NUMBERS = re.compile(rb'"kind": "(step|validation)".*\n')  # a whole line of log.jsonl
 ROWS = 2000  # of a CSV file, which git keeps: log.jsonl has every record
@@ -72,14 +72,14 @@ class LogFile:
             )
         self._sent = run.folder / SENT
         try:
-            sent = scratch.read_sealed(self._sent)
+            delivery = scratch.read_sealed(self._sent)
         except (FileNotFoundError, ValueError):
-            sent = {}
-        known = sent.get("trackers", [])
-        kept, written = _count(path, offset)
-        records = max(sent.get("records", 0), written)
+            delivery = {}
+        known = delivery.get("trackers", [])
+        inside, total = _count(path, offset)
+        records = max(delivery.get("records", 0), total)
         scratch.write_sealed(self._sent, {"records": records, "trackers": known})  # before the log is cut
-        self._repeated = records - kept
+        self._repeated = records - inside
         os.truncate(path, offset)
         self._file = path.open("ab")
         self._hash = _digest(path)
@@ -154,14 +154,14 @@ class LogFile:
 
 def _count(path: Path, offset: int) -> tuple[int, int]:
     """How many records with numbers are in the log's first `offset` bytes, and in all of it."""
-    kept = written = position = 0
+    inside = total = position = 0
     with path.open("rb") as file:
         for line in file:
             position += len(line)
             if _HAS_NUMBERS.search(line):
-                written += 1
-                kept += position <= offset
-    return kept, written
+                total += 1
+                inside += position <= offset
+    return inside, total
 
 
 def _digest(path: Path) -> Any:

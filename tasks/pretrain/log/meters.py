@@ -118,13 +118,13 @@ def peak(device: torch.device, dtype: torch.dtype, *, size: int = 512, rounds: i
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a = torch.ones(size, size, dtype=dtype, device=device)
-    taken: list[float] = []
-    while len(taken) < rounds or sum(taken) < SECONDS:
-        begun = time.perf_counter()
+    durations: list[float] = []
+    while len(durations) < rounds or sum(durations) < SECONDS:
+        start = time.perf_counter()
         (a @ a)[0, 0].item()  # the read waits for the device
-        taken.append(time.perf_counter() - begun)
+        durations.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    return 2 * size**3 / min(taken) * (1 if device.type == "cuda" else threads)
+    return 2 * size**3 / min(durations) * (1 if device.type == "cuda" else threads)
 
 
 def timing(

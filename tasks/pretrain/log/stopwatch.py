@@ -16,9 +16,9 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.spent[part] += time.perf_counter() - begun
+        self.spent[part] += time.perf_counter() - start
 
     def total(self) -> float:
         return time.perf_counter() - self._begun

@@ -3,6 +3,9 @@
 Each keeps its files in a folder of its name beside the log, and sends nothing over a network unless the user's own
 variables say so: WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL. (Trackio asks the
 Hugging Face hub for the name that belongs to a stored token, if HF_HUB_OFFLINE does not forbid it.)
+
+accelerate's trackers are not used: none takes points back after a rollback or a kill, and the one for Weights & Biases
+logs our step as wandb's own, which must not go back.
 """
 
 from __future__ import annotations

@@ -59,4 +59,4 @@ def test_a_finished_run_is_made_longer_to_the_bytes_of_the_long_one_and_publishe
     (project / "runs/other/moe/config.json").write_text("{}")
     refused = stage("tasks.pretrain", "other", "--branch", "tiny", cwd=project)
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert "other cannot begin from tiny: the split model of the two are not the same" in refused.stderr
+    assert "other cannot begin from tiny: the converted model of the two are not the same" in refused.stderr

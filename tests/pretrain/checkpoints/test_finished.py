@@ -218,7 +218,12 @@ def test_another_pipeline_begins_from_a_kept_step_of_a_finished_or_of_a_running_
     ("step", "params", "inputs", "told"),
     [
         (90, {}, INPUTS, r"p has no checkpoint of step 90; kept: 80, 100"),
-        (None, {}, INPUTS | {"model": "x", "corpus": "y"}, "from p: the split model, the corpus of the two are not"),
+        (
+            None,
+            {},
+            INPUTS | {"model": "x", "corpus": "y"},
+            "from p: the converted model, the corpus of the two are not",
+        ),
         (None, {"seed": 1}, INPUTS, "step 100: pretrain.seed: 0 -> 1"),
         (100, {"tokens": 64 * 200}, INPUTS, "step 100: pretrain.tokens: 6400 -> 12800"),
     ],

@@ -240,6 +240,6 @@ def test_a_tracker_that_is_new_to_a_run_is_told_it_from_its_start(
         again.write(step(3))
         again.close()
     assert [[at for at, _ in told] for told in points.values()] == [[1, 2, 3], [1, 2, 3]]
-    (tmp_path / "told.json").write_text("{")  # then all are new: told twice is better than not at all
+    (tmp_path / "sent.json").write_text("{")  # then all are new: told twice is better than not at all
     log_file.LogFile(a_run(tmp_path), names=["a"], offset=offset, step=2).close()
     assert {at for at, _ in points["a"]} >= {1, 2}
