@@ -1,10 +1,9 @@
 """Which unfinished work a start continues, and which settings it may change.
 
 Unfinished work belongs to its inputs: the converted model, the mixture, the corpus. Other inputs are a new start.
-Other settings are taken over only if the run that goes on is the one that the new settings would have given from the
-start, up to rounding and to which random numbers are drawn; else they are refused by name. The same rule says whether a
-finished run is made longer or published again (finished.py), or whether a run begins where another
-pipeline's was.
+Other settings continue only a run that they would have given from the start, up to rounding and to which random
+numbers are drawn; else they are refused by name. The same rule says whether a finished run is made longer or
+published again (finished.py), or whether a run begins where another pipeline's was.
 """
 
 from __future__ import annotations
