@@ -1,4 +1,4 @@
-"""One training step of the sparse model against its dense parent, in the same loop; and of its dense child.
+"""One training step of the sparse model against its dense parent, in the same loop; and of its pruned baseline.
 
     python -m bench.step PIPELINE [--steps 12] [--rounds 2] [--set batch=4] [--set micro_batch=4]
 
@@ -51,7 +51,9 @@ def run(pipeline: str, model: Path, *, side: str, params: settings.Pretrain) -> 
         [sys.executable, "-m", "tasks.pretrain.launch.worker", str(job.write())], check=True, stdout=sys.stderr
     )
     saving = json.loads((workspace / "pretrain.json").read_text())["seconds_saving"]
-    return log_file.read(workspace / "training/log.jsonl", "step"), saving
+    records = log_file.read(workspace / "training/log.jsonl", "step")
+    shutil.rmtree(workspace)
+    return records, saving
 
 
 def median(records: list[dict[str, Any]], name: str) -> float:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     params = params.model_copy(update={"tokens": arguments.steps * step_tokens})
     sides = {"dense": Path("data/models") / entry.model, "sparse": Path("runs") / arguments.pipeline / "moe"}
     if entry.pruned:
-        sides["child"] = Path("runs") / arguments.pipeline / "control/split"
+        sides["pruned"] = Path("runs") / arguments.pipeline / "control/split"
     steps: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     saving = dict.fromkeys(sides, 0.0)
     for _ in range(arguments.rounds):

@@ -182,7 +182,8 @@ def _source(pipeline: str) -> Path:
     newest = max((job for job in jobs if job.exists()), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise TrainingError(
-            f"{pipeline} has no training with a checkpoint; a finished model is in runs/{pipeline}/trained"
+            f"{pipeline} has no training with a checkpoint; a finished model is in runs/{pipeline}/trained "
+            "(pretrain.keep_finished: true keeps its checkpoint)"
         )
     return newest.parent
 

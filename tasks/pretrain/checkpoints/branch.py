@@ -21,7 +21,9 @@ def branch(pipeline: str, other: str, *, step: int | None, params: Pretrain, inp
     """
     sources = [*resume.unfinished(other), *filter(None, [finished.folder(other)])]
     if not sources:
-        raise TrainingError(f"{other} has no checkpoint, neither of an unfinished run nor of a finished one")
+        raise TrainingError(
+            f"{other} has no checkpoint of an unfinished run, nor of a finished one with pretrain.keep_finished: true"
+        )
     name = scratch.fingerprint(inputs)
     fitting = [source for source in sources if source.name == name]
     if not fitting:
