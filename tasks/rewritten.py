@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tasks import architectures
+from tasks import architectures, layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,10 +110,10 @@ def _split(name: str, fields: Mapping[str, Any], read: Callable[[str], Tensor]) 
 
 def _centred(name: str, fields: Mapping[str, Any], read: Callable[[str], Tensor]) -> Tensor:
     if "norm" in name:
-        return read("model.embed_tokens.weight").new_ones(fields["hidden_size"])
+        return read(layout.EMBEDDINGS).new_ones(fields["hidden_size"])
     stored = read(name)
-    over = 1 if "embed_tokens" in name else 0
-    if "embed_tokens" not in name and not name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight")):
+    over = 1 if name == layout.EMBEDDINGS else 0
+    if name != layout.EMBEDDINGS and not name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight")):
         return stored
     exact = stored.double()
     return (exact - exact.mean(over, keepdim=True)).to(stored.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.moe import families, gguf
 from tasks.moe.internals import rope
 
@@ -47,7 +47,7 @@ def plan(config: Any) -> dict[str, Made]:
     if isinstance(row, architectures.Sparse):
         for i in range(config.num_hidden_layers):
             experts = _granite if row.router == "router" else _one_by_one
-            tensors |= {f"blk.{i}.{name}.weight": made for name, made in experts(config, row, f"model.layers.{i}")}
+            tensors |= {f"blk.{i}.{name}.weight": made for name, made in experts(config, row, layout.block(i))}
     return tensors
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import architectures, rewritten, scratch, settings, sources
+from tasks import architectures, layout, rewritten, scratch, settings, sources
 from tasks.moe import counts, families, files, gguf, untrusted
 
 if TYPE_CHECKING:
@@ -175,9 +175,9 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError("holds no tokenizer (tokenizer.json or tokenizer.model); add it to the source")
     dtype = getattr(torch, entry.dtype)
-    tied = config.tie_word_embeddings and "lm_head.weight" in headers
+    tied = config.tie_word_embeddings and layout.HEAD in headers
     families.account(
-        {name: entry.shape for name, entry in headers.items() if not (tied and name == "lm_head.weight")},
+        {name: entry.shape for name, entry in headers.items() if not (tied and name == layout.HEAD)},
         wanted if own is config else families.expected(own),
     )
 
@@ -188,10 +188,10 @@ def _convert(folder: Path, weights: list[str], *, target: Path, entry: settings.
             untrusted.require_fits(stored, stored.to(dtype), name=name, file=headers[name].file)
             return stored
 
-    if tied and not read("lm_head.weight").to(dtype).equal(read("model.embed_tokens.weight").to(dtype)):
+    if tied and not read(layout.HEAD).to(dtype).equal(read(layout.EMBEDDINGS).to(dtype)):
         raise ValueError(
-            "config.json: tie_word_embeddings = true, but lm_head.weight is not model.embed_tokens.weight; set it to "
-            "false, or drop lm_head.weight"
+            f"config.json: tie_word_embeddings = true, but {layout.HEAD} is not {layout.EMBEDDINGS}; set it to "
+            f"false, or drop {layout.HEAD}"
         )
     with ShardWriter(target, {name: (dtype, shape) for name, shape in wanted.items()}) as writer:
         for name in wanted:

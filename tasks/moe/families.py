@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tasks import rewritten
+from tasks import layout, rewritten
 from tasks.architectures import DENSE, REFUSED, REWRITTEN, Dense, Rewritten
 
 
@@ -59,7 +59,7 @@ def expected(config: Any) -> dict[str, tuple[int, ...]]:
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[layout.HEAD]
     return shapes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.moe import families, files, untrusted
 from tasks.moe.internals import gguf_reader, rope
 
@@ -24,9 +24,9 @@ _DIGIT_BY_DIGIT = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "
 """llama.cpp's names of byte-level tokenizers that split digits off first; transformers 5.22 leaves that out."""
 
 _NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+    "token_embd": layout.EMBEDDINGS.removesuffix(".weight"),
+    "output_norm": layout.NORM.removesuffix(".weight"),
+    "output": layout.HEAD.removesuffix(".weight"),
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -102,15 +102,15 @@ def rename(name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem.startswith("blk."):
         _, layer, part = stem.split(".", 2)
-        return f"model.layers.{layer}.{_NAMES[part]}.{kind}" if part in _NAMES else name
+        return f"{layout.block(layer)}.{_NAMES[part]}.{kind}" if part in _NAMES else name
     return f"{_NAMES[stem]}.{kind}" if stem in _NAMES else name
 
 
 def to_gguf(name: str) -> str | None:
     """The name in GGUF of a tensor that every class has, or of a dense FFN; None for a router or experts."""
     stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, layer, part = stem.split(".", 3)
+    if (layer := layout.layer_of(name)) is not None:
+        part = stem.removeprefix(f"{layout.block(layer)}.")
         return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}" if part in _GGUF_NAMES else None
     return f"{_GGUF_NAMES[stem]}.{kind}" if stem in _GGUF_NAMES else None
 

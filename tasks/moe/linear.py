@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.moe import device
 from tasks.moe import gate as gates
 from tasks.moe.gate import Gate
@@ -147,9 +147,9 @@ def refit(
         x_TD = None if hidden_BLD is None else _pass(model, i, hidden_BLD, gate=made.get(i), batch=batch)
         if i not in made:
             continue
-        stored = model.stored[f"model.layers.{i}.{router}"]
+        stored = model.stored[f"{layout.block(i)}.{router}"]
         if x_TD is None:
-            norm_D = model.tensor(f"model.layers.{i}.post_attention_layernorm.weight")
+            norm_D = model.tensor(layout.ffn_norm(i))
             router_ED, layers[str(i)] = fit_gaussian(made[i], norm_D, dtype=stored.dtype, **how)
         else:
             router_ED, layers[str(i)] = fit(made[i], x_TD, dtype=stored.dtype, **how)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from tasks import architectures
+from tasks import architectures, layout
+from tasks.layout import TEXT, Layout
 from tasks.moe import allocator, loss, untrusted
 from tasks.moe.files import read_json
 from tasks.moe.internals import layers as internals
@@ -52,8 +53,8 @@ class Stored:
 class Streamed:
     """A checkpoint folder, dense or sparse, of which one layer at a time is in memory."""
 
-    def __init__(self, folder: Path, *, device: torch.device | str = "cpu") -> None:
-        """Read the config and the headers; `device` is where blocks run.
+    def __init__(self, folder: Path, *, device: torch.device | str = "cpu", names: Layout = TEXT) -> None:
+        """Read the config and the headers; `device` is where blocks run, `names` how the files spell the tensors.
 
         Raises:
             FileNotFoundError: config.json or the safetensors are missing.
@@ -61,9 +62,17 @@ class Streamed:
         """
         self.folder = Path(folder)
         self.device = torch.device(device)
-        self.config = _config(self.folder)
+        self.names = names
+        self.config = _config(self.folder, names)
         self.layers: int = self.config.num_hidden_layers
-        self.stored = {name: entry for name, entry in _stored(self.folder).items() if not _BUFFER.search(name)}
+        self.stored: dict[str, Stored] = {}
+        self.outside: dict[str, Stored] = {}
+        """Tensors that are not the text model's, by their names on disk."""
+        for name, entry in _stored(self.folder).items():
+            if (text := names.in_text(name)) is None:
+                self.outside[name] = entry
+            elif not _BUFFER.search(name):
+                self.stored[text] = entry
         disable_progress_bar()
         allocator.keep_buffers()
         skeleton = internals.skeleton(self._one_layer(0))
@@ -75,20 +84,15 @@ class Streamed:
         """A copy in the stored dtype, on the CPU. Raises ValueError if the checkpoint has no such tensor."""
         if name not in self.stored:
             raise ValueError(f"{self.folder}: there is no tensor {name!r} in its safetensors files")
-        entry = self.stored[name]
-        content = torch.empty(entry.size, dtype=torch.uint8)
-        left, offset = content.numpy().data, entry.offset
-        with open(entry.file, "rb", buffering=0) as file:
-            while left:
-                done = os.preadv(file.fileno(), [left], offset)  # at most 2 GiB
-                if not done:
-                    raise ValueError(f"{entry.file}: ends within tensor {name!r}; bring the file anew")
-                left, offset = left[done:], offset + done
-        return content.view(entry.dtype).reshape(entry.shape)
+        return _read(self.stored[name], name)
+
+    def outside_tensor(self, name: str) -> Tensor:
+        """A copy of a tensor outside of the text model, by its name on disk."""
+        return _read(self.outside[name], name)
 
     def layer_names(self, i: int) -> list[str]:
         """Names on disk of the tensors of layer `i`; none for a layer that is not there."""
-        return [name for name in self.stored if name.startswith(f"model.layers.{i}.")]
+        return [name for name in self.stored if layout.layer_of(name) == i]
 
     def prefetch(self, i: int) -> None:
         """Let the kernel read layer `i` into the page cache while other work goes on."""
@@ -105,10 +109,10 @@ class Streamed:
         """
         allocator.release()
         width = self.config.hidden_size
-        state = {"model.embed_tokens.weight": torch.zeros(1, width), "lm_head.weight": torch.zeros(1, width)}
-        state["model.norm.weight"] = torch.zeros(width)
-        prefix = f"model.layers.{i}."
-        state |= {f"model.layers.0.{name.removeprefix(prefix)}": self.tensor(name) for name in self.layer_names(i)}
+        state = {layout.EMBEDDINGS: torch.zeros(1, width), layout.HEAD: torch.zeros(1, width)}
+        state[layout.NORM] = torch.zeros(width)
+        own, only = f"{layout.block(i)}.", f"{layout.block(0)}."
+        state |= {only + name.removeprefix(own): self.tensor(name) for name in self.layer_names(i)}
         options = {}
         if architectures.is_moe(self.config):
             import moe_kernels
@@ -117,7 +121,7 @@ class Streamed:
             options["experts_implementation"] = "moe_kernels"
         model, problems = internals.load(self._family, self._one_layer(i), state=state, **options)
         if problems:
-            shown = str(problems).replace("model.layers.0.", prefix)
+            shown = str(problems).replace(only, own)
             raise ValueError(f"{self.folder}: layer {i} is not that of a {self.config.model_type} model: {shown}")
         layer: nn.Module = model.model.layers[0]
         del model, state
@@ -139,7 +143,7 @@ class Streamed:
     @torch.no_grad()
     def embed(self, ids_BL: Tensor) -> Tensor:
         """What the first layer reads: float32 [B, L, D] on the device."""
-        weight_VD = self.tensor("model.embed_tokens.weight")
+        weight_VD = self.tensor(layout.EMBEDDINGS)
         hidden_BLD = F.embedding(ids_BL.cpu(), weight_VD).to(self.device, torch.float32)
         return hidden_BLD * getattr(self.config, "embedding_multiplier", 1.0)
 
@@ -174,14 +178,14 @@ class Streamed:
     def norm(self) -> nn.Module:
         """The final norm, in float32 on the device."""
         norm = copy.deepcopy(self._norm)
-        norm.load_state_dict({"weight": self.tensor("model.norm.weight").to(self.device, torch.float32)}, assign=True)
+        norm.load_state_dict({"weight": self.tensor(layout.NORM).to(self.device, torch.float32)}, assign=True)
         return norm.requires_grad_(False)
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """What gives the logits: final norm, output head, scaling; gradients pass through it."""
-        name = "lm_head.weight"
+        name = layout.HEAD
         if self.config.tie_word_embeddings and name not in self.stored:
-            name = "model.embed_tokens.weight"
+            name = layout.EMBEDDINGS
         weight_VD, norm = self.tensor(name).to(self.device, torch.float32), self.norm()
         scaling = getattr(self.config, "logits_scaling", 1.0)
         return lambda hidden: F.linear(norm(hidden.to(self.device)), weight_VD) / scaling
@@ -219,7 +223,19 @@ class Streamed:
         return torch.cat([loss.summed(head, hidden, target) for hidden, target in parts]).cpu().numpy()
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def _read(entry: Stored, name: str) -> Tensor:
+    content = torch.empty(entry.size, dtype=torch.uint8)
+    left, offset = content.numpy().data, entry.offset
+    with open(entry.file, "rb", buffering=0) as file:
+        while left:
+            done = os.preadv(file.fileno(), [left], offset)  # at most 2 GiB
+            if not done:
+                raise ValueError(f"{entry.file}: ends within tensor {name!r}; bring the file anew")
+            left, offset = left[done:], offset + done
+    return content.view(entry.dtype).reshape(entry.shape)
+
+
+def _config(folder: Path, names: Layout) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no checkpoint here (config.json is missing); run the stage that writes it")
@@ -227,10 +243,19 @@ def _config(folder: Path) -> PreTrainedConfig:
         raw = read_json(path)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    whole = raw
+    if names.config is not None:
+        raw = whole.get(names.config)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: {names.config} = {raw!r}; needed: the config of the text tower")
     if raw.get("model_type") not in architectures.ALL:
         raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(architectures.ALL)}")
-    if raw.get("quantization_config"):
+    if whole.get("quantization_config") or raw.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: the weights are quantised; take the model's plain checkpoint")
+    if names.config is not None:
+        tower: PreTrainedConfig = AutoConfig.for_model(**raw)
+        tower._attn_implementation = "sdpa"
+        return tower
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
     )

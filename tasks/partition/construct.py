@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks import scratch
+from tasks import layout, scratch
 from tasks.display import Progress
 from tasks.moe import device, linear
 from tasks.moe import gate as gates
@@ -179,7 +179,7 @@ def _experts(
     parent: Streamed, i: int, fitted: Fitted, *, experts_EF: np.ndarray, scale: float, partition: Partition
 ) -> SparseLayer:
     """The layer in the parent's dtypes; copies differ as `noise` and `reinitialise` say."""
-    gate, up, down = (parent.stored[name].dtype for name in convert.ffn_names(i))
+    gate, up, down = (parent.stored[name].dtype for name in layout.ffn(i))
     differ = bool(partition.noise or partition.reinitialise)
     experts = convert.slices(
         fitted.gate_ND.to("cpu", gate),

@@ -9,6 +9,7 @@ Shapes: D hidden, N neurons (FFN width), S shared experts, E routed experts, F n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,24 +20,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tasks import layout
 from tasks.moe import files
 from tasks.moe.streamed import Stored, Streamed
 from tasks.moe.writer import ShardWriter
 from tasks.partition.exporters import Exporter, SparseLayer
 from tasks.settings import Partition
 
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ROWS = 16  # of down_proj at once: their float32 copies stay in the processor's cache
-
-
-def ffn_names(i: int) -> list[str]:
-    """Names of gate_proj, up_proj and down_proj of layer `i`, in the families that are read."""
-    return [f"model.layers.{i}.mlp.{name}.weight" for name in _PROJECTIONS]
 
 
 def ffn(parent: Streamed, i: int) -> tuple[Tensor, Tensor, Tensor]:
     """gate_ND, up_ND and down_DN of a dense layer in the stored dtype."""
-    gate, up, down = (parent.tensor(name) for name in ffn_names(i))
+    gate, up, down = (parent.tensor(name) for name in layout.ffn(i))
     return gate, up, down
 
 
@@ -99,17 +95,26 @@ def moe_writer(
     """
     config = exporter.config(parent.config, partition)
     plan, carried = _plan(parent, exporter, partition=partition)
+    on_disk = parent.names.on_disk
+    plan = {on_disk(name): entry for name, entry in plan.items()}
+    plan |= {name: (entry.dtype, entry.shape) for name, entry in parent.outside.items()}
     folder.mkdir()
     with ShardWriter(folder, plan, shard_bytes=shard_bytes) as writer:
+        for name in parent.outside:
+            writer.write(name, parent.outside_tensor(name))
         for name, origin in carried.items():
-            writer.write(name, parent.tensor(origin) if isinstance(origin, str) else origin)
+            writer.write(on_disk(name), parent.tensor(origin) if isinstance(origin, str) else origin)
 
         def write(i: int, layer: SparseLayer) -> None:
             for name, tensor in exporter.layer(i, layer, parent.config).items():
-                writer.write(name, tensor)
+                writer.write(on_disk(name), tensor)
 
         yield write
     files.write_config(config, folder)
+    if key := parent.names.config:  # the larger model's config stays; its text tower is another
+        whole = files.read_json(parent.folder / "config.json")
+        whole[key] = files.read_json(folder / "config.json")
+        (folder / "config.json").write_text(json.dumps(whole, indent=2) + "\n")
     files.copy_tokenizer(parent.folder, folder)
     files.copy_documents(parent.folder, folder)
 
@@ -122,12 +127,12 @@ def _plan(
     The latter are the names of the parent's tensors, or new ones.
     """
     dense: Any = parent.config
-    sparse = {ffn_names(i)[0]: i for i in partition.sparse_layers(parent.layers)}
-    cut = {name for i in sparse.values() for name in ffn_names(i)}
+    sparse = {layout.ffn(i)[0]: i for i in partition.sparse_layers(parent.layers)}
+    cut = {name for i in sparse.values() for name in layout.ffn(i)}
     with torch.device("meta"):
         known = list(AutoModelForCausalLM.from_config(dense).state_dict())
     absent = [name for name in known if name not in parent.stored]
-    if missing := [name for name in absent if not (name == "lm_head.weight" and dense.tie_word_embeddings)]:
+    if missing := [name for name in absent if not (name == layout.HEAD and dense.tie_word_embeddings)]:
         raise ValueError(f"{parent.folder}: tensors of a {dense.model_type} are missing: {missing}")
     moved = exporter.carried(dense, [name for name in parent.stored if name not in cut])
     if homeless := sorted(set(parent.stored) - cut - set(moved)):
@@ -149,7 +154,7 @@ def _plan(
             add({moved[name]: parent.stored[name]})
             carried[moved[name]] = name
     for i in range(parent.layers):
-        extra = exporter.extra(i, dense, dtype=parent.stored[f"model.layers.{i}.self_attn.o_proj.weight"].dtype)
+        extra = exporter.extra(i, dense, dtype=parent.stored[layout.part(i, "self_attn.o_proj")].dtype)
         add(extra)
         carried |= extra
     if twice:
@@ -159,7 +164,7 @@ def _plan(
 
 def _meta_layer(parent: Streamed, i: int, *, partition: Partition) -> SparseLayer:
     """Dtypes and shapes of what layer `i` becomes."""
-    gate, up, down = (parent.stored[name] for name in ffn_names(i))
+    gate, up, down = (parent.stored[name] for name in layout.ffn(i))
     width, hidden = gate.shape
     size, experts = partition.check_width(width), partition.experts
     shared = partition.shared_experts * size

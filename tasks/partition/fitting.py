@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tasks import layout
 from tasks.moe.streamed import Streamed
 from tasks.partition import calibration, convert, methods
 from tasks.partition.converted import Converted, sum_of_weights
@@ -62,7 +63,7 @@ class WithoutText:
 
     def fit(self, layer: Layer, experts_EF: np.ndarray, router_ED: torch.Tensor) -> Fitted:
         """Give logits the standard deviation `router_std` on inputs as RMSNorm leaves them: root mean square 1."""
-        norm_D = self._parent.tensor(f"model.layers.{layer.number}.post_attention_layernorm.weight").float()
+        norm_D = self._parent.tensor(layout.ffn_norm(layer.number)).float()
         spread = (router_ED.cpu() * norm_D).square().sum(1).mean().sqrt()
         return Fitted(
             router_ED=router_ED * (logits_std(self._partition) / spread.clamp_min(1e-12)),

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from tasks import layout
 from tasks.moe.internals import layers as internals
 from tasks.moe.streamed import Streamed
 from tasks.partition import positions
-from tasks.partition.convert import ffn_names
 from tasks.partition.index import Index
 from tasks.settings import Partition
 
@@ -230,7 +230,7 @@ def moves_only(options: Partition) -> bool:
 
 def stored_dtype(dense: Streamed, index: Index) -> torch.dtype:
     """The coarsest dtype of the FFNs that became sparse; the experts are stored in their parents' dtypes."""
-    dtypes = {dense.stored[name].dtype for i in index.layers for name in ffn_names(i)}
+    dtypes = {dense.stored[name].dtype for i in index.layers for name in layout.ffn(i)}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from tasks import layout
 from tasks.moe import device, families, files
 from tasks.moe.streamed import Streamed
 from tasks.moe.writer import ShardWriter
@@ -122,7 +123,7 @@ def cut(
     errors: dict[str, float] = {}
     folder.mkdir()
     with ShardWriter(folder, plan) as writer:
-        cut_names = {name for i in range(parent.layers) for name in convert.ffn_names(i)}
+        cut_names = {name for i in range(parent.layers) for name in layout.ffn(i)}
         for name in plan:
             if name not in cut_names:
                 writer.write(name, parent.tensor(name))
@@ -137,7 +138,7 @@ def cut(
                 seed=partition.seed,
             )
             kept[i] = made.neurons_M.cpu().numpy()
-            for name, weight in zip(convert.ffn_names(i), (made.gate_MD, made.up_MD, made.down_DM), strict=True):
+            for name, weight in zip(layout.ffn(i), (made.gate_MD, made.up_MD, made.down_DM), strict=True):
                 writer.write(name, weight.to(plan[name][0]))
             errors[str(i)] = source.advance(layer, made.converted)
             report(f"{errors[str(i)]:.1%} of the FFN's output lost")

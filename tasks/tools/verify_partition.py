@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tasks import layout
 from tasks.moe import files
 from tasks.moe.streamed import Streamed
 from tasks.partition import convert, exporters, identity
@@ -74,7 +75,7 @@ def _config(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter)
 
 def _carried(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter) -> Iterator[str]:
     """Tensors outside the sparse FFNs that are absent, not the parent's, or of no known origin."""
-    cut = {name for i in index.layers for name in convert.ffn_names(i)}
+    cut = {name for i in index.layers for name in layout.ffn(i)}
     carried = exporter.carried(dense.config, [name for name in dense.stored if name not in cut])
     for source, name in carried.items():
         if name not in moe.stored:
@@ -87,7 +88,9 @@ def _carried(moe: Streamed, dense: Streamed, index: Index, *, exporter: Exporter
             known.add(name)
             if not torch.equal(moe.tensor(name).float(), value):
                 yield f"{name}, which the parent has not, would alter it"
-    cut_layers = tuple(f"model.layers.{i}." for i in index.layers)  # their names are held against the class on loading
+    cut_layers = tuple(
+        f"{layout.block(i)}." for i in index.layers
+    )  # their names are held against the class on loading
     if strays := sorted(name for name in set(moe.stored) - known if not name.startswith(cut_layers)):
         yield f"{', '.join(strays[:5])}: of no known origin"
 

@@ -7,7 +7,7 @@ import re
 import uuid
 from pathlib import Path
 
-from tasks import scratch
+from tasks import layout, scratch
 from tasks.moe import files
 from tasks.settings import Proxy
 
@@ -107,7 +107,7 @@ def _scratch(proxy: Proxy, parent: Path, folder: Path) -> None:
         torch.manual_seed(proxy.seed)
         model = LlamaForCausalLM(config).float()
     state = model.state_dict()
-    del state["lm_head.weight"]  # tied
+    del state[layout.HEAD]  # tied
     with ShardWriter(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}) as writer:
         for name, tensor in state.items():
             writer.write(name, tensor)

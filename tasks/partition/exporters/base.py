@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.settings import Partition
 
 _CARRIED = (
@@ -162,7 +162,7 @@ class Exporter:
         """Tensors of layer `i` that this class wants and the parent has not: a bias of o beside q, k and v."""
         if set(architectures.biases(dense)) in (set(), set(self.row.biases)):
             return {}
-        return {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(dense.hidden_size, dtype=dtype)}
+        return {f"{layout.block(i)}.self_attn.o_proj.bias": torch.zeros(dense.hidden_size, dtype=dtype)}
 
 
 def odd_head_dim(dense: Any) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, PreTrainedConfig
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.partition.exporters.base import Exporter, SparseLayer, odd_head_dim
 from tasks.settings import Partition
 
@@ -36,7 +36,7 @@ class GraniteMoe(Exporter):
         )
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
-        prefix = f"model.layers.{i}.block_sparse_moe"
+        prefix = f"{layout.block(i)}.block_sparse_moe"
         return {
             f"{prefix}.router.layer.weight": sparse.router_ED,
             f"{prefix}.input_linear.weight": torch.cat([sparse.gate_EFD, sparse.up_EFD], dim=1),
@@ -55,7 +55,7 @@ class GraniteMoeShared(GraniteMoe):
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
         assert sparse.shared is not None
         gate, up, down = sparse.shared
-        prefix = f"model.layers.{i}.shared_mlp"
+        prefix = f"{layout.block(i)}.shared_mlp"
         return super().layer(i, sparse, dense) | {
             f"{prefix}.input_linear.weight": torch.cat([gate, up]),
             f"{prefix}.output_linear.weight": down,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.partition.exporters.base import Exporter, SparseLayer
 from tasks.settings import Partition
 
@@ -25,7 +25,7 @@ class Mixtral(Exporter):
         )
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
-        prefix = f"model.layers.{i}.block_sparse_moe"
+        prefix = f"{layout.block(i)}.block_sparse_moe"
         tensors = {f"{prefix}.gate.weight": sparse.router_ED}
         for e, weights in enumerate(zip(sparse.gate_EFD, sparse.down_EDF, sparse.up_EFD, strict=True)):
             tensors |= {f"{prefix}.experts.{e}.w{n}.weight": weight for n, weight in enumerate(weights, 1)}

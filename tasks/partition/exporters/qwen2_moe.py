@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2MoeConfig
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.partition.exporters.base import Exporter, SparseLayer, odd_head_dim
 from tasks.settings import Partition
 
@@ -41,11 +41,11 @@ class Qwen2Moe(Exporter):
             return {}
         size = architectures.head_dim(dense)
         heads = {"q": dense.num_attention_heads, "k": dense.num_key_value_heads, "v": dense.num_key_value_heads}
-        prefix = f"model.layers.{i}.self_attn"
+        prefix = f"{layout.block(i)}.self_attn"
         return {f"{prefix}.{name}_proj.bias": torch.zeros(n * size, dtype=dtype) for name, n in heads.items()}
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
-        prefix = f"model.layers.{i}.mlp"
+        prefix = f"{layout.block(i)}.mlp"
         tensors = routed(prefix, sparse)
         gate = sparse.gate_EFD
         idle = gate.new_zeros(architectures.IDLE, gate.shape[2])

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.partition.exporters.base import Exporter, SparseLayer
 from tasks.partition.exporters.qwen2_moe import routed, sparse_fields
 from tasks.settings import Partition
@@ -27,4 +27,4 @@ class Qwen3Moe(Exporter):
         )
 
     def layer(self, i: int, sparse: SparseLayer, dense: PreTrainedConfig) -> dict[str, Tensor]:
-        return routed(f"model.layers.{i}.mlp", sparse)
+        return routed(f"{layout.block(i)}.mlp", sparse)

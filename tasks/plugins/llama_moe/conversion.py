@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tasks import scratch
+from tasks import layout, scratch
 from tasks.corpus import manifest
 from tasks.moe import families, files, gate, linear, untrusted
 from tasks.moe.writer import DTYPES, ShardWriter
@@ -141,7 +141,7 @@ def _write(released: Released, folder: Path, ids_BL: np.ndarray | None) -> dict[
     shapes = families.expected(kind.dense)
     carried = exporter.carried(kind.dense, kind.common)
     sparse_layers = kind.partition.sparse_layers(kind.dense.num_hidden_layers)
-    dtype = released.dtypes["model.embed_tokens.weight"]
+    dtype = released.dtypes[layout.EMBEDDINGS]
     added: dict[str, Tensor] = {}
     for i in range(kind.dense.num_hidden_layers):
         added |= exporter.extra(i, kind.dense, dtype=dtype)

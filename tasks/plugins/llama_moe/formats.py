@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.moe import families
 from tasks.moe.gate import Gate
 from tasks.moe.internals.training_router import NOISE_EPSILON
@@ -122,7 +122,7 @@ def _v1(raw: Mapping[str, Any], shapes: Shapes) -> Format:
     tensors = {name: shape for name, shape in families.expected(dense).items() if ".mlp." not in name}
     common = {name: name for name in tensors}
     for i in range(layers):
-        mlp = f"model.layers.{i}.mlp"
+        mlp = f"{layout.block(i)}.mlp"
         for part, each in shape.items():
             tensors |= {f"{mlp}.calculator.experts.weight_{part}.{e}": each for e in range(experts)}
         if linear:
@@ -134,7 +134,7 @@ def _v1(raw: Mapping[str, Any], shapes: Shapes) -> Format:
             tensors[noise] = (experts, hidden)
 
     def sparse(i: int, load: Load) -> tuple[SparseLayer, Gate | None]:
-        mlp, gate = f"model.layers.{i}.mlp", None
+        mlp, gate = f"{layout.block(i)}.mlp", None
         parts = {
             part: torch.stack([load(f"{mlp}.calculator.experts.weight_{part}.{e}") for e in range(experts)])
             for part in shape
@@ -182,32 +182,32 @@ def _v2(raw: Mapping[str, Any], shapes: Shapes) -> Format:
     common = {name: name for name in tensors}
     for i in sorted(set(range(layers)) - set(sparse_layers)):
         for n, part in enumerate(("gate_proj", "down_proj", "up_proj"), 1):
-            name = f"model.layers.{i}.mlp.{part}.weight"
-            place = name if name in shapes else f"model.layers.{i}.block_sparse_moe.w{n}.weight"
+            name = f"{layout.block(i)}.mlp.{part}.weight"
+            place = name if name in shapes else f"{layout.block(i)}.block_sparse_moe.w{n}.weight"
             shape = shapes.get(place, expected[name])
             if len(shape) != 2 or shape[0] > expected[name][0] or shape[1] > expected[name][1]:
                 raise ValueError(f"{place} is {list(shape)}; a dense layer has at most {list(expected[name])} here")
             common[name], tensors[place] = place, shape
     for i in sparse_layers:
-        moe = f"model.layers.{i}.block_sparse_moe"
+        moe = f"{layout.block(i)}.block_sparse_moe"
         tensors[f"{moe}.gate.weight"] = (experts, hidden)
         ffns = {f"{moe}.experts.{e}": size for e in range(experts)}
         if residual:
-            ffns[f"model.layers.{i}.mlp_residual"] = residual
+            ffns[f"{layout.block(i)}.mlp_residual"] = residual
         for ffn, neurons in ffns.items():
             tensors |= {f"{ffn}.w{n}.weight": (neurons, hidden) for n in (1, 3)}
             tensors[f"{ffn}.w2.weight"] = (hidden, neurons)
     scale = _scale(raw.get("scale_factor", 1.0), field="scale_factor")
 
     def sparse(i: int, load: Load) -> tuple[SparseLayer, Gate | None]:
-        moe = f"model.layers.{i}.block_sparse_moe"
+        moe = f"{layout.block(i)}.block_sparse_moe"
         gate_EFD, down_EDF, up_EFD = (
             torch.stack([load(f"{moe}.experts.{e}.w{n}.weight") for e in range(experts)]) for n in (1, 2, 3)
         )
         more: dict[str, Tensor] = {}
         if residual:
             rows = shared * size
-            gate, down, up = (load(f"model.layers.{i}.mlp_residual.w{n}.weight") for n in (1, 2, 3))
+            gate, down, up = (load(f"{layout.block(i)}.mlp_residual.w{n}.weight") for n in (1, 2, 3))
             more = {"shared_gate_MD": filled(gate, (rows, hidden)), "shared_up_MD": filled(up, (rows, hidden))}
             more["shared_down_DM"] = filled(down, (hidden, rows))
         return SparseLayer(

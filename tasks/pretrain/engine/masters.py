@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import plugin
+from tasks import layout, plugin
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def read(path: Path, *, params: Pretrain, model: Path) -> dict[str, torch.Tensor
         elif "fp32_groups" in state["optimizer"]:  # bfloat16
             weights |= _zero_0(state["optimizer"]["fp32_groups"], params=params, model=model)
     if json.loads((model / "config.json").read_text()).get("tie_word_embeddings"):
-        weights.pop("lm_head.weight", None)
+        weights.pop(layout.HEAD, None)
     return weights
 
 
