@@ -245,9 +245,9 @@ def _config(folder: Path, names: Layout) -> PreTrainedConfig:
         raise ValueError(f"{folder}: {error}") from None
     whole = raw
     if names.config is not None:
-        raw = whole.get(names.config)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: {names.config} = {raw!r}; needed: the config of the text tower")
+        if not isinstance(whole.get(names.config), dict):
+            raise ValueError(f"{path}: {names.config} is missing; needed: the config of the text tower")
+        raw = whole[names.config]
     if raw.get("model_type") not in architectures.ALL:
         raise ValueError(f"{path}: model_type = {raw.get('model_type')!r}; read here: {', '.join(architectures.ALL)}")
     if whole.get("quantization_config") or raw.get("quantization_config"):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks import architectures
+from tasks import architectures, layout
 from tasks.moe import families, files
 from tasks.moe.streamed import Streamed
 from tasks.moe.writer import ShardWriter
@@ -55,15 +55,16 @@ def cut(
     plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     origin: dict[str, str] = {}
     for name, shape in families.expected(config).items():
-        layer = units.layer_of(name)
-        prefix = f"model.layers.{layer}."
-        origin[name] = name if layer is None else name.replace(prefix, f"model.layers.{folded.layers[layer]}.", 1)
+        layer = layout.layer_of(name)
+        origin[name] = name
+        if layer is not None:
+            origin[name] = name.replace(layout.block(layer), layout.block(folded.layers[layer]), 1)
         plan[name] = parent.stored[origin[name]].dtype, shape
     folder.mkdir()
     at = -1
     with ShardWriter(folder, plan) as writer:
         for name in plan:
-            if (layer := units.layer_of(name)) is not None and layer != at:
+            if (layer := layout.layer_of(name)) is not None and layer != at:
                 at = layer
                 parent.prefetch(folded.layers[at])
                 report(f"layer {folded.layers[at]} of the parent")
@@ -99,7 +100,7 @@ class Folded:
 
     def cut(self, name: str) -> Tensor:
         """What is left of a tensor, of a layer that is kept."""
-        weight, layer = self.tensor(name), units.layer_of(name)
+        weight, layer = self.tensor(name), layout.layer_of(name)
         for dim, axis in enumerate(units.axes(name)):
             mask = None if axis is None else self._mask(axis, layer, weight.shape[dim])
             if mask is not None:
@@ -118,7 +119,7 @@ class Folded:
     def _factors(self, name: str) -> tuple[Tensor | None, ...]:
         """What each axis of a tensor is multiplied with."""
         part, kind = name.split(".")[-2:]
-        layer = units.layer_of(name)
+        layer = layout.layer_of(name)
         if part in ("embed_tokens", "lm_head"):
             return None, self.keep.hidden_D
         if part not in ("o_proj", "down_proj") or layer is None:
@@ -172,19 +173,19 @@ def _logits(model: Streamed, ids_BT: Tensor, *, tensor: Callable[[str], Tensor],
 
     on_device = Keep(**{name: None if mask is None else mask.to(model.device) for name, mask in vars(keep).items()})
     scale = architectures.multipliers(model.config)
-    embedding = wide("model.embed_tokens.weight")
+    embedding = wide(layout.EMBEDDINGS)
     hidden_BTD = F.embedding(ids_BT.to(model.device), embedding) * scale["embedding_multiplier"]
     for i in range(model.layers):
         block = model.block(i).double()
         for name, parameter in block.named_parameters():
-            parameter.data = wide(f"model.layers.{i}.{name}")
+            parameter.data = wide(f"{layout.block(i)}.{name}")
         masked.attach_to_layer(block, i, lambda: on_device)
         where = model.attention(i, ids_BT.shape[1])
         where["position_embeddings"] = tuple(part.double() for part in where["position_embeddings"])
         hidden_BTD = block(hidden_BTD, **where)
         del block
     norm = model.norm().double()
-    norm.weight.data = wide("model.norm.weight")
+    norm.weight.data = wide(layout.NORM)
     masked.attach_to_norm(norm, lambda: on_device)
-    head = wide("lm_head.weight") if "lm_head.weight" in model.stored else embedding
+    head = wide(layout.HEAD) if layout.HEAD in model.stored else embedding
     return F.linear(norm(hidden_BTD), head) / scale["logits_scaling"]

@@ -8,7 +8,6 @@ Shapes: L layers, K groups of heads, N neurons, D hidden.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tasks import layout
 from tasks.moe.streamed import Streamed
 from tasks.plugins.masks.masked import Keep
 from tasks.pretrain.masks import module
@@ -45,7 +45,6 @@ AXES: Mapping[str, tuple[Axis | None, ...]] = {
     "down_proj.bias": ("hidden",),
 }
 """The axes of each tensor of a dense model."""
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def axes(name: str) -> tuple[Axis | None, ...]:
@@ -54,12 +53,6 @@ def axes(name: str) -> tuple[Axis | None, ...]:
         return AXES[".".join(name.split(".")[-2:])]
     except KeyError:
         raise ValueError(f"{name}: its axes are not known; add it to AXES in tasks/plugins/masks/units.py") from None
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to; None for embeddings, head and the last norm."""
-    match = _LAYER.match(name)
-    return int(match[1]) if match else None
 
 
 def sizes(config: Any) -> dict[str, int]:
@@ -79,7 +72,7 @@ def magnitude(parent: Streamed, shape: Mapping[str, int]) -> Keep:
     scores = {mask: torch.zeros(dims, dtype=torch.float64) for mask, dims in _dims(parent.config).items()}
     groups = parent.config.num_key_value_heads
     for name in parent.stored:
-        square, layer = parent.tensor(name).double().square(), layer_of(name)
+        square, layer = parent.tensor(name).double().square(), layout.layer_of(name)
         if layer is not None:
             scores["layer_L"][layer] += square.sum()
         for dim, axis in enumerate(axes(name)):
