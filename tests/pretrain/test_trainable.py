@@ -258,6 +258,7 @@ def sizes(model: PreTrainedModel) -> Counter[str]:
 
 @pytest.mark.usefixtures("process_group")
 def test_the_modules_that_autoep_puts_in_place_are_in_the_same_parts_and_groups() -> None:
+    pytest.importorskip("tasks.plugins.expert_parallel")
     params = settings()
     config = configuration.of(params, dtype=torch.float32)
     config["expert_parallel"] = {"enabled": True, "autoep_size": 1, "preset_model": "mixtral"}
