@@ -18,12 +18,14 @@ class Document:
     """A text and where it came from: `row` is the line, row or page in the file `source`, counted from 0.
 
     `ids` are its tokens, if it comes tokenised; the scan decodes them, and `text` may be empty.
+    `loss_mask` bool [len(ids)] is False at tokens that are no targets of training; without it, all are.
     """
 
     text: str
     source: str
     row: int
     ids: NDArray[Any] | None = None
+    loss_mask: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@
 | doc_id    | fixed_size_binary(16)     | xxh3-128 of the normalised text                                     |
 | source    | dictionary<int32, string> | file the document came from                                         |
 | row       | uint64                    | its line, row or page there                                         |
+| loss_mask | large_list<bool>          | only if a reader gives masks: which tokens are targets              |
 
 The stream format is what `datasets.Dataset.from_file` opens. Not compressed, so that readers map it.
 """
@@ -37,6 +38,7 @@ class Part:
     def __init__(self) -> None:
         self.text_bytes = self.tokens = 0
         self._ids: list[NDArray[Any]] = []
+        self._masks: list[NDArray[np.bool_] | None] = []
         self._offsets: list[NDArray[np.int64]] = []
         self._doc_ids: list[NDArray[np.uint8]] = []
         self._rows: list[NDArray[np.uint64]] = []
@@ -57,6 +59,7 @@ class Part:
         sources: Sequence[str],
         rows: NDArray[np.uint64],
         text_bytes: int,
+        loss_mask: NDArray[np.bool_] | None = None,
     ) -> None:
         """Add n documents.
 
@@ -67,6 +70,7 @@ class Part:
             sources: the file of each document.
             rows: [n], where each stands in its file.
             text_bytes: UTF-8 bytes of all n texts together.
+            loss_mask: as `ids`, False at tokens that are no targets; None if all are.
 
         Raises:
             ValueError: the lengths don't agree.
@@ -75,6 +79,7 @@ class Part:
         if not n == len(doc_ids) == len(sources) == len(rows):
             raise ValueError(f"{n} documents, {len(doc_ids)} doc_ids, {len(sources)} sources and {len(rows)} rows")
         self._ids.append(ids)
+        self._masks.append(loss_mask)
         self._offsets.append(offsets)
         self._doc_ids.append(doc_ids)
         self._rows.append(rows)
@@ -100,9 +105,12 @@ class Part:
         ends = np.concatenate([[0], lengths.cumsum()])
         home = np.repeat(np.arange(len(self._ids)), [len(offsets) - 1 for offsets in self._offsets])
         flat = np.empty(self.tokens, dtype=dtype)
+        flat_mask = None if all(mask is None for mask in self._masks) else np.ones(self.tokens, dtype=bool)
         pieces = zip(home[order].tolist(), starts[order].tolist(), ends[:-1].tolist(), lengths.tolist(), strict=True)
         for chunk, start, place, length in pieces:
             flat[place : place + length] = self._ids[chunk][start : start + length]
+            if flat_mask is not None and (mask := self._masks[chunk]) is not None:
+                flat_mask[place : place + length] = mask[start : start + length]
         names = pa.array(list(self._names), pa.string()).take(pa.array(np.array(self._sources, dtype=np.int64)[order]))
         arrays = {
             "input_ids": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat)),
@@ -110,6 +118,8 @@ class Part:
             "source": names.dictionary_encode(),
             "row": pa.array(np.concatenate(self._rows)[order], pa.uint64()),
         }
+        if flat_mask is not None:
+            arrays["loss_mask"] = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(flat_mask))
         facts = {**metadata, "documents": str(self.documents), "tokens": str(self.tokens)}
         return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays)).replace_schema_metadata(facts)
 
@@ -227,6 +237,11 @@ def offsets(batch: pa.RecordBatch) -> NDArray[np.int64]:
     """Where each document begins in the flat ids, and where the last ends: int64 [documents + 1], from the map."""
     offsets: NDArray[np.int64] = batch.column("input_ids").offsets.to_numpy(zero_copy_only=True)
     return offsets
+
+
+def loss_mask(batch: pa.RecordBatch) -> pa.BooleanArray | None:
+    """Which of all ids of a shard are targets of training, [tokens] from the map; None if all are."""
+    return batch.column("loss_mask").values if "loss_mask" in batch.schema.names else None
 
 
 def doc_ids(batch: pa.RecordBatch) -> NDArray[np.uint8]:

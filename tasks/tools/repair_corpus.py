@@ -108,6 +108,8 @@ class _BrokenShard:
         texts = [document.text for document in documents]
         ids = [document.ids for document in documents if document.ids is not None]
         flat, offsets = encode.wrap(ids) if ids else encode.encode(texts)
+        masks = [document.loss_mask for document in documents]
+        is_masked = any(mask is not None for mask in masks)
         self.part.append(
             flat,
             offsets,
@@ -115,6 +117,7 @@ class _BrokenShard:
             sources=[document.source for document in documents],
             rows=np.array([row for _, row in self.waiting], dtype=np.uint64),
             text_bytes=sum(len(text.encode()) for text in texts),
+            loss_mask=encode.wrap_masks(ids, masks) if is_masked else None,
         )
         self.waiting = []
 

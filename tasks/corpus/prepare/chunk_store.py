@@ -34,7 +34,13 @@ _ORIGIN: list[tuple[str, pa.DataType]] = [
     ("row", pa.uint64()),  # counted from the piece's first
 ]
 DOCUMENTS = pa.schema(
-    [*_ORIGIN, ("text", pa.large_string()), ("doc_id", pa.binary(16)), ("ids", pa.large_list(pa.uint32()))]
+    [
+        *_ORIGIN,
+        ("text", pa.large_string()),
+        ("doc_id", pa.binary(16)),
+        ("ids", pa.large_list(pa.uint32())),
+        ("loss_mask", pa.large_list(pa.bool_())),
+    ]
 )
 REJECTS = pa.schema(
     [*_ORIGIN, ("rule", pa.string()), ("bad", pa.bool_()), ("detail", pa.string()), ("text", pa.large_string())]
@@ -58,7 +64,7 @@ class Chunk:
         return self.chars >= CHUNK_CHARS or self.records >= CHUNK_RECORDS
 
     def add(self, document: Document, *, record: int, piece: int, doc_id: bytes) -> None:
-        row = (record, piece, document.source, document.row, document.text, doc_id, document.ids)
+        row = (record, piece, document.source, document.row, document.text, doc_id, document.ids, document.loss_mask)
         self._append(self.documents, row)
         self.chars += len(document.text)
 

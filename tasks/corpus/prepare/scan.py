@@ -36,19 +36,22 @@ def decoded(document: Document, encode: Encoder) -> Document:
     """A document with its text; one that came tokenised loses its separators and is decoded.
 
     Raises:
-        CorpusError: an id is outside the vocabulary.
+        CorpusError: an id is outside the vocabulary, or the loss mask has another length.
     """
-    ids = document.ids
+    ids, mask = document.ids, document.loss_mask
     if ids is None:
         return document
+    if mask is not None and len(mask) != len(ids):
+        raise CorpusError(f"{document.source}, document {document.row}: {len(ids)} ids and a loss mask of {len(mask)}")
     if len(ids) and not 0 <= (extreme := ids.min() if ids.min() < 0 else ids.max()) < encode.vocab_size:
         raise CorpusError(
             f"{document.source}, document {document.row}: id {extreme} is outside the vocabulary of "
             f"{encode.vocab_size}; the file was made with another tokenizer"
         )
-    ids = ids[1:] if len(ids) and ids[0] == encode.bos_token_id else ids
-    ids = ids[:-1] if len(ids) and ids[-1] == encode.eos_token_id else ids
-    return dataclasses.replace(document, text=encode.decode(ids.tolist()), ids=ids)
+    begin = int(len(ids) > 0 and ids[0] == encode.bos_token_id)
+    end = len(ids) - int(len(ids) > begin and ids[-1] == encode.eos_token_id)
+    ids, mask = ids[begin:end], None if mask is None else mask[begin:end]
+    return dataclasses.replace(document, text=encode.decode(ids.tolist()), ids=ids, loss_mask=mask)
 
 
 class _TooManyBad(Exception):

@@ -127,14 +127,17 @@ class _Task:
     def _encode(self, table: pa.Table, writer: _SplitWriter) -> None:
         sizes = pc.binary_length(table.column("text")).to_numpy().astype(np.int64)  # in UTF-8
         for begin, end in runs(sizes.tolist(), most=BATCH_BYTES):
-            batch = table.slice(begin, end - begin)
+            batch, mask = table.slice(begin, end - begin), None
             if batch.column("ids").null_count == len(batch):
                 ids, offsets = self.encode.encode(batch.column("text").to_pylist())
             else:
                 flat = batch.column("ids").combine_chunks()
-                ids, offsets = self.encode.wrap(np.split(flat.flatten().to_numpy(), flat.offsets.to_numpy()[1:-1]))
+                bare = np.split(flat.flatten().to_numpy(), flat.offsets.to_numpy()[1:-1])
+                ids, offsets = self.encode.wrap(bare)
+                if batch.column("loss_mask").null_count < len(batch):
+                    mask = self.encode.wrap_masks(bare, batch.column("loss_mask").to_pylist())
             self.encoded += len(ids)
-            writer.write(batch, ids, offsets=offsets, text_bytes=sizes[begin:end])
+            writer.write(batch, ids, offsets=offsets, text_bytes=sizes[begin:end], loss_mask=mask)
 
     def write_records(self) -> dict[str, str]:
         """Write verdicts and rejects; returns their paths in the corpus and their sha256."""
@@ -190,9 +193,15 @@ class _SplitWriter:
         return skipped
 
     def write(
-        self, table: pa.Table, ids: NDArray[Any], *, offsets: NDArray[np.int64], text_bytes: NDArray[np.int64]
+        self,
+        table: pa.Table,
+        ids: NDArray[Any],
+        *,
+        offsets: NDArray[np.int64],
+        text_bytes: NDArray[np.int64],
+        loss_mask: NDArray[np.bool_] | None,
     ) -> None:
-        """Add the documents of a table, whose ids are `ids[offsets[i]:offsets[i + 1]]`."""
+        """Add the documents of a table, whose ids are `ids[offsets[i]:offsets[i + 1]]`, the loss mask alike."""
         starts, limit, begin = np.array(self.job.starts, dtype=np.uint64), self.job.plan.corpus.shard_tokens, 0
         while begin < len(table):
             # Up to and including the document that fills the part.
@@ -206,6 +215,7 @@ class _SplitWriter:
                 sources=some.column("source").to_pylist(),
                 rows=some.column("row").to_numpy() + starts[some.column("piece").to_numpy()],
                 text_bytes=int(text_bytes[begin:end].sum()),
+                loss_mask=None if loss_mask is None else loss_mask[offsets[begin] : offsets[end]],
             )
             if self.part.tokens >= limit:
                 self.cut()

@@ -30,8 +30,9 @@ class Batch:
 
     Attributes:
         input_ids: int64 [B, L].
-        labels: int64 [B, L], `input_ids` with -100 at padding and, with `mask_documents`, at the first token of each
-            segment, which only another document could predict. Not shifted: models do that.
+        labels: int64 [B, L], `input_ids` with -100 at padding, where the shards' loss mask is False and, with
+            `mask_documents`, at the first token of each segment, which only another document could predict. Not
+            shifted: models do that.
         position_ids: int64 [B, L], from 0 in each segment; None without `mask_documents`.
         cu_seqlens: int32 [segments + 1], where segments start in the B * L tokens, and B * L.
         domains, windows: each row's origin.
@@ -156,6 +157,9 @@ class Gather:
         labels_BL[:] = ids_BL
         for labels, count in zip(labels_BL, tokens, strict=True):
             labels[count:] = IGNORED
+        for labels, (domain, window) in zip(labels_BL, mine, strict=True):
+            if (loss_mask := self._windows[domain].loss_mask(window)) is not None:
+                labels[~loss_mask] = IGNORED
         segments = [self._segments(row, slot, tokens[row]) for row, slot in enumerate(mine)]
         cu_seqlens = np.concatenate([*segments, [ids_BL.size]], dtype=np.int32)
         if self._places is not None:

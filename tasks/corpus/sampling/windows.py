@@ -100,6 +100,17 @@ class Windows:
         out[filled:] = self._pad
         return filled
 
+    def loss_mask(self, index: int) -> NDArray[np.bool_] | None:
+        """Which tokens of window `index` are targets, bool [seq_len]; None if the split has no loss mask."""
+        self._check(index)
+        if not self._text.has_mask:
+            return None
+        if self._bins is None:
+            return self._text.loss_mask(index * self.seq_len, (index + 1) * self.seq_len)
+        parts = [self._text.loss_mask(start, start + length) for start, length in self._pieces(self._bins, index)]
+        text = np.concatenate(parts)
+        return np.pad(text, (0, self.seq_len - len(text)))  # padding is no target
+
     def starts(self, index: int) -> NDArray[np.int32]:
         """Where documents start in window `index`, as in `Window`."""
         self._check(index)
@@ -109,8 +120,14 @@ class Windows:
         return lengths.cumsum(dtype=np.int32) - lengths
 
     def targets(self, index: int, *, mask: bool) -> int:
-        """Tokens of window `index` that are predicted: its text but the first token, with `mask` each document's."""
+        """Tokens of window `index` that are targets: its text but the first token, with `mask` each document's.
+
+        Where the split has a loss mask, only the tokens that it names.
+        """
         self._check(index)
+        if (targets := self.loss_mask(index)) is not None:
+            targets[self.starts(index) if mask else 0] = False
+            return int(targets.sum())
         tokens = self.seq_len
         if self._bins is not None:
             tokens = int(self._bins.length[slice(*self._bins.offsets[index : index + 2])].sum())
@@ -191,17 +208,19 @@ class _Text:
 
     def __init__(self, corpus_dir: Path, entry: manifest.SplitManifest) -> None:
         self._paths = [shard.path for shard in entry.shards]
-        self._ids, self._offsets = [], []
+        self._ids, self._offsets, self._masks = [], [], []
         for shard in entry.shards:
             batch = shards.open_shard(corpus_dir / shard.path)
             self._ids.append(shards.flat_ids(batch))
             self._offsets.append(shards.offsets(batch))
+            self._masks.append(shards.loss_mask(batch))
             if len(self._ids[-1]) != shard.tokens:
                 raise ValueError(
                     f"{corpus_dir / shard.path}: has {len(self._ids[-1])} tokens, its manifest {shard.tokens}; "
                     "make the corpus again"
                 )
         self._ends = list(accumulate(len(ids) for ids in self._ids))
+        self.has_mask = any(mask is not None for mask in self._masks)
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each document, int32 [documents]."""
@@ -216,6 +235,15 @@ class _Text:
             piece = ids[start : start + len(out)]
             out[: len(piece)] = piece
             begin, out, shard = begin + len(piece), out[len(piece) :], shard + 1
+
+    def loss_mask(self, begin: int, end: int) -> NDArray[np.bool_]:
+        """Which tokens in [begin, end) are targets, bool [end - begin]."""
+        out, filled = np.ones(end - begin, dtype=bool), 0
+        for shard, a, b in self._ranges(begin, end):
+            if (mask := self._masks[shard]) is not None:
+                out[filled : filled + b - a] = mask.slice(a, b - a).to_numpy(zero_copy_only=False)
+            filled += b - a
+        return out
 
     def starts(self, begin: int, end: int) -> NDArray[np.int32]:
         """Where documents start in [begin, end), counted from `begin`; 0 is always among them."""

@@ -92,7 +92,7 @@ class Encoder:
         Raises:
             TokenizerError: an id outside the vocabulary.
         """
-        documents = [self._bare(np.asarray(document)) for document in ids]
+        documents = [np.asarray(document)[self._inside(document)] for document in ids]
         for document in documents:
             if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self.vocab_size:
                 raise TokenizerError(
@@ -101,6 +101,19 @@ class Encoder:
                 )
         sizes = np.array([len(document) for document in documents], dtype=np.int64)
         return self._separate(np.concatenate([np.zeros(0, dtype=self.dtype), *documents]), sizes)
+
+    def wrap_masks(self, ids: Iterable[NDArray[Any]], masks: Iterable[NDArray[np.bool_] | None]) -> NDArray[np.bool_]:
+        """The loss mask of what `wrap(ids)` gives, bool [tokens]; `masks` has one a document, None for all True.
+
+        BOS is no target of a masked document; EOS is one if the token before it is.
+        """
+        flat: list[NDArray[np.bool_]] = []
+        for document, mask in zip(ids, masks, strict=True):
+            known = np.ones(len(document), dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+            bare = known[self._inside(document)]
+            last = bool(bare[-1]) if len(bare) else mask is None
+            flat += [np.full(int(self._bos), mask is None), bare, np.full(int(self._eos), last)]
+        return np.concatenate([np.zeros(0, dtype=bool), *flat])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens shown."""
@@ -120,10 +133,11 @@ class Encoder:
                 self.checks["sampled"] += 1
                 self._until_sample = SAMPLE_EVERY - 1
 
-    def _bare(self, ids: NDArray[Any]) -> NDArray[Any]:
+    def _inside(self, ids: NDArray[Any]) -> slice:
+        """A document without the separators of this encoder."""
         start = int(self._bos and len(ids) > 0 and ids[0] == self.bos_token_id)
         stop = len(ids) - int(self._eos and len(ids) > start and ids[-1] == self.eos_token_id)
-        return ids[start:stop]
+        return slice(start, stop)
 
     def _separate(self, ids: NDArray[Any], sizes: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
