@@ -30,7 +30,6 @@ EXTRAS = {
     "llama-cpp": "without it, speed in llama.cpp is not measured",
     "mixture": "needed for the domain weights of regmix and olmix",
     "dask": "needed for moeforge tokenise and weigh --runner dask",
-    "ray": "needed for moeforge tokenise and weigh --runner ray",
 }
 HUB = "https://huggingface.co"
 

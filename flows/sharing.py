@@ -12,7 +12,7 @@ from flows.terminal import clear_errors, raise_on_sigterm, show
 from tasks import settings
 
 RunnerOption = Annotated[
-    Literal["process", "thread", "dask", "ray"],
+    Literal["process", "thread", "dask"],
     typer.Option("--runner", help="What does the work: processes or threads here, or a cluster."),
 ]
 WorkersOption = Annotated[
@@ -21,7 +21,7 @@ WorkersOption = Annotated[
 ]
 AddressOption = Annotated[
     str | None,
-    typer.Option("--address", metavar="URL", help="Of a running Dask scheduler or Ray head, else one starts here."),
+    typer.Option("--address", metavar="URL", help="Of a running Dask scheduler, else one starts here."),
 ]
 
 

@@ -36,15 +36,15 @@ from tasks.corpus.prepare.planning import Unit
 from tasks.corpus.records import CorpusError
 from tasks.pretrain.job import TrainingError
 
-RunnerName = Literal["process", "thread", "dask", "ray"]
+RunnerName = Literal["process", "thread", "dask"]
 BATCHES = 8
 """Task runs for each worker and phase: enough that none idles long at a phase's end. Prefect needs milliseconds for
 each, whatever it does (docs/orchestration.md)."""
 RETRY_DELAYS = [2.0, 15.0]
 """Seconds before each retry of a task run. A new file can take that long to be seen over NFS."""
 
-LOST = ("BrokenProcessPool", "KilledWorker", "WorkerCrashedError")
-"""What a runner raises if its worker died, by name: Dask and Ray may not be here. They have tried again by then."""
+LOST = ("BrokenProcessPool", "KilledWorker")
+"""What a runner raises if its worker died, by name: Dask may not be here. It has tried again by then."""
 
 
 class RunnerError(ValueError):
@@ -59,9 +59,9 @@ def tokenise(
 
     Args:
         corpus: its name in pipelines.yaml.
-        runner: what runs the units: processes or threads of this machine, a Dask or a Ray cluster.
+        runner: what runs the units: processes or threads of this machine, a Dask cluster.
         workers: how many run at once; by default one for each core here, or as many as the cluster has.
-        address: of a running Dask scheduler or Ray head; without it a cluster is started on this machine.
+        address: of a running Dask scheduler; without it a cluster is started on this machine.
 
     Raises:
         SettingsError: pipelines.yaml is not valid, or has no such corpus.
@@ -98,9 +98,6 @@ def task_runner(runner: RunnerName, *, workers: int | None, address: str | None)
         case "dask":
             here = {"cluster_kwargs": {"n_workers": count, "threads_per_worker": 1}}
             kind = _extra("prefect_dask", runner).DaskTaskRunner
-        case "ray":
-            here = {"init_kwargs": {"num_cpus": count}}
-            kind = _extra("prefect_ray", runner).RayTaskRunner
     cluster: TaskRunner[Any] = kind(**{"address": address} if address else here)
     return cluster
 
@@ -190,18 +187,14 @@ def no_child_outlives_an_error() -> Iterator[None]:
 
 
 def _slots(pool: TaskRunner[Any]) -> int:
-    """How many units a running cluster runs at once."""
-    if hasattr(pool, "client"):  # Dask's
-        threads: dict[str, int] = pool.client.nthreads()
-        return max(1, sum(threads.values()))
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    """How many units a running Dask cluster runs at once."""
+    threads: dict[str, int] = pool.client.nthreads()  # type: ignore[attr-defined]
+    return max(1, sum(threads.values()))
 
 
 def _check_address(runner: RunnerName, address: str) -> None:
     if runner in ("process", "thread"):
-        raise RunnerError(f"address = {address!r} is of a cluster: set runner to dask or ray, which is {runner!r}")
+        raise RunnerError(f"address = {address!r} is of a cluster: set runner to dask, which is {runner!r}")
     url = get_current_settings().api.url
     if urlsplit(address).hostname and not environment.is_here(address) and (not url or environment.is_here(url)):
         raise RunnerError(

@@ -37,9 +37,9 @@ def weigh(
 
     Args:
         pipeline: its name in pipelines.yaml; its method has a swarm, or there is nothing to share out.
-        runner: what trains the units: processes or threads of this machine, a Dask or a Ray cluster.
+        runner: what trains the units: processes or threads of this machine, a Dask cluster.
         workers: how many train at once; by default one for each core here, or as many as the cluster has.
-        address: of a running Dask scheduler or Ray head; without it a cluster is started on this machine.
+        address: of a running Dask scheduler; without it a cluster is started on this machine.
 
     Raises:
         SettingsError, RunnerError, StageError: as `tokenise` does.

@@ -37,7 +37,7 @@ class Tokenise(Frozen):
     """Parameters of flows/tokenise.py."""
 
     corpus: str
-    runner: Literal["process", "thread", "dask", "ray"] = "process"
+    runner: Literal["process", "thread", "dask"] = "process"
     workers: Positive | None = None
     address: str | None = None
 
@@ -46,7 +46,7 @@ class Weigh(Frozen):
     """Parameters of flows/weigh.py."""
 
     pipeline: str = "demo"
-    runner: Literal["process", "thread", "dask", "ray"] = "process"
+    runner: Literal["process", "thread", "dask"] = "process"
     workers: Positive | None = None
     address: str | None = None
 

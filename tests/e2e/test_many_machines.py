@@ -176,11 +176,3 @@ def test_a_dask_run_that_is_killed_is_finished_by_processes_with_the_bytes_of_a_
     assert "tiny: done in" in output
     assert scratch.digest(CORPUS) == plain
     assert "up to date" in end(start("dvc", "status", "corpus@tiny"))
-
-
-def test_ray_gives_the_bytes_of_a_plain_run(
-    project: Path, tiny_repo: Path, server: dict[str, str], plain: str
-) -> None:
-    pytest.importorskip("prefect_ray")
-    end(start("flows.cli", "tokenise", "tiny", "--runner", "ray", "--workers", "2", **server))
-    assert scratch.digest(CORPUS) == plain

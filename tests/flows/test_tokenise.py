@@ -124,16 +124,13 @@ class TestUnits:
 
 
 class TestRunners:
-    @pytest.mark.parametrize("runner", ["dask", "ray"])
-    def test_a_missing_package_is_named_with_its_extra(
-        self, runner: RunnerName, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setitem(sys.modules, f"prefect_{runner}", None)
-        with pytest.raises(RunnerError, match=rf"needs prefect_{runner}: pip install 'moeforge\[{runner}\]'"):
-            task_runner(runner, workers=2, address=None)
+    def test_a_missing_package_is_named_with_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "prefect_dask", None)
+        with pytest.raises(RunnerError, match=r"needs prefect_dask: pip install 'moeforge\[dask\]'"):
+            task_runner("dask", workers=2, address=None)
 
     def test_an_address_without_a_cluster_is_refused(self) -> None:
-        with pytest.raises(RunnerError, match="set runner to dask or ray, which is 'process'"):
+        with pytest.raises(RunnerError, match="set runner to dask, which is 'process'"):
             task_runner("process", workers=None, address="tcp://node1:8786")
 
     def test_workers_elsewhere_need_a_prefect_server_that_they_can_reach(

@@ -25,12 +25,12 @@ def note(folder: Path, unit: Unit) -> None:
         file.write("called\n")
 
 
-@pytest.mark.parametrize("runner", ["thread", "process", "dask", "ray"])
+@pytest.mark.parametrize("runner", ["thread", "process", "dask"])
 def test_every_unit_of_a_swarm_is_trained_once_by_the_flows_task_runner(
     server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: tokenise.RunnerName
 ) -> None:
-    if runner in ("dask", "ray"):
-        pytest.importorskip(f"prefect_{runner}")
+    if runner == "dask":
+        pytest.importorskip("prefect_dask")
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this module's folder too
     monkeypatch.setenv("RAYON_NUM_THREADS", "1")
     monkeypatch.setattr(prefect.context, "GLOBAL_SETTINGS_CONTEXT", prefect.context.SettingsContext.get())
