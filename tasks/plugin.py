@@ -15,6 +15,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "plugins"
 SEAMS: Mapping[str, str] = {
+    "filter": "Rule, a settings model with a field `rule`, and make_filter(rule), which gives a TextFilter",
     "commands": "COMMANDS {name: (function, example)}: commands of moeforge, with typer's annotations",
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",

@@ -6,10 +6,11 @@ They are made for prose. A knob that may be None is off then.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
 from pydantic import Field, model_validator
 
+from tasks import plugin
 from tasks.settings.fields import Above, Frozen, NotNegative, Positive
 
 Share1 = Annotated[float, Field(gt=0, le=1)]
@@ -142,7 +143,11 @@ class Advertisement(Frozen):
     """Documents with fewer kinds of signs are kept at any number of them."""
 
 
-Filter = Annotated[
-    Length | GopherQuality | GopherRepetition | C4Quality | FineWebQuality | Language | Fluency | Advertisement,
-    Field(discriminator="rule"),
-]
+CORE = (Length, GopherQuality, GopherRepetition, C4Quality, FineWebQuality, Language, Fluency, Advertisement)
+if TYPE_CHECKING:
+    Filter = (
+        Length | GopherQuality | GopherRepetition | C4Quality | FineWebQuality | Language | Fluency | Advertisement
+    )
+else:
+    _RULES = (*CORE, *(module.Rule for module in plugin.modules("filter").values()))
+    Filter = Annotated[Union[_RULES], Field(discriminator="rule")]  # noqa: UP007

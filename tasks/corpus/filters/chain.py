@@ -2,8 +2,8 @@
 
     build([Length(rule="length", min_chars=200), …])(document)    # None, or "length.too_short"
 
-A filter has a model in tasks/settings/filters.py and a function here, from the model to a TextFilter. docs/filters.md
-describes all of them and how to add one.
+A filter has a settings model and a function from the model to a TextFilter. One of the core has its model in
+tasks/settings/filters.py; one of a plug-in has both in tasks/plugins/NAME/filter.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tasks import plugin
 from tasks.corpus.filters import advertisement, fluency, heuristics, language, length
 from tasks.corpus.records import CorpusError, Document
 from tasks.settings import filters as rules
@@ -28,6 +29,7 @@ FILTERS: dict[type[Frozen], Callable[[Any], TextFilter]] = {
     rules.Language: language.make_filter,
     rules.Fluency: fluency.make_filter,
     rules.Advertisement: advertisement.make_filter,
+    **{module.Rule: module.make_filter for module in plugin.modules("filter").values()},
 }
 
 
