@@ -18,6 +18,7 @@ SEAMS: Mapping[str, str] = {
     "filter": "Rule, a settings model with a field `rule`, and make_filter(rule), which gives a TextFilter",
     "commands": "COMMANDS {name: (function, example)}: commands of moeforge, with typer's annotations",
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
+    "reader": "Reader, a class as of tasks/corpus/readers/base.py; its format has the plug-in's name",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
     "method": "a partition method, registered by tasks.partition.methods.method",
     "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",
@@ -41,11 +42,12 @@ def modules(seam: str) -> Mapping[str, ModuleType]:
     """
     if seam not in SEAMS:
         raise KeyError(f"{seam!r} is no seam; seams: {', '.join(SEAMS)}")
-    return {
-        name: importlib.import_module(f"tasks.plugins.{name}.{seam}")
-        for name in names()
-        if (FOLDER / name / f"{seam}.py").is_file()
-    }
+    return {name: importlib.import_module(f"tasks.plugins.{name}.{seam}") for name in having(seam)}
+
+
+def having(seam: str) -> tuple[str, ...]:
+    """The plug-ins that fill a seam, sorted. Imports none."""
+    return tuple(name for name in names() if (FOLDER / name / f"{seam}.py").is_file())
 
 
 def fields(section: str) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from tasks import sources
+from tasks import plugin, sources
 from tasks.settings.fields import Frozen, Name, Positive, Seed, Sha256, Share
 from tasks.settings.filters import Filter
 
@@ -20,6 +20,12 @@ HeldOut = Annotated[float, Field(gt=0, lt=1)]  # nothing could be judged on no t
 SourceText = Annotated[str, AfterValidator(_source)]
 
 
+if TYPE_CHECKING:
+    Format = Literal["text", "jsonl", "parquet", "mediawiki", "dataset"]
+else:
+    Format = Literal[("text", "jsonl", "parquet", "mediawiki", "dataset", *plugin.having("reader"))]
+
+
 class OwnNearDuplicates(Frozen):
     """How a domain departs from the corpus's `near_duplicates`."""
 
@@ -30,7 +36,7 @@ class Domain(Frozen):
     """One domain of a corpus."""
 
     source: SourceText
-    format: Literal["text", "jsonl", "parquet", "mediawiki", "dataset"]
+    format: Format
     license: str
     sha256: Sha256 | None = None
     sdist: bool = False

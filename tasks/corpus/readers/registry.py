@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks import plugin
 from tasks.corpus.readers.base import Reader
 from tasks.corpus.readers.dataset import DatasetReader
 from tasks.corpus.readers.jsonl import JsonlReader
@@ -25,6 +26,7 @@ READERS: dict[str, type[Reader]] = {
     "parquet": ParquetReader,
     "mediawiki": MediawikiReader,
     "dataset": DatasetReader,
+    **{name: module.Reader for name, module in plugin.modules("reader").items()},
 }
 """The reader of each format; what it needs beyond the standard library is imported when it reads."""
 
