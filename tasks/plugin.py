@@ -16,6 +16,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "plugins"
 SEAMS: Mapping[str, str] = {
     "filter": "Rule, a settings model with a field `rule`, and make_filter(rule), which gives a TextFilter",
+    "block": "an MoE block of training: read, swap_in, take_out, write, to_stock of tasks/moe/block.py",
     "commands": "COMMANDS {name: (function, example)}: commands of moeforge, with typer's annotations",
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
     "reader": "Reader, a class as of tasks/corpus/readers/base.py; its format has the plug-in's name",

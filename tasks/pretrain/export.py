@@ -105,7 +105,7 @@ def write(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from tasks.moe import families, files, gate, linear
+    from tasks.moe import block, families, files
     from tasks.pretrain.masks import module as masks
 
     disable_progress_bar()
@@ -115,7 +115,7 @@ def write(
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    gates, logits = gate.take_out(weights, biases=biases), masks.take_out(weights)
+    parts, logits = block.take_out(weights, biases=biases), masks.take_out(weights)
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
@@ -130,10 +130,7 @@ def write(
         path.chmod(0o644)  # safetensors writes 0600
     if logits:
         masks.write(folder, logits)
-    if not gates:
-        return {}
-    gate.write(folder, gates)
-    return {"gate_fit": linear.refit(folder, gates, windows())}
+    return block.to_stock(folder, parts, windows)
 
 
 def next_windows(loader: Loader) -> np.ndarray:

@@ -80,6 +80,41 @@ def decoder_layers(model: nn.Module) -> Any:
     return model.base_model.layers  # type: ignore[union-attr]
 
 
+def hand_inputs(model: nn.Module) -> None:
+    """In each forward pass of a decoder layer, give its modules the inputs that they name in `needs`.
+
+    They stand in a module's `inputs`, flat [T]. The layers of one pass share a tensor of the rotary embedding, and the
+    inputs are an attribute of it. Gradient checkpointing computes a layer's forward again, without the hooks of the
+    layer, but with the same arguments: the hook of its attention, inside, finds the inputs of that pass.
+    """
+    ids: list[Tensor] = []
+
+    def enter(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids[:] = [kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]]
+
+    def attach(_layer: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        cos: Any = kwargs["position_embeddings"][0]
+        if not hasattr(cos, "inputs"):
+            positions_BL = kwargs["position_ids"].expand(ids[0].shape)
+            cos.inputs = {"input_ids": ids[0].flatten(), "position_ids": positions_BL.flatten()}
+
+    def hand(readers: list[Any], kwargs: dict[str, Any]) -> None:
+        for module in readers:
+            module.inputs = {name: kwargs["position_embeddings"][0].inputs[name] for name in module.needs}
+
+    asking = False
+    for layer in decoder_layers(model):
+        if readers := [part for part in layer.modules() if getattr(part, "needs", None)]:
+            layer.register_forward_pre_hook(attach, with_kwargs=True)
+            layer.self_attn.register_forward_pre_hook(
+                lambda _attention, _args, kwargs, readers=readers: hand(readers, kwargs), with_kwargs=True
+            )
+            asking = True
+    if asking:
+        base: Any = model.base_model
+        base.register_forward_pre_hook(enter, with_kwargs=True)
+
+
 def skeleton(config: PreTrainedConfig) -> Any:
     """A model of this config without memory for its weights."""
     with torch.device("meta"):

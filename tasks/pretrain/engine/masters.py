@@ -112,12 +112,12 @@ def _zero_0(groups: Any, *, params: Pretrain, model: Path) -> dict[str, torch.Te
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tasks.moe import gate
+    from tasks.moe import block, gate
     from tasks.pretrain import trainable
 
     with torch.device("meta"):
         like = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, local_files_only=True))
-    gate.swap_in(like, gate.read(model))
+    block.swap_in(like, model)
     if params.noise:
         gate.add_noise(like)
     names = {id(parameter): name for name, parameter in like.named_parameters()}

@@ -46,7 +46,7 @@ def run(job: Job) -> None:
 def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> None:
     import torch
 
-    from tasks.moe import checkpoint, gate
+    from tasks.moe import block, checkpoint
     from tasks.pretrain import assembly, outputs
     from tasks.pretrain.engine import distributed
     from tasks.pretrain.launch.process import Process
@@ -59,7 +59,7 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     dtype = assembly.precision(params, device)
     distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)
-    gate.swap_in(model, gate.read(job.model))  # before the engine gathers its parameters
+    block.swap_in(model, job.model)  # before the engine gathers its parameters
     if job.shape is not None:
         random_state.reseed(params.seed, step=0, rank=0)  # all ranks begin with the same logits
         masks.install(model, job.shape, ramp=masks.ramp(params.steps))
