@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from tasks import plugin
-from tasks.moe import gate
+from tasks.moe import gate, linear
 from tasks.moe.internals.layers import hand_inputs
 
 
@@ -47,9 +48,19 @@ class Kind(Protocol):
         """
 
 
+def _fit_routers(folder: Path, gates: dict[int, gate.Gate], windows: Callable[[], np.ndarray]) -> dict[str, Any]:
+    return {"gate_fit": linear.refit(folder, gates, windows())}
+
+
+GATE: Kind = SimpleNamespace(
+    read=gate.read, swap_in=gate.swap_in, take_out=gate.take_out, write=gate.write, to_stock=_fit_routers
+)
+"""The two-layer gate, noise and selection bias of gate.py; linear routers are fitted to them (linear.py)."""
+
+
 def kinds() -> tuple[Kind, ...]:
     """Every kind of this installation, the core's first."""
-    return (gate, *plugin.modules("block").values())
+    return (GATE, *plugin.modules("block").values())
 
 
 def swap_in(model: nn.Module, folder: Path) -> None:

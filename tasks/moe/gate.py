@@ -12,12 +12,10 @@ None of the classes that are written has any of these, so what a linear router c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -135,13 +133,6 @@ def take_out(weights: dict[str, torch.Tensor], *, biases: list[list[float]] | No
             gate = gates.get(layer) or Gate(inner_ED=router_ED)
             gates[layer] = replace(gate, bias_E=torch.tensor(values, device=router_ED.device))
     return dict(sorted(gates.items()))
-
-
-def to_stock(folder: Path, gates: dict[int, Gate], windows: Callable[[], np.ndarray]) -> dict[str, Any]:
-    """Fit the linear routers of a written checkpoint to its gates, on windows; `gate_fit` says how near they come."""
-    from tasks.moe import linear  # which needs Gate
-
-    return {"gate_fit": linear.refit(folder, gates, windows())}
 
 
 def swap_in(model: nn.Module, gates: dict[int, Gate]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tasks import plugin
-from tasks.moe import block, gate, routing
+from tasks.moe import block, routing
 from tasks.moe.internals.layers import recompute_activations
 from tests import models
 
@@ -106,7 +106,7 @@ def test_cached_generation_routes_as_the_whole_text_does(hashed, name):
 
 
 def test_a_block_without_a_stock_class_says_so(hashed, tmp_path):
-    (kind,) = [each for each in block.kinds() if each is not gate]
+    (kind,) = [each for each in block.kinds() if each is not block.GATE]
     kind.write = lambda folder, parts: None
     with pytest.raises(ValueError, match="no stock class routes by token id"):
         block.to_stock(tmp_path, [(kind, {"salt": 0})], lambda: None)
