@@ -81,7 +81,6 @@ def _pruned(pipeline: str, entry: Pipeline, control: Control) -> dict[str, Any]:
             print(f"{target / 'control'}: made from the same inputs already, kept", flush=True)
             shutil.rmtree(work)
             return done
-        scratch.write_json(work / "weights.json", weights)
         job = Job(
             pipeline=f"{pipeline}.control",  # for trackers alone; no pipeline can be called so
             params=params,
@@ -90,7 +89,7 @@ def _pruned(pipeline: str, entry: Pipeline, control: Control) -> dict[str, Any]:
             parent=parent,
             mixture=target / "mixture.json",
             workspace=work,
-            weights=work / "weights.json" if params.dynamic else None,
+            options={"dynamic": {"weights": weights}} if params.dynamic else {},
         )
         cut = _cut(entry, control, job)
         launcher.run(job)

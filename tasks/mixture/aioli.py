@@ -1,20 +1,29 @@
 """Aioli (arXiv 2411.05735): domains weigh as much as sweeps over mixes of mostly one make the losses fall.
 
-One proxy, whose batches change their mix (tasks/pretrain/domains/sweeps). The estimate is the mean over its updates.
+One proxy, whose batches change their mix (tasks/plugins/aioli). The estimate is the mean over its updates.
 An update multiplies a weight by at most e^0.2 against another, so a small budget moves little.
 """
 
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 from tasks.mixture.problem import Estimate, Problem
 from tasks.mixture.proxies import course
 from tasks.mixture.proxies.units import Setup
-from tasks.pretrain.domains.plan import Aioli
 
 UPDATES, SWEEPS, SWEEP_STEPS = 20, 4, 4
 """The paper's, in 5,000 steps; fewer where sweeps would take more than half of a round."""
+
+
+class Rounds(NamedTuple):
+    """Into which the steps are divided; each begins with its sweeps over all domains."""
+
+    updates: int
+    sweeps: int
+    sweep_steps: int
+    """Steps on the mix about one domain."""
 
 
 def estimate(problem: Problem) -> Estimate:
@@ -26,17 +35,17 @@ def estimate(problem: Problem) -> Estimate:
     """
     setup = course.prepare(problem, method="aioli")
     rounds = plan(setup.params.steps, domains=len(problem.tokens))
-    rounds = rounds.model_copy(update={"target": course.target(problem)})
+    options = {"aioli": rounds._asdict() | {"target": course.target(problem)}}
     extra = _evaluations(setup, rounds, domains=len(problem.tokens))
     courses = [
-        course.run(setup, rounds, weights=course.uniform(problem), seed=seed, work=problem.work, extra_flops=extra)
+        course.run(setup, options, weights=course.uniform(problem), seed=seed, work=problem.work, extra_flops=extra)
         for seed in course.seeds(problem)
     ]
     means = [each.weights for each in courses]
     return course.estimate(problem, method="aioli", means=means, trajectory=courses[0].trajectory, courses=courses)
 
 
-def plan(steps: int, *, domains: int) -> Aioli:
+def plan(steps: int, *, domains: int) -> Rounds:
     """Rounds and sweeps that fit so many steps: sweeps take half of a round at most.
 
     Raises:
@@ -49,15 +58,15 @@ def plan(steps: int, *, domains: int) -> Aioli:
         )
     updates = min(UPDATES, max(1, steps // (2 * SWEEP_STEPS * domains)))
     half = steps // updates // (2 * domains)
-    return Aioli(updates=updates, sweeps=min(SWEEPS, max(1, half // SWEEP_STEPS)), sweep_steps=min(SWEEP_STEPS, half))
+    return Rounds(updates=updates, sweeps=min(SWEEPS, max(1, half // SWEEP_STEPS)), sweep_steps=min(SWEEP_STEPS, half))
 
 
-def evaluations(rounds: Aioli, *, domains: int) -> int:
+def evaluations(rounds: Rounds, *, domains: int) -> int:
     """How often the losses are measured for the rounds."""
     return rounds.updates * (1 + rounds.sweeps * domains)
 
 
-def _evaluations(setup: Setup, rounds: Aioli, *, domains: int) -> float:
+def _evaluations(setup: Setup, rounds: Rounds, *, domains: int) -> float:
     """Floating-point operations of the evaluations between sweeps."""
     from tasks.moe import counts
 

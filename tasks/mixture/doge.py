@@ -1,6 +1,6 @@
 """DoGE (arXiv 2310.15393): domains weigh as much as their gradients help the others, or a target.
 
-One proxy, whose steps take the gradient of every domain apart (tasks/pretrain/domains/alignment). A target's gradient
+One proxy, whose steps take the gradient of every domain apart (tasks/plugins/doge). A target's gradient
 is of held-out windows, as many in each step as the batch has of a domain.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import replace
 from tasks.mixture.problem import Estimate, Problem
 from tasks.mixture.proxies import course
 from tasks.mixture.proxies.units import Setup
-from tasks.pretrain.domains.plan import DoGE
 from tasks.settings.pretrain import Balance
 
 
@@ -31,7 +30,7 @@ def estimate(problem: Problem) -> Estimate:
     courses = [
         course.run(
             setup,
-            DoGE(target=target),
+            {"doge": {"target": target}},
             weights=course.uniform(problem),
             seed=seed,
             work=problem.work,

@@ -1,7 +1,7 @@
 """DoReMi (arXiv 2305.10429): domains weigh as much as a proxy's loss on them exceeds that of a reference.
 
 Reference and proxy begin with the same checkpoint and train on as many tokens. The reference sees the baseline mix;
-the proxy sees all domains equally often, and its loss is weighed by domain (tasks/pretrain/domains/excess). In a
+the proxy sees all domains equally often, and its loss is weighed by domain (tasks/plugins/doremi). In a
 further round the estimate is the baseline.
 """
 
@@ -14,7 +14,6 @@ from tasks.mixture.problem import Estimate, Problem, prior
 from tasks.mixture.proxies import course
 from tasks.mixture.proxies.course import Course
 from tasks.mixture.proxies.units import Setup
-from tasks.pretrain.domains.plan import DoReMi
 
 
 def estimate(problem: Problem) -> Estimate:
@@ -32,11 +31,11 @@ def estimate(problem: Problem) -> Estimate:
     for seed in course.seeds(problem):
         mean, rounds = dict(baseline), []
         for _ in range(constants.rounds):
-            reference = course.run(setup, None, weights=mean, seed=seed, work=problem.work)
-            plan = DoReMi(reference=str(reference.folder / course.TRAINED), step_size=constants.step_size)
+            reference = course.run(setup, {}, weights=mean, seed=seed, work=problem.work)
+            options = {"reference": str(reference.folder / course.TRAINED), "step_size": constants.step_size}
             proxy = course.run(
                 setup,
-                plan,
+                {"doremi": options},
                 weights=course.uniform(problem),
                 seed=seed,
                 work=problem.work,

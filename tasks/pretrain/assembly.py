@@ -36,7 +36,6 @@ def build(model: PreTrainedModel, params: Pretrain, *, distiller: Distiller | No
     from tasks.pretrain.engine import interface
     from tasks.pretrain.loss import balance
     from tasks.pretrain.loss.objective import Objective
-    from tasks.pretrain.masks import module as masks
 
     balance.attach_routers(model, params)
     model.train()
@@ -44,5 +43,4 @@ def build(model: PreTrainedModel, params: Pretrain, *, distiller: Distiller | No
         layers.recompute_activations(model)
     engine = interface.build(model, params)
     balancer = balance.Balancer(params, engine.module) if is_moe(model.config) else None
-    made = Objective(params, engine, balancer=balancer, distiller=distiller, masks=masks.of(engine.module))
-    return engine, made
+    return engine, Objective(params, engine, balancer=balancer, distiller=distiller)

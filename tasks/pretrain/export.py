@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.corpus.sampling.loader import Loader
+    from tasks.pretrain.hook import Hook
 
 FIT_TOKENS = 8192
 """Training tokens on which linear routers are fitted to two-layer gates."""
@@ -70,7 +71,7 @@ def run(pipeline: str, *, step: int | None = None, to: Path | None = None) -> tu
         weights = masters.read(linked / state["tag"], params=params, model=job.model)
         result = folder / "made"
         shutil.rmtree(result, ignore_errors=True)
-        fit = write(result, weights, model=job.model, biases=state.get("biases"), windows=windows)
+        fit = write(result, weights, model=job.model, biases=state["hooks"]["balance"], windows=windows)
         scratch.publish(result, target)
         shutil.rmtree(folder)
     return target, fit
@@ -82,16 +83,18 @@ def write(
     *,
     model: Path,
     biases: list[list[float]] | None,
+    hooks: Sequence[Hook] = (),
     windows: Callable[[], np.ndarray],
 ) -> dict[str, Any]:
     """Write a checkpoint into a new folder, in the converted model's dtype and with the files beside it.
 
     Two-layer gates and selection biases go into gates.safetensors, and linear routers fitted to them into the
-    checkpoint. Logits of masks go into masks.safetensors; the weights do without them.
+    checkpoint.
 
     Args:
         weights: every parameter, whole, by its name in training; tied ones under their first name.
         model: the converted model's folder.
+        hooks: of the training, which write what is theirs beside the checkpoint.
         biases: of the choice, by sparse layer, if training had them.
         windows: makes token windows [B, L] to fit routers on; called only if there is something to fit.
 
@@ -106,7 +109,6 @@ def write(
     from transformers.utils.logging import disable_progress_bar
 
     from tasks.moe import block, families, files
-    from tasks.pretrain.masks import module as masks
 
     disable_progress_bar()
     dtype = getattr(torch, source_dtype(model))
@@ -115,7 +117,9 @@ def write(
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    parts, logits = block.take_out(weights, biases=biases), masks.take_out(weights)
+    parts = block.take_out(weights, biases=biases)
+    for hook in hooks:
+        hook.export(weights, folder)
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
@@ -128,8 +132,6 @@ def write(
     files.write_config(stock.config, folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600
-    if logits:
-        masks.write(folder, logits)
     return block.to_stock(folder, parts, windows)
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from tasks import code, scratch
-from tasks.pretrain.domains.plan import Plan
 from tasks.settings import Pretrain
 
 JOB = "job.json"
-_PLAN: TypeAdapter[Plan | None] = TypeAdapter(Plan | None)
 _FOLDERS = ("corpus", "model", "parent", "mixture", "workspace")
 
 
@@ -41,25 +40,14 @@ class Job:
     """The dense model that it was split from."""
     mixture: Path
     workspace: Path
-    weights: Path | None = None
-    """Domain weights after each evaluation, {step: {domain: weight}}: dynamic batch loading gives these, whatever the
-    losses are, so that a run gets the batches of another."""
-    shape: dict[str, int] | None = None
-    """Train masks with the model, that lead it to these sizes (tasks/pretrain/masks)."""
-    estimate: Plan | None = None
-    """Estimate domain weights while training (tasks/pretrain/domains)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What a caller asks of the hooks of plug-ins, by the plug-in, as JSON values. A user's settings are in params."""
 
     def write(self) -> Path:
         """Write workspace/job.json, which `read` reads."""
         fields: dict[str, Any] = {name: str(getattr(self, name)) for name in ("pipeline", *_FOLDERS)}
-        if self.weights is not None:
-            fields["weights"] = str(self.weights)
-        if self.shape is not None:
-            fields["shape"] = self.shape
-        if self.estimate is not None:
-            fields["estimate"] = self.estimate.model_dump()
         path = self.workspace / JOB
-        scratch.write_json(path, {**fields, "params": self.params.model_dump()})
+        scratch.write_json(path, {**fields, "options": self.options, "params": self.params.model_dump()})
         return path
 
     @classmethod
@@ -69,21 +57,12 @@ class Job:
         try:
             params = Pretrain(**fields["params"])
             folders = {name: Path(fields[name]) for name in _FOLDERS}
-            estimate = _PLAN.validate_python(fields.get("estimate"))
         except (KeyError, ValidationError) as error:
             raise TrainingError(
                 f"{path} was written by code with other settings ({str(error).splitlines()[0]}); read it with that "
                 "code, or train again"
             ) from None
-        weights = Path(fields["weights"]) if "weights" in fields else None
-        return cls(
-            pipeline=fields["pipeline"],
-            params=params,
-            weights=weights,
-            shape=fields.get("shape"),
-            estimate=estimate,
-            **folders,
-        )
+        return cls(pipeline=fields["pipeline"], params=params, options=fields.get("options", {}), **folders)
 
 
 def code_digest() -> str:

@@ -5,29 +5,29 @@ from __future__ import annotations
 import functools
 import json
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain import batches, elastic, schedule, step_result
+from tasks import plugin
+from tasks.corpus import manifest
+from tasks.moe import counts
+from tasks.pretrain import batches, schedule, step_result
 from tasks.pretrain.checkpoints.recovery import Recovery
 from tasks.pretrain.checkpoints.run_state import RunState
-from tasks.pretrain.domains import estimators
-from tasks.pretrain.domains.alignment import Alignment
-from tasks.pretrain.domains.excess import Excess
-from tasks.pretrain.domains.sweeps import Sweeps
-from tasks.pretrain.dynamic import Reweighter
 from tasks.pretrain.health.loss_guard import LossGuard, named
 from tasks.pretrain.health.router_monitor import RouterMonitor
+from tasks.pretrain.hook import Step
 from tasks.pretrain.job import Diverged, Job, TrainingError
 from tasks.pretrain.log.run_log import RunLog
 from tasks.pretrain.log.stopwatch import Stopwatch
+from tasks.pretrain.loss.balance import BalanceHook
 from tasks.pretrain.validation import Validation
 
 if TYPE_CHECKING:
-    from tasks.corpus.sampling.loader import Batch
     from tasks.pretrain.engine.interface import Engine
-    from tasks.pretrain.health.loss_guard import Verdict
+    from tasks.pretrain.health.loss_guard import Decision
+    from tasks.pretrain.hook import Hook, Kind
     from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loss.objective import Losses, Objective
     from tasks.pretrain.step_result import StepResult
@@ -37,9 +37,6 @@ class Trainer:
     """One run from its first or its next step to its last. Every rank has one and makes the same calls in order."""
 
     def __init__(self, job: Job, *, engine: Engine, objective: Objective, process: Process) -> None:
-        from tasks.corpus import manifest
-        from tasks.moe import counts
-
         self.job, self.params = job, job.params
         self.engine, self.objective, self.process = engine, objective, process
         mixture = json.loads(job.mixture.read_text())
@@ -52,34 +49,23 @@ class Trainer:
         manifest.require_tokenizer(corpus, job.model)
         self.domains = list(corpus.trained)
         self.validation = Validation.load(job, mixture["evidence"])
-        self.reweighter = Reweighter.load(job, validation=self.validation, start=mixture["weights"])
         self.state = RunState(weights=mixture["weights"], windows_seen=dict.fromkeys(self.domains, 0))
         self.sampler, self.loader = batches.draw(
             job, self.state.weights, corpus_sha256=corpus.sha256, rank=process.rank, world_size=process.world_size
         )
+        epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.trained.items()}
+        self.run_log = RunLog(job, engine=engine, process=process, epoch_tokens=epoch_tokens)
         sizes = counts.experts(engine.module.config)
-        self.load_shape = (len(sizes["layers"]), sizes["experts"])
+        self.top_k = sizes["top_k"]
         models = [job.model, job.parent] if self.params.distill else [job.model]
         self.guard = LossGuard(self.params.guard, seq_len=self.params.seq_len, models=models)
-        self.monitor = RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=sizes["top_k"])
-        self.dial = elastic.Dial(engine.module, seed=self.params.seed)
-        epoch_tokens = {domain: entry.train.tokens for domain, entry in corpus.trained.items()}
-        shares = self.sampler.weights
-        self.weigher = estimators.load(job, shares=shares, engine=engine, objective=objective, process=process)
-        if isinstance(self.weigher, Excess):
-            objective.factors = self.weigher.factors
-        self.run_log = RunLog(job, engine=engine, process=process, epoch_tokens=epoch_tokens)
-        self.recovery = Recovery(
-            job,
-            engine=engine,
-            process=process,
-            run_log=self.run_log,
-            state=self.state,
-            sampler=self.sampler,
-            guard=self.guard,
-            monitor=self.monitor,
-            weigher=self.weigher,
-        )
+        self.hooks: list[Hook] = [
+            *(hook for module in plugin.modules("hooks").values() for hook in module.hooks(self)),
+            BalanceHook(objective.balancer),
+            RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=self.top_k, log=self.run_log),
+            self.guard,
+        ]
+        self.recovery = Recovery(self)
 
     def run(self) -> None:
         """Train to the last step, from the last checkpoint if there is one.
@@ -88,165 +74,130 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite and the guard stops, or a checkpoint cannot be
                 written or resumed.
         """
-        begun = time.perf_counter()
-        resumed = self.recovery.checkpoints.latest()
+        begun, params, state, checkpoints = time.perf_counter(), self.params, self.state, self.recovery.checkpoints
+        latest = checkpoints.latest()
         with self.run_log:
-            if not self.recovery.resume(resumed):
-                self._start()
-            before = dict(self.state.seconds)
-            while self.state.step < self.params.steps:
-                if not self._step():
-                    continue
-                self._evaluate_if_due()
-                self.state.seconds["total"] = before["total"] + time.perf_counter() - begun
-                self.state.seconds["saving"] = before["saving"] + self.recovery.checkpoints.blocked
-                self._save_if_due()
-            self.recovery.checkpoints.finish()
-            self.state.seconds["saving"] = before["saving"] + self.recovery.checkpoints.blocked
+            if not self.recovery.resume(latest):
+                self.run_log.open(offset=0, step=0)
+                state.load_before = self._validate()
+                if params.guard.policy == "rollback":
+                    self.recovery.save()  # something to go back to
+            before = dict(state.seconds)
+            while state.step < params.steps:
+                if not self._train():
+                    continue  # at the checkpoint that the guard went back to
+                step, last = state.step, state.step == params.steps
+                if last or step % params.eval_every == 0 or any(hook.validates(step) for hook in self.hooks):
+                    load = self._validate()
+                    state.load_after = load if last else state.load_after
+                state.seconds["total"] = before["total"] + time.perf_counter() - begun
+                state.seconds["saving"] = before["saving"] + checkpoints.blocked
+                if last or step % params.save_every == 0 or step == schedule.stable(params):
+                    self.recovery.save()
+            checkpoints.finish()
+            state.seconds["saving"] = before["saving"] + checkpoints.blocked
 
-    def _start(self) -> None:
-        self.run_log.open(offset=0, step=0)
-        self.state.load_before = self._evaluate()
-        if self.params.guard.policy == "rollback":
-            self.recovery.save()  # something to go back to
-
-    def _step(self) -> bool:
+    def _train(self) -> bool:
         """Train on one batch. False if that was undone by going back to a checkpoint."""
         watch = Stopwatch("data", "forward", "backward", "optimizer")
-        step = self.state.step = self.state.step + 1
+        number = self.state.step = self.state.step + 1
         with watch("data"):
-            rates = self.engine.set_rates(step=step, params=self.params)
-            top_k = self.dial.turn(step)
-            batch = self.loader.next()
-        losses = self._forward_backward(batch, watch, top_k=top_k, rate=max(rates.values()))
-        result = self._collect(batch, losses, seconds=watch.spent["forward"] + watch.spent["backward"])
+            rates = self.engine.set_rates(step=number, params=self.params)
+            step = Step(number=number, batch=self.loader.next(), rate=max(rates.values()), top_k=self.top_k)
+        with watch("forward"):
+            for hook in self.hooks:
+                hook.before_step(step)
+        losses = self._forward_backward(step, watch)
+        balancer = self.objective.balancer
+        result = step_result.collect(
+            step.batch,
+            losses,
+            names=self.objective.parts,
+            domains=self.domains,
+            load_LE=balancer.load_LE if balancer else np.zeros((0, 0), dtype=np.int64),
+            seconds=watch.spent["forward"] + watch.spent["backward"],
+            slots=self.params.batch,
+            process=self.process,
+        )
         with watch("optimizer"):
-            verdict, norm = self._update(result)
+            decision, norm = self._update(result)
         self.recovery.checkpoints.check()
-        if verdict == "rollback":
+        if decision == "rollback":
             return False
         timing = {"seconds": watch.total(), **watch.spent}
         self.state.add(result, seconds=timing["seconds"])
-        if self.weigher:
-            self.weigher.settle(taken=verdict == "sound")
-            self.state.estimate = self.weigher.state()
-        if verdict == "sound":
-            what, drawn = self.params.phase(step), top_k if self.dial.values else None
-            estimate = None if self.weigher is None or isinstance(self.weigher, Sweeps) else self.weigher.record()
-            self.run_log.step(
-                self.state, result, rates=rates, norm=norm, timing=timing, what=what, top_k=drawn, estimate=estimate
-            )
-            for event in self.monitor.check(result.load_LE, step=step, top_k=top_k) if result.load_LE.size else ():
-                self.run_log.event(
-                    step, what=event.what, message=event.message, layer=event.layer, experts=list(event.experts)
-                )
+        for hook in self.hooks:
+            hook.after_step(step, result, sound=decision == "sound")
+        if decision == "sound":
+            more = self.records("step")
+            what = self.params.phase(number)
+            self.run_log.step(self.state, result, rates=rates, norm=norm, timing=timing, what=what, more=more)
         return True
 
-    def _forward_backward(self, batch: Batch, watch: Stopwatch, *, top_k: int, rate: float) -> list[Losses]:
+    def _forward_backward(self, step: Step, watch: Stopwatch) -> list[Losses]:
         """Accumulate the gradients of a batch; the losses of its micro-batches."""
-        if self.objective.balancer:
-            self.objective.balancer.begin(top_k=top_k)
-        if self.objective.masks:
-            self.objective.masks.begin(self.state.step)
-        if isinstance(self.weigher, Alignment):
-            with watch("backward"):
-                return self.weigher.backward(batch, step=self.state.step, rate=rate)
-        if isinstance(self.weigher, Excess):
-            with watch("forward"):
-                self.weigher.begin(batch, self.engine.module)
+        with watch("backward"):
+            for hook in self.hooks:
+                if (losses := hook.backward(step)) is not None:
+                    return losses
         losses = []
-        for start in range(0, len(batch.input_ids), self.params.micro_batch):
+        for start in range(0, len(step.batch.input_ids), self.params.micro_batch):
             if start:
                 self.engine.next_micro_batch()
+            rows = slice(start, start + self.params.micro_batch)
             with watch("forward"):
-                rows = slice(start, start + self.params.micro_batch)
-                losses.append(self.objective(batch, rows=rows, device=self.process.device))
+                losses.append(self.objective(step.batch, rows=rows, device=self.process.device))
             with watch("backward"):
                 self.engine.backward(losses[-1].total)
         return losses
 
-    def _collect(self, batch: Batch, losses: list[Losses], *, seconds: float) -> StepResult:
-        balancer = self.objective.balancer
-        return step_result.collect(
-            batch,
-            losses,
-            names=self.objective.parts,
-            domains=self.domains,
-            load_LE=balancer.load_LE if balancer else np.zeros(self.load_shape, dtype=np.int64),
-            seconds=seconds,
-            slots=self.params.batch,
-            process=self.process,
-        )
-
-    def _update(self, result: StepResult) -> tuple[Verdict, float]:
-        """Take the optimizer step if the loss is sound, or what the guard says instead.
+    def _update(self, result: StepResult) -> tuple[Decision, float]:
+        """Take the optimizer step if the loss is sound, or do what the guard says instead.
 
         Returns:
-            The verdict, and the norm of the gradient; NaN if the loss was enough to give the step up.
+            The guard's decision, and the norm of the gradient; NaN if the loss was enough to give the step up.
         """
-        step, loss, windows = self.state.step, result.loss, result.suspects()
-        judge = functools.partial(self.guard.judge, step=step, loss=loss, windows=windows, kept=self.recovery.kept)
-        norm = None
-        verdict = judge(norm=None)
-        if verdict == "sound":
+        step, loss, windows, norm = self.state.step, result.loss, result.suspects(), None
+        decide = functools.partial(self.guard.decide, step=step, loss=loss, windows=windows, kept=self.recovery.kept)
+        decision = decide(norm=None)
+        if decision == "sound":
             norm = self.engine.finish_step()
-            verdict = judge(norm=norm)
+            decision = decide(norm=norm)
         else:
             self.engine.discard_step()
-        if verdict == "sound":
-            if self.objective.balancer:
-                self.objective.balancer.end()
-        else:
+        if decision != "sound":
             fault = f"{self.guard.fault(loss=loss, norm=norm)} at step {step} (windows: {named(windows)})"
-            if verdict == "skip":
+            if decision == "skip":
                 self.run_log.event(step, what="skip", message=f"{fault}: the batch is left out")
             else:
                 self.recovery.roll_back(fault)
-        return verdict, float("nan") if norm is None else norm
+        return decision, float("nan") if norm is None else norm
 
-    def _evaluate_if_due(self) -> None:
-        if self.state.step == self.params.steps:
-            self.state.load_after = self._evaluate()
-        elif self.state.step % self.params.eval_every == 0 or self._swept():
-            self._evaluate()
-
-    def _swept(self) -> bool:
-        return isinstance(self.weigher, Sweeps) and self.weigher.due(self.state.step)
-
-    def _evaluate(self) -> list[list[int]]:
-        """Log the validation losses, move dynamic domain weights, return tokens per layer and expert."""
+    def _validate(self) -> list[list[int]]:
+        """Log the validation losses, let hooks move the domain weights, return tokens per layer and expert."""
         begun, state = time.perf_counter(), self.state
-        self.dial.reset()
         losses, load_LE = self.validation.measure(
             self.engine.module, batch=self.params.micro_batch, process=self.process
         )
         if not np.isfinite(list(losses.values())).all():
             what, kept = "the validation loss is not finite", self.recovery.kept()
             raise Diverged(self.guard.message(what, step=state.step, windows=[], kept=kept))
-        if self.reweighter and state.step < self.params.steps:  # the same on every rank, because the losses are
-            state.weights = self.reweighter.update(state.weights, losses=losses, step=state.step)
-            self.sampler.set_weights(state.weights)
-            for message in self.reweighter.at_cap(state.weights, losses=losses):
-                self.run_log.event(state.step, what="domain_at_cap", message=message)
-        swept = self.weigher if isinstance(self.weigher, Sweeps) and self._swept() else None
-        if swept:
-            unseen = swept.measure(self.engine.module, batch=self.params.micro_batch, process=self.process)
-            state.weights = swept.move(losses | unseen, step=state.step)
-            state.estimate = swept.state()
-            self.sampler.set_weights(state.weights)
+        for hook in self.hooks:
+            if (weights := hook.after_validation(state.step, losses)) is not None:
+                state.weights = weights
+                self.sampler.set_weights(weights)
         self.run_log.validation(
             state,
             losses,
-            references=self.reweighter.references if self.reweighter else self.validation.references,
+            references=self.validation.references,
             sampler=self.sampler.state(),
             load_LE=load_LE,
             seconds=time.perf_counter() - begun,
-            estimate=swept.record() if swept else None,
+            more=self.records("validation"),
         )
         load: list[list[int]] = load_LE.tolist()
         return load
 
-    def _save_if_due(self) -> None:
-        step, params = self.state.step, self.params
-        if step == params.steps or step % params.save_every == 0 or step == schedule.stable(params):
-            self.recovery.save()
+    def records(self, kind: Kind) -> dict[str, Any]:
+        """What the hooks add to a record (`Hook.record`)."""
+        return {name: value for hook in self.hooks for name, value in hook.record(kind).items()}

@@ -32,6 +32,7 @@ def write(trainer: Trainer) -> None:
         weights,
         model=job.model,
         biases=gate.biases(trainer.engine.module),
+        hooks=trainer.hooks,
         windows=lambda: export.next_windows(trainer.loader),
     )
     training = job.workspace / "training"
@@ -98,5 +99,5 @@ def _metrics(trainer: Trainer, validation: list[dict[str, Any]], config: dict[st
         "references": trainer.validation.references,
         "final_weights": trainer.state.weights,  # those at the start stand in mixture.json
         "resumed_from": trainer.state.resumed_from,
-        **({"estimate": trainer.weigher.mean} if trainer.weigher else {}),
+        **trainer.records("run"),
     }

@@ -7,7 +7,7 @@ that it is the same for every class of tasks/moe and for the modules that DeepSp
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tasks import architectures
 from tasks.pretrain.job import TrainingError
@@ -32,7 +32,7 @@ def parts(model: PreTrainedModel) -> dict[str, Part]:
 
     router: routers, two-layer gates and their noise. experts: the routed ones. shared: shared experts and their gate.
     ffn: the FFN of a dense layer. attention, norms: all of them, a norm inside attention too. embeddings: the tokens'
-    and the head. masks: their logits and multipliers (tasks/pretrain/masks).
+    and the head. A plug-in's module names its part itself (`optimizer_part`).
 
     Raises:
         TrainingError: a parameter stands in no module that is known here.
@@ -66,8 +66,8 @@ def _part(module: nn.Module, *, head: nn.Module | None, around: Part | None) -> 
     kind = type(module).__name__
     if kind.endswith("Norm"):
         return "norms"
-    if kind == "Masks":
-        return "masks"
+    if (own := getattr(module, "optimizer_part", None)) is not None:
+        return cast("Part", own)
     if kind.endswith("Router"):
         return "router"
     if kind.endswith("Experts"):

@@ -1,4 +1,4 @@
-"""Validation losses during training, and the references that dynamic batch loading compares them with."""
+"""Validation losses during training, and the dense parent's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.pretrain.job import Job, TrainingError
+from tasks.pretrain.job import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +34,6 @@ class Validation:
         Args:
             job: whose corpus and settings.
             evidence: of its mixture.json.
-
-        Raises:
-            TrainingError: dynamic batch loading needs the parent's losses, and the mixture has none, or on fewer
-                windows than are asked for.
         """
         from tasks.corpus.sampling import windows
 
@@ -45,8 +41,6 @@ class Validation:
         losses: dict[str, list[float]] = evidence.get("window_losses") or {}
         measured: int = evidence["windows"] if losses else 0
         if params.eval_windows > measured:
-            if params.dynamic and params.dynamic.references == "parent":
-                raise TrainingError(_unmeasured(job, measured))
             every = windows.validation(job.corpus, seq_len=params.seq_len, count=params.eval_windows)
             return cls(windows=every, references=None)
         every = windows.validation(job.corpus, seq_len=evidence["seq_len"], count=measured)
@@ -105,18 +99,6 @@ class Validation:
             losses[domain] = float(part.mean()) / (ids.shape[1] - 1)
             start += len(ids)
         return losses
-
-
-def _unmeasured(job: Job, measured: int) -> str:
-    if not measured:
-        return (
-            f"pretrain.dynamic.references: parent needs the parent's losses, and {job.mixture} has none; run the "
-            "stage `mixture` with mixture.method: reference_loss, or give the references"
-        )
-    return (
-        f"pretrain.eval_windows = {job.params.eval_windows} is more than the {measured} windows of mixture.windows "
-        "that have a reference loss; lower the first or raise the second"
-    )
 
 
 def _spread(total: int, count: int) -> np.ndarray:

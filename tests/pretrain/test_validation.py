@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from tasks.corpus.sampling import windows
+from tasks.plugins.dynamic.hooks import Reweighter
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.validation import Validation
 from tasks.settings import Pretrain
@@ -111,7 +113,11 @@ def test_without_the_parents_losses_windows_are_of_the_training_length_and_no_re
 
 
 def test_parents_losses_that_are_missing_or_of_too_few_windows_are_named(job: Job) -> None:
-    with pytest.raises(TrainingError, match=r"mixture.json has none; run the stage `mixture` with mixture.method"):
-        Validation.load(dynamic(job, "parent"), {})
-    with pytest.raises(TrainingError, match=r"eval_windows = 5 is more than the 4 windows of mixture.windows"):
-        Validation.load(dynamic(job, "parent", eval_windows=5), EVIDENCE)
+    for evidence, fields, message in (
+        ({}, {}, r"mixture.json has none; run the stage `mixture` with mixture.method"),
+        (EVIDENCE, {"eval_windows": 5}, r"eval_windows = 5 is more than the 4 windows of mixture.windows"),
+    ):
+        asking = dynamic(job, "parent", **fields)
+        asking.mixture.write_text(json.dumps({"evidence": evidence}))
+        with pytest.raises(TrainingError, match=message):
+            Reweighter.load(asking, validation=Validation.load(asking, evidence), start={"a": 0.5, "b": 0.5})

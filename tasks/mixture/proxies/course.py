@@ -20,7 +20,6 @@ from tasks import scratch
 from tasks.mixture.problem import Estimate, Problem, normalise
 from tasks.mixture.proxies import models, units
 from tasks.mixture.proxies.units import Setup
-from tasks.pretrain.domains.plan import Plan
 from tasks.pretrain.job import Diverged
 
 DONE, TRAINED = "done.json", "trained"
@@ -85,26 +84,34 @@ def uniform(problem: Problem) -> dict[str, float]:
 
 
 def run(
-    setup: Setup, plan: Plan | None, *, weights: Mapping[str, float], seed: int, work: Path, extra_flops: float = 0.0
+    setup: Setup,
+    options: Mapping[str, Any],
+    *,
+    weights: Mapping[str, float],
+    seed: int,
+    work: Path,
+    extra_flops: float = 0.0,
 ) -> Course:
-    """Train a proxy on a mix, estimating by a plan, unless that is done.
+    """Train a proxy on a mix, estimating by a method, unless that is done.
 
     Args:
+        options: of the method, as {method: its options}; {} estimates nothing.
         weights: of the batches, sum 1.
         work: of the stage.
-        extra_flops: that the plan takes besides training.
+        extra_flops: that the method takes besides training.
 
     Raises:
         Diverged: a loss is not finite.
         TrainingError, ValueError, OSError: it cannot be trained, and why.
     """
-    told = plan.model_dump() if plan else None
-    if told and "reference" in told:
-        told["reference"] = Path(told["reference"]).parent.name  # its key; the folder may be gone
-    key = scratch.fingerprint([setup.base(), setup.domains(), told, dict(weights), seed])
+    named = {  # a reference by its key; the folder may be gone
+        method: own | {"reference": Path(own["reference"]).parent.name} if "reference" in own else own
+        for method, own in options.items()
+    }
+    key = scratch.fingerprint([setup.base(), setup.domains(), named, dict(weights), seed])
     folder = work / "courses" / key
     if not (folder / DONE).exists():
-        _train(setup, plan, weights=weights, seed=seed, folder=folder)
+        _train(setup, options, weights=weights, seed=seed, folder=folder)
     done = json.loads((folder / DONE).read_text())
     return Course(
         weights=done["weights"],
@@ -116,11 +123,11 @@ def run(
     )
 
 
-def _train(setup: Setup, plan: Plan | None, *, weights: Mapping[str, float], seed: int, folder: Path) -> None:
+def _train(setup: Setup, options: Mapping[str, Any], *, weights: Mapping[str, float], seed: int, folder: Path) -> None:
     from tasks.pretrain.log import log_file
 
-    job = units.job_of(setup, weights=weights, seed=seed, workspace=folder, estimate=plan)
-    what = plan.method if plan else "reference"
+    job = units.job_of(setup, weights=weights, seed=seed, workspace=folder, options=options)
+    what = next(iter(options), "reference")
     print(f"{what}: training a proxy for {setup.params.steps} steps, seed {seed}", flush=True)
     try:
         units.run(job)

@@ -15,7 +15,6 @@ from typing import Any
 from tasks import scratch
 from tasks.control.training import dense
 from tasks.mixture.problem import Problem
-from tasks.pretrain.domains.plan import Plan
 from tasks.pretrain.job import Job
 from tasks.settings import Pretrain, Proxy
 from tasks.settings.pretrain import Guard
@@ -131,7 +130,7 @@ def train(setup: Setup, *, weights: dict[str, float], seed: int, workspace: Path
 
 
 def job_of(
-    setup: Setup, *, weights: Mapping[str, float], seed: int, workspace: Path, estimate: Plan | None = None
+    setup: Setup, *, weights: Mapping[str, float], seed: int, workspace: Path, options: Mapping[str, Any] | None = None
 ) -> Job:
     """One training of the proxy, as a job of the stage `pretrain`; writes its mixture.json."""
     workspace.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,7 @@ def job_of(
         parent=setup.checkpoint,
         mixture=mixture,
         workspace=workspace,
-        estimate=estimate,
+        options=options or {},
     )
 
 

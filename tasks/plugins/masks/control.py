@@ -16,11 +16,10 @@ from tasks import scratch
 from tasks.display import Progress
 from tasks.moe import device
 from tasks.moe.streamed import Streamed
-from tasks.plugins.masks import cost, settings, shrink, units
+from tasks.plugins.masks import cost, hard_concrete, module, settings, shrink, units
 from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch import launcher
-from tasks.pretrain.masks import hard_concrete, module
 from tasks.settings import Control, Pipeline
 
 KEPT, MASKS = "kept.safetensors", "masks"
@@ -49,8 +48,7 @@ def make(entry: Pipeline, control: Control, job: Job, *, config: dict[str, Any],
             params=cost.mask_training(entry.pretrain, tokens=control.tokens),  # type: ignore[attr-defined]
             model=job.parent,
             workspace=job.workspace / MASKS,
-            weights=None,
-            shape=sizes,
+            options={"masks": {"shape": sizes}},
         )
         source, metrics = masks.workspace / "trained", _train(masks)
     started = time.perf_counter()
@@ -90,7 +88,6 @@ def publish(work: Path, folder: Path, *, link_training: Callable[[Path, Path], N
 
 def _train(job: Job) -> dict[str, Any]:
     """Train masks with the parent, from the last checkpoint if there is one; returns where they came to."""
-    assert job.shape is not None
     job.workspace.mkdir(exist_ok=True)
     launcher.run(job)
     trained = json.loads((job.workspace / "pretrain.json").read_text())
@@ -103,7 +100,8 @@ def _train(job: Job) -> dict[str, Any]:
     masks: dict[str, Any] = {name: trained[name] for name in ("steps", "tokens", "domain_tokens")}
     masks["loss"] = {when: trained[f"validation_mean_{when}"] for when in ("before", "after")}
     masks["size"] = {
-        field: {"expected": value, "target": job.shape[field]} for field, value in sorted(expected.items())
+        field: {"expected": value, "target": job.options["masks"]["shape"][field]}
+        for field, value in sorted(expected.items())
     }
     sizes = (f"{field} {size['expected']:g} for {size['target']}" for field, size in masks["size"].items())
     print(f"masks after {masks['tokens']:,} tokens: {', '.join(sizes)}", flush=True)

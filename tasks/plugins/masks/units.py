@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tasks import layout
 from tasks.moe.streamed import Streamed
+from tasks.plugins.masks import module
 from tasks.plugins.masks.masked import Keep
-from tasks.pretrain.masks import module
 
 Axis = Literal["hidden", "queries", "keys", "neurons"]
 AXES: Mapping[str, tuple[Axis | None, ...]] = {

@@ -7,39 +7,21 @@ from typing import TYPE_CHECKING, Any
 from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.checkpoints.manager import CheckpointManager
 from tasks.pretrain.health.loss_guard import Rollback, Rollbacks
-from tasks.pretrain.job import Job, code_version
+from tasks.pretrain.job import code_version
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
-    from tasks.corpus.sampling.sampler import Sampler
-    from tasks.pretrain.checkpoints.run_state import RunState
-    from tasks.pretrain.domains.weigher import Weigher
-    from tasks.pretrain.engine.interface import Engine
-    from tasks.pretrain.health.loss_guard import LossGuard
-    from tasks.pretrain.health.router_monitor import RouterMonitor
-    from tasks.pretrain.launch.process import Process
-    from tasks.pretrain.log.run_log import RunLog
+    from tasks.pretrain.loop import Trainer
 
 
 class Recovery:
     """Writes all parts of a run that have a state into checkpoints, and reads them back into the same objects."""
 
-    def __init__(
-        self,
-        job: Job,
-        *,
-        engine: Engine,
-        process: Process,
-        run_log: RunLog,
-        state: RunState,
-        sampler: Sampler,
-        guard: LossGuard,
-        monitor: RouterMonitor,
-        weigher: Weigher | None,
-    ) -> None:
-        self.params, self.engine, self.process, self.run_log = job.params, engine, process, run_log
-        self.state, self.sampler, self.guard, self.monitor = state, sampler, guard, monitor
-        self._weigher = weigher
+    def __init__(self, trainer: Trainer) -> None:
+        """Args: trainer: with all its parts but this one."""
+        job, process = trainer.job, trainer.process
+        self.params, self.engine, self.process, self.run_log = job.params, trainer.engine, process, trainer.run_log
+        self.state, self.sampler, self.guard, self.hooks = trainer.state, trainer.sampler, trainer.guard, trainer.hooks
         self.checkpoints = CheckpointManager(
             job.workspace / "checkpoints", params=job.params, rank=process.rank, world_size=process.world_size
         )
@@ -48,17 +30,12 @@ class Recovery:
 
     def save(self) -> None:
         """Begin a checkpoint; see CheckpointManager.save."""
-        from tasks.moe import gate
-
-        if self.params.balance.loss == "bias":
-            self.state.biases = gate.biases(self.engine.module)
         state = {
             **self.state.to_json(),
             "code": self._code,
             "log": self.run_log.sync(),
             "sampler": self.sampler.state(),
-            "guard": self.guard.state(),
-            "watch": self.monitor.state(),
+            "hooks": {hook.name: hook.state() for hook in self.hooks},
         }
         self.checkpoints.save(self.engine, state=state)
 
@@ -117,17 +94,11 @@ class Recovery:
 
     def _load(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint, and from where rollbacks to it have led since."""
-        from tasks.moe import gate
-
         self.checkpoints.restore(self.engine, saved)
         self.state.restore(saved)
-        if self.state.biases:
-            gate.set_biases(self.engine.module, self.state.biases)
-        if self._weigher:
-            self._weigher.restore(self.state.estimate)
         self.sampler.restore(saved["sampler"])
-        self.guard.restore(saved["guard"])
-        self.monitor.restore(saved["watch"])
+        for hook in self.hooks:
+            hook.restore(saved["hooks"][hook.name])
         self.run_log.open(offset=saved["log"]["bytes"], step=self.state.step)
         rollbacks = self._rollbacks.after(saved)
         for rollback in rollbacks:  # the log was cut back to the checkpoint

@@ -22,10 +22,6 @@ class RunState:
     load_before: list[list[int]] = field(default_factory=list)
     load_after: list[list[int]] = field(default_factory=list)
     """Tokens per sparse layer and expert on the validation windows."""
-    biases: list[list[float]] = field(default_factory=list)
-    """Of the routers' choice, with balance.loss: bias."""
-    estimate: dict[str, Any] = field(default_factory=dict)
-    """Of the domain weights that are estimated (tasks/pretrain/domains)."""
     seconds: dict[str, float] = field(default_factory=lambda: {"steps": 0.0, "saving": 0.0, "total": 0.0})
     resumed_from: dict[str, Any] | None = None
 
@@ -35,8 +31,6 @@ class RunState:
     def restore(self, saved: dict[str, Any]) -> None:
         """Become the state in what a checkpoint holds; its other entries are left."""
         for entry in fields(self):
-            if entry.name == "estimate" and entry.name not in saved:
-                continue  # the checkpoint is from before there was one
             setattr(self, entry.name, saved[entry.name])
 
     def add(self, result: StepResult, *, seconds: float) -> None:

@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 from tasks import scratch
 from tasks.moe import untrusted
+from tasks.pretrain.hook import Hook
 from tasks.pretrain.job import Diverged
-from tasks.settings.pretrain import Guard as Knobs
+from tasks.settings.pretrain import Guard as Settings
 
-Verdict = Literal["sound", "skip", "rollback"]
+Decision = Literal["sound", "skip", "rollback"]
 FILE = "rollbacks.json"
 DECAY = 0.98  # of the running mean: a half-life of 34 sound steps
 WARM = 10  # sound steps before a loss can count as a spike: the start is noisy
 _NAMED = 8  # windows that a message names
 
 
-class LossGuard:
-    """Judges every step, from the losses and norms alone: all ranks come to the same verdict.
+class LossGuard(Hook):
+    """Decides on every step, from the losses and norms alone: all ranks come to the same decision.
 
     The running mean is m / (1 - DECAY^n) after n sound steps, m <- DECAY m + (1 - DECAY) loss from 0 (Adam's bias
     correction, arXiv 1412.6980, section 3). Before WARM sound steps nothing counts as a spike.
@@ -31,16 +32,18 @@ class LossGuard:
     and every run ends, because after each reset the next failure is further on.
     """
 
-    def __init__(self, knobs: Knobs, *, seq_len: int, models: Sequence[Path] = ()) -> None:
+    name = "loss_guard"
+
+    def __init__(self, settings: Settings, *, seq_len: int, models: Sequence[Path] = ()) -> None:
         """`models`: the checkpoints to search for weights that are not finite if the first step fails."""
-        self.knobs, self.seq_len = knobs, seq_len
+        self.settings, self.seq_len = settings, seq_len
         self._models = models
         self._mean = 0.0
         self._sound = 0
         self._interventions = 0
         self._frontier = 0  # the last step that an intervention was needed at
 
-    def judge(
+    def decide(
         self,
         *,
         step: int,
@@ -48,8 +51,8 @@ class LossGuard:
         norm: float | None,
         windows: Sequence[tuple[str, int]] = (),
         kept: Callable[[], str] = lambda: "nothing yet",
-    ) -> Verdict:
-        """Judge a step twice: before its optimizer step with norm None, which changes no state if sound, and after.
+    ) -> Decision:
+        """Decide on a step, before its optimizer step with norm None, which changes no state if sound, and after it.
 
         Args:
             step: the step's number, from 1.
@@ -69,11 +72,11 @@ class LossGuard:
                 if step >= self._frontier:
                     self._interventions = 0
             return "sound"
-        if self.knobs.policy == "stop" or self._interventions >= self.knobs.limit:
+        if self.settings.policy == "stop" or self._interventions >= self.settings.limit:
             raise Diverged(self.message(what, step=step, windows=windows, kept=kept()))
         self._interventions += 1
         self._frontier = max(self._frontier, step)
-        return self.knobs.policy
+        return self.settings.policy
 
     def fault(self, *, loss: float, norm: float | None) -> str | None:
         """Describe what is wrong with a step, such as "the loss is not finite"; None if nothing is."""
@@ -81,7 +84,7 @@ class LossGuard:
             return "the loss is not finite"
         if norm is not None and not math.isfinite(norm):
             return "the gradient norm is not finite"
-        spike, mean = self.knobs.spike, self.mean
+        spike, mean = self.settings.spike, self.mean
         if spike is not None and mean is not None and self._sound >= WARM and loss > spike * mean:
             return f"the loss is {loss:.4g}, above {spike:g} (pretrain.guard.spike) times its running mean {mean:.4g},"
         return None
@@ -100,11 +103,11 @@ class LossGuard:
             return f"{what} at step {step}{where}. {self._at_once()}"
         tries = ["a lower pretrain.learning_rate", "more warmup_tokens", "a lower clip", "precision: float32"]
         before = ""
-        if self.knobs.policy == "stop":
+        if self.settings.policy == "stop":
             tries.append("guard.policy: skip or rollback, which leave such batches out")
         else:
-            count, limit = self._interventions, self.knobs.limit
-            before = f", and {count} of pretrain.guard.limit = {limit} {self.knobs.policy}s in a row are used up"
+            count, limit = self._interventions, self.settings.limit
+            before = f", and {count} of pretrain.guard.limit = {limit} {self.settings.policy}s in a row are used up"
         return (
             f"{what} at step {step}{where}{before}. Kept: {kept}. Try {', '.join(tries)}; look at those windows if it "
             "comes back at the same step"
@@ -154,7 +157,7 @@ class Rollback:
     """The sampler's state to continue from, past every batch drawn before. The checkpoint's domain weights hold again:
     set them after restoring it."""
     guard: dict[str, Any]
-    """LossGuard.state() after the verdict, with the interventions since the checkpoint."""
+    """LossGuard.state() after the decision, with the interventions since the checkpoint."""
 
 
 class Rollbacks:
@@ -162,7 +165,7 @@ class Rollbacks:
 
     After a rollback the sampler is ahead of the checkpoint's own sampler state, so a resume reads the checkpoint and
     then its rollbacks here. A rollback is written before the checkpoint is reloaded. A run killed before the write
-    repeats the failing step and comes to the same verdict.
+    repeats the failing step and comes to the same decision.
 
     An entry names its checkpoint by step and sampler step. The sampler's step never goes back, so a later checkpoint
     with the same step number is not taken for it.

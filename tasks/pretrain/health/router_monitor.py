@@ -5,9 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from tasks.pretrain.hook import Hook
+
+if TYPE_CHECKING:
+    from tasks.pretrain.hook import Step
+    from tasks.pretrain.log.run_log import RunLog
+    from tasks.pretrain.step_result import StepResult
 
 TOKENS = 200  # an expert is dead if it got none where an even router would have sent it this many
 STEPS = 10  # in at least this many steps; a router is reported when it is collapsed this many steps in a row
@@ -27,7 +34,7 @@ class Event:
     message: str
 
 
-class RouterMonitor:
+class RouterMonitor(Hook):
     """Checks the load of every sparse layer in every step.
 
     Dead: no token in STEPS steps or more, in which an even router would have sent TOKENS or more. Under a router that
@@ -45,13 +52,24 @@ class RouterMonitor:
     a resumed run, report the same.
     """
 
-    def __init__(self, *, layers: Sequence[int], experts: int, top_k: int) -> None:
+    name = "router_monitor"
+
+    def __init__(self, *, layers: Sequence[int], experts: int, top_k: int, log: RunLog | None = None) -> None:
+        """`log`: gets the events of `after_step`."""
         self.layers, self.experts, self.top_k = list(layers), experts, top_k
-        self._usual = top_k
+        self._usual, self._log = top_k, log
         shape = (len(self.layers), experts)
         self._silent_LE = np.zeros(shape, dtype=np.int64)  # assignments in the layer since the expert's last token
         self._steps_LE = np.zeros(shape, dtype=np.int64)
         self._collapsed_L = np.zeros(len(self.layers), dtype=np.int64)  # steps in a row
+
+    def after_step(self, step: Step, result: StepResult, *, sound: bool) -> None:
+        if not (sound and result.load_LE.size):
+            return
+        for event in self.check(result.load_LE, step=step.number, top_k=step.top_k):
+            if self._log:
+                details = {"layer": event.layer, "experts": list(event.experts)}
+                self._log.event(step.number, what=event.what, message=event.message, **details)
 
     def check(self, load_LE: np.ndarray, *, step: int, top_k: int | None = None) -> list[Event]:
         """Check a step.

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks import plugin
 from tasks.pretrain.checkpoints import random_state
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.launch import environment, out_of_memory, supervise
@@ -52,7 +53,6 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     from tasks.pretrain.launch.process import Process
     from tasks.pretrain.loop import Trainer
     from tasks.pretrain.loss.distil import Distiller
-    from tasks.pretrain.masks import module as masks
 
     params = job.params
     hosts = distributed.gather(socket.gethostname(), world_size=world_size)
@@ -60,9 +60,9 @@ def _train(job: Job, *, rank: int, world_size: int, device: torch.device) -> Non
     distiller = Distiller.load(job, device=device, dtype=dtype)  # may fill its shards, which needs no student
     model = checkpoint.load(job.model, dtype=dtype, device=device)
     block.swap_in(model, job.model)  # before the engine gathers its parameters
-    if job.shape is not None:
-        random_state.reseed(params.seed, step=0, rank=0)  # all ranks begin with the same logits
-        masks.install(model, job.shape, ramp=masks.ramp(params.steps))
+    for module in plugin.modules("hooks").values():
+        if prepare := getattr(module, "prepare", None):
+            prepare(model, job)
     engine, objective = assembly.build(model, params, distiller=distiller)
     random_state.reseed(params.seed, step=0, rank=rank)  # ranks must not draw the same noise
     process = Process(rank=rank, world_size=world_size, device=device, hosts=hosts)

@@ -85,15 +85,9 @@ class RunLog:
         norm: float,
         timing: dict[str, float],
         what: What,
-        top_k: int | None = None,
-        estimate: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any],
     ) -> None:
-        """Log a step that the guard let pass.
-
-        Args:
-            top_k: what an elastic model had in it.
-            estimate: domain weights that are estimated, and what moved them.
-        """
+        """Log a step that the guard let pass. `more`: the entries of hooks."""
         if not self._log:
             return
         params = self.params
@@ -113,10 +107,7 @@ class RunLog:
             "domains": self._domains(state, result),
             "experts": meters.expert_load(result.load_LE, detailed=params.expert_log == "detailed"),
         }
-        if top_k is not None:
-            record["top_k"] = top_k
-        if estimate is not None:
-            record["estimate"] = estimate
+        record |= more
         if len(set(rates.values())) > 1:
             record["rates"] = dict(rates)
         spent = {name: value for name, value in timing.items() if name != "seconds"}
@@ -143,9 +134,9 @@ class RunLog:
         sampler: dict[str, Any],
         load_LE: np.ndarray,
         seconds: float,
-        estimate: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any],
     ) -> None:
-        """Log an evaluation, with the domain weights that hold from here on, and those that are estimated."""
+        """Log an evaluation, with the domain weights that hold from here on. `more`: the entries of hooks."""
         record = {
             "kind": "validation",
             "step": state.step,
@@ -158,9 +149,7 @@ class RunLog:
         }
         if references is not None:
             record["references"] = dict(references)
-        if estimate is not None:
-            record["estimate"] = estimate
-        self._write(record | {"timing": {"seconds": seconds}})
+        self._write(record | more | {"timing": {"seconds": seconds}})
 
     def event(self, step: int, *, what: str, message: str, **details: Any) -> None:
         """Log something that a person should know."""

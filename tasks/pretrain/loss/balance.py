@@ -20,11 +20,39 @@ from numpy.typing import NDArray
 
 from tasks.moe import counts, gate, routing
 from tasks.moe.routing import Routed
+from tasks.pretrain.hook import Hook, Step
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from tasks.pretrain.step_result import StepResult
+
+
+class BalanceHook(Hook):
+    """Counts the load of a step, moves the biases after it and keeps them in checkpoints; no balancer, no work."""
+
+    name = "balance"
+
+    def __init__(self, balancer: Balancer | None) -> None:
+        self._balancer = balancer
+
+    def before_step(self, step: Step) -> None:
+        if self._balancer:
+            self._balancer.begin(top_k=step.top_k)
+
+    def after_step(self, step: Step, result: StepResult, *, sound: bool) -> None:
+        if self._balancer and sound:
+            self._balancer.end()
+
+    def state(self) -> list[list[float]]:
+        """The biases of the routers' choice; [] without."""
+        return gate.biases(self._balancer.model) if self._balancer else []
+
+    def restore(self, state: list[list[float]]) -> None:
+        if self._balancer and state:
+            gate.set_biases(self._balancer.model, state)
 
 
 class Balancer:

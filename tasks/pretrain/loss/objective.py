@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy over packed windows, load balance, distillation from the parent, sizes of masks.
+"""The training loss: cross-entropy over packed windows, load balance, distillation from the parent, terms of hooks.
 
 Cross-entropy and distillation are means over the N predicted tokens of the whole step, all micro-batches and ranks
 together: every token weighs the same, whatever its window, and the sum doesn't depend on who computes which window. N
@@ -7,8 +7,7 @@ micro-batches on all R ranks together. DeepSpeed divides the loss of each by the
 averages the gradients over the R ranks: the total of a micro-batch enters the step with 1 / M. So it is M / N times
 the sum over the micro-batch's own tokens, which is their plain mean where all windows have as many targets.
 
-The balance losses are those of each micro-batch (`balance`); the step has their mean. So it is with the Lagrangian of
-masks (tasks/pretrain/masks).
+The balance losses are those of each micro-batch (`balance`), and so are the terms of hooks; the step has their mean.
 
 Shapes: B windows of one forward pass, L tokens of a window, T = B L tokens, V vocabulary.
 """
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from tasks.pretrain.engine.interface import Engine
     from tasks.pretrain.loss.balance import Balancer
     from tasks.pretrain.loss.distil import Distiller
-    from tasks.pretrain.masks.module import Masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +59,15 @@ class Objective:
         *,
         balancer: Balancer | None,
         distiller: Distiller | None,
-        masks: Masks | None = None,
     ) -> None:
-        """`model`: a stock causal language model, or the engine around it; without a balancer if it is dense.
-
-        `masks`: the model's, if it has some.
-        """
+        """`model`: a stock causal language model, or the engine around it; without a balancer if it is dense."""
         self.params, self.model = params, model
-        self.balancer, self.distiller, self.masks = balancer, distiller, masks
+        self.balancer, self.distiller = balancer, distiller
         self.factors: Callable[..., torch.Tensor] | None = None
-        """What the cross-entropy of each window counts [B], from the losses of its tokens, the batch and `rows`
-        (tasks/pretrain/domains/excess); all alike if None."""
+        """What the cross-entropy of each window counts [B], from the losses of its tokens, the batch and `rows`; all
+        alike if None. A hook sets it."""
+        self.terms: dict[str, Callable[[], torch.Tensor]] = {}
+        """Scalars that hooks add to the loss of each micro-batch, by name, once the model has computed it."""
         self.stock: Any = getattr(model, "module", model)
 
     @property
@@ -83,9 +79,8 @@ class Objective:
             "z": self.balancer and balance.z_loss,
             "kl": distill and distill.logits,
             "hidden": distill and distill.hidden,
-            "lagrangian": self.masks is not None,
         }
-        return [name for name, asked in named.items() if asked]
+        return [*(name for name, asked in named.items() if asked), *self.terms]
 
     def __call__(self, batch: Batch, *, rows: slice, device: torch.device) -> Losses:
         """The losses of the windows `rows` of a batch."""
@@ -124,8 +119,7 @@ class Objective:
         if distill:
             share = {"kl": distill.logits, "hidden": distill.hidden}
             parts |= {name: share[name] * value_B for name, value_B in distilled.items()}
-        if self.masks is not None:
-            parts["lagrangian"] = self.masks.lagrangian
+        parts |= {name: term() for name, term in self.terms.items()}
         for value in parts.values():
             total = total + (scale * value.sum() if value.ndim else value)
         return Losses(nats_B=nats_B, parts=parts, total=total)

@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 from tasks import architectures
 from tasks.moe import families
 from tasks.moe.streamed import Streamed
-from tasks.plugins.masks import units
-from tasks.pretrain.masks import hard_concrete, module
+from tasks.plugins.masks import hard_concrete, module, units
 from tests import models
 
 OWN = {"num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 48, "hidden_size": 32}

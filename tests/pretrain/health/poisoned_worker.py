@@ -24,7 +24,7 @@ from tasks.pretrain.loss.objective import Losses, Objective
 
 
 def spoil(factor: float, domain: str, window: int) -> None:
-    compute, judge, now = Objective.__call__, LossGuard.judge, [0]
+    compute, judge, now = Objective.__call__, LossGuard.decide, [0]
 
     def noted(self: LossGuard, *, step: int, **given: Any) -> Any:
         now[0] = step + 1
@@ -38,7 +38,7 @@ def spoil(factor: float, domain: str, window: int) -> None:
         return Losses(nats_B=losses.nats_B * factor, parts=losses.parts, total=losses.total * factor)
 
     Objective.__call__ = spoiled  # type: ignore[method-assign]
-    LossGuard.judge = noted  # type: ignore[method-assign]
+    LossGuard.decide = noted  # type: ignore[method-assign]
 
 
 def starve(layer: int, expert: int) -> None:

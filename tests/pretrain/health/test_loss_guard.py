@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from tasks.corpus.sampling.sampler import Sampler
 from tasks.pretrain.health.loss_guard import DECAY, WARM, LossGuard, Rollback, Rollbacks
 from tasks.pretrain.job import TrainingError
-from tasks.settings.pretrain import Guard as Knobs
+from tasks.settings.pretrain import Guard as Settings
 
 
 def guard(**knobs: Any) -> LossGuard:
-    return LossGuard(Knobs(**knobs), seq_len=64)
+    return LossGuard(Settings(**knobs), seq_len=64)
 
 
 def test_a_stop_says_what_where_what_is_kept_and_what_to_try() -> None:
     with pytest.raises(TrainingError) as caught:
-        guard().judge(
+        guard().decide(
             step=7,
             loss=math.nan,
             norm=None,
@@ -38,9 +38,9 @@ def test_a_stop_says_what_where_what_is_kept_and_what_to_try() -> None:
     assert "Kept: the checkpoint of step 6. Try a lower pretrain.learning_rate" in message
     assert "guard.policy: skip or rollback" in message
     with pytest.raises(TrainingError, match=r"the gradient norm is not finite at step 2\. Kept: nothing yet"):
-        guard().judge(step=2, loss=1.0, norm=math.inf)
+        guard().decide(step=2, loss=1.0, norm=math.inf)
     with pytest.raises(TrainingError, match=r"w 7 and 92 more\)"):
-        guard().judge(step=1, loss=1.0, norm=math.inf, windows=[("w", i) for i in range(100)])
+        guard().decide(step=1, loss=1.0, norm=math.inf, windows=[("w", i) for i in range(100)])
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -50,7 +50,7 @@ def test_a_run_that_breaks_before_its_first_update_is_not_told_to_lower_its_rate
         weights["lm_head.weight"][1, 2] = math.nan
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(TrainingError) as caught:
-        LossGuard(Knobs(), seq_len=64, models=[tmp_path]).judge(step=1, loss=math.nan, norm=None)
+        LossGuard(Settings(), seq_len=64, models=[tmp_path]).decide(step=1, loss=math.nan, norm=None)
     message = str(caught.value)
     assert "learning_rate" not in message
     if broken:
@@ -61,67 +61,65 @@ def test_a_run_that_breaks_before_its_first_update_is_not_told_to_lower_its_rate
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_after_the_limit_of_interventions_in_a_row_the_run_stops(policy: str) -> None:
-    judge = guard(policy=policy, limit=2)
-    assert [judge.judge(step=step, loss=math.inf, norm=None) for step in (1, 2)] == [policy, policy]
+    one = guard(policy=policy, limit=2)
+    assert [one.decide(step=step, loss=math.inf, norm=None) for step in (1, 2)] == [policy, policy]
     with pytest.raises(
         TrainingError, match=rf"step 3, and 2 of pretrain.guard.limit = 2 {policy}s in a row are used up"
     ):
-        judge.judge(step=3, loss=math.inf, norm=None)
+        one.decide(step=3, loss=math.inf, norm=None)
 
 
 def test_a_sound_step_after_a_skip_starts_the_count_again() -> None:
-    judge = guard(policy="skip", limit=1)
+    one = guard(policy="skip", limit=1)
     for step in range(1, 9, 2):
-        assert judge.judge(step=step, loss=math.nan, norm=None) == "skip"
-        assert (
-            judge.judge(step=step + 1, loss=1.0, norm=None) == "sound"
-        )  # before the optimizer step it isn't done yet
-        assert judge.state()["interventions"] == 1
-        assert judge.judge(step=step + 1, loss=1.0, norm=1.0) == "sound"
+        assert one.decide(step=step, loss=math.nan, norm=None) == "skip"
+        assert one.decide(step=step + 1, loss=1.0, norm=None) == "sound"  # before the optimizer step it isn't done yet
+        assert one.state()["interventions"] == 1
+        assert one.decide(step=step + 1, loss=1.0, norm=1.0) == "sound"
 
 
 def test_sound_steps_before_the_place_that_failed_do_not_start_the_count_again() -> None:
-    judge = guard(policy="rollback", limit=3)
+    one = guard(policy="rollback", limit=3)
     for place in (80, 60, 60):
-        assert judge.judge(step=place, loss=math.nan, norm=None) == "rollback"
+        assert one.decide(step=place, loss=math.nan, norm=None) == "rollback"
         for step in range(50, 80):
-            assert judge.judge(step=step, loss=1.0, norm=1.0) == "sound"
+            assert one.decide(step=step, loss=1.0, norm=1.0) == "sound"
     with pytest.raises(TrainingError, match="rollbacks in a row"):
-        judge.judge(step=70, loss=math.nan, norm=None)
-    assert judge.judge(step=80, loss=1.0, norm=1.0) == "sound"
-    assert judge.judge(step=81, loss=math.nan, norm=None) == "rollback"
+        one.decide(step=70, loss=math.nan, norm=None)
+    assert one.decide(step=80, loss=1.0, norm=1.0) == "sound"
+    assert one.decide(step=81, loss=math.nan, norm=None) == "rollback"
 
 
 def test_the_running_mean_is_the_weighted_mean_of_the_sound_losses() -> None:
-    judge = guard(policy="skip", spike=3.0)
+    one = guard(policy="skip", spike=3.0)
     losses = [5.0 - 0.1 * i for i in range(30)]
-    assert judge.mean is None
+    assert one.mean is None
     for step, loss in enumerate(losses, 1):
-        judge.judge(step=step, loss=loss, norm=1.0)
+        one.decide(step=step, loss=loss, norm=1.0)
     weights = [DECAY ** (len(losses) - 1 - i) for i in range(len(losses))]
     expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    assert judge.mean == pytest.approx(expected, rel=1e-12)
-    assert judge.judge(step=31, loss=3.001 * expected, norm=None) == "skip"
-    assert judge.mean == pytest.approx(expected, rel=1e-12)
-    assert judge.judge(step=32, loss=2.999 * expected, norm=None) == "sound"
+    assert one.mean == pytest.approx(expected, rel=1e-12)
+    assert one.decide(step=31, loss=3.001 * expected, norm=None) == "skip"
+    assert one.mean == pytest.approx(expected, rel=1e-12)
+    assert one.decide(step=32, loss=2.999 * expected, norm=None) == "sound"
 
 
 def test_a_spike_is_told_only_after_the_first_sound_steps_and_only_if_asked_for() -> None:
     for knobs, expected in (({"spike": 2.0}, "skip"), ({}, "sound")):
-        judge = guard(policy="skip", **knobs)
+        one = guard(policy="skip", **knobs)
         for step in range(1, WARM):
-            assert judge.judge(step=step, loss=1.0, norm=1.0) == "sound"
-        assert judge.judge(step=WARM, loss=100.0, norm=None) == "sound"
-        judge.judge(step=WARM, loss=1.0, norm=1.0)
-        assert judge.judge(step=WARM + 1, loss=2.1, norm=None) == expected
+            assert one.decide(step=step, loss=1.0, norm=1.0) == "sound"
+        assert one.decide(step=WARM, loss=100.0, norm=None) == "sound"
+        one.decide(step=WARM, loss=1.0, norm=1.0)
+        assert one.decide(step=WARM + 1, loss=2.1, norm=None) == expected
     assert guard(spike=2.0).fault(loss=9.0, norm=None) is None
     stop = guard(spike=2.0)
     for step in range(1, WARM + 1):
-        stop.judge(step=step, loss=1.0, norm=1.0)
+        stop.decide(step=step, loss=1.0, norm=1.0)
     with pytest.raises(
         TrainingError, match=r"loss is 2.1, above 2 \(pretrain.guard.spike\) times its running mean 1, at"
     ):
-        stop.judge(step=WARM + 1, loss=2.1, norm=None)
+        stop.decide(step=WARM + 1, loss=2.1, norm=None)
 
 
 @settings(deadline=None, max_examples=60)
@@ -130,26 +128,26 @@ def test_a_spike_is_told_only_after_the_first_sound_steps_and_only_if_asked_for(
     st.integers(0, 60),
     st.booleans(),
 )
-def test_a_guard_restored_from_json_judges_as_the_one_that_was_never_interrupted(
+def test_a_guard_restored_from_json_decides_as_the_one_that_was_never_interrupted(
     losses: list[float], cut: int, in_norm: bool
 ) -> None:
-    def judged(judge: LossGuard, step: int) -> str:
+    def decided(one: LossGuard, step: int) -> str:
         loss = losses[step]
         given = (1.0, loss) if in_norm else (loss, 1.0)
-        return judge.judge(step=step + 1, loss=given[0], norm=given[1])
+        return one.decide(step=step + 1, loss=given[0], norm=given[1])
 
     def run(*, interrupted: bool) -> tuple[list[str], dict[str, Any]]:
-        judge, verdicts = guard(policy="skip", spike=1.5, limit=4), []
+        one, decisions = guard(policy="skip", spike=1.5, limit=4), []
         for step in range(len(losses)):
             if interrupted and step == cut:
-                state = json.loads(json.dumps(judge.state(), allow_nan=False))
-                judge = guard(policy="skip", spike=1.5, limit=4)
-                judge.restore(state)
+                state = json.loads(json.dumps(one.state(), allow_nan=False))
+                one = guard(policy="skip", spike=1.5, limit=4)
+                one.restore(state)
             try:
-                verdicts.append(judged(judge, step))
+                decisions.append(decided(one, step))
             except TrainingError as error:
-                return [*verdicts, str(error)], judge.state()
-        return verdicts, judge.state()
+                return [*decisions, str(error)], one.state()
+        return decisions, one.state()
 
     assert run(interrupted=True) == run(interrupted=False)
 
@@ -209,12 +207,12 @@ class Run:
         bad = self.sampler.step in self.poisoned or self.step == self.cliff
         slots = self.sampler.next()
         loss = math.nan if bad else abs(math.sin(self.weights)) + 1
-        if self.guard.judge(step=self.step, loss=loss, norm=None) == "rollback":
+        if self.guard.decide(step=self.step, loss=loss, norm=None) == "rollback":
             return self._roll_back()
         self._tick()
         for domain, window in slots:
             self.weights = math.fmod(self.weights * 1.1 + 0.01 * window + (domain == "a"), 7.0)
-        self.guard.judge(step=self.step, loss=loss, norm=1.0)
+        self.guard.decide(step=self.step, loss=loss, norm=1.0)
         self.log.append([self.step, slots, loss])
         if self.step % 4 == 0:
             self._save()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tasks.pretrain.domains import rules
+from tasks.plugins.proxy_runs import rules
 
 THIRDS = dict.fromkeys("abc", 1 / 3)
 EXCESS = {"a": 0.5, "b": 0.1, "c": 0.0}  # the third is -.2, clipped

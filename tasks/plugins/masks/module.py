@@ -24,9 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.plugins.masks import masked
+from tasks.plugins.masks import hard_concrete, masked
 from tasks.plugins.masks.masked import Keep
-from tasks.pretrain.masks import hard_concrete
 
 FILE = "masks.safetensors"
 UNITS = {
@@ -48,6 +47,8 @@ _START = 0.01  # deviation of the logits from their upper limit
 
 class Masks(nn.Module):
     """The logits of every unit that may be cut, and the multipliers of each kind."""
+
+    optimizer_part = "masks"
 
     def __init__(self, sizes: Mapping[str, int], shape: Mapping[str, int], *, ramp: int) -> None:
         """Args:

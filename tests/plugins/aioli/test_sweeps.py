@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from tasks.pretrain.domains import rules
-from tasks.pretrain.domains.plan import Aioli
-from tasks.pretrain.domains.sweeps import Sweeps
+from tasks.plugins.aioli.hooks import Options, Sweeps
+from tasks.plugins.proxy_runs import rules
 from tasks.pretrain.job import TrainingError
 
 DOMAINS = ["a", "b", "c"]
 EFFECTS = np.array([[0.02, 0.0, 0.001], [0.0, 0.03, 0.0]])  # of a step on each domain alone, on two targets
-PLAN = Aioli(updates=2, sweeps=2, sweep_steps=3)
+PLAN = Options(updates=2, sweeps=2, sweep_steps=3)
 
 
 def sweeps(steps: int = 50) -> Sweeps:
@@ -27,9 +26,9 @@ def train(
     for step in steps:
         if step:
             losses -= EFFECTS @ np.array([mix[domain] for domain in DOMAINS])
-        if one.due(step):
+        if one.validates(step):
             asked.append(step)
-            mix = one.move({"a": losses[0], "out": losses[1], "b": 9.0, "c": 9.0}, step=step)
+            mix = one.after_validation(step, {"a": losses[0], "out": losses[1], "b": 9.0, "c": 9.0}) or {}
     return asked, mix
 
 

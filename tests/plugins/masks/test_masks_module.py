@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.pretrain.masks import hard_concrete, module
+from tasks.plugins.masks import hard_concrete, module
 from tests import models
 
 SIZES = {"num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 48, "hidden_size": 32}

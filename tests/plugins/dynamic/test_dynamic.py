@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.pretrain import dynamic
-from tasks.pretrain.dynamic import Reweighter
+from tasks.plugins.dynamic import hooks as dynamic
+from tasks.plugins.dynamic.hooks import Reweighter
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.validation import Validation
 from tasks.settings import Pretrain
@@ -123,8 +122,7 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
 
 def test_given_weights_are_followed_whatever_the_losses_are(tmp_path: Path) -> None:
     recorded = {"0": {"cc": 0.3, "wiki": 0.7}, "4": {"cc": 0.1 + 0.2, "wiki": 0.7}}
-    (tmp_path / "weights.json").write_text(json.dumps(recorded))
-    following = dataclasses.replace(job({"cc": 2.5, "wiki": 1.5}), weights=tmp_path / "weights.json")
+    following = dataclasses.replace(job({"cc": 2.5, "wiki": 1.5}), options={"dynamic": {"weights": recorded}})
     reweighter = load(following, validation("cc", "wiki"))
     assert reweighter
     for step, weights in recorded.items():
@@ -132,7 +130,7 @@ def test_given_weights_are_followed_whatever_the_losses_are(tmp_path: Path) -> N
         assert given == weights
     with_path = dataclasses.replace(following, workspace=tmp_path)
     assert Job.read(with_path.write()) == with_path
-    without = dataclasses.replace(with_path, weights=None)
+    without = dataclasses.replace(with_path, options={})
     assert Job.read(without.write()) == without
 
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.corpus.sampling.loader import IGNORED, Batch
+from tasks.plugins.doge.hooks import Alignment
+from tasks.plugins.doremi.hooks import Excess
+from tasks.plugins.proxy_runs import rules
 from tasks.pretrain import batches
-from tasks.pretrain.domains import rules
-from tasks.pretrain.domains.alignment import Alignment
-from tasks.pretrain.domains.excess import Excess
 from tasks.pretrain.engine import interface
+from tasks.pretrain.hook import Step
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.loss.objective import Objective
 from tasks.settings import Pretrain
@@ -60,6 +61,10 @@ def token_losses(of: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return nats.view_as(labels)
 
 
+def step(of: Batch, number: int = 1, rate: float = 0.5) -> Step:
+    return Step(number=number, batch=of, rate=rate, top_k=1)
+
+
 def domain(name: str) -> torch.Tensor:
     return torch.tensor([each == name for each in OF])
 
@@ -96,45 +101,51 @@ def test_a_token_weighs_as_its_domain_by_the_excess_of_this_very_batch_and_its_l
 
     built = interface.build(model(0), settings)
     compute = Objective(settings, built, balancer=None, distiller=None)
-    weigher = Excess(reference, shares=shares, micro_batch=micro_batch, vocabulary=50, process=PROCESS)
-    compute.factors = weigher.factors
-    weigher.begin(whole, built.module)
+    estimator = Excess(
+        reference, shares=shares, micro_batch=micro_batch, vocabulary=50, process=PROCESS, model=built.module
+    )
+    compute.factors = estimator.factors
+    estimator.before_step(step(whole))
     for start in range(0, ROWS, micro_batch):
         if start:
             built.next_micro_batch()
         built.backward(compute(whole, rows=slice(start, start + micro_batch), device=CPU).total)
     same(gradients(built), by_hand(expected, plain))
-    assert weigher.weights == {"a": 0.5, "b": 0.5}
-    weigher.settle()
-    assert weigher.scores == pytest.approx(scores, rel=1e-4)
-    assert weigher.weights == weigher.mean == pytest.approx(moved, rel=1e-4)
+    assert estimator.weights == {"a": 0.5, "b": 0.5}
+    estimator.settle()
+    assert estimator.scores == pytest.approx(scores, rel=1e-4)
+    assert estimator.weights == estimator.mean == pytest.approx(moved, rel=1e-4)
     built.discard_step()
 
 
 def test_a_domain_that_a_batch_lacks_keeps_its_score_and_a_step_given_up_moves_nothing() -> None:
     student, absent = model(0), batches.select(batch(), np.flatnonzero(np.array(OF) == "a"))
-    weigher = Excess(model(1), shares={"a": 0.5, "b": 0.5}, micro_batch=4, vocabulary=50, process=PROCESS)
-    assert weigher.scores == dict.fromkeys("ab", pytest.approx(math.log(50)))
+    estimator = Excess(
+        model(1), shares={"a": 0.5, "b": 0.5}, micro_batch=4, vocabulary=50, process=PROCESS, model=student
+    )
+    assert estimator.scores == dict.fromkeys("ab", pytest.approx(math.log(50)))
     nats = F.pad(token_losses(student, absent), (0, 1))
-    weigher.factors(nats, absent, rows=slice(0, 4))
-    weigher.settle(taken=False)
-    assert weigher.weights == {"a": 0.5, "b": 0.5}
-    weigher.begin(absent, student)
-    weigher.factors(nats, absent, rows=slice(0, 4))
-    weigher.settle()
-    assert weigher.scores["b"] == pytest.approx(math.log(50))
-    assert weigher.scores["a"] < math.log(50)
-    again = Excess(model(1), shares={"a": 0.5, "b": 0.5}, micro_batch=4, vocabulary=50, process=PROCESS)
-    again.restore(weigher.state())
-    assert again.state() == weigher.state()
+    estimator.factors(nats, absent, rows=slice(0, 4))
+    estimator.settle(taken=False)
+    assert estimator.weights == {"a": 0.5, "b": 0.5}
+    estimator.before_step(step(absent))
+    estimator.factors(nats, absent, rows=slice(0, 4))
+    estimator.settle()
+    assert estimator.scores["b"] == pytest.approx(math.log(50))
+    assert estimator.scores["a"] < math.log(50)
+    again = Excess(model(1), shares={"a": 0.5, "b": 0.5}, micro_batch=4, vocabulary=50, process=PROCESS, model=student)
+    again.restore(estimator.state())
+    assert again.state() == estimator.state()
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight() -> None:
-    weigher = Excess(model(1), shares={"a": 0.5, "b": 0.5}, micro_batch=8, vocabulary=50, process=PROCESS)
-    factors = weigher.factors(torch.full((ROWS, LENGTH), math.nan), batch(), rows=slice(0, ROWS))
+    estimator = Excess(
+        model(1), shares={"a": 0.5, "b": 0.5}, micro_batch=8, vocabulary=50, process=PROCESS, model=model(0)
+    )
+    factors = estimator.factors(torch.full((ROWS, LENGTH), math.nan), batch(), rows=slice(0, ROWS))
     assert factors.tolist() == [1.0] * ROWS
-    weigher.settle()
-    assert weigher.weights == {"a": 0.5, "b": 0.5}
+    estimator.settle()
+    assert estimator.weights == {"a": 0.5, "b": 0.5}
 
 
 @pytest.mark.parametrize(("micro_batch", "clip", "zero"), [(2, 1e9, 1), (8, 1.0, 0)])
@@ -163,12 +174,14 @@ def test_a_domain_weighs_by_its_gradients_product_with_the_others_and_the_model_
 
     built = interface.build(model(0), settings)
     compute = Objective(settings, built, balancer=None, distiller=None)
-    weigher = Alignment(settings, built, domains=DOMAINS, target=None, windows={}, objective=compute, process=PROCESS)
-    (found,) = weigher.backward(whole, step=1, rate=0.5)
+    estimator = Alignment(
+        settings, built, domains=DOMAINS, target=None, windows={}, objective=compute, process=PROCESS
+    )
+    (found,) = estimator.backward(step(whole))
     assert found.nats_B.tolist() == pytest.approx(losses.sum(1).tolist(), rel=1e-4)
-    weigher.settle()
-    assert weigher.scores == pytest.approx({"a": product, "b": product}, rel=1e-4)
-    assert weigher.weights == pytest.approx(moved, rel=1e-4)
+    estimator.settle()
+    assert estimator.scores == pytest.approx({"a": product, "b": product}, rel=1e-4)
+    assert estimator.weights == pytest.approx(moved, rel=1e-4)
     expected = {key: sum(moved[name] * parts[name][key] for name in DOMAINS) for key in parts["a"]}
     if zero:
         same(gradients(built), expected)
@@ -181,7 +194,7 @@ def test_a_target_draws_the_weights_to_the_domain_whose_gradient_is_like_its_own
     settings, whole = params(micro_batch=8), batch()
     held_out = whole.input_ids[np.array(OF) == "b"][:3]  # the very text of b
     built = interface.build(model(0), settings)
-    weigher = Alignment(
+    estimator = Alignment(
         settings,
         built,
         domains=DOMAINS,
@@ -190,13 +203,13 @@ def test_a_target_draws_the_weights_to_the_domain_whose_gradient_is_like_its_own
         objective=Objective(settings, built, balancer=None, distiller=None),
         process=PROCESS,
     )
-    for step in (1, 2):
-        weigher.backward(whole, step=step, rate=0.01)
-        weigher.settle()
+    for number in (1, 2):
+        estimator.backward(step(whole, number, 0.01))
+        estimator.settle()
         built.discard_step()
-    assert weigher.scores["b"] > weigher.scores["a"]
-    assert weigher.weights["b"] > 0.5
-    assert weigher.mean["b"] == pytest.approx((weigher.mean["b"] + 1 - weigher.mean["a"]) / 2)
+    assert estimator.scores["b"] > estimator.scores["a"]
+    assert estimator.weights["b"] > 0.5
+    assert estimator.mean["b"] == pytest.approx((estimator.mean["b"] + 1 - estimator.mean["a"]) / 2)
 
 
 def test_rows_of_a_packed_batch_keep_their_documents() -> None:

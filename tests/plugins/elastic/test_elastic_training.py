@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from tasks.moe import routing
-from tasks.pretrain import elastic, trainable
+from tasks.plugins.elastic import hooks as elastic
+from tasks.pretrain import trainable
+from tasks.pretrain.hook import Step
 from tests.pretrain.engines import settings
 from tests.pretrain.projects import configure
 from tests.pretrain.warm_stages import killed_and_whole, stage
@@ -35,19 +37,21 @@ def test_each_value_comes_once_in_as_many_steps_and_follows_from_seed_and_step_a
     assert drawn != [elastic.draw(values, seed=4, step=step) for step in range(1, 401)]
 
 
-@pytest.mark.parametrize("values", [None, [1, 2, 4]])
-def test_the_dial_sets_every_router_for_a_step_and_the_usual_value_for_validation(values: list[int] | None) -> None:
+def test_the_schedule_sets_every_router_for_a_step_and_the_usual_value_for_validation() -> None:
+    values = [1, 2, 4]
     made = model(elastic_top_k=values)
-    dial = elastic.Dial(made, seed=0)
+    schedule = elastic.TopKSchedule(made, seed=0)
     seen = set()
-    for step in range(1, 4):
-        top_k = dial.turn(step)
+    for number in range(1, 4):
+        step = Step(number=number, batch=None, rate=0.1, top_k=2)  # type: ignore[arg-type]
+        schedule.before_step(step)
+        top_k = step.top_k
         with routing.expert_load(made) as load_LE, torch.no_grad():
             made(torch.randint(64, (1, 8)))
         assert (load_LE.sum(1) == 8 * top_k).all()
         seen.add(top_k)
-    assert seen == set(values or [2])
-    dial.reset()
+    assert seen == set(values)
+    schedule.after_step(step, None, sound=True)  # type: ignore[arg-type]
     assert {router.top_k for router in routing.routers(made)} == {2}
 
 

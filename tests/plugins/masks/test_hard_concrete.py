@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tasks.pretrain.masks import hard_concrete
+from tasks.plugins.masks import hard_concrete
 
 
 def test_at_its_upper_limit_a_mask_has_the_probability_and_the_factor_of_the_reference_figures() -> None:

@@ -16,24 +16,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from tasks.corpus.sampling.loader import IGNORED, Batch
+from tasks.moe import checkpoint, gate
+from tasks.plugins.proxy_runs import estimating, rules
+from tasks.plugins.proxy_runs.estimating import Estimating
 from tasks.pretrain import batches
-from tasks.pretrain.domains import rules
-from tasks.pretrain.domains.weigher import Weigher
+from tasks.pretrain.hook import Hook, Step
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.loss import objective
+from tasks.settings.fields import Above, Frozen
+
+if TYPE_CHECKING:
+    from tasks.pretrain.loop import Trainer
 
 _CHUNK = 256  # positions whose logits exist at once
 
 
-class Excess(Weigher):
+class Options(Frozen):
+    """Job.options["doremi"]: weigh the loss of each token by its domain, and move the weights by the excess."""
+
+    reference: str
+    """The folder of a frozen model that has the same vocabulary."""
+    step_size: Above = 1.0
+    """How far an excess of one nat moves the logarithm of a weight."""
+
+
+def hooks(trainer: Trainer) -> list[Hook]:
+    """The estimator, if the job asks for it; it weighs the objective's cross-entropy."""
+    job, shares, model = trainer.job, trainer.sampler.weights, trainer.engine.module
+    if "doremi" not in job.options:
+        return []
+    options = Options(**job.options["doremi"])
+    estimating.check(job, "doremi", shares)
+    reference = checkpoint.load(Path(options.reference), dtype=trainer.engine.dtype, device=trainer.process.device)
+    gate.swap_in(reference, gate.read(Path(options.reference)))
+    sizes = [each.config.vocab_size for each in (reference, model)]
+    if sizes[0] != sizes[1]:
+        raise TrainingError(
+            f"doremi compares token by token: the reference {options.reference} has vocab_size = {sizes[0]}, and the "
+            f"model {job.model} has {sizes[1]}; give it a reference of the same tokenizer"
+        )
+    excess = Excess(
+        reference,
+        shares=shares,
+        micro_batch=job.params.micro_batch,
+        vocabulary=sizes[1],
+        process=trainer.process,
+        model=model,
+        step_size=options.step_size,
+    )
+    trainer.objective.factors = excess.factors
+    return [excess]
+
+
+class Excess(Estimating):
     """Weights by the excess over a frozen reference."""
 
     def __init__(
@@ -44,27 +88,29 @@ class Excess(Weigher):
         micro_batch: int,
         vocabulary: int,
         process: Process,
+        model: Any,
         step_size: float = rules.STEP_SIZE,
     ) -> None:
         """Args:
         reference: a causal language model, on the device.
         shares: of each domain in the batches, all positive.
         micro_batch: windows of a forward pass.
+        model: the one that is trained.
         vocabulary: its size; a domain that no batch has had yet scores ln of it.
         """
         super().__init__(shares)
         self._reference = reference.eval().requires_grad_(False)
         self._shares, self._micro_batch, self._process = dict(shares), micro_batch, process
-        self._step_size = step_size
+        self._model, self._step_size = model, step_size
         self.scores = dict.fromkeys(shares, math.log(vocabulary))
         self._factors: dict[str, float] | None = None
 
-    def begin(self, batch: Batch, model: Any) -> None:
+    def before_step(self, step: Step) -> None:
         """Score a batch of several micro-batches, by a forward pass more; one is scored by the pass that trains."""
-        self._factors = None
+        self._factors, batch = None, step.batch
         if len(batch.input_ids) > self._micro_batch:
             nats = [
-                token_nats(model, batch, rows=slice(start, start + self._micro_batch))
+                token_nats(self._model, batch, rows=slice(start, start + self._micro_batch))
                 for start in range(0, len(batch.input_ids), self._micro_batch)
             ]
             self._factors = self._score(torch.cat(nats), batch)

@@ -1,4 +1,4 @@
-"""Dynamic batch loading: what each domain's loss is compared with, and how its weight has moved."""
+"""The hook of dynamic batch loading: what each domain's loss is compared with, and how its weight moves."""
 
 from __future__ import annotations
 
@@ -6,22 +6,38 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.corpus.sampling import weights as domain_weights
+from tasks.pretrain.hook import Hook, Kind
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.validation import Validation
+from tasks.settings.fields import LARGEST
 from tasks.settings.pretrain import Fit
+
+if TYPE_CHECKING:
+    from tasks.pretrain.log.run_log import RunLog
+    from tasks.pretrain.loop import Trainer
 
 _START = (406.4, 0.336, 0.69)  # a, b, c; where Sheared-LLaMA's notebook starts
 _EVALUATIONS = 20_000
 
 
-class Reweighter:
-    """Moves the domain weights at evaluations.
+def hooks(trainer: Trainer) -> list[Hook]:
+    """The reweighter, with `pretrain.dynamic`."""
+    reweighter = Reweighter.load(
+        trainer.job, validation=trainer.validation, start=trainer.state.weights, log=trainer.run_log
+    )
+    return [reweighter] if reweighter else []
+
+
+class Reweighter(Hook):
+    """Moves the domain weights at validations.
 
     Every rank has one and comes to the same weights, because the validation losses are the same on all.
     """
+
+    name = "dynamic"
 
     def __init__(
         self,
@@ -31,14 +47,23 @@ class Reweighter:
         start: Mapping[str, float],
         within: float,
         smoothing: float = 0.0,
-        given: Mapping[int, Mapping[str, float]] | None = None,
+        course: Mapping[int, Mapping[str, float]] | None = None,
+        steps: int = LARGEST,
+        log: RunLog | None = None,
     ) -> None:
-        """`given`: the weights after the evaluation of each step, to follow instead (Job.weights)."""
-        self.references, self.rule, self.given = dict(references), rule, given
+        """Args:
+        course: the weights after the validation of each step, to follow instead.
+        steps: of the run; the validation after the last one moves nothing.
+        """
+        self.references, self.rule, self.course = dict(references), rule, course
+        self._steps, self._log = steps, log
         self.start, self.within, self.smoothing = dict(start), within, smoothing
+        self.weights = dict(start)
 
     @classmethod
-    def load(cls, job: Job, *, validation: Validation, start: Mapping[str, float]) -> Reweighter | None:
+    def load(
+        cls, job: Job, *, validation: Validation, start: Mapping[str, float], log: RunLog | None = None
+    ) -> Reweighter | None:
         """The reweighter of a job whose mixture is `start`; None without `pretrain.dynamic`.
 
         Raises:
@@ -47,31 +72,49 @@ class Reweighter:
         dynamic = job.params.dynamic
         if dynamic is None:
             return None
-        given = dynamic.references
-        if isinstance(given, Fit):
-            _same_domains("pretrain.dynamic.references.losses", given.losses, validation.windows)
-            size = given.size or _active(job)
+        chosen = dynamic.references
+        if isinstance(chosen, Fit):
+            _same_domains("pretrain.dynamic.references.losses", chosen.losses, validation.windows)
+            size = chosen.size or _active(job)
             references = {
-                domain: predict(losses, sizes=given.sizes, size=size, domain=domain)
-                for domain, losses in given.losses.items()
+                domain: predict(losses, sizes=chosen.sizes, size=size, domain=domain)
+                for domain, losses in chosen.losses.items()
             }
-        elif given == "parent":
-            assert validation.references is not None
+        elif chosen == "parent":
+            if validation.references is None:
+                raise TrainingError(_unmeasured(job))
             references = validation.references
         else:
-            _same_domains("pretrain.dynamic.references", given, validation.windows)
-            references = given
-        followed = None
-        if job.weights is not None:
-            followed = {int(step): weights for step, weights in json.loads(job.weights.read_text()).items()}
+            _same_domains("pretrain.dynamic.references", chosen, validation.windows)
+            references = chosen
+        course = job.options.get("dynamic", {}).get("weights")
         return cls(
             {domain: references[domain] for domain in validation.windows},
             rule=dynamic.rule,
             start=start,
             within=dynamic.within,
             smoothing=dynamic.smoothing,
-            given=followed,
+            course=course and {int(step): weights for step, weights in course.items()},
+            steps=job.params.steps,
+            log=log,
         )
+
+    def after_validation(self, step: int, losses: Mapping[str, float]) -> dict[str, float] | None:
+        if step == self._steps:
+            return None
+        self.weights = self.update(self.weights, losses=losses, step=step)
+        for message in self.at_cap(self.weights, losses=losses) if self._log else ():
+            self._log.event(step, what="domain_at_cap", message=message)
+        return self.weights
+
+    def record(self, kind: Kind) -> Mapping[str, Any]:
+        return {"references": self.references} if kind == "validation" else {}
+
+    def state(self) -> dict[str, float]:
+        return self.weights
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.weights = dict(state)
 
     def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
         """The weights after the evaluation of a step (`sampling.weights.update`, smoothed, then `within`).
@@ -80,8 +123,8 @@ class Reweighter:
             weights: those in use.
             losses: validation losses of this evaluation, nats per token.
         """
-        if self.given is not None:
-            return dict(self.given[step])
+        if self.course is not None:
+            return dict(self.course[step])
         moved = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
         old = self.smoothing
         moved = {domain: (1 - old) * weight + old * weights[domain] for domain, weight in moved.items()}
@@ -151,3 +194,16 @@ def _same_domains(field: str, given: Mapping[str, Any], domains: Iterable[str]) 
         raise TrainingError(
             f"{field}: {'; '.join(faults)}; it needs a reference loss for exactly {', '.join(domains)}"
         )
+
+
+def _unmeasured(job: Job) -> str:
+    evidence = json.loads(job.mixture.read_text())["evidence"]
+    if not evidence.get("window_losses"):
+        return (
+            f"pretrain.dynamic.references: parent needs the parent's losses, and {job.mixture} has none; run the "
+            "stage `mixture` with mixture.method: reference_loss, or give the references"
+        )
+    return (
+        f"pretrain.eval_windows = {job.params.eval_windows} is more than the {evidence['windows']} windows of "
+        "mixture.windows that have a reference loss; lower the first or raise the second"
+    )

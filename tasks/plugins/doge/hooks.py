@@ -19,21 +19,71 @@ import torch
 from numpy.typing import NDArray
 
 from tasks.corpus.sampling.loader import Batch
+from tasks.plugins.proxy_runs import estimating, rules
+from tasks.plugins.proxy_runs.estimating import Estimating
 from tasks.pretrain import batches
-from tasks.pretrain.domains import rules
-from tasks.pretrain.domains.weigher import Weigher
+from tasks.pretrain.hook import Hook, Step
+from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.loss import objective
 from tasks.pretrain.loss.objective import Losses, Objective
 from tasks.settings import Pretrain
+from tasks.settings.fields import Above, Frozen, Name
 
 if TYPE_CHECKING:
     from tasks.pretrain.engine.interface import Engine
+    from tasks.pretrain.loop import Trainer
 
 Gradient = list[torch.Tensor]
 
 
-class Alignment(Weigher):
+class Options(Frozen):
+    """Job.options["doge"]: move the weights by products of the domains' gradients, and train by their weighted sum."""
+
+    target: dict[Name, Above] | None = None
+    """Domains whose loss is to fall, on held-out windows; absent: every domain's, each helped by the others."""
+
+
+def hooks(trainer: Trainer) -> list[Hook]:
+    """The estimator, if the job asks for it."""
+    job, shares = trainer.job, trainer.sampler.weights
+    if "doge" not in job.options:
+        return []
+    target = Options(**job.options["doge"]).target
+    _check(job, shares)
+    each = job.params.batch // len(shares)
+    return [
+        Alignment(
+            job.params,
+            trainer.engine,
+            domains=list(shares),
+            target=estimating.normalised(target) if target else None,
+            windows=estimating.held_out(
+                job, target or {}, count=each * job.params.steps
+            ),  # fewer if there are no more
+            objective=trainer.objective,
+            process=trainer.process,
+        )
+    ]
+
+
+def _check(job: Job, shares: Mapping[str, float]) -> None:
+    estimating.check(job, "doge", shares)
+    params = job.params
+    if params.zero_stage == 3 or params.expert_parallel > 1:
+        raise TrainingError(
+            "doge takes gradients of whole weights; it needs zero_stage 0, 1 or 2 and expert_parallel 1"
+        )
+    if params.balance.loss != "none" or params.balance.z_loss:
+        raise TrainingError("doge takes gradients of the cross-entropy alone; set balance: {loss: none, z_loss: 0}")
+    if params.batch % len(shares) or max(shares.values()) - min(shares.values()) > 1e-6:
+        raise TrainingError(
+            f"doge needs every domain in every batch; make batch = {params.batch} a multiple of the {len(shares)} "
+            "domains, and their weights equal"
+        )
+
+
+class Alignment(Estimating):
     """Weights by products of gradients."""
 
     def __init__(
@@ -61,17 +111,15 @@ class Alignment(Weigher):
         self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         self._each = params.batch // len(domains)
 
-    def backward(self, batch: Batch, *, step: int, rate: float) -> list[Losses]:
+    def backward(self, step: Step) -> list[Losses]:
         """Move the weights by a batch and leave the gradient of the weighted loss in the engine.
 
-        Args:
-            batch: this rank's part; all ranks' together have every domain.
-            step: from 1.
-            rate: the learning rate of the step.
+        All ranks' batches together have every domain.
 
         Returns:
             The losses of the windows in the batch's order, as of one micro-batch.
         """
+        batch = step.batch
         nats_B = torch.zeros(len(batch.input_ids))
         gradients, norms = {}, {}
         for domain in self.domains:
@@ -79,10 +127,10 @@ class Alignment(Weigher):
             gradient, nats = self._gradient(batches.select(batch, rows) if len(rows) else None)
             nats_B[torch.from_numpy(rows)] = nats
             gradients[domain], norms[domain] = self._clipped(gradient)
-        gains = self._gains(gradients, step=step)
+        gains = self._gains(gradients, step=step.number)
         weights = self.weights
         if all(math.isfinite(value) for value in (*gains.values(), *norms.values())):  # else the guard judges it
-            weights = rules.doge(self.weights, gains=gains, norms=norms, rate=rate)
+            weights = rules.doge(self.weights, gains=gains, norms=norms, rate=step.rate)
             self.propose(weights, scores=gains)
         self._hand_over(gradients, weights)
         return [Losses(nats_B=nats_B, parts={}, total=nats_B.sum())]

@@ -14,11 +14,10 @@ from tests.pretrain.warm_stages import start
 pytestmark = pytest.mark.e2e
 
 TRAIN = """
+import json
 import sys
 from pathlib import Path
-from pydantic import TypeAdapter
 from tasks import scratch, settings
-from tasks.pretrain.domains.plan import Plan
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch import launcher
 
@@ -28,8 +27,7 @@ scratch.write_json(work / "mixture.json", {"weights": {"prose": 0.5, "code": 0.5
 given = settings.load().pipeline("tiny").pretrain.model_dump()
 params = settings.Pretrain(**given | {"dynamic": None, "tokens": 8 * 256, "balance": {"loss": "none"}})
 folders = {"corpus": Path("data/corpora/tiny"), "model": parent, "parent": parent, "mixture": work / "mixture.json"}
-plan = TypeAdapter(Plan).validate_json(sys.argv[2])
-launcher.run(Job(pipeline="tiny.estimate", params=params, workspace=work, estimate=plan, **folders))
+launcher.run(Job(pipeline="tiny.estimate", params=params, workspace=work, options=json.loads(sys.argv[2]), **folders))
 """
 # DoReMi is killed in tests/mixture/proxies/test_online_stage.py
 PLANS: dict[str, dict[str, Any]] = {
@@ -43,7 +41,7 @@ def test_a_killed_estimate_ends_with_the_same_bytes_and_the_same_course(project:
     from tasks import scratch  # not above: a forked stage imports its project's own code
 
     (project / "estimate_job.py").write_text(TRAIN)
-    plan = json.dumps(PLANS[method] | {"method": method})
+    plan = json.dumps({method: PLANS[method]})
     killed = start("estimate_job", "killed", plan, cwd=project)
     wait_for(lambda: [*project.glob("killed/checkpoints/step-*")])
     killed.process.kill()

@@ -1,0 +1,1 @@
+"""One model that serves several numbers of experts per token: `partition.elastic`."""
