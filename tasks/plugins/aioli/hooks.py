@@ -95,8 +95,8 @@ class Sweeps(Estimating):
         if self._round <= self._sweeping:
             raise TrainingError(
                 f"{steps} steps in {options.updates} rounds leave {self._round} a round, and {options.sweeps} sweeps "
-                f"of {options.sweep_steps} steps over {len(self.domains)} domains take {self._sweeping}; train on more "
-                "tokens, or lower updates, sweeps or sweep_steps"
+                f"of {options.sweep_steps} steps over {len(self.domains)} domains take {self._sweeping}; train on "
+                "more tokens, or lower updates, sweeps or sweep_steps"
             )
         self._last: dict[str, float] = {}
         self._moved = False
