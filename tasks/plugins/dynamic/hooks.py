@@ -103,8 +103,9 @@ class Reweighter(Hook):
         if step == self._steps:
             return None
         self.weights = self.update(self.weights, losses=losses, step=step)
-        for message in self.at_cap(self.weights, losses=losses) if self._log else ():
-            self._log.event(step, what="domain_at_cap", message=message)
+        for message in self.at_cap(self.weights, losses=losses):
+            if self._log:
+                self._log.event(step, what="domain_at_cap", message=message)
         return self.weights
 
     def record(self, kind: Kind) -> Mapping[str, Any]:

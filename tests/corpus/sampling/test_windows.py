@@ -142,7 +142,7 @@ def test_a_test_split_without_a_window_is_found_before_anything_is_trained(
             {
                 "tasks/mixture/compare/cells.py",
                 "tasks/mixture/proxies/units.py",
-                "tasks/pretrain/domains/estimators.py",
+                "tasks/plugins/proxy_runs/estimating.py",
             },
         ),
     ],
