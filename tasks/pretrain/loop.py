@@ -65,7 +65,16 @@ class Trainer:
             RouterMonitor(layers=sizes["layers"], experts=sizes["experts"], top_k=self.top_k, log=self.run_log),
             self.guard,
         ]
-        self.recovery = Recovery(self)
+        self.recovery = Recovery(
+            job,
+            engine=engine,
+            process=process,
+            run_log=self.run_log,
+            state=self.state,
+            sampler=self.sampler,
+            guard=self.guard,
+            hooks=self.hooks,
+        )
 
     def run(self) -> None:
         """Train to the last step, from the last checkpoint if there is one.

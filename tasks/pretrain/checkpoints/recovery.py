@@ -7,21 +7,38 @@ from typing import TYPE_CHECKING, Any
 from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.checkpoints.manager import CheckpointManager
 from tasks.pretrain.health.loss_guard import Rollback, Rollbacks
-from tasks.pretrain.job import code_version
+from tasks.pretrain.job import Job, code_version
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
-    from tasks.pretrain.loop import Trainer
+    from collections.abc import Sequence
+
+    from tasks.corpus.sampling.sampler import Sampler
+    from tasks.pretrain.checkpoints.run_state import RunState
+    from tasks.pretrain.engine.interface import Engine
+    from tasks.pretrain.health.loss_guard import LossGuard
+    from tasks.pretrain.hook import Hook
+    from tasks.pretrain.launch.process import Process
+    from tasks.pretrain.log.run_log import RunLog
 
 
 class Recovery:
     """Writes all parts of a run that have a state into checkpoints, and reads them back into the same objects."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        """Args: trainer: with all its parts but this one."""
-        job, process = trainer.job, trainer.process
-        self.params, self.engine, self.process, self.run_log = job.params, trainer.engine, process, trainer.run_log
-        self.state, self.sampler, self.guard, self.hooks = trainer.state, trainer.sampler, trainer.guard, trainer.hooks
+    def __init__(
+        self,
+        job: Job,
+        *,
+        engine: Engine,
+        process: Process,
+        run_log: RunLog,
+        state: RunState,
+        sampler: Sampler,
+        guard: LossGuard,
+        hooks: Sequence[Hook],
+    ) -> None:
+        self.params, self.engine, self.process, self.run_log = job.params, engine, process, run_log
+        self.state, self.sampler, self.guard, self.hooks = state, sampler, guard, hooks
         self.checkpoints = CheckpointManager(
             job.workspace / "checkpoints", params=job.params, rank=process.rank, world_size=process.world_size
         )
