@@ -34,13 +34,10 @@ def evaluate(
         typer.Option("--tasks", metavar="NAME", help="A suite or a task of lm-eval; may be given several times."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items of each task, else all.")] = None,
-    analyses: Annotated[
+    measure: Annotated[
         list[str] | None,
-        typer.Option("--analyses", metavar="NAME", help="Of experts and routers (docs/analysis.md), or `all`."),
+        typer.Option("--measure", metavar="FIELD=VALUE", help="A plug-in's setting, such as analyses=all."),
     ] = None,
-    analysis_windows: Annotated[
-        int, typer.Option("--analysis-windows", min=1, help="Windows of each domain that analyses read.")
-    ] = 1,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a window.")] = 512,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of each domain.")] = 8,
     unseen_windows: Annotated[int, typer.Option("--unseen-windows", min=1, help="Of each unseen domain.")] = 4,
@@ -71,8 +68,7 @@ def evaluate(
                 text=text,
                 tasks=tasks or (),
                 limit=limit,
-                analyses=analyses or (),
-                analysis_windows=analysis_windows,
+                measure=measure or (),
                 seq_len=seq_len,
                 windows=windows,
                 unseen_windows=unseen_windows,

@@ -21,6 +21,8 @@ SEAMS: Mapping[str, str] = {
     "engine": "prepares(config), configuration, check, conversion, prepare, full_weights, read: another engine",
     "reader": "Reader, a class as of tasks/corpus/readers/base.py; its format has the plug-in's name",
     "hooks": "hooks(trainer) -> [Hook]: what happens around a training step; prepare(model, job)",
+    "figures": "measure(subject) -> JSON, of what evaluate measures (tasks/evaluate/details.py)",
+    "section": "section(content, titles) -> HTML, of what `figures` measured",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
     "method": "a partition method, registered by tasks.partition.methods.method",
     "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",

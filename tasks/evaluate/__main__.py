@@ -6,9 +6,9 @@ Reads data/models/, data/corpora/, runs/PIPELINE/{moe,trained}, and runs/PIPELIN
 a dense child. Writes runs/PIPELINE/evaluation.json (the figures), routing.json (tokens per domain, layer and expert),
 samples.json (each model's continuations of a few prompts), heldout.json (the evaluated windows, {domain: [[ids]]}),
 windows.json (each model's nats on each window, to compare two evaluations by), items.json (what each model scored on
-each item of each task) and analysis.json (analyses of experts and routers, {} if the settings ask for none). Results
-are kept by model and task: after a kill, the evaluation continues with the next task, and an analysis with the next
-layer. Speed comes after the models, which then take turns.
+each item of each task) and details.json (what plug-ins measure, {plug-in: content}). Results
+are kept by model and task: after a kill, the evaluation continues with the next task, and so does a
+plug-in. Speed comes after the models, which then take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from tasks import code, scratch, settings
 from tasks.engines import turns
-from tasks.evaluate import batches, generation, likelihood, routing_balance, unseen
+from tasks.evaluate import batches, details, generation, likelihood, routing_balance, unseen
 from tasks.evaluate.downstream import collection, judging
 from tasks.evaluate.machine import machine
 from tasks.evaluate.speeds import speed, speed_table
@@ -57,7 +57,6 @@ def evaluate(name: str) -> None:
     from tasks.corpus import manifest
     from tasks.corpus.sampling import windows
     from tasks.corpus.tokenizer import encoder
-    from tasks.evaluate.analysis import pipeline as pipeline_analyses
 
     config = settings.load()
     pipeline = config.pipeline(name)
@@ -102,8 +101,15 @@ def evaluate(name: str) -> None:
             "windows": likelihood.by_window(
                 ids, {key: result["nats"] for key, result in done.items()}, token_bytes=token_bytes
             ),
-            "analysis": pipeline_analyses.analyse(
-                run, ids, knobs=knobs, parent=folders["dense"], unfinished=folder / "analysis"
+            "details": details.measure(
+                details.Subject(
+                    models={key: folders[key] for key in ("split", "trained")},
+                    windows=lambda count: {domain: ids_BL[:count] for domain, ids_BL in ids.items()},
+                    settings=knobs,
+                    folder=folder / "details",
+                    parent=folders["dense"],
+                    index=run / "partition.safetensors",
+                )
             ),
         }
         for out, content in outs.items():

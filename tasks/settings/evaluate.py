@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tasks.settings.corpus import Corpus, SourceText
-from tasks.settings.fields import LARGEST, Frozen, Name, Positive, SeqLen, Sha256
+from tasks.settings.fields import LARGEST, Frozen, Name, Positive, SeqLen, Sha256, extended
 
 Split = Annotated[str, Field(pattern=r"^\w+$", max_length=100, description="letters, digits and _")]
 
@@ -58,10 +57,7 @@ class Task(Frozen):
         return self.files if self.source is None else {"test": File(source=self.source, sha256=self.sha256)}
 
 
-MEASURES = Path(__file__).parent.parent / "evaluate" / "analysis" / "measures"
-"""The analyses of experts and routers, a file each."""
-
-
+@extended("evaluate")
 class Evaluate(Frozen):
     """Evaluation and report (tasks/evaluate)."""
 
@@ -80,21 +76,12 @@ class Evaluate(Frozen):
     """Items of each task that has no limit of its own."""
     tasks: list[Task] = Field(default_factory=list)
     """Single tasks; one that a suite has too changes what it names here, such as `files`, and keeps the rest."""
-    analyses: list[Name] = Field(default_factory=list)
-    """Of experts and routers, before and after training (tasks/evaluate/analysis)."""
-    analysis_windows: Positive = 1
-    """Test windows per domain that the analyses read."""
 
     @model_validator(mode="after")
     def _tasks(self) -> Self:
         names = [task.name for task in self.tasks]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"tasks: {', '.join(twice)} stands there twice, and one result would hide the other")
-        if twice := sorted({name for name in self.analyses if self.analyses.count(name) > 1}):
-            raise ValueError(f"analyses: {', '.join(twice)} stands there twice")
-        known = sorted(path.stem for path in MEASURES.glob("[a-z]*.py"))
-        if unknown := [name for name in self.analyses if name not in known]:
-            raise ValueError(f"analyses: {', '.join(unknown)} is not known; known: {', '.join(known)}")
         return self
 
     def windows_of(self, corpus: Corpus) -> int:

@@ -80,7 +80,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_dense_and_a_sparse_checkpoint_of_one_tokenizer_are_compared_window_by_window(
     text: Path, tiny_model: Path, qwen: Path
 ) -> None:
-    result = command.run([qwen, tiny_model], Path("out"), text=text, seq_len=64, windows=5, analyses=["all"])
+    result = command.run([qwen, tiny_model], Path("out"), text=text, seq_len=64, windows=5, measure=["analyses=all"])
     assert json.loads(Path("out/evaluation.json").read_text()) == result
     assert result["text"] | {"domains": None} == {
         "source": "book.txt", "by": "ids", "seq_len": 64, "batch": 4, "dtype": "float32", "domains": None
@@ -95,9 +95,9 @@ def test_a_dense_and_a_sparse_checkpoint_of_one_tokenizer_are_compared_window_by
     assert difference["domains"]["stderr"] > 0
     assert [sum(layer) for layer in sparse["load"]["book"]] == [5 * 64 * 2] * 2
     assert "routing" not in dense
-    assert "analysis" not in dense
-    assert sparse["analysis"]["text"]["windows"] == {"book": 1}
-    assert set(sparse["analysis"]["left_out"]) == {"stability"}
+    assert "details" not in dense
+    assert sparse["details"]["analysis"]["text"]["windows"] == {"book": 1}
+    assert set(sparse["details"]["analysis"]["left_out"]) == {"stability"}
     html = Path("out/index.html").read_text()
     seen = Page(html)
     assert seen.references == []
@@ -299,7 +299,11 @@ def test_text_that_cannot_be_judged_on_is_one_message(text: Path, tiny_model: Pa
         ({"text": Path("latin.txt")}, "latin.txt: not UTF-8 text"),
         ({"text": Path("list.json")}, "list.json: no table of domains and their windows"),
         ({"text": Path("heldout.json")}, "the tokenizer of its ids is not beside it"),
-        ({"text": text, "analyses": ["everything"]}, "--analyses everything: not known; known: all, similarity"),
+        (
+            {"text": text, "measure": ["analyses=luck"]},
+            "analyses: Value error, luck is not known; known: all",
+        ),
+        ({"text": text, "measure": ["luck=1"]}, "--measure luck=1: no plug-in has it; they have: analyses"),
         ({"text": text, "tasks": ["hellaswog"]}, "--tasks hellaswog: is no task of lm-eval"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -6,13 +6,12 @@ import platform
 import re
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from tasks.evaluate import summary, unseen_table
+from tasks.evaluate import details, summary, unseen_table
 from tasks.evaluate.report import (
-    analysis_section,
     answer_section,
     card,
     charts,
@@ -31,6 +30,9 @@ from tasks.evaluate.speeds import speed_table
 from tasks.pretrain.job import code_version
 from tasks.settings import Task, suites
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 FIRST = (answer_section, frontier_section)
 """What the page begins with. Each module has `section(results)`, which gives a section.Section or None."""
 MORE = (tasks_section, elastic_section, cost_section, mixture_section)
@@ -47,16 +49,17 @@ PARTS = {
 
 def render(results: Results) -> str:
     """The whole page as HTML; it loads nothing from anywhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    return environment().get_template("report.html.j2").render(context(results))
 
-    env = Environment(
-        loader=PackageLoader("tasks.evaluate.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
+
+def environment(*packages: str) -> Environment:
+    """What renders the templates of this folder, and before them those of `packages`. All text is escaped."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loader = ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "tasks.evaluate.report")])
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.filters["code"] = code
-    return env.get_template("report.html.j2").render(context(results))
+    return env
 
 
 def code(text: str) -> Markup:
@@ -105,7 +108,7 @@ def context(results: Results) -> dict[str, Any]:
         "repeated": card.repeated(results),
         "training": training_section.section(results),
         "experts": experts_section.section(results),
-        "analysis": analysis_section.section(results.analysis, dict(columns)),
+        "details": details.sections(results.details, dict(columns)),
         "corpus": corpus_section.section(results),
         "mixture": mixture(results),
         "licences": licences(results),

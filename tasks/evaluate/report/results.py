@@ -29,7 +29,7 @@ class Results:
     control: dict[str, Any]
     evaluation: dict[str, Any]
     routing: dict[str, Any]
-    analysis: dict[str, Any]
+    details: dict[str, Any]
     config: dict[str, Any]
     """config.json of the trained checkpoint."""
     licence_file: str | None
@@ -86,7 +86,7 @@ def read(name: str) -> Results:
         control=load(run / "control.json", "control"),
         evaluation=load(run / "evaluation.json", "evaluate"),
         routing=load(run / "routing.json", "evaluate"),
-        analysis=load(run / "analysis.json", "evaluate"),
+        details=load(run / "details.json", "evaluate"),
         config=load(run / "trained" / "config.json", "pretrain"),
         licence_file=next((path.name for path in sorted((run / "trained").glob("LICEN[CS]E*"))), None),
         samples=load(run / "samples.json", "evaluate"),

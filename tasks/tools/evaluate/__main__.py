@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import scratch, settings
+from pydantic import ValidationError
+
+from tasks import plugin, scratch, settings
 from tasks.settings import harness, suites
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ def run(
     text: Path | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
-    analyses: Sequence[str] = (),
-    analysis_windows: int = 1,
+    measure: Sequence[str] = (),
     seq_len: int = 512,
     windows: int = 8,
     unseen_windows: int = 4,
@@ -51,7 +52,7 @@ def run(
         text: a text file, or the heldout.json in the folder of a model. Without either, the heldout.json in the first.
         tasks: suites and lm-eval tasks; one that pipelines.yaml gives a source is read from there.
         limit: items of each task.
-        analyses: of experts and routers (docs/analysis.md), or `all`; analysis_windows: of each domain, for them.
+        measure: settings of plug-ins, FIELD=VALUE or FIELD=VALUE,VALUE, such as analyses=all.
         seq_len, windows, unseen_windows: tokens of a window; windows of each domain, and of each unseen one.
         batch: windows, or sequences of a task, per forward pass.
         dtype: of the weights.
@@ -67,7 +68,7 @@ def run(
 
     if len(paths) > MOST:
         raise ValueError(f"{len(paths)} checkpoints; at most {MOST} can be compared at once")
-    depth = _analyses(analyses)
+    chosen = _settings(measure, seq_len=seq_len)
     wanted = [task for name in tasks for task in tasks_named(name, limit=limit)]
     found = [checkpoints.examine(path) for path in paths]
     passages = _passages(paths[0], corpus, text, seq_len=seq_len, windows=windows, unseen_windows=unseen_windows)
@@ -75,8 +76,7 @@ def run(
         checkpoints=found,
         passages=passages,
         tasks=wanted,
-        analyses=depth,
-        analysis_windows=analysis_windows,
+        settings=chosen,
         batch=batch,
         dtype=dtype,
     )
@@ -102,12 +102,21 @@ def _passages(
     return passages.of_file(text, seq_len=seq_len, windows=windows, tokenizer=path)
 
 
-def _analyses(names: Sequence[str]) -> list[str]:
-    from tasks.evaluate.analysis.registry import ANALYSES
-
-    if unknown := [name for name in names if name not in {*ANALYSES, "all"}]:
-        raise ValueError(f"--analyses {unknown[0]}: not known; known: all, {', '.join(ANALYSES)}")
-    return list(ANALYSES) if "all" in names else list(names)
+def _settings(options: Sequence[str], *, seq_len: int) -> settings.Evaluate:
+    """The section `evaluate` with the fields of plug-ins that `options`, FIELD=VALUE,VALUE, set. Raises ValueError."""
+    known = plugin.fields("evaluate")
+    values: dict[str, Any] = {"seq_len": seq_len}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in known:
+            raise ValueError(f"--measure {option}: no plug-in has it; they have: {', '.join(known) or 'nothing'}")
+        default = known[name][1]
+        values[name] = value if isinstance(default, int | str) else value.split(",")
+    try:
+        return settings.Evaluate.model_validate(values, strict=False)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"--measure {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
 def tasks_named(name: str, *, limit: int | None = None) -> list[settings.Task]:
@@ -140,8 +149,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="a text file, or a model's heldout.json")
     parser.add_argument("--tasks", nargs="+", default=[], help="suites, and tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="items of each task")
-    parser.add_argument("--analyses", nargs="+", default=[], help="of experts and routers (docs/analysis.md), or all")
-    parser.add_argument("--analysis-windows", type=int, default=1, help="windows of each domain that they read")
+    parser.add_argument("--measure", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of plug-ins")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=8, help="windows of each domain")
     parser.add_argument("--unseen-windows", type=int, default=4, help="windows of each unseen domain")

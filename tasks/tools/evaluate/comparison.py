@@ -70,7 +70,7 @@ def _model(
         bits = {d: loss.bits_per_byte(sum(sums), num_bytes=done["counted"][d]["bytes"]) for d, sums in some.items()}
         return {"bits_per_byte": bits | {"mean": statistics.fmean(bits.values())}}
 
-    kept = ("class", "parameters", "flops_per_token", "load", "changed", "analysis", "seconds")
+    kept = ("class", "parameters", "flops_per_token", "load", "changed", "details", "seconds")
     entry = {"path": str(checkpoint.path), **_some(done, [field for field in kept if field in done])}
     entry |= scores(groups["domains"])
     if groups["unseen"]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tasks import architectures, code, scratch
 from tasks.corpus.tokenizer import encoder
-from tasks.evaluate import likelihood
+from tasks.evaluate import details, likelihood
 from tasks.evaluate.downstream import collection, judging
 from tasks.moe import counts, device, loss, routing
 from tasks.tools.evaluate import checkpoints, comparison
@@ -33,8 +33,8 @@ def evaluate(request: Request) -> dict[str, Any]:
         unseen: the same of unseen domains}; models: [{path, class, parameters {total, active if known},
         flops_per_token if known, loss and perplexity (by ids alone), bits_per_byte: {domain, mean}, unseen: the
         same, tasks, routing {experts, top_k, balance} and load {domain: [layers][experts]} of a known sparse one,
-        changed: of how many texts its tokenizer gives back others, analysis: run.analyse's of a known sparse one if
-        asked for, seconds}]; difference: [{against, unit, domains {loss, stderr}, unseen, tasks {task: {metric:
+        changed: of how many texts its tokenizer gives back others, details: what plug-ins measured of a known sparse
+        one, seconds}]; difference: [{against, unit, domains {loss, stderr}, unseen, tasks {task: {metric:
         {difference, low, high}}}}], the first minus each other, paired by window and by item; paired {level, draws} of
         the intervals; missing {task: why}; machine.
 
@@ -51,7 +51,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         "models": [scratch.digest(one.path) for one in request.checkpoints],
         "tasks": [task.model_dump() for task in request.tasks],
         "items": items,
-        "knobs": [request.batch, request.dtype, list(request.analyses), request.analysis_windows],
+        "knobs": [request.batch, request.dtype, request.settings.model_dump()],
         "code": code.fingerprint("tasks.tools.evaluate.judge"),
     }
     name = re.sub(r"\W+", "-", str(request.checkpoints[0].path)).strip("-") or "root"
@@ -88,9 +88,8 @@ class _Judge:
         self.folder.mkdir(exist_ok=True)
         text = self._part("text", self._text)
         tasks = self.tasks.scores(self._pair, keep=self.folder / "task", batch=self.request.batch, dtype="auto")
-        self._model = None  # an analysis reads the weights layer by layer
-        sparse = architectures.is_moe(self.checkpoint.config) and self.request.analyses
-        return {**text, "tasks": tasks, **({"analysis": self._analysis()} if sparse else {})}
+        self._model = None  # a plug-in reads the weights layer by layer
+        return {**text, "tasks": tasks, **(self._details() if architectures.is_moe(self.checkpoint.config) else {})}
 
     def _part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.folder / f"{name}.json"
@@ -168,17 +167,14 @@ class _Judge:
             print(f"  {domain}: {loss.bits_per_byte(sum(nats[domain]), num_bytes=size):.4f} bits/byte", flush=True)
         return {"nats": nats, "load": load, "counted": counted, "changed": changed}
 
-    def _analysis(self) -> dict[str, Any]:
-        from tasks.evaluate.analysis import run
-
-        return run.analyse(
-            {str(self.checkpoint.path): self.checkpoint.path},
-            self.request.analyses,
-            windows=self.request.passages.windows(self.checkpoint, count=self.request.analysis_windows) or None,
-            folder=self.folder / "analysis",
-            device=device.default(),
-            progress=lambda line: print(line, flush=True),
+    def _details(self) -> dict[str, Any]:
+        subject = details.Subject(
+            models={str(self.checkpoint.path): self.checkpoint.path},
+            windows=lambda count: self.request.passages.windows(self.checkpoint, count=count),
+            settings=self.request.settings,
+            folder=self.folder,
         )
+        return {"details": found} if (found := details.measure(subject)) else {}
 
     def _pair(self) -> tuple[Any, Any]:
         from transformers import AutoTokenizer

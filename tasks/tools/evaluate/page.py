@@ -6,19 +6,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tasks.evaluate import summary
-from tasks.evaluate.report import analysis_section, charts, experts_section, page
+from tasks.evaluate import details, summary
+from tasks.evaluate.report import charts, experts_section, page
 from tasks.tools.evaluate import table
 
 
 def render(result: dict[str, Any]) -> str:
     """The whole page."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
-    own, shared = PackageLoader("tasks.tools.evaluate", "."), PackageLoader("tasks.evaluate.report", ".")
-    env = Environment(loader=ChoiceLoader([own, shared]), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    env.filters["code"] = page.code
-    return env.get_template("checkpoints.html.j2").render(context(result))
+    return page.environment("tasks.tools.evaluate").get_template("checkpoints.html.j2").render(context(result))
 
 
 def context(result: dict[str, Any]) -> dict[str, Any]:
@@ -48,10 +43,10 @@ def context(result: dict[str, Any]) -> dict[str, Any]:
         "others": table.others(result),
         "differences": table.differences(result),
         "heat_maps": maps,
-        "analyses": [
-            analysis_section.section(model["analysis"], {model["path"]: title})
+        "details": [
+            section
             for title, model in zip(columns, models, strict=True)
-            if "analysis" in model
+            for section in details.sections(model.get("details", {}), {model["path"]: title})
         ],
         "versions": page.versions(result["machine"]),
     }

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tasks.corpus.tokenizer import encoder
+from tasks.settings import Evaluate, Task
 from tasks.tools.evaluate.checkpoints import Checkpoint
 from tasks.tools.evaluate.passages import Passages
-
-if TYPE_CHECKING:
-    from tasks.settings import Task
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -24,9 +22,8 @@ class Request:
     """The first is compared with each of the others."""
     passages: Passages
     tasks: Sequence[Task] = field(default_factory=list)
-    analyses: Sequence[str] = ()
-    """Of the experts and routers of sparse checkpoints (tasks/evaluate/analysis)."""
-    analysis_windows: int = 1
+    settings: Evaluate = field(default_factory=lambda: Evaluate(seq_len=2))
+    """Plug-ins read their own fields of it."""
     batch: int = 4
     dtype: Dtype = "float32"
 

@@ -23,7 +23,7 @@ from tasks.evaluate.report import __main__ as stage
 from tasks.evaluate.report import card, corpus_section, frontier_section, hub_metadata, page, training_section
 from tasks.evaluate.report import results as results_module
 from tasks.evaluate.report.results import Results
-from tests.evaluate.conftest import write_child, write_run
+from tests.finished_run import write_child, write_run
 
 ROOT = Path(summary.__file__).parents[2]
 VOID = {"meta", "br"}

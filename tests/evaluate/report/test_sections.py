@@ -14,7 +14,7 @@ from tasks.evaluate import answer, summary
 from tasks.evaluate.report import card, cost_section, elastic_section, frontier_section, page
 from tasks.evaluate.report import results as results_module
 from tasks.evaluate.report.results import Results
-from tests.evaluate.conftest import write_child
+from tests.finished_run import write_child
 
 
 @pytest.fixture

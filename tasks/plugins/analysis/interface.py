@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tasks.evaluate.analysis.layer import Layer
+from tasks.plugins.analysis.layer import Layer
 
 Needs = Literal["weights", "text", "another model"]
 """weights: the checkpoint alone; text: windows too; another model: windows, and a second checkpoint beside it."""

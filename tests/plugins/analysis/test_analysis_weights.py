@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from tasks import architectures, settings
-from tasks.evaluate.analysis import run
-from tasks.evaluate.analysis import text as texts
-from tasks.evaluate.analysis.measures import reordering, router, similarity
-from tasks.evaluate.analysis.registry import ANALYSES
-from tasks.evaluate.analysis.stream import Stream
 from tasks.moe.internals import layers as internals
 from tasks.moe.streamed import Streamed
 from tasks.partition import convert, exporters
 from tasks.partition import index as index_file
+from tasks.plugins.analysis import run
+from tasks.plugins.analysis import text as texts
+from tasks.plugins.analysis.measures import reordering, router, similarity
+from tasks.plugins.analysis.registry import ANALYSES
+from tasks.plugins.analysis.stream import Stream
 from tests import models
 
 SIZE, WIDTH = 12, 48

@@ -9,8 +9,8 @@ from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from tasks.evaluate.analysis import text
-from tasks.evaluate.analysis.text import KINDS
+from tasks.plugins.analysis import text
+from tasks.plugins.analysis.text import KINDS
 
 PROSE = "The committee met on 14 March, and the roof leaked. The committee commits 1869 times!\n\n\tüber alles"
 

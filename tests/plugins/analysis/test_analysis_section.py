@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.evaluate.report import analysis_section, page
+from tasks.evaluate.report import page
 from tasks.evaluate.report import results as results_module
-from tasks.evaluate.report.matrix import matrix
+from tasks.plugins.analysis import section as analysis_section
+from tasks.plugins.analysis.section import matrix
 
 TITLES = {"split": "after the split", "trained": "after training"}
 
@@ -55,7 +56,7 @@ def content() -> dict[str, Any]:
 
 
 def test_the_table_has_every_mean_of_both_models_and_the_change() -> None:
-    made = analysis_section.section(content(), TITLES)
+    made = analysis_section.variables(content(), TITLES)
     assert made["columns"] == ["after the split", "after training", "change"]
     router, stability = made["groups"]
     assert router["rows"] == [
@@ -71,7 +72,7 @@ def test_the_table_has_every_mean_of_both_models_and_the_change() -> None:
 
 
 def test_every_chart_has_a_line_for_each_series_of_each_model_and_leaves_gaps_where_nothing_is_defined() -> None:
-    drawn = [figure for figure in analysis_section.section(content(), TITLES)["figures"] if not figure["top"]]
+    drawn = [figure for figure in analysis_section.variables(content(), TITLES)["figures"] if not figure["top"]]
     chart = ElementTree.fromstring(f"<div>{drawn[0]['chart']}</div>")
     lines = {path.findtext("title"): path.attrib["d"].count("L") + 1 for path in chart.iter("path")}
     assert lines == {
@@ -81,7 +82,7 @@ def test_every_chart_has_a_line_for_each_series_of_each_model_and_leaves_gaps_wh
 
 def test_the_page_shows_the_section_where_there_are_analyses_and_nothing_where_there_are_none(finished: Path) -> None:
     assert "Experts and routers in depth" not in page.render(results_module.read("demo"))
-    Path("runs/demo/analysis.json").write_text(json.dumps(content()))
+    Path("runs/demo/details.json").write_text(json.dumps({"analysis": content()}))
     html = page.render(results_module.read("demo"))
     section = html.split("Experts and routers in depth")[1].split("<h2>")[0]
     assert '<td class="n"><b>+0.125</b> </td>' in section
@@ -97,7 +98,7 @@ def test_one_model_alone_has_no_column_of_changes_and_no_names_in_its_lines() ->
     del alone["models"]["split"]
     del alone["analyses"]["router"]["models"]["split"]
     alone["text"] = None
-    made = analysis_section.section(alone, {})
+    made = analysis_section.variables(alone, {})
     assert made["columns"] == ["trained"]
     assert "<title>gate</title>" in made["figures"][0]["chart"]
     assert "Text" not in made["basis"]

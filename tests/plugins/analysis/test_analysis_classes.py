@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from scipy import stats
 
 from tasks import architectures
-from tasks.evaluate.analysis import run
-from tasks.evaluate.analysis import text as texts
-from tasks.evaluate.analysis.registry import ANALYSES
-from tasks.evaluate.analysis.stream import Stream
 from tasks.moe import checkpoint
 from tasks.moe.internals import layers as internals
 from tasks.moe.streamed import Streamed
+from tasks.plugins.analysis import run
+from tasks.plugins.analysis import text as texts
+from tasks.plugins.analysis.registry import ANALYSES
+from tasks.plugins.analysis.stream import Stream
 from tests import models
 
 EXPERTS, TOP_K, LAYERS, LENGTH = 6, 2, 3, 12

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.evaluate.analysis import cosine
-from tasks.evaluate.analysis.interface import Analysis, Figures
-from tasks.evaluate.analysis.layer import MATRICES, Layer
+from tasks.plugins.analysis import cosine
+from tasks.plugins.analysis.interface import Analysis, Figures
+from tasks.plugins.analysis.layer import MATRICES, Layer
 
 PAIRS = 6
 """Pairs of experts of each layer, spread evenly over all. A pair takes F^3 operations."""

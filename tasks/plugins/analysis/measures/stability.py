@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.evaluate.analysis.interface import Analysis, Figures
-from tasks.evaluate.analysis.layer import Layer
+from tasks.plugins.analysis.interface import Analysis, Figures
+from tasks.plugins.analysis.layer import Layer
 
 
 def measure(layer: Layer) -> Figures:

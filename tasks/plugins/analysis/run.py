@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks import scratch
-from tasks.evaluate.analysis import text as texts
-from tasks.evaluate.analysis.interface import plain
-from tasks.evaluate.analysis.layer import Layer, Parent
-from tasks.evaluate.analysis.registry import ANALYSES
-from tasks.evaluate.analysis.stream import Stream
 from tasks.moe import counts
 from tasks.moe.streamed import Streamed
 from tasks.partition import index as index_file
+from tasks.plugins.analysis import text as texts
+from tasks.plugins.analysis.interface import plain
+from tasks.plugins.analysis.layer import Layer, Parent
+from tasks.plugins.analysis.registry import ANALYSES
+from tasks.plugins.analysis.stream import Stream
 
 
 def analyse(

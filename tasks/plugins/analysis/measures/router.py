@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluate.analysis import cosine
-from tasks.evaluate.analysis.interface import Analysis, Figures, small
-from tasks.evaluate.analysis.layer import MATRICES, Layer
+from tasks.plugins.analysis import cosine
+from tasks.plugins.analysis.interface import Analysis, Figures, small
+from tasks.plugins.analysis.layer import MATRICES, Layer
 
 _CONSTANT = 1e-9
 """Cosines that differ by less are the same number."""

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from tasks import settings
-from tasks.evaluate.analysis import __main__ as command
-from tasks.evaluate.analysis import pipeline, run
-from tasks.evaluate.analysis.interface import plain
-from tasks.evaluate.analysis.registry import ANALYSES
+from tasks.evaluate.details import Subject
 from tasks.moe.streamed import Streamed
-from tasks.settings.evaluate import MEASURES, Evaluate
+from tasks.plugins.analysis import __main__ as command
+from tasks.plugins.analysis import figures, run
+from tasks.plugins.analysis.interface import plain
+from tasks.plugins.analysis.registry import ANALYSES
+from tasks.plugins.analysis.settings import MEASURES
+from tasks.settings import Evaluate
 from tests import models
 
 LAYERS = 3
@@ -136,10 +138,20 @@ def test_the_command_prints_the_means_and_the_change_and_writes_all_figures(pair
 
 
 def test_a_pipeline_analyses_what_its_settings_name_and_nothing_by_default(pair, tmp_path):
-    knobs = Evaluate(seq_len=10)
-    common = {"parent": tmp_path / "dense", "unfinished": tmp_path / "unfinished"}
-    assert pipeline.analyse(tmp_path, WINDOWS, knobs=knobs, **common) == {}
-    assert not common["unfinished"].exists()
+    def measure(folder, **settings):
+        return figures.measure(
+            Subject(
+                models={"split": folder / "moe", "trained": folder / "trained"},
+                windows=lambda count: {domain: ids[:count] for domain, ids in WINDOWS.items()},
+                settings=Evaluate(seq_len=10, **settings),
+                folder=tmp_path / "unfinished",
+                parent=tmp_path / "dense",
+                index=folder / "partition.safetensors",
+            )
+        )
+
+    assert measure(tmp_path) == {}
+    assert not (tmp_path / "unfinished").exists()
     with pytest.raises(ValueError, match="analyses"):
         Evaluate(seq_len=10, analyses=["luck"])
     with pytest.raises(ValueError, match="stands there twice"):
@@ -147,9 +159,7 @@ def test_a_pipeline_analyses_what_its_settings_name_and_nothing_by_default(pair,
     folder = pair["split"].parent
     models.build("qwen2", num_hidden_layers=LAYERS, intermediate_size=96).save_pretrained(tmp_path / "dense")
     write_index(folder / "partition.safetensors", experts=5)
-    found = pipeline.analyse(
-        folder, WINDOWS, knobs=Evaluate(seq_len=10, analyses=["stability", "similarity"]), **common
-    )
+    found = measure(folder, analyses=["stability", "similarity"])
     assert list(found["models"]) == ["split", "trained"]
     assert found["text"]["windows"] == {"prose": 1}
     assert list(found["analyses"]) == ["similarity", "stability"]

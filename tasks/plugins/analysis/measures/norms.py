@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluate.analysis.interface import Analysis, Figures, Map, defined, small
-from tasks.evaluate.analysis.layer import Layer
+from tasks.plugins.analysis.interface import Analysis, Figures, Map, defined, small
+from tasks.plugins.analysis.layer import Layer
 
 
 def measure(layer: Layer) -> Figures:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.evaluate.analysis.text import Text
 from tasks.moe.internals.layers import SparseFfn
 from tasks.moe.streamed import Streamed
 from tasks.partition import convert
+from tasks.plugins.analysis.text import Text
 
 Matrix = Literal["gate", "up", "down"]
 MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from tasks import architectures
-from tasks.evaluate.analysis.layer import Layer, Parent, Seen
-from tasks.evaluate.analysis.text import Text
 from tasks.moe.internals import layers as internals
 from tasks.moe.streamed import Streamed
+from tasks.plugins.analysis.layer import Layer, Parent, Seen
+from tasks.plugins.analysis.text import Text
 
 _BATCH = 4  # windows
 

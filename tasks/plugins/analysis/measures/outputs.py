@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluate.analysis import cosine
-from tasks.evaluate.analysis.interface import Analysis, Figures, Map, defined, small
-from tasks.evaluate.analysis.layer import Layer
+from tasks.plugins.analysis import cosine
+from tasks.plugins.analysis.interface import Analysis, Figures, Map, defined, small
+from tasks.plugins.analysis.layer import Layer
 
 
 def measure(layer: Layer) -> Figures:

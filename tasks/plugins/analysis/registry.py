@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tasks.evaluate.analysis.interface import Analysis
-from tasks.evaluate.analysis.measures import (
+from tasks.plugins.analysis.interface import Analysis
+from tasks.plugins.analysis.measures import (
     coactivation,
     load,
     norms,

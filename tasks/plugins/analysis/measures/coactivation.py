@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluate.analysis.interface import Analysis, Figures, small
-from tasks.evaluate.analysis.layer import Layer
+from tasks.plugins.analysis.interface import Analysis, Figures, small
+from tasks.plugins.analysis.layer import Layer
 
 _STRONGEST = 5
 

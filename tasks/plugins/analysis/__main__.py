@@ -1,8 +1,8 @@
 """Analyse the experts and routers of a checkpoint, or of two beside each other.
 
-    python -m tasks.evaluate.analysis PATH
-    python -m tasks.evaluate.analysis PATH --windows heldout.json --json analysis.json
-    python -m tasks.evaluate.analysis runs/demo/trained --against runs/demo/moe --windows runs/demo/heldout.json \\
+    python -m tasks.plugins.analysis PATH
+    python -m tasks.plugins.analysis PATH --windows heldout.json --json analysis.json
+    python -m tasks.plugins.analysis runs/demo/trained --against runs/demo/moe --windows runs/demo/heldout.json \\
         --count 1 --parent data/models/smollm2-135m-q4 --index runs/demo/partition.safetensors
 
 PATH is any Hugging Face checkpoint of a sparse class that is known here (docs/model.md), in safetensors, made by this
@@ -25,7 +25,7 @@ from tasks import code, scratch
 
 def main(argv: list[str] | None = None) -> int:
     """Run the analyses that the command line names, and print and write their figures."""
-    from tasks.evaluate.analysis.registry import ANALYSES
+    from tasks.plugins.analysis.registry import ANALYSES
 
     args = _parser(list(ANALYSES)).parse_args(argv)
     try:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser(known: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tasks.evaluate.analysis",
+        prog="python -m tasks.plugins.analysis",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"analyses: {', '.join(known)} (docs/analysis.md says what each one measures)",
@@ -69,8 +69,8 @@ def _parser(known: list[str]) -> argparse.ArgumentParser:
 
 
 def _analyse(args: argparse.Namespace) -> dict[str, Any]:
-    from tasks.evaluate.analysis import run, text
     from tasks.moe import device
+    from tasks.plugins.analysis import run, text
 
     if args.index is not None and args.parent is None:
         raise ValueError("--index says which of the parent's neurons the experts have; give --parent too")
@@ -81,7 +81,7 @@ def _analyse(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--against = {args.against} is the same folder as PATH")
     inputs: dict[str, Any] = {name: str(value) for name, value in vars(args).items() if name != "json"}
     inputs |= {"files": [_stamp(path) for path in (*paths, args.parent, args.windows, args.index) if path is not None]}
-    inputs |= {"code": code.fingerprint("tasks.evaluate.analysis")}
+    inputs |= {"code": code.fingerprint("tasks.plugins.analysis")}
     name = scratch.fingerprint(str(args.path.resolve()))
     with scratch.workspace("analysis", name, inputs=inputs) as folder:
         result = run.analyse(

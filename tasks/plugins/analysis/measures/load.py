@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluate.analysis.interface import LARGEST, Analysis, Figures, Map
-from tasks.evaluate.analysis.layer import Layer
+from tasks.plugins.analysis.interface import LARGEST, Analysis, Figures, Map
+from tasks.plugins.analysis.layer import Layer
 
 
 def measure(layer: Layer) -> Figures:

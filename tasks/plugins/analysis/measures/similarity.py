@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tasks.evaluate.analysis import cosine
-from tasks.evaluate.analysis.interface import Analysis, Figures, defined, small
-from tasks.evaluate.analysis.layer import MATRICES, Layer
+from tasks.plugins.analysis import cosine
+from tasks.plugins.analysis.interface import Analysis, Figures, defined, small
+from tasks.plugins.analysis.layer import MATRICES, Layer
 
 
 def measure(layer: Layer) -> Figures:

@@ -1,1 +1,0 @@
-"""What the experts and routers of a checkpoint are like, layer by layer: an analysis a file, listed in registry.py."""
