@@ -8,7 +8,8 @@ code that it imports changed, and does not if a docstring, a comment, a type hin
 A module imports what its import statements name, at module level and inside functions, but not under TYPE_CHECKING;
 the packages of those modules; each module that a string names ("tasks.pretrain.launch.worker"); all modules of a
 package that an f-string reaches into (f"tasks.partition.methods.{name}"); and each data file or folder beside it that
-a string names ("report.html.j2"), a folder with its modules. Only packages of this project are followed.
+a string names ("report.html.j2"), a folder with its modules. Who imports the registry of plug-ins imports the modules
+of the seams that it names (`plugin.modules("figures")`). Only packages of this project are followed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("tasks", "moe_kernels")
+REGISTRY = "tasks.plugin"
+"""Its plug-ins are the packages in tasks.plugins."""
 THIS = "tasks.code"
 """Left out of every digest: what this file does shows in the digests themselves."""
 HARMLESS = {
@@ -90,13 +93,18 @@ class Project:
         base = self._folders[module]
         inside = [f"{base}/{each}/".replace("/", ".") for each in source.strings if f"{base}/{each}" in self._data]
         inside += [string for string in dotted if string.endswith(".")]
+        if module == REGISTRY:  # it reaches all plug-ins, and its callers the seams that they name
+            inside = []
         names = {*source.imports, *dotted, module, *(n for n in self.modules if n.startswith(tuple(inside)))}
+        names |= {n for n in self.modules if n.startswith(f"{REGISTRY}s.") and n.split(".", 3)[-1] in source.seams}
         parents = {name.rsplit(".", n)[0] for name in names for n in range(name.count(".") + 1)}
         return {name for name in parents if name in self.modules} - {module}
 
     def data(self, module: str) -> dict[str, Path]:
         """{package/…/name: path} of the data files that a module's strings name."""
         base, strings = self._folders[module], self.source(module).strings
+        if module == REGISTRY:
+            return {}
         files = {path for string in strings for path in self._data.get(f"{base}/{string}", ())}
         return {f"{base}/{path.relative_to(self.modules[module].parent).as_posix()}": path for path in files}
 
@@ -131,11 +139,13 @@ class Project:
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """`imports`: names of modules, or of what is in them, but the standard library's; `typing`: those imported under
-    TYPE_CHECKING; `strings`: those that may name a module or a file; `digest`: 16 hex digits of what the code does."""
+    TYPE_CHECKING; `strings`: those that may name a module or a file; `seams`: those of plug-ins that it asks for;
+    `digest`: 16 hex digits of what the code does."""
 
     imports: frozenset[str]
     typing: frozenset[str]
     strings: frozenset[str]
+    seams: frozenset[str]
     digest: str
 
 
@@ -157,6 +167,7 @@ def read(text: str, module: str, *, path: str) -> Source:
         imports=frozenset(writer.imports),
         typing=frozenset(writer.typing),
         strings=frozenset(string for string in writer.strings if 1 < len(string) < 100),
+        seams=frozenset(writer.seams),
         digest=hashlib.sha256("".join(writer.lines()).encode()).hexdigest()[:16],
     )
 
@@ -172,6 +183,7 @@ class _Writer:
         self.imports: set[str] = set()
         self.typing: set[str] = set()
         self.strings: set[str] = set()
+        self.seams: set[str] = set()
         self._out: list[str] = []
         self._library: list[tuple[str, str]] = []
         self._names: set[str] = set()
@@ -213,6 +225,12 @@ class _Writer:
         if isinstance(node.value, str):
             self.strings.add(node.value)
         self._out.append(f"Constant({node.value!r})")
+
+    def _Call(self, node: ast.Call) -> None:
+        if "modules" in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")) and node.args:
+            seam = getattr(node.args[0], "value", None)
+            self.seams |= {seam} if isinstance(seam, str) else set()
+        self._generic(node)
 
     def _Expr(self, node: ast.Expr) -> None:
         if not isinstance(node.value, ast.Constant):  # a docstring, or ...

@@ -78,6 +78,10 @@ def test_only_stages_that_import_a_module_have_its_digest() -> None:
     assert loaded <= parts["tasks.evaluate"].keys()  # by lm-eval, for a `!function` of its YAML files
     assert any(name.endswith("report.html.j2") for name in parts["tasks.evaluate.report"])
     assert not any(name.startswith("moe_kernels") for name in parts["tasks.moe.dense"])
+    assert "tasks.plugins.analysis.figures" in parts["tasks.evaluate"]  # by the seams that it names
+    assert {name.rsplit(".")[-1] for name in parts["tasks.corpus"] if name.count(".") == 3 and "plugins" in name} == {
+        "settings"
+    }
 
 
 @pytest.mark.parametrize("entry", ["tasks.moe.dense", "tasks.corpus", "tasks.partition", "tasks.evaluate.report"])
