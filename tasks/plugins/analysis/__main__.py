@@ -45,7 +45,7 @@ def _parser(known: list[str]) -> argparse.ArgumentParser:
         prog="python -m tasks.plugins.analysis",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"analyses: {', '.join(known)} (docs/analysis.md says what each one measures)",
+        epilog=f"analyses: {', '.join(known)} (docs/plugins/analysis.md says what each one measures)",
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint folder")
     parser.add_argument("--against", type=Path, metavar="PATH", help="another one of the same experts, as of before")
