@@ -2,7 +2,7 @@
 
     result = run.analyse({"split": moe, "trained": trained}, names, windows=windows, folder=folder)
 
-What it returns is the content of runs/PIPELINE/analysis.json, which the report's section reads.
+What it returns is what details.json has under `analysis`, which the report's section reads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report's section on experts and routers in depth, from the content of analysis.json.
+"""The report's section on experts and routers in depth, from the content that figures.py returns.
 
 All that it shows is in that file: an analysis that is added to tasks/plugins/analysis appears here by itself.
 """
