@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 TOKENS = 200  # an expert is dead if it got none where an even router would have sent it this many
 STEPS = 10  # in at least this many steps; a router is reported when it is collapsed this many steps in a row
 EVENNESS = 0.5
-SLOW = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,21 +154,6 @@ def evenness(load_E: np.ndarray, *, top_k: int) -> float:
     share = load_E[load_E > 0] / load_E.sum()
     least, most = np.log(top_k), np.log(len(load_E))
     return float((-(share * np.log(share)).sum() - least) / (most - least))
-
-
-def stragglers(seconds_R: Sequence[float], hosts: Sequence[str]) -> list[str]:
-    """A line for each rank that took more than SLOW times the median (the lower one of an even number).
-
-    Args:
-        seconds_R: each rank's own work over an interval, without waiting for others.
-        hosts: the machine of each rank.
-    """
-    median = statistics.median_low(seconds_R)
-    return [
-        f"rank {rank} on {host} took {seconds:.2f} s, {seconds / median:.1f} times the median of {median:.2f} s"
-        for rank, (seconds, host) in enumerate(zip(seconds_R, hosts, strict=True))
-        if seconds > SLOW * median > 0
-    ]
 
 
 def _listed(numbers: np.ndarray, most: int = 12) -> str:

@@ -9,7 +9,9 @@ L = sparse layers, E = experts of a layer.
 from __future__ import annotations
 
 import re
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from tasks.settings.pretrain import What
 
+_SLOW = 1.5
 BF16_PEAKS = {
     "B200": 2250e12,
     "B100": 1750e12,
@@ -164,3 +167,18 @@ def timing(
         **extra,
         "memory": memory(device),
     }
+
+
+def stragglers(seconds_R: Sequence[float], hosts: Sequence[str]) -> list[str]:
+    """A line for each rank that took more than _SLOW times the median (the lower one of an even number).
+
+    Args:
+        seconds_R: each rank's own work over an interval, without waiting for others.
+        hosts: the machine of each rank.
+    """
+    median = statistics.median_low(seconds_R)
+    return [
+        f"rank {rank} on {host} took {seconds:.2f} s, {seconds / median:.1f} times the median of {median:.2f} s"
+        for rank, (seconds, host) in enumerate(zip(seconds_R, hosts, strict=True))
+        if seconds > _SLOW * median > 0
+    ]

@@ -13,7 +13,6 @@ import numpy as np
 from tasks.display import Progress
 from tasks.moe import counts
 from tasks.pretrain.checkpoints.run_state import RunState
-from tasks.pretrain.health import router_monitor
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch.process import Process
 from tasks.pretrain.log import meters, trackers
@@ -193,6 +192,6 @@ class RunLog:
     def _compare_ranks(self, step: int, result: StepResult) -> None:
         self._seconds_R += result.seconds_R
         if step % _STRAGGLERS_EVERY == 0:
-            for line in router_monitor.stragglers(self._seconds_R.tolist(), self.process.hosts):
+            for line in meters.stragglers(self._seconds_R.tolist(), self.process.hosts):
                 self.say(line)
             self._seconds_R[:] = 0

@@ -170,3 +170,14 @@ def test_short_products_are_repeated_until_one_of_them_had_the_processor_for_its
 def test_a_known_card_has_the_peak_of_its_data_sheet(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
     assert meters.peak(torch.device("cuda"), torch.bfloat16) == peak
+
+
+def test_ranks_far_slower_than_the_median_are_named_with_their_machine() -> None:
+    hosts = ["a", "a", "b", "b"]
+    assert meters.stragglers([1.0, 1.1, 1.0, 1.7], hosts) == [
+        "rank 3 on b took 1.70 s, 1.7 times the median of 1.00 s"
+    ]
+    assert meters.stragglers([1.0, 1.5, 1.2, 1.0], hosts) == []
+    assert meters.stragglers([3.0, 1.0], ["a", "b"]) == ["rank 0 on a took 3.00 s, 3.0 times the median of 1.00 s"]
+    assert meters.stragglers([2.0], ["a"]) == []
+    assert meters.stragglers([0.0, 0.0], ["a", "b"]) == []
