@@ -35,6 +35,7 @@ from tasks.corpus.prepare import stage
 from tasks.corpus.prepare.planning import Unit
 from tasks.corpus.records import CorpusError
 from tasks.pretrain.job import TrainingError
+from tasks.workers import WORKER_KILLED, cores, default_environment, end_with_parent
 
 RunnerName = Literal["process", "thread", "dask"]
 BATCHES = 8
@@ -74,7 +75,7 @@ def tokenise(
     *before, last = dag.ancestors(f"corpus@{corpus}")
     outcomes = stages.run(before)
     if dag.changes([last.name])[last.name]:
-        slots = None if address else workers or stage.cores()
+        slots = None if address else workers or cores()
         with reachable_server():
             share_out.with_options(task_runner=pool)(corpus, workers=slots)
     return outcomes + stages.run([last])
@@ -89,10 +90,10 @@ def task_runner(runner: RunnerName, *, workers: int | None, address: str | None)
         raise RunnerError(f"workers = {workers} must be at least 1")
     if address:
         _check_address(runner, address)
-    count = workers or stage.cores()
+    count = workers or cores()
     match runner:
         case "process":
-            return ProcessPoolTaskRunner(max_workers=count, initializer=stage.end_with_parent)
+            return ProcessPoolTaskRunner(max_workers=count, initializer=end_with_parent)
         case "thread":
             return ThreadPoolTaskRunner(max_workers=count)
         case "dask":
@@ -121,7 +122,7 @@ def units_through(pool: TaskRunner[Any], *, workers: int | None) -> stage.Runner
         slots = workers or _slots(pool)
         count, phase = min(len(units), BATCHES * slots), units[0].phase
         get_run_logger().info("%s: %d units in %d task runs for %d workers", phase, len(units), count, slots)
-        threads = max(1, stage.cores() // slots) if workers else 1
+        threads = max(1, cores() // slots) if workers else 1
         futures = [
             # Strided, because the units of one domain cost about the same.
             run_batch.with_options(task_run_name=f"{phase} {i + 1} of {count}").submit(
@@ -134,7 +135,7 @@ def units_through(pool: TaskRunner[Any], *, workers: int | None) -> stage.Runner
                 future.result()
         except Exception as error:
             if type(error).__name__ in LOST:
-                raise CorpusError(stage.WORKER_KILLED) from None
+                raise CorpusError(WORKER_KILLED) from None
             raise
 
     return run
@@ -170,7 +171,7 @@ def reachable_server() -> Iterator[None]:
         server = SubprocessASGIServer()  # the one that this process has
         server.start()
         url = server.api_url
-    with stage.default_environment({"PREFECT_API_URL": str(url)}):
+    with default_environment({"PREFECT_API_URL": str(url)}):
         yield
 
 

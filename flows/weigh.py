@@ -25,8 +25,8 @@ from flows.tokenise import (
     units_through,
 )
 from tasks import settings
-from tasks.corpus.prepare import stage
 from tasks.mixture import __main__ as mixture
+from tasks.workers import cores, default_environment
 
 
 @flow(name="weigh", persist_result=False)
@@ -50,7 +50,7 @@ def weigh(
     *before, last = dag.ancestors(f"mixture@{pipeline}")
     outcomes = stages.run(before)
     if entry.mixture.swarm and dag.changes([last.name])[last.name]:
-        slots = None if address else workers or stage.cores()
+        slots = None if address else workers or cores()
         with reachable_server():
             share_out.with_options(task_runner=pool)(pipeline, workers=slots)
     return outcomes + stages.run([last])
@@ -61,8 +61,8 @@ def share_out(pipeline: str, *, workers: int | None) -> None:
     """Train every unit of a pipeline's swarm by this flow's task runner; None asks it for its workers."""
     context = FlowRunContext.get()
     assert context is not None
-    threads = {"OMP_NUM_THREADS": str(max(1, stage.cores() // workers))} if workers else {}
-    with no_child_outlives_an_error(), stage.default_environment(threads):
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // workers))} if workers else {}
+    with no_child_outlives_an_error(), default_environment(threads):
         mixture.share(pipeline, run=units_through(context.task_runner, workers=workers))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
-import os
 import shutil
 import threading
 import warnings
@@ -29,6 +28,7 @@ from tasks.corpus.readers import streams
 from tasks.corpus.records import CorpusError
 from tasks.corpus.tokenizer import encoder
 from tasks.display import Progress
+from tasks.workers import WORKER_KILLED, cores, default_environment, end_with_parent
 
 MODELS = Path("data/models")
 FAILURES = (
@@ -41,10 +41,6 @@ FAILURES = (
     OSError,
 )
 """Errors that a user can fix. Any other is a bug, and shows its traceback."""
-
-WORKER_KILLED = (
-    "a worker process was killed, perhaps for want of memory; run again with fewer --workers. Finished parts are kept"
-)
 
 FILTER_PACKAGES = ("datatrove", "py3langid", "rensa", "wordfreq")
 """Packages whose version may change which documents are dropped."""
@@ -135,11 +131,6 @@ def processes(workers: int | None = None) -> Runner:
     return run
 
 
-def cores() -> int:
-    """Cores of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run_in_pool(function: Callable[[Unit], None], units: list[Unit], *, workers: int) -> None:
     spawn = multiprocessing.get_context("spawn")  # a tokenizer's threads don't survive a fork
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
@@ -151,31 +142,6 @@ def _run_in_pool(function: Callable[[Unit], None], units: list[Unit], *, workers
             raise CorpusError(WORKER_KILLED) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """End this worker when its parent is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def default_environment(changed: dict[str, str]) -> Iterator[None]:
-    """Set environment variables, unless they are set, for the processes that the block starts."""
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update({name: value for name, value in changed.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

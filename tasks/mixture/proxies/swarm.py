@@ -27,6 +27,7 @@ from tasks.corpus.prepare import stage
 from tasks.mixture.problem import Problem, prior
 from tasks.mixture.proxies import models, units
 from tasks.mixture.proxies.units import Setup
+from tasks.workers import cores, default_environment
 
 SMOOTHED, STRENGTHS, MOST, LEAST = 0.5, (0.1, 5.0), 15.0, 2e-4
 """RegMix's swarm (arXiv 2407.01492): the exponent of the prior, the ends of the concentrations, how often its prior a
@@ -242,8 +243,8 @@ def processes(workers: int) -> Runner:
             for unit in pending:
                 function(unit)
             return
-        threads = str(max(1, stage.cores() // min(workers, len(pending))))
-        with stage.default_environment({"OMP_NUM_THREADS": threads}):
+        threads = str(max(1, cores() // min(workers, len(pending))))
+        with default_environment({"OMP_NUM_THREADS": threads}):
             stage.processes(workers)(function, pending)
 
     return run
