@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import architectures
-from tasks.mixture import aioli
+from tasks import architectures, plugin
 from tasks.moe import counts
-from tasks.settings import Corpus, Mixture, Pipeline
-from tasks.settings.mixture import MEAN, ONLINE, Proxy
-
-_TRAININGS = {"doremi": 2, "doge": 1, "aioli": 1}
-"""DoReMi trains a reference and then a proxy against it."""
+from tasks.settings import Corpus, Pipeline
+from tasks.settings.mixture import ONLINE, Proxy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +54,10 @@ def plan(
     domains = list(corpus.trained)
     proxy = mixture.proxy.holding(len(domains)) if mixture.method in ONLINE else mixture.proxy
     config = proxy_config(proxy, dense=dense, sparse=sparse)
-    repeated = mixture.seeds * (mixture.doremi.rounds if mixture.doremi else 1)
-    done, trainings = 0, repeated * _TRAININGS.get(mixture.method, 1)
+    estimator = plugin.modules("estimator")[mixture.method]
+    done, trainings = 0, mixture.seeds
+    if hasattr(estimator, "trainings"):
+        trainings *= estimator.trainings(mixture)
     if mixture.swarm is not None:
         done = min(mixture.swarm.units, sum(1 for _ in Path("runs", name, "swarm").glob("*.json")))
         trainings = mixture.swarm.units - done
@@ -67,7 +65,9 @@ def plan(
     each = -(-proxy.tokens // step) * step
     per_token = counts.flops_per_token(config, seq_len=proxy.seq_len)
     measured = len({*domains, *mixture.targets(domains)})
-    added = repeated * _added(mixture, proxy, tokens=each, domains=domains)
+    added = 0.0
+    if hasattr(estimator, "forward_tokens"):
+        added = mixture.seeds * estimator.forward_tokens(mixture, proxy, tokens=each, domains=domains)
     validation = 2 * proxy.windows * measured * proxy.seq_len  # before the first step and after the last
     flops = trainings * (each * per_token["train"] + validation * per_token["forward"])
     flops += round(added * per_token["forward"])
@@ -99,24 +99,6 @@ def proxy_config(proxy: Proxy, *, dense: dict[str, Any], sparse: dict[str, Any])
         if (listed := whole.get(field)) is not None:
             config[field] = listed[:layers] if field == "layer_types" else [i for i in listed if i < layers]
     return config
-
-
-def _added(mixture: Mixture, proxy: Proxy, *, tokens: int, domains: list[str]) -> float:
-    """Tokens of forward passes that a method makes in its loop beside a training's own.
-
-    DoReMi runs its reference on every batch, and where a batch has several micro-batches the proxy once more. DoGE
-    takes the domains' gradients apart, which costs what one over the batch costs; towards a target it adds that one's
-    gradient, of as many windows as a domain has in the batch. Aioli evaluates after each of its sweeps.
-    """
-    if mixture.method == "doremi":
-        return tokens * (2 if (proxy.micro_batch or proxy.batch) < proxy.batch else 1)
-    if mixture.method == "doge" and mixture.target != MEAN:
-        return 3 * tokens * len(mixture.targets(domains)) / len(domains)  # a backward pass costs two forward
-    if mixture.method == "aioli":
-        rounds = aioli.plan(tokens // (proxy.batch * proxy.seq_len), domains=len(domains))
-        measured = len({*domains, *mixture.targets(domains)})
-        return aioli.evaluations(rounds, domains=len(domains)) * measured * proxy.windows * proxy.seq_len
-    return 0
 
 
 def _named(proxy: Proxy, config: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ SEAMS: Mapping[str, str] = {
     "figures": "measure(subject) -> JSON, of what evaluate measures (tasks/evaluate/details.py)",
     "section": "section(content, titles) -> HTML, of what `figures` measured",
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
+    "estimator": "estimate(problem) of domain weights; trainings(mixture), forward_tokens(mixture, proxy, …) for plan",
     "method": "a partition method, registered by tasks.partition.methods.method",
     "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",
     "control": "make(entry, control, job, …), steps(work), publish(work, …): a pruned baseline by another method",

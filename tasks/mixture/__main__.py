@@ -59,7 +59,7 @@ def problem_of(pipeline: str) -> Problem:
         target=mixture.targets(list(tokens)),
         proxy=mixture.proxy,
         swarm=mixture.swarm,
-        doremi=mixture.doremi,
+        mixture=mixture,
         seeds=mixture.seeds,
         pretrain=entry.pretrain,
     )

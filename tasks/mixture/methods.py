@@ -1,13 +1,14 @@
 """The estimators of domain weights, by name.
 
-To add one: a function from `Problem` to `Estimate` under `@estimator("name")`, and its name in settings.Mixture.
+The core's are here. A plug-in adds one by `estimate(problem)` in its estimator.py, and its name in its settings.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tasks.mixture import aioli, doge, doremi, olmix, published, regmix, repetition
+from tasks import plugin
+from tasks.mixture import published, repetition
 from tasks.mixture.problem import Estimate, Problem, normalise
 
 Estimator = Callable[[Problem], Estimate]
@@ -74,8 +75,7 @@ def unimax(problem: Problem) -> Estimate:
     return uniform(problem)
 
 
-ESTIMATORS |= {"regmix": regmix.estimate, "olmix": olmix.estimate}
-ESTIMATORS |= {"doremi": doremi.estimate, "doge": doge.estimate, "aioli": aioli.estimate}
+ESTIMATORS |= {name: module.estimate for name, module in plugin.modules("estimator").items()}
 
 
 def _published(mix: str) -> Estimator:

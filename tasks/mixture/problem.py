@@ -37,9 +37,10 @@ class Problem:
     """What a method with a proxy minimises: weights, of sum 1, on the losses of these domains."""
     proxy: settings.Proxy | None = None
     swarm: settings.Swarm | None = None
-    doremi: settings.DoReMi | None = None
+    mixture: settings.Mixture | None = None
+    """The section of the settings, where a plug-in reads fields of its own."""
     seeds: int = 1
-    """Trainings whose mean is the estimate of doremi, doge and aioli."""
+    """Trainings whose mean is the estimate of a method that estimates while a proxy trains."""
     pretrain: settings.Pretrain | None = None
     """How the result will be trained; a proxy is trained alike."""
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.mixture.problem import Problem
+
 
 def capped(
     weights: Mapping[str, float], *, tokens: Mapping[str, int], budget: int, max_epochs: float
@@ -39,3 +44,8 @@ def capped(
             return dict.fromkeys(weights, 0.0) | bound | {d: weight * scale for d, weight in free.items()}, [*bound]
         bound |= over
     return dict.fromkeys(weights, 0.0) | bound, [*bound]
+
+
+def caps(problem: Problem) -> NDArray[np.float64]:
+    """The largest share of each domain that repeats it `max_epochs` times in training at most, [D]."""
+    return np.array([problem.max_epochs * tokens / problem.budget for tokens in problem.tokens.values()])

@@ -21,7 +21,7 @@ from tasks.settings.corpus import Corpus, Domain, Items
 from tasks.settings.deployments import Deployment
 from tasks.settings.evaluate import Evaluate, Task
 from tasks.settings.fields import Frozen, Name
-from tasks.settings.mixture import DoReMi, Mixture, Proxy, Swarm
+from tasks.settings.mixture import Mixture, Proxy, Swarm
 from tasks.settings.model import Model, Shape
 from tasks.settings.partition import Partition
 from tasks.settings.pipeline import Pipeline
@@ -32,7 +32,6 @@ __all__ = [  # callers say settings.Domain
     "FILE",
     "Control",
     "Corpus",
-    "DoReMi",
     "Domain",
     "Evaluate",
     "Items",

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from tasks.settings.fields import Above, Frozen, Name, NotNegative, Positive, Seed, SeqLen
+from tasks import plugin
+from tasks.settings.fields import Above, Frozen, Name, NotNegative, Positive, Seed, SeqLen, choice, extended
 
 SMALLEST = 1e-6
 """Weights that sum to less are a slip of the exponent, and lose digits when they are normalised."""
-PROXIES = ("doremi", "doge", "aioli", "regmix", "olmix")
-"""Methods that train proxies."""
-SWARMS = ("regmix", "olmix")
-"""Methods that fit a law to a swarm of proxies."""
-ONLINE = ("doremi", "doge", "aioli")
-"""Those among them that estimate while one proxy trains."""
-WEIGHTED = ("explicit", "reference_loss", "doremi", *SWARMS)
+PROXIES, SWARMS, ONLINE, TARGETED, PRIOR = (
+    plugin.choices(f"mixture.{field}") for field in ("proxy", "swarm", "seeds", "target", "weights")
+)
+"""Methods of plug-ins that take a field: they train proxies, fit a law to a swarm of them, estimate while one trains,
+lower the loss of a target, or start from a prior, of which they take the logarithm."""
+WEIGHTED = ("explicit", "reference_loss", *PRIOR)
 """Methods that take `weights`."""
-LOGARITHMS = ("doremi", *SWARMS)
-"""Methods that take the logarithm of their prior, or sample around it: it may have no zero."""
 MEAN = "mean"
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = choice(
+        "mixture.method",
+        *("uniform", "proportional", "temperature", "unimax", "llama", "sheared_llama", "llama_moe", "explicit"),
+        "reference_loss",
+    )
 
 
 class ProxyShape(Frozen):
@@ -62,7 +68,7 @@ class Proxy(Frozen):
     """Of one training; rounded up to whole steps of batch x seq_len."""
     seq_len: SeqLen = 256
     batch: Positive = 8
-    """doremi, doge and aioli round it up to a multiple of the number of domains."""
+    """Methods that estimate while it trains round it up to a multiple of the number of domains."""
     micro_batch: Positive | None = None
     """Sequences per forward pass; the batch if absent."""
     learning_rate: Above
@@ -119,37 +125,14 @@ class Swarm(Frozen):
             )
 
 
-class DoReMi(Frozen):
-    """What DoReMi leaves to its user."""
-
-    rounds: Positive = 1
-    """In each, the last estimate is the mix that the reference is trained on."""
-    step_size: Above = 1.0
-    """How far an excess of one nat moves the logarithm of a weight; lower it if one domain takes all."""
-
-
+@extended("mixture")
 class Mixture(Frozen):
     """Domain weights (tasks/mixture)."""
 
-    method: Literal[
-        "uniform",
-        "proportional",
-        "temperature",
-        "unimax",
-        "llama",
-        "sheared_llama",
-        "llama_moe",
-        "explicit",
-        "reference_loss",
-        "doremi",
-        "doge",
-        "aioli",
-        "regmix",
-        "olmix",
-    ]
+    method: Method
     weights: dict[Name, NotNegative] | None = None
     """Of every domain; normalised. Needed by `explicit`; the start of `reference_loss` (uniform if absent); the prior
-    of `regmix` and `olmix` (proportional if absent) and the mix of `doremi`'s reference (proportional if absent)."""
+    of an estimator (proportional if absent)."""
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """`temperature` alone, which needs it: a domain's share is proportional to its tokens to this power."""
     max_epochs: Above = 4.0
@@ -164,13 +147,12 @@ class Mixture(Frozen):
     """Methods with a proxy: whose loss is to fall. `mean` of the trained domains, a domain, or {domain: weight}. An
     `unseen` domain may be one; the weights are then chosen on its test text, so its scores are no test any more."""
     proxy: Proxy | None = None
-    """doremi, doge, aioli, regmix and olmix, which need it."""
+    """Methods that train proxies, which need it."""
     swarm: Swarm | None = None
-    """regmix and olmix, which need it."""
-    doremi: DoReMi | None = None
-    """doremi alone; its defaults if absent."""
+    """Methods that fit a law to proxy runs, which need it."""
     seeds: Positive = 1
-    """doremi, doge and aioli: trainings from `proxy.seed` on, whose mean is taken and whose deviation is shown."""
+    """Methods that estimate while a proxy trains: trainings from `proxy.seed` on, whose mean is taken and whose
+    deviation is shown."""
 
     def targets(self, trained: list[str]) -> dict[str, float]:
         """What is minimised, as {domain: weight} of sum 1."""
@@ -193,7 +175,7 @@ class Mixture(Frozen):
             raise ValueError(f"method `{self.method}` takes no `weights`")
         if self.weights is not None and sum(self.weights.values()) < SMALLEST:
             raise ValueError(f"`weights` must have a positive sum, of {SMALLEST} at least")
-        if self.method in LOGARITHMS and (zeros := [name for name, w in (self.weights or {}).items() if w == 0]):
+        if self.method in PRIOR and (zeros := [name for name, w in (self.weights or {}).items() if w == 0]):
             raise ValueError(
                 f"weights.{zeros[0]} = 0: they are the prior of method `{self.method}`, which takes its logarithm; "
                 f"give {', '.join(zeros)} a small weight, or leave {'them' if zeros[1:] else 'it'} out of the corpus"
@@ -209,17 +191,14 @@ class Mixture(Frozen):
             if not given and self.method in methods:
                 example = "{model: student, tokens: N, learning_rate: X}" if field == "proxy" else "{units: N}"
                 raise ValueError(f"method `{self.method}` needs `{field}`: {example}")
-        if self.doremi is not None and self.method != "doremi":
-            raise ValueError(f"method `{self.method}` takes no `doremi`, which is of doremi")
+        for field in plugin.fields("mixture"):
+            methods = plugin.choices(f"mixture.{field}")
+            if getattr(self, field) is not None and self.method not in methods:
+                raise ValueError(f"method `{self.method}` takes no `{field}`, which is of {', '.join(methods)}")
         if self.seeds != 1 and self.method not in ONLINE:
             raise ValueError(f"method `{self.method}` takes no `seeds`, which is of {', '.join(ONLINE)}")
-        if self.method == "doremi" and self.target != MEAN:
-            raise ValueError(
-                "method `doremi` takes no `target`: it weighs each domain against its own reference; use doge, aioli, "
-                "regmix or olmix"
-            )
-        if self.method not in PROXIES and self.target != MEAN:
-            raise ValueError(f"method `{self.method}` takes no `target`, which is of {', '.join(PROXIES)}")
+        if self.method not in TARGETED and self.target != MEAN:
+            raise ValueError(f"method `{self.method}` takes no `target`, which is of {', '.join(TARGETED)}")
         if not isinstance(self.target, str) and sum(self.target.values()) < SMALLEST:
             raise ValueError(f"`target` must have weights of a positive sum, of {SMALLEST} at least")
         return self

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tasks.mixture import methods, olmix, regmix
+from tasks.mixture import methods
 from tasks.mixture.problem import Problem
 from tasks.mixture.proxies import evidence, swarm
 from tasks.mixture.proxies.swarm import Observed
+from tasks.plugins.olmix import estimator as olmix
+from tasks.plugins.regmix import estimator as regmix
 
 DOMAINS = ["prose", "code", "noise", "copy"]
 TOKENS = dict.fromkeys(DOMAINS, 1000)

@@ -10,7 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks.mixture import __main__ as stage
-from tasks.mixture import olmix, regmix
+from tasks.plugins.olmix import estimator as olmix
+from tasks.plugins.regmix import estimator as regmix
 from tests.corpus import texts
 from tests.pretrain import warm_stages
 from tests.pretrain.projects import wait_for

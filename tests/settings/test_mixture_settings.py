@@ -34,9 +34,9 @@ def test_a_proxy_from_scratch_has_sizes_without_any_being_given() -> None:
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ({"method": "uniform", "proxy": PROXY}, "takes no `proxy`, which is of doremi, doge, aioli, regmix, olmix"),
-        ({"method": "uniform", "target": "code"}, "method `uniform` takes no `target`, which is of doremi"),
-        ({"method": "doge", "proxy": PROXY, "swarm": {"units": 9}}, "takes no `swarm`, which is of regmix, olmix"),
+        ({"method": "uniform", "proxy": PROXY}, "takes no `proxy`, which is of aioli, doge, doremi, olmix, regmix"),
+        ({"method": "uniform", "target": "code"}, "method `uniform` takes no `target`, which is of aioli"),
+        ({"method": "doge", "proxy": PROXY, "swarm": {"units": 9}}, "takes no `swarm`, which is of olmix, regmix"),
         ({"method": "doge", "proxy": PROXY, "weights": dict.fromkeys(TRAINED, 1.0)}, "`doge` takes no `weights`"),
         ({"method": "aioli"}, "method `aioli` needs `proxy`: {model: student, tokens: N, learning_rate: X}"),
         ({"method": "regmix", "proxy": PROXY}, "method `regmix` needs `swarm`: {units: N}"),

@@ -15,7 +15,7 @@ import tasks
 from tasks import scratch
 from tasks.mixture import methods
 from tasks.mixture.compare.ground import Ground
-from tasks.settings.mixture import LOGARITHMS, MEAN, PROXIES, SWARMS
+from tasks.settings.mixture import MEAN, PRIOR, PROXIES, SWARMS, TARGETED
 
 BASELINES = ("uniform", "proportional")
 DYNAMIC = "dynamic"
@@ -53,9 +53,9 @@ def mixture(ground: Ground, wanted: Wanted, *, proxy_tokens: int, units: int) ->
     made = {"method": wanted.method, "proxy": {**ground.proxy, "tokens": proxy_tokens, "seed": wanted.seed}}
     if wanted.method in SWARMS:
         made["swarm"] = {"units": units}
-    if wanted.target != MEAN and wanted.method != "doremi":  # which weighs by excess alone
+    if wanted.target != MEAN and wanted.method in TARGETED:
         made["target"] = wanted.target
-    if wanted.method in LOGARITHMS:  # the mean of the domains is to fall, so the search begins where all are alike
+    if wanted.method in PRIOR:  # the mean of the domains is to fall, so the search begins where all are alike
         made["weights"] = dict.fromkeys(ground.domains, 1.0)
     return made
 

@@ -12,8 +12,11 @@ from ruamel.yaml import YAML
 
 from tasks import settings
 from tasks.mixture import __main__ as stage
-from tasks.mixture import aioli, doge, doremi, methods
+from tasks.mixture import methods
 from tasks.mixture.proxies import course
+from tasks.plugins.aioli import estimator as aioli
+from tasks.plugins.doge import estimator as doge
+from tasks.plugins.doremi import estimator as doremi
 from tasks.pretrain.job import Diverged
 from tests.pretrain import warm_stages
 from tests.pretrain.projects import wait_for

@@ -8,12 +8,14 @@ further round the estimate is the baseline.
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from tasks import settings
 from tasks.mixture.problem import Estimate, Problem, prior
 from tasks.mixture.proxies import course
 from tasks.mixture.proxies.course import Course
 from tasks.mixture.proxies.units import Setup
+from tasks.plugins.doremi import settings
+from tasks.settings.mixture import Proxy
 
 
 def estimate(problem: Problem) -> Estimate:
@@ -24,7 +26,7 @@ def estimate(problem: Problem) -> Estimate:
         TrainingError, OSError: a proxy cannot be trained; what was finished is kept.
     """
     setup, baseline = course.prepare(problem, method="doremi"), prior(problem)
-    constants = problem.doremi or settings.DoReMi()
+    constants = _constants(problem.mixture)
     means: list[dict[str, float]] = []
     every: list[Course] = []
     first: list[Course] = []
@@ -57,3 +59,21 @@ def _scoring(setup: Setup) -> float:
     forward = counts.flops_per_token(config, seq_len=setup.params.seq_len)["forward"]
     passes = 2 if setup.params.micro_batch < setup.params.batch else 1
     return float(passes * setup.tokens * forward)
+
+
+def trainings(mixture: Any) -> int:
+    """Of a proxy: a reference and then a proxy against it, in every round."""
+    return 2 * _constants(mixture).rounds
+
+
+def forward_tokens(mixture: Any, proxy: Proxy, *, tokens: int, domains: list[str]) -> float:
+    """Tokens of forward passes beside the training's own.
+
+    The reference runs on every batch, and where a batch has several micro-batches the proxy once more.
+    """
+    passes = 2 if (proxy.micro_batch or proxy.batch) < proxy.batch else 1
+    return _constants(mixture).rounds * tokens * passes
+
+
+def _constants(mixture: Any) -> settings.DoReMi:
+    return getattr(mixture, "doremi", None) or settings.DoReMi()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from tasks.mixture.problem import Estimate, Problem
 from tasks.mixture.proxies import course
 from tasks.mixture.proxies.units import Setup
+from tasks.settings.mixture import MEAN, Mixture, Proxy
 from tasks.settings.pretrain import Balance
 
 
@@ -53,3 +54,11 @@ def _products(setup: Setup, *, domains: int, targets: int) -> float:
     size = counts.parameters(config)["total"]
     products = setup.params.steps * 2 * size * domains * (targets or domains)
     return products + setup.flops() * targets / domains
+
+
+def forward_tokens(mixture: Mixture, proxy: Proxy, *, tokens: int, domains: list[str]) -> float:
+    """Tokens of forward passes beside the training's own: of a target's gradient, a backward pass as two.
+
+    It is of as many windows as a domain has in the batch. The domains' gradients together cost one over the batch.
+    """
+    return 0 if mixture.target == MEAN else 3 * tokens * len(mixture.targets(domains)) / len(domains)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tasks.mixture.problem import Estimate, Problem
 from tasks.mixture.proxies import course
 from tasks.mixture.proxies.units import Setup
+from tasks.settings.mixture import Mixture, Proxy
 
 UPDATES, SWEEPS, SWEEP_STEPS = 20, 4, 4
 """The paper's, in 5,000 steps; fewer where sweeps would take more than half of a round."""
@@ -74,3 +75,10 @@ def _evaluations(setup: Setup, rounds: Rounds, *, domains: int) -> float:
     forward = counts.flops_per_token(config, seq_len=setup.params.seq_len)["forward"]
     windows = (domains + len(setup.also)) * setup.params.eval_windows
     return float(evaluations(rounds, domains=domains) * windows * setup.params.seq_len * forward)
+
+
+def forward_tokens(mixture: Mixture, proxy: Proxy, *, tokens: int, domains: list[str]) -> float:
+    """Tokens of forward passes beside the training's own: the evaluations after each of the sweeps."""
+    rounds = plan(tokens // (proxy.batch * proxy.seq_len), domains=len(domains))
+    measured = len({*domains, *mixture.targets(domains)})
+    return evaluations(rounds, domains=len(domains)) * measured * proxy.windows * proxy.seq_len

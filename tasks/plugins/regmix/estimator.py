@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.mixture import olmix
+from tasks.mixture import repetition
 from tasks.mixture.problem import Estimate, Problem, prior
 from tasks.mixture.proxies import evidence, swarm
 from tasks.mixture.proxies.evidence import Law
@@ -79,7 +79,7 @@ def solve(problem: Problem, seen: Observed) -> tuple[Array, dict[str, Any]]:
     assert isinstance(measured_U, np.ndarray)
     whole_U = np.isfinite(measured_U)  # by all domains of the target
     weights_UD, measured_U = seen.weights_UD[whole_U], measured_U[whole_U]
-    mixes_ND = candidates(np.array([shares[domain] for domain in seen.domains]), caps_D=olmix.caps(problem))
+    mixes_ND = candidates(np.array([shares[domain] for domain in seen.domains]), caps_D=repetition.caps(problem))
     proposals = [
         propose(fit(weights_UD[chosen], measured_U[chosen]), mixes_ND[::FEWER], best=BEST // FEWER)
         for chosen in evidence.resampled(BOOTSTRAPS, units=len(measured_U), seed=seed)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.mixture import repetition
 from tasks.mixture.problem import Estimate, Problem, prior
 from tasks.mixture.proxies import evidence, swarm
 from tasks.mixture.proxies.swarm import Observed
@@ -109,18 +110,13 @@ def propose(
     return found_D
 
 
-def caps(problem: Problem) -> Array:
-    """The largest share of each domain that repeats it `max_epochs` times in training at most, [D]."""
-    return np.array([problem.max_epochs * tokens / problem.budget for tokens in problem.tokens.values()])
-
-
 def solve(problem: Problem, seen: Observed) -> tuple[Array, dict[str, Any]]:
     """The proposal [D] of a swarm, and the evidence of the fit."""
     target, seed = problem.target, problem.proxy.seed if problem.proxy else 0
     prior_D = np.array([prior(problem)[domain] for domain in seen.domains])
     data = {domain: seen.of(domain) for domain in target}
     laws = {domain: fit(*data[domain]) for domain in target}
-    mix_D = propose(laws, target=target, prior_D=prior_D, caps_D=caps(problem))
+    mix_D = propose(laws, target=target, prior_D=prior_D, caps_D=repetition.caps(problem))
     measured_U = sum(weight * seen.losses[domain] for domain, weight in target.items())
     assert isinstance(measured_U, np.ndarray)
     whole_U = np.isfinite(measured_U)  # by all domains of the target
@@ -134,7 +130,7 @@ def solve(problem: Problem, seen: Observed) -> tuple[Array, dict[str, Any]]:
         for domain in target:
             drawn = chosen[np.isfinite(seen.losses[domain][chosen])]
             again[domain] = fit(seen.weights_UD[drawn], seen.losses[domain][drawn], start=laws[domain])
-        proposals.append(propose(again, target=target, prior_D=prior_D, caps_D=caps(problem)))
+        proposals.append(propose(again, target=target, prior_D=prior_D, caps_D=repetition.caps(problem)))
     return mix_D, {
         "prior": prior(problem),
         **evidence.spread(seen.domains, proposals),
