@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.corpus.sampling.loader import Batch
-    from tasks.pretrain.loss.objective import Losses
+    from tasks.pretrain.loss.losses import Losses
     from tasks.pretrain.step_result import StepResult
 
 Kind = Literal["step", "validation", "run"]

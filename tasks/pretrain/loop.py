@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from tasks.pretrain.health.loss_guard import Decision
     from tasks.pretrain.hook import Hook, Kind
     from tasks.pretrain.launch.process import Process
-    from tasks.pretrain.loss.objective import Losses, Objective
+    from tasks.pretrain.loss.losses import Losses
+    from tasks.pretrain.loss.objective import Objective
     from tasks.pretrain.step_result import StepResult
 
 

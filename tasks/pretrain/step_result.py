@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.pretrain.loss import objective
+from tasks.pretrain.loss.losses import Losses, predicted_tokens
 
 if TYPE_CHECKING:
     from tasks.corpus.sampling.loader import Batch
@@ -70,7 +70,7 @@ class StepResult:
 
 def collect(
     batch: Batch,
-    losses: Sequence[objective.Losses],
+    losses: Sequence[Losses],
     *,
     names: Sequence[str],
     domains: Sequence[str],
@@ -96,7 +96,7 @@ def collect(
     mine = slice(process.rank, None, process.world_size)
     own[0, mine] = torch.tensor([domains.index(domain) for domain in batch.domains], dtype=torch.float64)
     own[1, mine] = torch.tensor(batch.windows, dtype=torch.float64)
-    own[2, mine] = torch.from_numpy(objective.predicted(batch.labels)).double()
+    own[2, mine] = torch.from_numpy(predicted_tokens(batch.labels)).double()
     own[3, mine] = torch.cat([each.nats_B.detach() for each in losses]).double().cpu()
     for row, name in enumerate(names, start=4):
         parts = [each.parts[name].detach().expand_as(each.nats_B) for each in losses]

@@ -25,8 +25,8 @@ from tasks.pretrain import batches
 from tasks.pretrain.hook import Hook, Step
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.launch.process import Process
-from tasks.pretrain.loss import objective
-from tasks.pretrain.loss.objective import Losses, Objective
+from tasks.pretrain.loss.losses import Losses, predicted_tokens
+from tasks.pretrain.loss.objective import Objective
 from tasks.settings import Pretrain
 from tasks.settings.fields import Above, Frozen, Name
 
@@ -137,7 +137,7 @@ class Alignment(Estimating):
 
     def _gradient(self, batch: Batch | None) -> tuple[Gradient, torch.Tensor]:
         """The gradient of the mean loss over the windows that all ranks have of a domain, and this rank's losses."""
-        tokens = torch.tensor(float(objective.predicted(batch.labels).sum()) if batch else 0.0, dtype=torch.float64)
+        tokens = torch.tensor(float(predicted_tokens(batch.labels).sum()) if batch else 0.0, dtype=torch.float64)
         tokens = tokens.to(self._process.device)
         torch.distributed.all_reduce(tokens)
         total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._parameters]

@@ -31,7 +31,7 @@ from tasks.pretrain import batches
 from tasks.pretrain.hook import Hook, Step
 from tasks.pretrain.job import TrainingError
 from tasks.pretrain.launch.process import Process
-from tasks.pretrain.loss import objective
+from tasks.pretrain.loss import losses, objective
 from tasks.settings.fields import Above, Frozen
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Excess(Estimating):
         ]
         excess_B = (nats_BL.double() - torch.cat(reference).double()).clamp(min=0).sum(1).cpu()
         sums = torch.zeros(3, len(self.domains), dtype=torch.float64)
-        predicted = objective.predicted(batch.labels)
+        predicted = losses.predicted_tokens(batch.labels)
         failed_B = ~torch.cat(reference).isfinite().all(1).cpu()
         for row, domain in enumerate(batch.domains):
             at = self.domains.index(domain)

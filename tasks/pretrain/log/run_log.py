@@ -148,7 +148,7 @@ class RunLog:
         }
         if references is not None:
             record["references"] = dict(references)
-        self._write(record | more | {"timing": {"seconds": seconds}})
+        self._write({**record, **more, "timing": {"seconds": seconds}})
 
     def event(self, step: int, *, what: str, message: str, **details: Any) -> None:
         """Log something that a person should know."""

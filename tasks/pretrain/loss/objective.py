@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from tasks.corpus.sampling.loader import IGNORED, Batch
 from tasks.pretrain import batches
 from tasks.pretrain.loss import fused_loss
+from tasks.pretrain.loss.losses import Losses
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
@@ -34,19 +34,6 @@ if TYPE_CHECKING:
     from tasks.pretrain.engine.interface import Engine
     from tasks.pretrain.loss.balance import Balancer
     from tasks.pretrain.loss.distil import Distiller
-
-
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """The losses of one forward pass."""
-
-    nats_B: torch.Tensor
-    """The cross-entropy of each window, fp32, the sum over its predicted tokens."""
-    parts: dict[str, torch.Tensor]
-    """The other terms of `total`, times their coefficients: [B], sums over a window's predicted tokens, or a scalar
-    for the whole micro-batch."""
-    total: torch.Tensor
-    """To be differentiated: the micro-batch's share of the step, times the number of micro-batches (see above)."""
 
 
 class Objective:
@@ -123,12 +110,6 @@ class Objective:
         for value in parts.values():
             total = total + (scale * value.sum() if value.ndim else value)
         return Losses(nats_B=nats_B, parts=parts, total=total)
-
-
-def predicted(labels_BL: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tokens of each window that the loss is over, int64 [B]: L - 1 where nothing is ignored."""
-    tokens_B: NDArray[np.int64] = (labels_BL[:, 1:] != IGNORED).sum(1)
-    return tokens_B
 
 
 def targets(labels_BL: NDArray[np.int64]) -> torch.Tensor:

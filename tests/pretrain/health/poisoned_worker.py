@@ -20,7 +20,8 @@ from tasks.pretrain.health.loss_guard import LossGuard
 from tasks.pretrain.job import Job
 from tasks.pretrain.launch import worker
 from tasks.pretrain.log.run_log import RunLog
-from tasks.pretrain.loss.objective import Losses, Objective
+from tasks.pretrain.loss.losses import Losses
+from tasks.pretrain.loss.objective import Objective
 
 
 def spoil(factor: float, domain: str, window: int) -> None:

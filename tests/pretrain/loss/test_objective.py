@@ -23,7 +23,7 @@ from transformers import (
 
 from tasks.corpus.sampling.loader import IGNORED, Batch
 from tasks.moe.internals import layers
-from tasks.pretrain.loss import objective
+from tasks.pretrain.loss import losses, objective
 from tasks.pretrain.loss.balance import Balancer
 from tasks.settings import Pretrain
 
@@ -88,7 +88,7 @@ def packed(windows: list[list[int]], *, masked: bool, padding: int = 0) -> Batch
         cu_seqlens=cu_seqlens,
         domains=["prose"] * len(windows),
         windows=list(range(len(windows))),
-        step_targets=int(objective.predicted(labels).sum()),
+        step_targets=int(losses.predicted_tokens(labels).sum()),
     )
 
 
@@ -108,7 +108,7 @@ def part(model: PreTrainedModel, batch: Batch, *, rows: slice, balance: bool) ->
     assert list(result.parts) == ["balance"] * balance
     balances = result.parts.get("balance", torch.zeros(()))
     torch.testing.assert_close(result.total, result.nats_B.sum() / max(batch.step_targets, 1) + balances)
-    return result.nats_B / torch.from_numpy(objective.predicted(batch.labels[rows])).clamp(min=1), balances
+    return result.nats_B / torch.from_numpy(losses.predicted_tokens(batch.labels[rows])).clamp(min=1), balances
 
 
 def alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -243,4 +243,4 @@ def test_unpacked_windows_have_bit_for_bit_the_mean_over_all_tokens_but_the_firs
     )
     assert torch.equal(loss, nats.view_as(ids).sum(1) / (LENGTH - 1))
     assert torch.equal(balance, out.aux_loss)
-    assert objective.predicted(batch.labels).tolist() == [LENGTH - 1] * 2
+    assert losses.predicted_tokens(batch.labels).tolist() == [LENGTH - 1] * 2
