@@ -11,7 +11,7 @@ QUICK := tests/settings tests/recipes $(wildcard tests/test_*.py) tests/bench/te
   $(addprefix tests/corpus/,filters readers tokenizer test_shards.py sampling/test_weights.py sampling/test_windows.py) \
   $(addprefix tests/moe/test_,counts.py files.py gate.py gguf.py internals_contract.py loss.py routing_record.py) \
   $(addprefix tests/partition/test_,convert.py index.py router_init.py split_methods.py) \
-  $(addprefix tests/pretrain/,test_dynamic.py test_schedule.py test_trainable.py checkpoints/test_resume_settings.py) \
+  $(addprefix tests/pretrain/,test_schedule.py test_trainable.py checkpoints/test_resume_settings.py) \
   $(addprefix tests/pretrain/loss/test_,balance.py distil.py divergence.py objective.py) \
   $(addprefix tests/evaluate/,test_likelihood.py report/test_charts.py) tests/mixture/test_methods.py \
   $(addprefix tests/flows/test_,plan.py preflight.py progress.py quality_gate.py) \
