@@ -20,10 +20,8 @@ from tasks import settings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tasks.evaluate.speedup_factor import Curve
-
 CONTEXTS = (1, 512, 4096)
-"""Numbers of cached tokens at which the cost of decoding is told."""
+"""Numbers of cached tokens at which a token is decoded."""
 
 
 def flops(
@@ -55,16 +53,23 @@ def speedup(
 ) -> None:
     """Say by how much less each run reaches a validation loss than another, in tokens, FLOPs and seconds.
 
-    The cost is interpolated between neighbouring evaluations, and never extrapolated. A run is runs/NAME, its dense
-    child runs/NAME/control, or an unfinished one's folder under .scratch. Losses are comparable on the same corpus
+    The cost is interpolated between neighbouring evaluations, and never extrapolated. A run is runs/NAME, its pruned
+    baseline runs/NAME/control, or an unfinished one's folder under .scratch. Losses are comparable on the same corpus
     and validation windows, seconds on the same idle machine.
     """
+    from rich.table import Table
+
     from tasks.evaluate import run_curves
 
     with clear_errors():
         others = [run_curves.read(folder) for folder in against]
         for folder in runs:
-            table, reasons = _speedup_table(run_curves.read(folder), others)
+            run = run_curves.read(folder)
+            rows, reasons = run_curves.rows(others, run)
+            title = f"{run.name} against {' / '.join(other.name for other in others)}"
+            table = Table(*run_curves.COLUMNS, title=title, title_justify="left")
+            for label, cells in rows:
+                table.add_row(label, *cells)
             show(table)
             for reason in reasons:
                 print(f"no factor: {reason}")
@@ -86,7 +91,7 @@ def _configs(name: str) -> tuple[dict[str, Any], int | None]:
     dense = plan.dense_config(config, pipeline.model)
     models = {"dense parent": dense, "Mixture-of-Experts": plan.sparse_config(dense, pipeline.partition)}
     if pipeline.pruned:
-        models["dense child"] = pipeline.pruned.config(dense, pipeline.partition)
+        models["pruned baseline"] = pipeline.pruned.config(dense, pipeline.partition)
     return models, pipeline.pretrain.seq_len
 
 
@@ -123,17 +128,3 @@ def flops_table(configs: Mapping[str, Any], *, title: str, seq_len: int) -> Tabl
         cells = [count(counts.decode_flops(config, context=context)) for config in models.values()]
         table.add_row(f"decoding a token after {context:,}", *cells)
     return table
-
-
-def _speedup_table(run: Curve, others: list[Curve]) -> tuple[Table, list[str]]:
-    from rich.table import Table
-
-    from tasks.evaluate import run_curves
-
-    rows, reasons = run_curves.rows(others, run)
-    table = Table(title=f"{run.name} against {' / '.join(other.name for other in others)}", title_justify="left")
-    for column in run_curves.COLUMNS:
-        table.add_column(column)
-    for label, cells in rows:
-        table.add_row(label, *cells)
-    return table, reasons

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import plan_child, plan_mixture
-from flows.plan_child import ChildPlan
+from flows import plan_mixture
 from flows.plan_mixture import MixturePlan
-from tasks import scratch
+from tasks import plugin, scratch
+from tasks.control import training
 from tasks.moe import counts, families
 from tasks.pretrain.checkpoints import branch
-from tasks.pretrain.log import cost_curve
-from tasks.settings import Partition, Pipeline, Pretrain, Settings, SettingsError
+from tasks.pretrain.log import cost_curve, meters
+from tasks.settings import Corpus, Partition, Pipeline, Pretrain, Settings, SettingsError
 from tasks.settings import model as models
 from tasks.tools import estimate
 from tasks.tools.estimate import Memory
@@ -28,7 +28,32 @@ if TYPE_CHECKING:
 
 UTILISATION = 0.4
 """Share of the matrix-product speed that training reaches: 0.4 is usual on A100s."""
-_CHILD = "dense child, as cut and as trained"
+_DENSE, _CONVERTED, _TRAINED = "dense checkpoint", "converted MoE", "trained MoE"
+_PRUNED = "pruned baseline, as cut and as trained"
+_SHAPE = ("num_hidden_layers", "num_key_value_heads", "hidden_size", "intermediate_size", "num_attention_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTraining:
+    """Figures of a training of a dense model."""
+
+    steps: int
+    flops: int
+    memory: Memory
+    """Of rank 0, with the ZeRO stage of the settings."""
+    scratch: dict[str, float]
+    """Bytes in .scratch while it is trained, by what takes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedPlan(DenseTraining):
+    """Figures of the pruned baseline; `flops` are those of its cut, training and evaluation."""
+
+    parameters: int
+    shape: dict[str, int]
+    """Its sizes that are not the parent's."""
+    beside: dict[str, DenseTraining]
+    """Trainings of the parent, by title: before the cut, and on the same batches if the settings ask for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +80,16 @@ class Plan:
     disk: dict[str, float]
     checkpoint: float
     """A training checkpoint."""
-    child: ChildPlan | None
-    """The dense child; None without one."""
+    pruned: PrunedPlan | None
+    """The pruned baseline; None without one."""
     mixture: MixturePlan | None
     """The estimate of domain weights; None where it trains nothing."""
 
     def seconds(self, flops_per_second: float) -> float:
         """Time for all FLOPs at UTILISATION of a matrix-product speed over all processes."""
-        child = self.child.flops if self.child else 0
-        child += sum(each.flops for each in self.child.beside.values()) if self.child else 0
-        mixture = self.mixture.flops if self.mixture else 0
-        return (self.train_flops + self.other_flops + child + mixture) / (UTILISATION * flops_per_second)
+        baselines = (self.pruned, *self.pruned.beside.values()) if self.pruned else ()
+        flops = self.train_flops + self.other_flops + sum(each.flops for each in baselines)
+        return (flops + (self.mixture.flops if self.mixture else 0)) / (UTILISATION * flops_per_second)
 
 
 def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -> Plan:
@@ -91,7 +115,7 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
     experts = counts.experts(sparse)
     sizes = {"dense": counts.parameters(dense), "sparse": counts.parameters(sparse)}
     corpus = settings.corpus(pipeline.corpus)
-    child = plan_child.plan(dense, pipeline, corpus=corpus, bfloat16=is_bfloat16, cuda=cuda)
+    pruned = pruned_plan(dense, pipeline, corpus=corpus, bfloat16=is_bfloat16, cuda=cuda)
     train_flops = cost_curve.flops(sparse, train, step=train.steps)
     return Plan(
         pipeline=name,
@@ -108,9 +132,9 @@ def plan(settings: Settings, name: str, *, bfloat16: bool, cuda: bool = False) -
         other_flops=_other_flops(settings, pipeline, dense=dense, sparse=sparse),
         dtype="bfloat16" if is_bfloat16 else "float32",
         memory=_memory(sparse, train, bfloat16=is_bfloat16, cuda=cuda, parent=dense),
-        disk=_disk(settings, name, sizes=sizes, child=child) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
+        disk=_disk(settings, name, sizes=sizes, pruned=pruned) | estimate.disk(sparse, train, bfloat16=is_bfloat16),
         checkpoint=estimate.checkpoint_bytes(sparse, train, bfloat16=is_bfloat16),
-        child=child,
+        pruned=pruned,
         mixture=plan_mixture.plan(
             name, pipeline, dense=dense, sparse=sparse, corpus=corpus, training_flops=train_flops
         ),
@@ -146,81 +170,140 @@ def sparse_config(dense: dict[str, Any], partition: Partition) -> dict[str, Any]
     return sparse
 
 
+def pruned_plan(
+    dense: dict[str, Any], pipeline: Pipeline, *, corpus: Corpus, bfloat16: bool, cuda: bool = False
+) -> PrunedPlan | None:
+    """Compute the figures of the stage `control`; None without a pruned baseline.
+
+    Args:
+        dense: the parent's config.json.
+        corpus: what it is trained and evaluated on.
+        bfloat16: the training dtype; float32 if not.
+        cuda: train on GPUs.
+
+    Raises:
+        SettingsError: the settings ask for a baseline that cannot be.
+    """
+    control = pipeline.pruned
+    if control is None:
+        return None
+    partition, evaluation = pipeline.partition, pipeline.evaluate
+    try:
+        config = control.config(dense, partition)
+    except ValueError as error:
+        raise SettingsError(f"control: {error}") from None
+    train = training.dense(pipeline.pretrain)
+
+    def trained(of: dict[str, Any], params: Pretrain) -> DenseTraining:
+        validated = estimate.evaluated_windows(params, domains=len(corpus.trained))
+        step = params.step_tokens * meters.flops(of, seq_len=params.seq_len, what="all")
+        return DenseTraining(
+            steps=params.steps,
+            flops=params.steps * step + _forward(of, windows=validated, seq_len=params.seq_len),
+            memory=estimate.memory(of, params, bfloat16=bfloat16, cuda=cuda, parent=dense),
+            scratch=estimate.disk(of, params, bfloat16=bfloat16),
+        )
+
+    trainings = {
+        title: params
+        for module in plugin.modules("cost").values()
+        for title, params in module.trainings(pipeline).items()
+    }
+    if control.parent:
+        trainings["parent trained alike"] = train
+    own = trained(config, train)
+    read = train.steps * train.batch if train.distill else 0  # by the parent, which distils
+    if control.method == "static":
+        read += partition.calibration_windows
+    flops = own.flops + _forward(dense, windows=read, seq_len=train.seq_len)
+    flops += _forward(config, windows=evaluation.windows_of(corpus), seq_len=evaluation.seq_len)
+    if control.method == "static":
+        flops += _fit_flops(dense, partition, seq_len=train.seq_len, layers=dense["num_hidden_layers"])
+    return PrunedPlan(
+        **vars(own) | {"flops": flops},
+        parameters=counts.parameters(config)["total"],
+        shape={field: config[field] for field in _SHAPE if config.get(field) != dense.get(field)},
+        beside={title: trained(dense, params) for title, params in trainings.items()},
+    )
+
+
+def _forward(config: dict[str, Any], *, windows: int, seq_len: int) -> int:
+    flops: int = counts.flops_per_token(config, seq_len=seq_len)["forward"]
+    return windows * seq_len * flops
+
+
+def _fit_flops(dense: dict[str, Any], partition: Partition, *, seq_len: int, layers: int) -> int:
+    """FLOPs of the fit of that many layers: 3 products of each token with an FFN matrix forward, 4 backward."""
+    matrix: int = 2 * dense["hidden_size"] * dense["intermediate_size"]
+    return 7 * matrix * partition.calibration_windows * partition.fit_passes * seq_len * layers
+
+
 def _other_flops(settings: Settings, pipeline: Pipeline, *, dense: dict[str, Any], sparse: dict[str, Any]) -> int:
-    """What is beside training: references, calibration, fit, the distilling parent, validation."""
+    """What is beside training: references, calibration, fit, the distilling parent, validation, evaluation."""
     from tasks.partition.construct import needs_text
 
-    corpus, train, judge = settings.corpus(pipeline.corpus), pipeline.pretrain, pipeline.evaluate
+    corpus, train, evaluation = settings.corpus(pipeline.corpus), pipeline.pretrain, pipeline.evaluate
     domains, partition = len(corpus.trained), pipeline.partition
-
-    def forward(config: dict[str, Any], *, windows: int, seq_len: int) -> int:
-        flops: int = counts.flops_per_token(config, seq_len=seq_len)["forward"]
-        return windows * seq_len * flops
-
-    calibration = partition.calibration_windows if needs_text(partition) else 0
-    fitted = (
-        calibration * partition.fit_passes * train.seq_len * len(partition.sparse_layers(dense["num_hidden_layers"]))
-    )
-    # three of them forward, four products backward
-    matrix: int = 2 * dense["hidden_size"] * dense["intermediate_size"]
     references = pipeline.mixture.windows * domains if pipeline.mixture.method == "reference_loss" else 0
-    evaluations = estimate.evaluated_windows(train, domains=domains)
-    teaching = train.steps * train.batch if train.distill else 0
+    validated = estimate.evaluated_windows(train, domains=domains)
+    read = train.steps * train.batch if train.distill else 0
+    flops = 0
+    if needs_text(partition):
+        read += partition.calibration_windows
+        layers = len(partition.sparse_layers(dense["num_hidden_layers"]))
+        flops += _fit_flops(dense, partition, seq_len=train.seq_len, layers=layers)
     return (
-        7 * matrix * fitted
-        + forward(dense, windows=references, seq_len=judge.seq_len)
-        + forward(dense, windows=calibration + teaching, seq_len=train.seq_len)
-        + forward(sparse, windows=evaluations, seq_len=train.seq_len)
-        + forward(dense, windows=judge.windows_of(corpus), seq_len=judge.seq_len)
-        + 2 * forward(sparse, windows=judge.windows_of(corpus), seq_len=judge.seq_len)
+        flops
+        + _forward(dense, windows=references + evaluation.windows_of(corpus), seq_len=evaluation.seq_len)
+        + _forward(dense, windows=read, seq_len=train.seq_len)
+        + _forward(sparse, windows=validated, seq_len=train.seq_len)
+        + 2 * _forward(sparse, windows=evaluation.windows_of(corpus), seq_len=evaluation.seq_len)
     )
 
 
 def _memory(
     sparse: dict[str, Any], train: Pretrain, *, bfloat16: bool, cuda: bool, parent: dict[str, Any]
 ) -> dict[int, tuple[Memory, Memory]]:
-    known = {}
-    for stage in (0, 1, 2, 3):
-        if stage == 0 and (train.offload or train.expert_parallel > 1):  # which the settings refuse
-            continue
+    stages = range(train.offload or train.expert_parallel > 1, 4)  # the settings refuse stage 0 with either
+    needs = {}
+    for stage in stages:
         at = train.model_copy(update={"zero_stage": stage})
         first, other = (
             estimate.memory(sparse, at, bfloat16=bfloat16, cuda=cuda, parent=parent, first=first)
             for first in (True, False)
         )
-        known[stage] = first, other
-    return known
+        needs[stage] = first, other
+    return needs
 
 
 def _disk(
-    settings: Settings, name: str, *, sizes: dict[str, dict[str, int]], child: ChildPlan | None
+    settings: Settings, name: str, *, sizes: dict[str, dict[str, int]], pruned: PrunedPlan | None
 ) -> dict[str, float]:
     pipeline = settings.pipeline(name)
     dtype = 2 if settings.model(pipeline.model).dtype == "bfloat16" else 4
     total = sizes["sparse"]["total"]
     parts: dict[str, float] = {
-        "dense checkpoint": sizes["dense"]["total"] * dtype,
-        "MoE after the split": total * dtype,
-        "trained MoE": total * dtype,
+        _DENSE: sizes["dense"]["total"] * dtype,
+        _CONVERTED: total * dtype,
+        _TRAINED: total * dtype,
     }
-    if child:
-        parts[_CHILD] = 2 * child.parameters * dtype
-        parts |= {f"dense child: {part}": size for part, size in child.scratch.items()}
-        for title, each in child.beside.items():
+    if pruned:
+        parts[_PRUNED] = 2 * pruned.parameters * dtype
+        for title, each in {"pruned baseline": pruned, **pruned.beside}.items():
             parts |= {f"{title}: {part}": size for part, size in each.scratch.items()}
     if (manifest := Path("data/corpora", pipeline.corpus, "manifest.json")).exists():
         parts["shards"] = sum(path.stat().st_size for path in manifest.parent.rglob("*.arrow"))
-    if kept := branch.kept_bytes(name):
-        parts["kept of earlier training in .scratch; `python -m tasks.pretrain NAME --discard` frees it"] = kept
+    if size := branch.kept_bytes(name):
+        parts["kept of earlier training in .scratch; `python -m tasks.pretrain NAME --discard` frees it"] = size
     return parts
 
 
-def split_config(settings: Settings, name: str) -> dict[str, Any]:
-    """config.json of a pipeline's split model: the one that is there, or the one that will be."""
+def converted_config(settings: Settings, name: str) -> dict[str, Any]:
+    """config.json of a pipeline's converted model: the one that is there, or the one that will be."""
     path = Path("runs", name, "moe", "config.json")
     if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text())
-        return known
+        config: dict[str, Any] = json.loads(path.read_text())
+        return config
     pipeline = settings.pipeline(name)
     return sparse_config(dense_config(settings, pipeline.model), pipeline.partition)
 
@@ -231,41 +314,41 @@ def short_windows(settings: Settings, name: str) -> list[str]:
     path = Path("data/corpora", pipeline.corpus, "manifest.json")
     if not path.is_file():
         return []
-    judge, train, mixture = pipeline.evaluate, pipeline.pretrain, pipeline.mixture
-    made = json.loads(path.read_text())["domains"]
-    unseen = [domain for domain, entry in made.items() if entry.get("unseen")]
-    trained = [domain for domain in made if domain not in unseen]
-    asked = [
-        ("evaluate.windows", "test", judge.seq_len, judge.windows, trained),
-        ("evaluate.unseen_windows", "test", judge.seq_len, judge.unseen_windows, unseen),
+    evaluation, train, mixture = pipeline.evaluate, pipeline.pretrain, pipeline.mixture
+    corpus = json.loads(path.read_text())["domains"]
+    unseen = [domain for domain, entry in corpus.items() if entry.get("unseen")]
+    trained = [domain for domain in corpus if domain not in unseen]
+    needs = [
+        ("evaluate.windows", "test", evaluation.seq_len, evaluation.windows, trained),
+        ("evaluate.unseen_windows", "test", evaluation.seq_len, evaluation.unseen_windows, unseen),
         ("pretrain.eval_windows", "validation", train.seq_len, train.eval_windows, trained),
     ]
     if mixture.method == "reference_loss":
-        asked.append(("mixture.windows", "validation", judge.seq_len, mixture.windows, trained))
+        needs.append(("mixture.windows", "validation", evaluation.seq_len, mixture.windows, trained))
     return [
         f"{field} = {count}: the {split} part of {domain} has {there} of {seq_len} tokens"
         + ("" if there else "; raise its `heldout`, or lower seq_len: no run can be finished")
-        for field, split, seq_len, count, domains in asked
+        for field, split, seq_len, count, domains in needs
         for domain in domains
-        if (there := made[domain].get(split, {}).get("tokens", seq_len * count) // seq_len) < count
+        if (there := corpus[domain].get(split, {}).get("tokens", seq_len * count) // seq_len) < count
     ]
 
 
 def disk_lacks(cost: Plan, model: str) -> list[str]:
     """The disks here that have less room than what is not there yet will take; two folders may lie on one disk."""
     run = Path("runs", cost.pipeline)
-    made = {
-        "dense checkpoint": models.FETCHED / model,
-        "MoE after the split": run / "moe",
-        "trained MoE": run / "trained",
-        _CHILD: run / "control",
+    outputs = {
+        _DENSE: models.FETCHED / model,
+        _CONVERTED: run / "moe",
+        _TRAINED: run / "trained",
+        _PRUNED: run / "control",
         "shards": Path("data"),
     }
     needed: dict[int, float] = {}
     folders: dict[int, dict[str, Path]] = {}
     for part, size in cost.disk.items():
-        folder = made.get(part, scratch.ROOT)
-        if part in made and folder.exists():
+        folder = outputs.get(part, scratch.ROOT)
+        if part in outputs and folder.exists():
             continue
         there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
         disk = there.stat().st_dev

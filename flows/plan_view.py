@@ -1,14 +1,16 @@
-"""`moeforge plan` and `moeforge status` as tables."""
+"""`moeforge plan` and `moeforge status` as tables, with what of a plan this machine does not have."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from flows import dag, plan, plan_machine, preflight
+from flows import dag, plan, preflight
 from tasks import scratch
 from tasks.engines.table import ENGINES
+from tasks.moe import device as devices
 from tasks.pretrain.checkpoints import branch
+from tasks.pretrain.log import meters
 from tasks.settings import Pipeline, Pretrain, Settings
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from tasks.partition.shapes import Verdict
     from tasks.settings.partition import Engine
-    from tasks.tools.estimate import Speed
+    from tasks.tools.estimate import Memory, Speed
 
 SHOWN_REASONS = 3
 
@@ -68,7 +70,9 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
     speed = None
     if calibrated:
         dense = plan.dense_config(settings, pipeline.model)
-        speed = calibrate.measure(plan.split_config(settings, name), train, parent=dense if train.distill else None)
+        speed = calibrate.measure(
+            plan.converted_config(settings, name), train, parent=dense if train.distill else None
+        )
     table = _costs(cost, pipeline, here=tflops is None)
     for line in dict.fromkeys([*preflight.evaluations(train), *preflight.warnings(settings, name)[-1:]]):
         table.add_row("better", "", line)
@@ -115,15 +119,13 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
             table.add_row("", f"{mixture.done:,} more", "are there, and count if their inputs are the same")
         table.add_row("", count(mixture.tokens), f"tokens of proxies, {mixture.share:.1%} of the training tokens")
         table.add_row("", f"{mixture.flops:.2e}", f"FLOPs, {mixture.flops_share:.1%} of those of the training")
-    if child := cost.child:
-        memory = child.memory.device_total or child.memory.host_total
-        table.add_row("dense child", count(child.parameters), f"parameters, {_shape(child.shape)}")
-        table.add_row("", f"{child.flops:.2e}", "FLOPs of its cut, training on the same tokens, and evaluation")
-        table.add_row("", gigabytes(memory), "peak memory of its training, rank 0")
-        for title, beside in child.beside.items():
-            memory = beside.memory.device_total or beside.memory.host_total
-            table.add_row(title, f"{beside.flops:.2e}", f"FLOPs of {beside.steps:,} steps of the parent")
-            table.add_row("", gigabytes(memory), "peak memory of this training, rank 0")
+    if pruned := cost.pruned:
+        table.add_row("pruned baseline", count(pruned.parameters), f"parameters, {_shape(pruned.shape)}")
+        table.add_row("", f"{pruned.flops:.2e}", "FLOPs of its cut, training on the same tokens, and evaluation")
+        table.add_row("", gigabytes(_peak(pruned.memory)), "peak memory of its training, rank 0")
+        for title, each in pruned.beside.items():
+            table.add_row(title, f"{each.flops:.2e}", f"FLOPs of {each.steps:,} steps of the parent")
+            table.add_row("", gigabytes(_peak(each.memory)), "peak memory of this training, rank 0")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)
@@ -135,7 +137,7 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
 
 
 def _shape(sizes: Mapping[str, int]) -> str:
-    """The sizes of a dense child that are not its parent's."""
+    """The sizes of a pruned baseline that are not its parent's."""
     named = {
         "intermediate_size": "FFNs of {} neurons",
         "num_hidden_layers": "{} layers",
@@ -144,6 +146,10 @@ def _shape(sizes: Mapping[str, int]) -> str:
         "hidden_size": "{} hidden dimensions",
     }
     return ", ".join(text.format(sizes[field]) for field, text in named.items() if field in sizes)
+
+
+def _peak(memory: Memory) -> float:
+    return memory.device_total or memory.host_total
 
 
 def _engine(found: Verdict, wanted: Collection[Engine]) -> tuple[str, str]:
@@ -156,7 +162,7 @@ def _engine(found: Verdict, wanted: Collection[Engine]) -> tuple[str, str]:
 
 def _estimated_time(table: Table, cost: plan.Plan, train: Pretrain, *, tflops: float | None) -> None:
     if tflops is None:
-        measured, where = plan_machine.matrix_speed(bfloat16=cost.dtype == "bfloat16")
+        measured, where = matrix_speed(bfloat16=cost.dtype == "bfloat16")
         processes = train.processes if "CPU" not in where else 1  # processes on one CPU share it
         speed, basis = measured * processes, f"{where}, whose peak is {measured / 1e12:.2f} TFLOP/s in {cost.dtype}"
     else:
@@ -193,13 +199,38 @@ def _memory(cost: plan.Plan, train: Pretrain, *, here: bool, measured: Speed | N
         shown += [sum(parts.values()), memory.host_total]
         figures = [f"{size / 1e9:.2f}" for size in shown]
         mark = "set" if stage == train.zero_stage else ""
-        lacks = plan_machine.lacks(memory, [other] * beside) if here else ""
-        table.add_row(str(stage), *figures, "; ".join(filter(None, (mark, lacks))))
+        short = lacks(memory, [other] * beside) if here else ""
+        table.add_row(str(stage), *figures, "; ".join(filter(None, (mark, short))))
     if measured:
         where = "GPU" if cost.memory[train.zero_stage][0].device else "RAM"
         peak, blank = f"{measured.peak / 1e9:.2f}", [""] * 5
         table.add_row("", *blank, peak, "", f"measured now in {where}, without a checkpoint's copy")
     return table
+
+
+def lacks(first: Memory, others: list[Memory]) -> str:
+    """What of this machine the processes that run on it need more of than there is; empty if they fit."""
+    import psutil
+    import torch
+
+    short = []
+    ram = psutil.virtual_memory().total
+    if (needed := sum(memory.host_total for memory in (first, *others))) > ram:
+        short.append(f"RAM: {needed / 1e9:.1f} of {ram / 1e9:.1f} GB")
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory
+        if first.device_total > card:
+            short.append(f"GPU: {first.device_total / 1e9:.1f} of {card / 1e9:.1f} GB")
+    return f"does not fit here ({', '.join(short)})" if short else ""
+
+
+def matrix_speed(*, bfloat16: bool) -> tuple[float, str]:
+    """FLOP/s of one process on this machine (`meters.peak`), and what computes them: a GPU, or all CPU threads."""
+    import torch
+
+    device = torch.device(devices.default())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return meters.peak(device, torch.bfloat16 if bfloat16 else torch.float32), where
 
 
 def status(settings: Settings) -> Table:

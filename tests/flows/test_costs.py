@@ -33,7 +33,7 @@ def test_flops_of_a_folder_have_a_column_for_each_top_k_that_it_serves(tmp_path:
         assert count(counts.flops_per_token(at, seq_len=100)["train"]) in lines["training, per token"]
 
 
-def test_flops_of_a_pipeline_are_those_of_parent_result_and_child_before_it_is_run(
+def test_flops_of_a_pipeline_are_those_of_parent_result_and_baseline_before_it_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -48,12 +48,12 @@ def test_flops_of_a_pipeline_are_those_of_parent_result_and_child_before_it_is_r
 
 
 def test_speedup_says_the_factor_or_why_there_is_none(tmp_path: Path) -> None:
-    losses = {"moe": [3.0, 2.5, 2.0], "child": [3.5, 3.0, 2.5], "far": [6.0, 5.5, 5.0]}
+    losses = {"moe": [3.0, 2.5, 2.0], "pruned": [3.5, 3.0, 2.5], "far": [6.0, 5.5, 5.0]}
     for name, loss in losses.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "pretrain.json").write_text(json.dumps({"curve": COLUMNS | {"loss": loss}}))
-    run, child, far = (str(tmp_path / name) for name in losses)
-    result = said("speedup", run, "--against", child)
+    run, pruned, far = (str(tmp_path / name) for name in losses)
+    result = said("speedup", run, "--against", pruned)
     assert result.exit_code == 0, result.output
     assert "2.00 ×" in result.output
     assert "no factor" not in result.output

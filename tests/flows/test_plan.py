@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flows import plan, plan_child, plan_machine, plan_view
+from flows import plan, plan_view
 from tasks import settings
 from tasks.tools.estimate import Memory, Speed
 from tests.flows.conftest import ROOT
@@ -138,8 +138,8 @@ def test_processes_that_do_not_fit_into_this_machine_are_told_what_they_lack(mon
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10e9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     first, other = Memory(host={"weights": 4e9, "process": 1e9}, device={}), Memory(host={"weights": 3e9}, device={})
-    assert plan_machine.lacks(first, [other]) == ""
-    assert plan_machine.lacks(first, [other, other]) == "does not fit here (RAM: 11.0 of 10.0 GB)"
+    assert plan_view.lacks(first, [other]) == ""
+    assert plan_view.lacks(first, [other, other]) == "does not fit here (RAM: 11.0 of 10.0 GB)"
 
 
 def printed(tables: list[Table]) -> str:
@@ -201,7 +201,7 @@ def test_time_follows_from_flops_and_speed(config: settings.Settings) -> None:
 
 
 def test_the_speed_of_matrix_products_is_plausible() -> None:
-    speed, where = plan_machine.matrix_speed(bfloat16=False)
+    speed, where = plan_view.matrix_speed(bfloat16=False)
     assert 1e9 < speed < 1e16
     assert where
 
@@ -246,35 +246,35 @@ def test_windows_that_the_corpus_does_not_have_are_told(config: settings.Setting
     ]
 
 
-def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_and_time(
+def test_a_pruned_baseline_costs_what_its_size_says_and_is_shown_with_memory_disk_and_time(
     config: settings.Settings,
 ) -> None:
     without = changed(config, "pretrain")
-    assert without.child is None
+    assert without.pruned is None
     fine = config.pipelines["fine"].model_copy(update={"control": "pruned"})
     both = config.model_copy(update={"pipelines": {"fine": fine}})
     dense = plan.dense_config(both, fine.model)
     cost = plan.plan(both, "fine", bfloat16=True)
-    child = cost.child
-    assert child is not None
+    baseline = cost.pruned
+    assert baseline is not None
     split = fine.partition
     width = (split.shared_experts + split.top_k) * 1536 // (split.shared_experts + split.experts)
-    assert child.ffn_width == width
-    assert child.parameters == 134_515_008 - 30 * 3 * 576 * (1536 - width)
+    assert baseline.shape == {"intermediate_size": width}
+    assert baseline.parameters == 134_515_008 - 30 * 3 * 576 * (1536 - width)
     shorter = fine.pretrain.model_copy(update={"tokens": fine.pretrain.tokens // 2, "eval_tokens": 1 << 20})
     longer = fine.pretrain.model_copy(update={"eval_tokens": 1 << 20})
     corpus = config.corpora[fine.corpus]
     half, whole = (
-        plan_child.plan(dense, fine.model_copy(update={"pretrain": train}), corpus=corpus, bfloat16=True)
+        plan.pruned_plan(dense, fine.model_copy(update={"pretrain": train}), corpus=corpus, bfloat16=True)
         for train in (shorter, longer)
     )
     assert half
     assert whole
-    assert whole.flops - half.flops == pytest.approx(6 * child.parameters * fine.pretrain.tokens / 2, rel=0.25)
-    assert child.memory.host["weights"] == 2 * child.parameters
-    assert child.memory.host["optimizer"] == 12 * child.parameters
-    assert cost.disk["dense child, as cut and as trained"] == 2 * 4 * child.parameters
-    assert cost.seconds(1e12) == pytest.approx(without.seconds(1e12) + child.flops / (plan.UTILISATION * 1e12))
+    assert whole.flops - half.flops == pytest.approx(6 * baseline.parameters * fine.pretrain.tokens / 2, rel=0.25)
+    assert baseline.memory.host["weights"] == 2 * baseline.parameters
+    assert baseline.memory.host["optimizer"] == 12 * baseline.parameters
+    assert cost.disk["pruned baseline, as cut and as trained"] == 2 * 4 * baseline.parameters
+    assert cost.seconds(1e12) == pytest.approx(without.seconds(1e12) + baseline.flops / (plan.UTILISATION * 1e12))
     text = StringIO()
     for table in plan_view.figures(both, "fine", tflops=100.0):
         Console(file=text, width=160).print(table)
@@ -286,7 +286,7 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
         update={"pipelines": {"fine": fine.model_copy(update={"control": control, "pretrain": longer})}}
     )
     planned = plan.plan(masked, "fine", bfloat16=True)
-    pruned = planned.child
+    pruned = planned.pruned
     assert pruned is not None
     masks = pruned.beside["its masks"]
     each = 3 * 480 * width + 2 * 480 * (6 + 2) * 64 + 2 * 480
@@ -304,4 +304,4 @@ def test_a_dense_child_costs_what_its_size_says_and_is_shown_with_memory_disk_an
     assert "FLOPs of 100 steps of the parent" in text.getvalue()
     refused = fine.model_copy(update={"partition": split.model_copy(update={"layers": "alternate"})})
     with pytest.raises(settings.SettingsError, match=r"control: pruned: partition.layers = 'alternate'"):
-        plan_child.plan(dense, refused, corpus=corpus, bfloat16=True)
+        plan.pruned_plan(dense, refused, corpus=corpus, bfloat16=True)
