@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.pretrain.checkpoints import resume
 from tasks.pretrain.checkpoints.manager import CheckpointManager
 from tasks.pretrain.health.loss_guard import Rollback, Rollbacks
-from tasks.pretrain.job import Job, code_version
+from tasks.pretrain.job import Job, TrainingError, code_version
 from tasks.settings import Pretrain
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ class Recovery:
 
     def _load(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint, and from where rollbacks to it have led since."""
+        if missing := [hook.name for hook in self.hooks if hook.name not in saved.get("hooks", {})]:
+            raise TrainingError(
+                f"{self.checkpoints.folder}: the checkpoint of step {saved['step']} is of other code, which kept nothing "
+                f"of {', '.join(missing)}; go on with that code, or start again with --discard"
+            )
         self.checkpoints.restore(self.engine, saved)
         self.state.restore(saved)
         self.sampler.restore(saved["sampler"])
