@@ -113,8 +113,8 @@ class Recovery:
         """Go on from a checkpoint, and from where rollbacks to it have led since."""
         if missing := [hook.name for hook in self.hooks if hook.name not in saved.get("hooks", {})]:
             raise TrainingError(
-                f"{self.checkpoints.folder}: the checkpoint of step {saved['step']} is of other code, which kept nothing "
-                f"of {', '.join(missing)}; go on with that code, or start again with --discard"
+                f"{self.checkpoints.folder}: the checkpoint of step {saved['step']} is of other code, which kept "
+                f"nothing of {', '.join(missing)}; go on with that code, or start again with --discard"
             )
         self.checkpoints.restore(self.engine, saved)
         self.state.restore(saved)
