@@ -123,9 +123,9 @@ def _costs(cost: plan.Plan, pipeline: Pipeline, *, here: bool) -> Table:
         table.add_row("pruned baseline", count(pruned.parameters), f"parameters, {_shape(pruned.shape)}")
         table.add_row("", f"{pruned.flops:.2e}", "FLOPs of its cut, training on the same tokens, and evaluation")
         table.add_row("", gigabytes(_peak(pruned.memory)), "peak memory of its training, rank 0")
-        for title, each in pruned.beside.items():
-            table.add_row(title, f"{each.flops:.2e}", f"FLOPs of {each.steps:,} steps of the parent")
-            table.add_row("", gigabytes(_peak(each.memory)), "peak memory of this training, rank 0")
+        for title, training in pruned.beside.items():
+            table.add_row(title, f"{training.flops:.2e}", f"FLOPs of {training.steps:,} steps of the parent")
+            table.add_row("", gigabytes(_peak(training.memory)), "peak memory of this training, rank 0")
     table.add_section()
     for i, (part, size) in enumerate(cost.disk.items()):
         table.add_row("" if i else "disk", gigabytes(size), part)

@@ -1,14 +1,14 @@
-"""The section `deployments`: Prefect's, with the parameters of the flows here and the schedules checked.
+"""The section `deployments`: Prefect's, with the keys, the flows of this project and their parameters checked.
 
-Prefect passes over a key that it does not know and refuses a wrong parameter only when the flow runs, at night.
-A text with `{{ … }}` is a template, which Prefect fills in; it is not looked at.
+Prefect passes over a key that it does not know and refuses a wrong parameter only when the flow runs, at night. It
+refuses a wrong cron expression or time zone when one deploys. A text with `{{ … }}` is a template, which Prefect fills
+in; nothing checks it here.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal, Self
-from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -54,18 +54,6 @@ class Weigh(Frozen):
 FLOWS: dict[str, type[Frozen]] = {"upcycle": Upcycle, "retrain": Retrain, "tokenise": Tokenise, "weigh": Weigh}
 _ENTRYPOINT = re.compile(r"(?:\./)?flows[./](?P<module>\w+)(?:\.py)?:(?P<flow>\w+)")
 
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_CRON = (
-    ("minute", 0, 59, ()),
-    ("hour", 0, 23, ()),
-    ("day of month", 1, 31, ()),
-    ("month", 1, 12, _MONTHS),
-    ("day of week", 0, 7, _DAYS),
-    ("second", 0, 59, ()),
-)
-_ALIASES = {"@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly"}
-
 
 class Schedule(Frozen):
     """When a deployment runs: one of cron, interval (seconds, or ISO 8601) and rrule."""
@@ -83,19 +71,9 @@ class Schedule(Frozen):
 
     @model_validator(mode="after")
     def _when(self) -> Self:
-        given = [field for field in ("cron", "interval", "rrule") if getattr(self, field) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of cron, interval and rrule; given: {', '.join(given) or 'none'}")
-        if self.cron is not None and not _template(self.cron) and (fault := cron_fault(self.cron)):
-            raise ValueError(f"cron = {self.cron!r}: {fault}")
-        if self.timezone and not _template(self.timezone):
-            try:
-                ZoneInfo(self.timezone)
-            except (ValueError, OSError, KeyError):
-                raise ValueError(
-                    f"timezone = {self.timezone!r} is not known; give a name of the IANA database, such as "
-                    "Europe/Berlin or UTC"
-                ) from None
+        fields = [field for field in ("cron", "interval", "rrule") if getattr(self, field) is not None]
+        if len(fields) != 1:
+            raise ValueError(f"give one of cron, interval and rrule; given: {', '.join(fields) or 'none'}")
         return self
 
 
@@ -152,40 +130,6 @@ class Deployment(Frozen):
                     text = "; ".join(_parameter_fault(fault) for fault in faults)
                     raise ValueError(f"{text}; {match['flow']} takes {', '.join(parameters.model_fields)}") from None
         return self
-
-
-def cron_fault(text: str) -> str | None:
-    """What is wrong with a cron expression as Prefect reads it (croniter's grammar, no R and H); None if nothing is.
-
-    Stricter in one thing: a step longer than its field, and day 0 of a month, are slips.
-    """
-    fields = text.lower().split()
-    if fields in [[alias] for alias in _ALIASES]:
-        return None
-    if len(fields) not in (5, 6):
-        return f"has {len(fields)} fields; write 5: minute, hour, day of month, month, day of week"
-    for field, (name, low, high, words) in zip(fields, _CRON, strict=False):
-        numbered = field
-        for number, word in enumerate(words, low):
-            numbered = numbered.replace(word, str(number))
-        most = 6 if name == "day of week" and len(fields) == 6 else high
-        if not all(_is_part(part, name, low, most) for part in numbered.split(",")):
-            also = f" or {words[0]} to {words[-1]}" if words else ""
-            return f"{field!r} is no {name}, which is {low} to {high}{also}"
-    return None
-
-
-def _is_part(part: str, name: str, low: int, high: int) -> bool:
-    """`*`, `N`, `N-M`, each with or without `/STEP`; L, ? and the weeks of a month where they have a meaning."""
-    span, slash, step = part.partition("/")
-    if slash and not (step.isdigit() and 1 <= int(step) <= high):
-        return False
-    if span == "*" or (span == "?" and name.startswith("day")) or (span == "l" and name == "day of month"):
-        return True
-    if name == "day of week" and re.fullmatch(r"l[0-7]|[0-7]#[1-5]", span):
-        return True
-    ends = [int(end) if end.isdigit() else -1 for end in span.split("-")]
-    return len(ends) <= 2 and all(low <= end <= high for end in ends)
 
 
 def _parameter_fault(fault: Any) -> str:

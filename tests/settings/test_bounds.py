@@ -17,7 +17,7 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from tasks import settings
-from tasks.settings.deployments import FLOWS, Deployment, Schedule, cron_fault
+from tasks.settings.deployments import FLOWS, Deployment, Schedule
 from tests.settings.test_settings import TRAINED, changed, fault
 
 FULL = changed("pipelines.fine.pretrain.distill", {"logits": 1.0, "temperature": 2.0})
@@ -114,27 +114,6 @@ def test_a_window_longer_than_the_models_positions_is_refused_once_its_config_is
     settings.validate(raw)
     raw["models"]["smollm2-135m-q4"] |= {"source": "dir:parent", "sha256": None}
     assert f"= {limit} (parent/config.json)" in fault(raw)
-
-
-EXPRESSIONS = st.lists(
-    st.sampled_from(["*", "0", "5", "7", "12", "24", "31", "60", "mon", "sun", "jan", "L", "?", "l5", "5#3", "5#6",
-                     "1-5", "*/5", "*/0", "1-5/2", "mon-fri", "x", "-1", "1,2", "mon,5", "1,", "H", "R"]),
-    min_size=4, max_size=7,
-)  # fmt: skip
-
-
-@settings_of_hypothesis(deadline=None)
-@given(EXPRESSIONS)
-def test_schedules_are_refused_that_prefect_would_refuse(fields: list[str]) -> None:
-    from prefect._internal.schemas.validators import validate_cron_string
-
-    text = " ".join(fields)
-    try:
-        validate_cron_string(text)
-    except ValueError:
-        assert cron_fault(text)
-    else:
-        assert cron_fault(text) is None or len(fields) == 7 or fields[2] == "0"  # a seventh field is a year
 
 
 def test_deployments_have_the_keys_and_the_flows_the_parameters_that_prefect_reads() -> None:

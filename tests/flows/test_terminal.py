@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from flows import environment, errors, terminal
+from flows import environment, terminal
 from tasks.settings import SettingsError
 from tests.flows.conftest import moeforge
 
@@ -131,11 +131,11 @@ def test_each_error_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, error: Exception, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = errors.message(error)
+    said = terminal.message(error)
     assert said.startswith(message)
     assert "\n" not in said
     if isinstance(error, KeyError):
-        assert "KeyError: 'weight'" in errors.TRACE.read_text()
+        assert "KeyError: 'weight'" in terminal.TRACE.read_text()
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (terminal.Terminated, 143)])
