@@ -135,12 +135,12 @@ def test_a_test_split_without_a_window_is_found_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("split", "also"),
     [
-        ("test", {"tasks/mixture/compare/cells.py"}),
+        ("test", {"tasks/mixture/compare.py"}),
         # a domain that is never trained on may be what domain weights are chosen for (mixture.target)
         (
             "unseen",
             {
-                "tasks/mixture/compare/cells.py",
+                "tasks/mixture/compare.py",
                 "tasks/mixture/proxies/units.py",
                 "tasks/plugins/proxy_runs/estimating.py",
             },
