@@ -26,6 +26,7 @@ from tasks.control import training
 from tasks.moe import counts
 from tasks.pretrain.job import Job
 from tasks.pretrain.log import log_file
+from tasks.settings.pretrain import FIXED
 
 GOAL = 0.85
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     entry = settings.load().pipeline(arguments.pipeline)
     changes: dict[str, Any] = {
-        "eval_tokens": 1 << 40, "eval_windows": 1, "dynamic": None, "warmup_tokens": 0,
+        "eval_tokens": 1 << 40, "eval_windows": 1, **FIXED, "warmup_tokens": 0,
         "save_every": max(3, arguments.steps // 2), "train": "all", "distill": None,
     }  # fmt: skip
     for pair in arguments.set:

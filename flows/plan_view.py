@@ -74,7 +74,7 @@ def figures(settings: Settings, name: str, *, tflops: float | None, calibrated: 
             plan.converted_config(settings, name), train, parent=dense if train.distill else None
         )
     table = _costs(cost, pipeline, here=tflops is None)
-    for line in dict.fromkeys([*preflight.evaluations(train), *preflight.warnings(settings, name)[-1:]]):
+    for line in dict.fromkeys([*preflight.training(train), *preflight.warnings(settings, name)[-1:]]):
         table.add_row("better", "", line)
     for i, short in enumerate(plan.short_windows(settings, name)):
         table.add_row("" if i else "windows", "fewer", short)

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tasks import sources
+from tasks import plugin, sources
 from tasks.settings import Pretrain, Settings, SettingsError, harness
 from tasks.settings import model as models
-from tasks.settings.pretrain import FEW_MOVES, MOVES
 from tasks.sources import hub
 
 PLACEHOLDER = "YOUR-NAME"
@@ -68,18 +67,13 @@ def warnings(settings: Settings, pipeline: str) -> list[str]:
 
     entry = settings.pipeline(pipeline)
     parent = _parent(settings, entry.model)
-    return evaluations(entry.pretrain) + ([] if parent is None else shapes.warnings(parent, entry.partition))
+    return training(entry.pretrain) + ([] if parent is None else shapes.warnings(parent, entry.partition))
 
 
-def evaluations(pretrain: Pretrain) -> list[str]:
-    """That dynamic batch loading moves the weights too seldom, if it does."""
-    if pretrain.dynamic is None or pretrain.moves >= FEW_MOVES:
-        return []
-    better = max(pretrain.tokens // MOVES, 1)
-    return [
-        f"pretrain.dynamic: the weights move at {pretrain.moves} evaluations alone, by a whole excess loss each, so "
-        f"they jump and come too late; set pretrain.eval_tokens to {better} or less, or leave it out"
-    ]
+def training(pretrain: Pretrain) -> list[str]:
+    """What plug-ins say of a training that will hardly work."""
+    modules = plugin.modules("settings").values()
+    return [line for module in modules if hasattr(module, "warnings") for line in module.warnings(pretrain)]
 
 
 def _parent(settings: Settings, model: str) -> Any:

@@ -23,7 +23,8 @@ SEAMS: Mapping[str, str] = {
     "hooks": "hooks(trainer) -> [Hook]: what happens around a training step; prepare(model, job)",
     "figures": "measure(subject) -> JSON, of what evaluate measures (tasks/evaluate/details.py)",
     "section": "section(content, titles) -> HTML, of what `figures` measured",
-    "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, faults(pipeline, …)",
+    "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, DEFAULTS {section: "
+    "function(entry) -> values}, faults(pipeline, …), warnings(pretrain)",
     "estimator": "estimate(problem) of domain weights; trainings(mixture), forward_tokens(mixture, proxy, …) for plan",
     "method": "a partition method, registered by tasks.partition.methods.method",
     "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",

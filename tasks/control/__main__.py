@@ -2,8 +2,8 @@
 
     python -m tasks.control PIPELINE
 
-Reads data/models/<model>/, data/corpora/<corpus>/, runs/<pipeline>/mixture.json and, with dynamic batch loading, the
-domain weights in runs/<pipeline>/training/. Writes runs/<pipeline>/control/ (model/: trained; split/: as it was cut;
+Reads data/models/<model>/, data/corpora/<corpus>/, runs/<pipeline>/mixture.json and, where evaluations move the domain
+weights, those in runs/<pipeline>/training/. Writes runs/<pipeline>/control/ (model/: trained; split/: as it was cut;
 training/: its log; loss.csv, validation.csv; parent/: the parent trained alike, if it is asked for; what a plug-in's
 method adds) and runs/<pipeline>/control.json. With `control: none` the folder holds a marker alone. Stopped at any
 moment, even by kill -9, the same command goes on and ends with the same bytes. A pruned baseline that is there
@@ -65,7 +65,7 @@ def _pruned(pipeline: str, entry: Pipeline, control: Control) -> dict[str, Any]:
     target, parent = Path("runs") / pipeline, Path("data/models") / entry.model
     params = training.dense(entry.pretrain)
     trackers.check(params.trackers)
-    weights = _weights(target / "training/log.jsonl") if params.dynamic else {}
+    weights = _weights(target / "training/log.jsonl") if params.moves_weights else {}
     made_from = {
         **inputs.digests(entry, model=parent, mixture=target / "mixture.json"),
         "weights": weights,
@@ -89,7 +89,7 @@ def _pruned(pipeline: str, entry: Pipeline, control: Control) -> dict[str, Any]:
             parent=parent,
             mixture=target / "mixture.json",
             workspace=work,
-            options={"dynamic": {"weights": weights}} if params.dynamic else {},
+            options={"weights": weights} if weights else {},
         )
         cut = _cut(entry, control, job)
         launcher.run(job)
@@ -116,7 +116,7 @@ def _weights(log: Path) -> dict[int, dict[str, float]]:
 
     if not log.is_file():
         raise ValueError(
-            f"{log}: not found; with pretrain.dynamic the sparse model's losses decide the batches, and the "
+            f"{log}: not found; the sparse model's losses decide the batches, and the "
             "pruned baseline gets the same: run the stage `pretrain` first"
         )
     return {record["step"]: record["weights"] for record in log_file.read(log, "validation")}

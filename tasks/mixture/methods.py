@@ -97,7 +97,7 @@ def explicit(problem: Problem) -> Estimate:
 
 @estimator("reference_loss")
 def reference_loss(problem: Problem) -> Estimate:
-    """The given shares (or uniform) as a start, and the dense parent's validation losses for dynamic batch loading.
+    """The given shares (or uniform) as a start, and the dense parent's validation losses for a run that moves weights.
 
     The source model's own loss as target: Sheared-LLaMA (arXiv 2310.06694, section 2.2), without its scaling-law fit.
     """

@@ -9,8 +9,8 @@ from typing import Any
 def measure(model_dir: Path, corpus_dir: Path, *, seq_len: int, windows: int) -> dict[str, Any]:
     """Validation loss of the dense parent in nats per predicted token, per domain and per window.
 
-    The losses of the single windows are kept too: dynamic batch loading compares the student with its parent on the
-    same windows, so the differences between windows cancel.
+    The losses of the single windows are kept too: a run that moves the weights compares the student with its parent
+    on the same windows, so the differences between windows cancel.
 
     Returns:
         reference_losses {domain: mean}, window_losses {domain: [one per window]}, seq_len, windows (asked for).

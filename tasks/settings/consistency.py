@@ -6,7 +6,7 @@ lm-eval's tasks, lies on this disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import tasks.settings.harness as harness
 import tasks.settings.model as model
@@ -16,15 +16,13 @@ from tasks.settings.corpus import Corpus
 from tasks.settings.evaluate import Evaluate
 from tasks.settings.model import Model
 from tasks.settings.pipeline import Pipeline
-from tasks.settings.pretrain import Fit
 
 
 def faults(pipelines: dict[str, Pipeline], *, corpora: dict[str, Corpus], models: dict[str, Model]) -> Iterator[str]:
     """Every fault, as `path = value: what is wrong and how to fix it`."""
     for name, pipeline in pipelines.items():
         where = f"pipelines.{name}"
-        yield from (f"{where}.{fault}" for fault in _domains(pipeline, corpora[pipeline.corpus]))
-        yield from (f"{where}.mixture.{fault}" for fault in _proxies(pipeline, corpora[pipeline.corpus]))
+        yield from (f"{where}.mixture.{fault}" for fault in _mixture(pipeline, corpora[pipeline.corpus]))
         yield from (f"{where}.{fault}" for fault in _sizes(pipeline, models[pipeline.model]))
         yield from (f"{where}.{fault}" for fault in _tasks(pipeline.evaluate))
         for module in plugin.modules("settings").values():
@@ -44,35 +42,12 @@ def _tasks(evaluate: Evaluate) -> Iterator[str]:
             yield f"evaluate.tasks.{i}.name = {task.name!r}: {fault}"
 
 
-def _domains(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
-    """Figures by domain that are not of exactly the corpus's domains, the unseen ones left out."""
-    domains = corpus.trained
-    references = pipeline.pretrain.dynamic.references if pipeline.pretrain.dynamic else "parent"
-    given: dict[str, Iterable[str]] = {"mixture.weights": pipeline.mixture.weights or domains}
-    if isinstance(references, Fit):
-        given["pretrain.dynamic.references.losses"] = references.losses
-    elif isinstance(references, dict):
-        given["pretrain.dynamic.references"] = references
-    for field, names in given.items():
-        unknown, missing = sorted(set(names) - set(domains)), sorted(set(domains) - set(names))
-        if unknown or missing:
-            wrong = [
-                f"{name} is unseen, so nothing may be trained on it: leave it out here"
-                if name in corpus.unseen
-                else f"{name} not among them"
-                for name in unknown
-            ]
-            wrong += [f"{', '.join(missing)} missing"] if missing else []
-            fix = "; give a domain the weight 0 to leave it out" if missing and field == "mixture.weights" else ""
-            yield (
-                f"{field} must name exactly the domains of corpora.{pipeline.corpus}, {', '.join(domains)}: "
-                f"{'; '.join(wrong)}{fix}"
-            )
-
-
-def _proxies(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
-    """A target that the corpus lacks, and a swarm too small for its domains."""
+def _mixture(pipeline: Pipeline, corpus: Corpus) -> Iterator[str]:
+    """Weights or a target of domains that the corpus lacks, and a swarm too small for its domains."""
     mixture, domains = pipeline.mixture, corpus.trained
+    if mixture.weights and (fault := corpus.other_domains(mixture.weights, name=pipeline.corpus)):
+        fix = "; give a domain the weight 0 to leave it out" if " missing" in fault else ""
+        yield f"weights {fault}{fix}"
     if mixture.proxy and len(domains) < 2:
         yield (
             f"method = {mixture.method!r}: corpora.{pipeline.corpus} has a single domain, {domains[0]}, to train on, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -141,6 +142,25 @@ class Corpus(Frozen):
                 f"domains.{own[0]}.near_duplicates: the corpus looks for none; set its near_duplicates, such as {{}}"
             )
         return self
+
+    def other_domains(self, names: Iterable[str], *, name: str) -> str | None:
+        """How `names` differ from the domains that are trained on; None if they are the same.
+
+        Args:
+            name: the corpus's.
+        """
+        domains = self.trained
+        unknown, missing = sorted(set(names) - set(domains)), sorted(set(domains) - set(names))
+        wrong = [
+            f"{domain} is unseen, so nothing may be trained on it: leave it out here"
+            if domain in self.unseen
+            else f"{domain} not among them"
+            for domain in unknown
+        ]
+        wrong += [f"{', '.join(missing)} missing"] if missing else []
+        if not wrong:
+            return None
+        return f"must name exactly the domains of corpora.{name}, {', '.join(domains)}: {'; '.join(wrong)}"
 
     @property
     def trained(self) -> list[str]:

@@ -137,7 +137,7 @@ class Mixture(Frozen):
     """`temperature` alone, which needs it: a domain's share is proportional to its tokens to this power."""
     max_epochs: Above = 4.0
     """No domain is given so large a share that training reads it more often than this (arXiv 2305.16264: up to four
-    epochs are nearly as good as new text). It binds the weights at the start, not those that `dynamic` moves."""
+    epochs are nearly as good as new text). It binds the weights at the start, not those that evaluations move."""
     windows: Positive = 8
     """Validation windows per domain on which `reference_loss` measures the dense model."""
     target: Annotated[

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Tag
 
 from tasks.settings.control import Control
 from tasks.settings.evaluate import Evaluate
@@ -34,12 +34,3 @@ class Pipeline(Frozen):
         if isinstance(self.control, Control):
             return self.control
         return None if self.control == "none" else Control()
-
-    @model_validator(mode="after")
-    def _reference(self) -> Self:
-        dynamic = self.pretrain.dynamic
-        if dynamic and dynamic.references == "parent" and self.mixture.method != "reference_loss":
-            raise ValueError(
-                "pretrain.dynamic.references: parent needs the parent's losses: set mixture.method: reference_loss"
-            )
-        return self

@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings.fields import LARGEST, Above, Frozen, Name, NotNegative, Positive, Seed, SeqLen, Share
+from tasks import plugin
+from tasks.settings.fields import LARGEST, Above, Frozen, NotNegative, Positive, Seed, SeqLen, Share, extended
 
 What = Literal["all", "router", "experts"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-MOVES, FEW_MOVES = 16, 8
-"""Evaluations of a run with dynamic batch loading, unless it says otherwise, and how many are too few."""
+FIXED: dict[str, None] = dict.fromkeys(plugin.choices("pretrain.moves_weights"))
+"""The settings of plug-ins that move the domain weights, with the value by which the weights stay as they are."""
 Part = Literal["router", "experts", "shared", "ffn", "attention", "norms", "embeddings", "masks"]
 
 
@@ -52,40 +53,6 @@ class Distill(Frozen):
         return self
 
 
-class Fit(Frozen):
-    """A family's losses by size, from which f(N) = a / N^b + c predicts what a domain's should be."""
-
-    losses: dict[Name, list[Above]]
-    """Domain -> losses at `sizes`, nats per token."""
-    sizes: Annotated[list[Positive], Field(min_length=3)]
-    """Parameters of the models measured."""
-    size: Positive | None = None
-    """Parameters to predict for; the split model's active ones if absent."""
-
-    @model_validator(mode="after")
-    def _lengths(self) -> Self:
-        for domain, losses in self.losses.items():
-            if len(losses) != len(self.sizes):
-                raise ValueError(f"losses.{domain} has {len(losses)} numbers for {len(self.sizes)} sizes")
-        if len(set(self.sizes)) < 3:
-            raise ValueError(f"sizes = {self.sizes}: a law of three constants needs three different sizes or more")
-        return self
-
-
-class Dynamic(Frozen):
-    """Dynamic batch loading: at each evaluation, move domain weights towards domains above their reference loss."""
-
-    rule: Literal["paper", "code"] = "paper"
-    """Sheared-LLaMA's, as in its paper (excess clipped at 0), or as in its code (not clipped, smoothed by 1e-4)."""
-    references: Literal["parent"] | dict[Name, Above] | Fit = "parent"
-    """The dense parent's losses on the same windows, given ones, or a scaling fit."""
-    within: Annotated[float, Field(ge=1, le=1e30)] = 4.0
-    """Each weight stays between a fourth and four times its share at the start: a domain whose reference is out of
-    reach would take all."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The share of the old weights in the new ones: by 0.5 an evaluation moves them half as far as the rule says."""
-
-
 class Phase(Frozen):
     what: What
     tokens: Positive | None = None
@@ -103,6 +70,7 @@ class Guard(Frozen):
     """Stop after so many interventions without a sound step as long as the last one lost."""
 
 
+@extended("pretrain")
 class Pretrain(Frozen):
     """Continual pre-training (tasks/pretrain)."""
 
@@ -152,14 +120,11 @@ class Pretrain(Frozen):
     noise: bool = False
     """Noisy top-k (arXiv 1701.06538, eq. 4) in training, with noise weights that start at 0 and are dropped after."""
     distill: Distill | None = None
-    dynamic: Dynamic | None = None
 
     eval_tokens: Positive = 1 << 20
-    """Tokens between evaluations on the validation windows; rounded up to whole steps. With `dynamic` a sixteenth of
-    `tokens` if absent."""
+    """Tokens between evaluations on the validation windows; rounded up to whole steps."""
     eval_windows: Positive = 2
-    """Validation windows per domain in each of them. With `dynamic`, if absent, as many as take a 32nd of the tokens
-    between two evaluations: 2 to 8."""
+    """Validation windows per domain in each of them."""
     save_every: Positive = 50
     """Steps between checkpoints."""
     keep: Positive = 2
@@ -193,9 +158,9 @@ class Pretrain(Frozen):
         return -(-self.eval_tokens // self.step_tokens)
 
     @property
-    def moves(self) -> int:
-        """Evaluations by which dynamic batch loading moves the weights: before the first step, and between two."""
-        return -(-self.steps // self.eval_every)
+    def moves_weights(self) -> bool:
+        """Whether evaluations move the domain weights, so that no batch is known before training."""
+        return any(getattr(self, field) is not None for field in FIXED)
 
     @property
     def phases(self) -> list[tuple[int, What]]:
@@ -214,16 +179,11 @@ class Pretrain(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _evaluations(cls, given: Any) -> Any:
-        """Evaluations that suit the budget, where they move the weights."""
-        if not isinstance(given, dict) or given.get("dynamic") is None:
-            return given
-        tokens, seq_len = given.get("tokens"), given.get("seq_len")
-        if not isinstance(tokens, int) or not isinstance(seq_len, int) or tokens < 1 or seq_len < 1:
-            return given  # refused below
-        between = given.get("eval_tokens", max(tokens // MOVES, 1))
-        windows = between // (32 * seq_len) if isinstance(between, int) else 0
-        return {"eval_tokens": between, "eval_windows": min(max(windows, 2), 8)} | given
+    def _defaults(cls, entry: Any) -> Any:
+        """Defaults that depend on a plug-in's field."""
+        for module in plugin.modules("settings").values() if isinstance(entry, dict) else ():
+            entry = {**getattr(module, "DEFAULTS", {}).get("pretrain", dict)(entry), **entry}
+        return entry
 
     @model_validator(mode="after")
     def _batch(self) -> Self:
@@ -256,10 +216,10 @@ class Pretrain(Frozen):
             )
         if self.expert_parallel > 1 and self.zero_stage == 0:
             raise ValueError("expert_parallel needs zero_stage 1, 2 or 3: DeepSpeed clips wrongly without ZeRO")
-        if self.distill and self.distill.top_n and self.dynamic:
+        if self.distill and self.distill.top_n and self.moves_weights:
             raise ValueError(
-                "distill.top_n needs windows that are known before training, and dynamic decides them on the way; "
-                "leave one of them out"
+                f"distill.top_n needs windows that are known before training, and {', '.join(FIXED)} decides them on "
+                "the way; leave one of them out"
             )
         if self.balance.loss == "bias" and self.noise:
             raise ValueError("balance.loss: bias and noise: true are two ways to spread tokens; leave one out")

@@ -59,17 +59,17 @@ def test_a_shape_that_an_engine_cannot_load_is_refused_with_near_ones(monkeypatc
 
 def test_too_few_evaluations_to_move_weights_by_are_warned_of_with_a_number() -> None:
     config = settings.load(ROOT / "pipelines.yaml")
-    assert preflight.evaluations(config.pipeline("fine").pretrain) == []
+    assert preflight.training(config.pipeline("fine").pretrain) == []
     fine = config.pipeline("fine").pretrain.model_copy(update={"eval_tokens": 16384})
-    (line,) = preflight.evaluations(fine)
+    (line,) = preflight.training(fine)
     assert "the weights move at 3 evaluations alone" in line
     assert "set pretrain.eval_tokens to 3072 or less" in line
     rare = config.model_copy(
         update={"pipelines": {"fine": config.pipeline("fine").model_copy(update={"pretrain": fine})}}
     )
     assert preflight.warnings(rare, "fine")[0] == line
-    assert preflight.evaluations(settings.Pretrain(**fine.model_dump() | {"eval_tokens": 3072})) == []
-    assert preflight.evaluations(config.pipeline("demo").pretrain) == []
+    assert preflight.training(settings.Pretrain(**fine.model_dump() | {"eval_tokens": 3072})) == []
+    assert preflight.training(config.pipeline("demo").pretrain) == []
 
 
 def test_a_hub_out_of_reach_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from tasks import settings
+from tasks.plugins.dynamic.settings import Dynamic, Fit
 from tasks.settings import __main__ as command
 from tasks.settings.corpus import Decontaminate, NearDuplicates
-from tasks.settings.pretrain import Balance, Distill, Dynamic, Fit, Guard
+from tasks.settings.pretrain import Balance, Distill, Guard
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "pipelines.yaml").read_text()

@@ -31,7 +31,7 @@ def summary(results: Results) -> str:
         f"learning rate {knobs.learning_rate:g} with {decay.get(knobs.schedule, 'no decay')}",
         ran["precision"],
         f"ZeRO stage {knobs.zero_stage} over {ran['processes']} process{'es' if ran['processes'] > 1 else ''}",
-        f"{'moving' if knobs.dynamic else 'fixed'} domain weights",
+        f"{'moving' if knobs.moves_weights else 'fixed'} domain weights",
         *trained,
         *balance,
         *distilled,

@@ -17,7 +17,7 @@ from tasks.control.training import dense
 from tasks.mixture.problem import Problem
 from tasks.pretrain.job import Job
 from tasks.settings import Pretrain, Proxy
-from tasks.settings.pretrain import Guard
+from tasks.settings.pretrain import FIXED, Guard
 
 _WARMUP = 10
 """A tenth of the steps."""
@@ -95,7 +95,7 @@ def training(proxy: Proxy, pretrain: Pretrain) -> Pretrain:
             "warmup_tokens": steps // _WARMUP * step,
             "train": "all",
             "distill": None,
-            "dynamic": None,
+            **FIXED,
             "eval_tokens": steps * step,
             "eval_windows": proxy.windows,
             "save_every": steps,

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tasks.corpus.sampling import weights as domain_weights
+from tasks.plugins.dynamic import rule as rules
+from tasks.plugins.dynamic.settings import Dynamic, Fit
 from tasks.pretrain.hook import Hook, Kind
 from tasks.pretrain.job import Job, TrainingError
 from tasks.pretrain.validation import Validation
 from tasks.settings.fields import LARGEST
-from tasks.settings.pretrain import Fit
 
 if TYPE_CHECKING:
     from tasks.pretrain.log.run_log import RunLog
@@ -43,7 +43,7 @@ class Reweighter(Hook):
         self,
         references: Mapping[str, float],
         *,
-        rule: domain_weights.Rule,
+        rule: rules.Rule,
         start: Mapping[str, float],
         within: float,
         smoothing: float = 0.0,
@@ -69,7 +69,7 @@ class Reweighter(Hook):
         Raises:
             TrainingError: the references miss a domain of the corpus, name one that it lacks, or can't be predicted.
         """
-        dynamic = job.params.dynamic
+        dynamic: Dynamic | None = vars(job.params)["dynamic"]
         if dynamic is None:
             return None
         chosen = dynamic.references
@@ -87,7 +87,7 @@ class Reweighter(Hook):
         else:
             _same_domains("pretrain.dynamic.references", chosen, validation.windows)
             references = chosen
-        course = job.options.get("dynamic", {}).get("weights")
+        course = job.options.get("weights")
         return cls(
             {domain: references[domain] for domain in validation.windows},
             rule=dynamic.rule,
@@ -118,7 +118,7 @@ class Reweighter(Hook):
         self.weights = dict(state)
 
     def update(self, weights: Mapping[str, float], *, losses: Mapping[str, float], step: int) -> dict[str, float]:
-        """The weights after the evaluation of a step (`sampling.weights.update`, smoothed, then `within`).
+        """The weights after the evaluation of a step (`update`, smoothed, then `within`).
 
         Args:
             weights: those in use.
@@ -126,10 +126,10 @@ class Reweighter(Hook):
         """
         if self.course is not None:
             return dict(self.course[step])
-        moved = domain_weights.update(weights, losses=losses, references=self.references, rule=self.rule)
+        moved = rules.update(weights, losses=losses, references=self.references, rule=self.rule)
         old = self.smoothing
         moved = {domain: (1 - old) * weight + old * weights[domain] for domain, weight in moved.items()}
-        return domain_weights.within(moved, start=self.start, factor=self.within)
+        return rules.within(moved, start=self.start, factor=self.within)
 
     def at_cap(self, weights: Mapping[str, float], *, losses: Mapping[str, float]) -> list[str]:
         """A message for each domain that has all the weight it may have and is still above its reference."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from tasks.control import training
 from tasks.settings import Pipeline, Pretrain
+from tasks.settings.pretrain import FIXED
 
 MASK_RATE = 1.0
 """Peak learning rate of masks (arXiv 2310.06694, its code): a logit may go from limit to limit in twelve steps."""
@@ -36,7 +37,7 @@ def mask_training(params: Pretrain, *, tokens: int) -> Pretrain:
             "weight_decay": 0.0,
             "learning_rates": {**dense.learning_rates, "masks": MASK_RATE},
             "distill": None,
-            "dynamic": None,
+            **FIXED,
             "seed": (params.seed + 1) % (1 << 32),
         }
     )

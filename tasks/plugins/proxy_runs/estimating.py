@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.pretrain.hook import Hook, Kind, Step
 from tasks.pretrain.job import Job, TrainingError
+from tasks.settings.pretrain import FIXED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +83,7 @@ def check(job: Job, method: str, shares: Mapping[str, float]) -> None:
             f"{method} needs text of every domain, and {', '.join(zeros)} has the weight 0 in {job.mixture}; give it "
             "a small one, or leave it out of the corpus"
         )
-    for field in ("distill", "dynamic"):
+    for field in ("distill", *FIXED):
         if getattr(job.params, field, None) is not None:
             raise TrainingError(
                 f"pretrain.{field} and an estimate by {method} both weigh the loss or the domains; drop one"

@@ -221,7 +221,7 @@ def _safe(change: Change, old: Pretrain, new: Pretrain, *, step: int) -> bool:
     if field in _ALWAYS:
         return True
     if field == "eval_tokens":
-        return new.dynamic is None  # else evaluations move the weights
+        return not new.moves_weights
     if field not in _COURSE:
         return False
     if old.steps != new.steps and step >= min(old.steps, new.steps):  # after its last step a run is evaluated

@@ -52,7 +52,7 @@ def settings(params: Pretrain, *, device: bool) -> list[str]:
     if not params.gradient_checkpointing:
         changes.append("gradient_checkpointing: true (now false)")
     distill = params.distill
-    if distill and distill.top_n is None and not distill.hidden and not params.dynamic:
+    if distill and distill.top_n is None and not distill.hidden and not params.moves_weights:
         changes.append("distill.top_n: 64 (now absent, and the parent in memory)")
     if params.processes > 1 and params.zero_stage < 3:  # one process has nobody to share with
         changes.append(f"zero_stage: {params.zero_stage + 1} (now {params.zero_stage})")

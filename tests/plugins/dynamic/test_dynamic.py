@@ -122,7 +122,7 @@ def test_references_for_other_domains_than_the_corpus_has_are_refused_by_name() 
 
 def test_given_weights_are_followed_whatever_the_losses_are(tmp_path: Path) -> None:
     recorded = {"0": {"cc": 0.3, "wiki": 0.7}, "4": {"cc": 0.1 + 0.2, "wiki": 0.7}}
-    following = dataclasses.replace(job({"cc": 2.5, "wiki": 1.5}), options={"dynamic": {"weights": recorded}})
+    following = dataclasses.replace(job({"cc": 2.5, "wiki": 1.5}), options={"weights": recorded})
     reweighter = load(following, validation("cc", "wiki"))
     assert reweighter
     for step, weights in recorded.items():
@@ -148,10 +148,10 @@ def test_evaluations_that_move_weights_suit_the_budget_unless_the_settings_say_o
     assert (plain.eval_tokens, plain.eval_windows) == (1 << 20, 2)
     for tokens, windows in ((1 << 16, 2), (1 << 20, 4), (1 << 26, 8)):
         moving = Pretrain(tokens=tokens, dynamic={}, **run)
-        assert (moving.moves, moving.eval_tokens, moving.eval_windows) == (16, tokens // 16, windows)
+        assert (moving.eval_tokens, moving.eval_windows) == (tokens // 16, windows)
         assert Pretrain(**moving.model_dump()) == moving
     given = Pretrain(tokens=1 << 20, dynamic={}, eval_tokens=1 << 18, eval_windows=3, **run)
-    assert (given.moves, given.eval_windows) == (4, 3)
+    assert (given.eval_tokens, given.eval_windows) == (1 << 18, 3)
 
 
 @pytest.mark.parametrize("rule", ["paper", "code"])

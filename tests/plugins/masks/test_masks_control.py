@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tasks import scratch
+from tasks.plugins.dynamic.settings import Dynamic
 from tasks.plugins.masks import cost
 from tasks.settings import Pretrain
-from tasks.settings.pretrain import Distill, Dynamic
+from tasks.settings.pretrain import Distill
 from tests.control.conftest import baseline_of, kill_when, metrics, set_control, unfinished
 from tests.pretrain.warm_stages import stage
 
