@@ -194,7 +194,7 @@ def rollback(
     with _released(name) as releases:
         old, new = releases.rollback(name, release)
         print(f"{name}: runs/{name}/release is now releases/{new}, before it was releases/{old}")
-        print(f"commit runs/{name}/accepted.json: retraining is judged by the model that it names")
+        print(f"commit runs/{name}/accepted.json: retraining compares with the model that it names")
 
 
 @contextmanager

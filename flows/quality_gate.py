@@ -1,6 +1,6 @@
 """Decides whether a new model is worse than the last accepted one, beyond the noise of the evaluation windows.
 
-The rule, in bits per byte averaged over the domains that both were judged on:
+The rule, in bits per byte averaged over the domains that both were evaluated on:
 
     refused if   difference + slipped > tolerance + 2 x stderr
 
@@ -32,13 +32,12 @@ ERRORS = 2.0
 
 Record = dict[str, Any]
 """trained, dense: bits per byte averaged over domains; parent: digest of the dense parent; slipped; date; code: the
-commit that trained it;
-dvc_lock_sha256; release: id of its folder; domains: {domain: {windows: their digests, bytes, trained, dense: nats of
-each}}."""
+commit that trained it; dvc_lock_sha256; release: id of its folder; domains: {domain: {windows: their digests, bytes,
+trained, dense: nats of each}}."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Decision:
     """Whether a model is accepted, why in one sentence, and the `slipped` of its record."""
 
     accepted: bool
@@ -67,9 +66,12 @@ def present(pipeline: str) -> Record:
     path = run / "windows.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; `moeforge run {pipeline}` writes it")
+    model = Path("data/models", f"{settings.load().pipeline(pipeline).model}.json")
+    source = json.loads(model.read_text()) if model.is_file() else {}
+    digest = source.get("source_sha256")
     return {
-        **{model: float(evaluation[model]["bits_per_byte"]["mean"]) for model in ("trained", "dense")},
-        "parent": _parent(pipeline),
+        **{which: float(evaluation[which]["bits_per_byte"]["mean"]) for which in ("trained", "dense")},
+        "parent": digest and scratch.fingerprint([digest, source.get("dtype")]),
         "slipped": 0.0,
         "code": commit(pipeline),
         "date": datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -88,36 +90,37 @@ def commit(pipeline: str) -> str | None:
     return None if code is None else str(code)
 
 
-def judge(new: Record, old: Record | None, *, tolerance: float) -> Verdict:
+def decide(new: Record, old: Record | None, *, tolerance: float) -> Decision:
     """Apply the rule. A figure that is not finite is refused; the first model is accepted."""
     figures = [new["trained"], *(nats for entry in new["domains"].values() for nats in entry["trained"])]
     if not all(math.isfinite(figure) for figure in figures):
-        return Verdict(accepted=False, why=f"refused: {new['trained']} bits per byte is not a figure to accept")
+        return Decision(accepted=False, why=f"refused: {new['trained']} bits per byte is not a figure to accept")
     if old is None:
-        return Verdict(accepted=True, why=f"accepted: the first model, {new['trained']:.4f} bits per byte")
+        return Decision(accepted=True, why=f"accepted: the first model, {new['trained']:.4f} bits per byte")
     comparison = compare(new, old)
     if comparison is None:
-        return Verdict(
-            accepted=False,
-            why="refused: the accepted model was judged on none of these domains, so the two cannot be compared; if "
-            "this one is to be shipped, accept it by hand with `moeforge release`",
-        )
+        why = "refused: the accepted model was evaluated on none of these domains, so the two cannot be compared; if "
+        return Decision(accepted=False, why=f"{why}this one is to be shipped, accept it with `moeforge release`")
     allowed = tolerance + ERRORS * (comparison.stderr or 0.0)
     slipped = comparison.difference + old.get("slipped", 0.0)
     accepted = slipped <= allowed
     error = "unknown, for a domain has one window" if comparison.stderr is None else f"{comparison.stderr:.4f}"
     worse = f"{abs(comparison.difference):.4f} {'worse' if comparison.difference > 0 else 'better'}"
+    same = [domain for domain in comparison.domains if domain not in comparison.other]
+    basis = [f"on the same windows of {', '.join(same)}"] if same else []
+    basis += [f"on other windows of {', '.join(comparison.other)}"] if comparison.other else []
+    where = f"n = {comparison.windows}, {' and '.join(basis)}"
     since = f", {slipped:.4f} worse than the best before it" if old.get("slipped") else ""
     why = (
         f"{'accepted' if accepted else 'refused'}: {new['trained']:.4f} bits per byte is {worse} "
-        f"than the accepted {old['trained']:.4f}{since} (standard error {error}; {_basis(comparison)}); "
+        f"than the accepted {old['trained']:.4f}{since} (standard error {error}; {where}); "
         f"allowed: tolerance {tolerance:.4f} + {ERRORS:g} standard errors"
     )
-    return Verdict(accepted=accepted, why=why, slipped=max(slipped, 0.0))
+    return Decision(accepted=accepted, why=why, slipped=max(slipped, 0.0))
 
 
 def compare(new: Record, old: Record) -> Comparison | None:
-    """How much worse `new` is than `old`, over the domains that both were judged on; None if there is none."""
+    """How much worse `new` is than `old`, over the domains that both were evaluated on; None if there is none."""
     common = [domain for domain in new["domains"] if domain in old["domains"]]
     same_parent = new["parent"] is not None and new["parent"] == old["parent"]
     differences, variances, other = [], [], []
@@ -130,8 +133,12 @@ def compare(new: Record, old: Record) -> Comparison | None:
             difference, variance = _rate(nats, [first["bytes"][i] for i, _ in both])
         else:
             other.append(domain)
-            ends = [_rate(_excess(entry, dense=same_parent), entry["bytes"]) for entry in (first, second)]
-            difference, variance = ends[0][0] - ends[1][0], ends[0][1] + ends[1][1]
+            rates = []
+            for entry in (first, second):
+                less = entry["dense"] if same_parent else [0.0] * len(entry["trained"])
+                nats = [trained - parent for trained, parent in zip(entry["trained"], less, strict=True)]
+                rates.append(_rate(nats, entry["bytes"]))
+            difference, variance = rates[0][0] - rates[1][0], rates[0][1] + rates[1][1]
         differences.append(difference)
         variances.append(variance)
     if not common:
@@ -163,13 +170,6 @@ def write(path: Path, record: Record) -> None:
     scratch.write_text(path, re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), nested) + "\n")
 
 
-def _excess(entry: dict[str, Any], *, dense: bool) -> list[float]:
-    """Nats of each window, less the dense parent's."""
-    if not dense:
-        return list(entry["trained"])
-    return [trained - parent for trained, parent in zip(entry["trained"], entry["dense"], strict=True)]
-
-
 def _rate(nats: list[float], sizes: list[int]) -> tuple[float, float]:
     """Bits per byte of windows together, and its variance: that of a ratio of means, to first order (Cochran 1977,
     eq. 2.46). Infinite for one window."""
@@ -179,20 +179,3 @@ def _rate(nats: list[float], sizes: list[int]) -> tuple[float, float]:
         return rate, math.inf
     errors = [(n / math.log(2) - rate * size) * count / total for n, size in zip(nats, sizes, strict=True)]
     return rate, sum(error * error for error in errors) / (count - 1) / count
-
-
-def _basis(comparison: Comparison) -> str:
-    same = [domain for domain in comparison.domains if domain not in comparison.other]
-    said = [f"on the same windows of {', '.join(same)}"] if same else []
-    said += [f"on other windows of {', '.join(comparison.other)}"] if comparison.other else []
-    return f"n = {comparison.windows}, {' and '.join(said)}"
-
-
-def _parent(pipeline: str) -> str | None:
-    """A digest of the dense parent's files and dtype, by the metrics of the model stage."""
-    path = Path("data/models", f"{settings.load().pipeline(pipeline).model}.json")
-    if not path.is_file():
-        return None
-    metrics = json.loads(path.read_text())
-    digest = metrics.get("source_sha256")
-    return digest and scratch.fingerprint([digest, metrics.get("dtype")])

@@ -2,7 +2,7 @@
 
     runs/NAME/release -> releases/ID     what a consumer reads: resolve the link once, then open the files
     runs/NAME/releases/ID/               the model, and release.json, its record
-    runs/NAME/refused/ID/                model/, report/, evaluation.json, and refusal.json with the verdict
+    runs/NAME/refused/ID/                model/, report/, evaluation.json, and refusal.json with the decision
     runs/NAME/accepted.json              the record of the shipped model, in git (quality_gate.py)
 
 ID is the beginning of DVC's digest of runs/NAME/model/. Weights are hard links where the file system has them: a
@@ -45,7 +45,7 @@ def present(pipeline: str) -> str:
 
 def shipped(pipeline: str) -> str | None:
     """The id of the release that the link leads to, or None."""
-    link = _link(pipeline)
+    link = Path("runs", pipeline, "release")
     return link.resolve().name if link.is_symlink() and link.is_dir() else None
 
 
@@ -74,14 +74,14 @@ def by_hand(pipeline: str) -> Path:
     if stale:
         raise ReleaseError(f"{pipeline} is out of date ({'; '.join(stale)}); `moeforge run {pipeline}` first")
     record = quality_gate.present(pipeline)
-    verdict = quality_gate.judge(record, None, tolerance=0.0)
-    if not verdict.accepted:
-        raise ReleaseError(f"{pipeline}: {verdict.why}")
+    decision = quality_gate.decide(record, None, tolerance=0.0)
+    if not decision.accepted:
+        raise ReleaseError(f"{pipeline}: {decision.why}")
     return accept(pipeline, record)
 
 
 def refuse(pipeline: str, record: Record, why: str) -> Path:
-    """Keep the present result aside with the verdict, and return its folder."""
+    """Keep the present result aside with the decision, and return its folder."""
     run, name = Path("runs", pipeline), present(pipeline)
     with _whole(_refused(pipeline, name)) as folder:
         for part in ("model", "report"):
@@ -93,7 +93,7 @@ def refuse(pipeline: str, record: Record, why: str) -> Path:
     return run / "refused" / name
 
 
-def is_judged(pipeline: str) -> bool:
+def is_decided(pipeline: str) -> bool:
     """True if the present model is the shipped one, or was refused or rolled back."""
     name = present(pipeline)
     return name == (quality_gate.accepted(pipeline) or {}).get("release") or _refused(pipeline, name).is_dir()
@@ -128,10 +128,10 @@ def rollback(pipeline: str, to: str | None = None) -> tuple[str, str]:
     if last is None or "release" not in last:
         raise ReleaseError(f"{pipeline}: nothing was released yet; `moeforge release {pipeline}` ships what is there")
     old, new = last["release"], to or last["previous"]
-    kept = sorted({path.parent.name for path in _release(pipeline, "").glob(f"*/{RECORD}")} - {old})
-    if new not in kept:
+    others = sorted({path.parent.name for path in _release(pipeline, "").glob(f"*/{RECORD}")} - {old})
+    if new not in others:
         wanted = f"release {to!r}" if to else f"release before {old}"
-        raise ReleaseError(f"{pipeline}: no {wanted} is kept here; kept besides {old}: {', '.join(kept) or 'none'}")
+        raise ReleaseError(f"{pipeline}: no {wanted} is kept here; kept besides {old}: {', '.join(others) or 'none'}")
     mark = _refused(pipeline, old) / REFUSAL  # else the next retraining would accept it again
     quality_gate.write(mark, {"why": f"rolled back to {new}", **last})
     quality_gate.write(quality_gate.record(pipeline), json.loads((_release(pipeline, new) / RECORD).read_text()))
@@ -146,8 +146,8 @@ def is_unpublished(pipeline: str) -> bool:
     return marker.is_file() and last is not None and marker.read_text() == last.get("release")
 
 
-def published(pipeline: str) -> None:
-    """Say that git and the DVC remote have the shipped model."""
+def mark_published(pipeline: str) -> None:
+    """Record that git and the DVC remote have the shipped model."""
     _unpublished(pipeline).unlink(missing_ok=True)
 
 
@@ -163,7 +163,7 @@ def _store(pipeline: str, record: Record) -> Path:
 
 
 def _point(pipeline: str, name: str) -> None:
-    link = _link(pipeline)
+    link = Path("runs", pipeline, "release")
     staging = link.with_name(f".{link.name}.publishing-{uuid.uuid4().hex}")
     staging.symlink_to(Path("releases", name))
     staging.replace(link)
@@ -189,15 +189,13 @@ def _whole(target: Path) -> Iterator[Path]:
 
 
 def _link_all(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.rglob("*")):
-        to = target / path.relative_to(source)
-        if path.is_dir():
-            to.mkdir()
-        elif path.stat().st_size < _LINKED:
-            shutil.copyfile(path, to)
+    def place(file: str, to: str) -> None:
+        if Path(file).stat().st_size < _LINKED:
+            shutil.copyfile(file, to)
         else:
-            scratch.link(path, to)
+            scratch.link(Path(file), Path(to))
+
+    shutil.copytree(source, target, copy_function=place, dirs_exist_ok=True)
 
 
 def _prune(folder: Path, record: str, *, keep: set[str | None]) -> None:
@@ -206,10 +204,6 @@ def _prune(folder: Path, record: str, *, keep: set[str | None]) -> None:
     others = [path.parent for path in records if path.parent.name not in keep]
     for old in others[max(KEPT - (len(records) - len(others)), 0) :]:
         shutil.rmtree(old)
-
-
-def _link(pipeline: str) -> Path:
-    return Path("runs", pipeline, "release")
 
 
 def _release(pipeline: str, name: str) -> Path:

@@ -35,7 +35,7 @@ def retrain(
         pipeline: its name in pipelines.yaml.
         publish: commit dvc.lock, the metrics and accepted.json, and `dvc push` if there is a remote. What an earlier
             run accepted and could not publish is published first.
-        force: run the stage pretrain and judge although nothing changed; a finished run is published again.
+        force: run the stage pretrain and evaluate although nothing changed; a finished run is published again.
         tolerance: how much worse, in bits per byte averaged over domains, a new model may be (quality_gate.py).
         code: retrain if only the code changed, too. Without it, the state says which commit made the present model.
 
@@ -60,20 +60,26 @@ def retrain(
         is_due = force or any(not dag.is_code(reason) for each in reasons.values() for reason in each)
         is_due = is_due or (code and bool(code_note))
         last = quality_gate.accepted(pipeline)
-        if last and not is_due and releases.is_judged(pipeline):
-            hint = f"; {code_note}: code=true retrains with the present code" if code_note else ""
-            return _nothing_to_do(pipeline, last, f"{hint}{caught_up}")
+        if last and not is_due and releases.is_decided(pipeline):
+            rows = {"this model": quality_gate.present(pipeline), "last accepted": last}
+            say(pipeline, "nothing to do", rows=rows, ran="nothing")
+            note = f"{pipeline}: the sources and everything after them are unchanged"
+            if releases.present(pipeline) != last.get("release"):
+                note += f"; runs/{pipeline}/model is not the accepted one"
+            if code_note:
+                note += f"; {code_note}: code=true retrains with the present code"
+            return Completed(name="Nothing to do", message=f"{note}{caught_up}")
         forced = dag.resolve(["pretrain"], stages=plan) if force else None
         outcomes = stages.run(plan, force=forced) if is_due else []
         ran = ", ".join(outcome.name for outcome in outcomes if outcome.ran) or "nothing"
         new = quality_gate.present(pipeline)
-        verdict = quality_gate.judge(new, last, tolerance=tolerance)
-        why = verdict.why + (f"; {code_note}" if code_note else "")
+        decision = quality_gate.decide(new, last, tolerance=tolerance)
+        why = decision.why + (f"; {code_note}" if code_note else "")
         say(pipeline, why, rows={"this model": new, "last accepted": last}, ran=ran)
-        if not verdict.accepted:
-            folder = releases.refuse(pipeline, new, verdict.why)
+        if not decision.accepted:
+            folder = releases.refuse(pipeline, new, decision.why)
             return Failed(name="Refused", message=f"{pipeline}: {why}; {folder}/ keeps it for inspection")
-        folder = releases.accept(pipeline, {**new, "slipped": verdict.slipped})
+        folder = releases.accept(pipeline, {**new, "slipped": decision.slipped})
         done = _publish(pipeline, plan, f"{folder} is accepted and shipped here") if publish else "not published"
         return Completed(name="Accepted", message=f"{pipeline}: {why}; {folder}; {done}")
 
@@ -86,33 +92,17 @@ def _code_note(pipeline: str, reasons: dict[str, list[str]]) -> str:
         for reason in each
         if dag.is_code(reason)
     ]
-    if not changed:
-        return ""
-    return (
-        f"the code has changed since {quality_gate.commit(pipeline) or 'an unknown commit'} trained the model before: "
-        f"{', '.join(changed)}"
-    )
+    commit = quality_gate.commit(pipeline) or "an unknown commit"
+    return f"the code has changed since {commit} trained the model before: {', '.join(changed)}" if changed else ""
 
 
-def say(pipeline: str, verdict: str, *, rows: dict[str, dict[str, Any] | None], ran: str) -> None:
-    """Put the verdict and the figures into the log and into an artifact."""
-    get_run_logger().info("%s: %s; ran %s", pipeline, verdict, ran)
-    lines = [f"**{pipeline}**: {verdict}.", "", "| bits per byte | trained | dense parent |", "|---|---:|---:|"]
+def say(pipeline: str, decision: str, *, rows: dict[str, dict[str, Any] | None], ran: str) -> None:
+    """Put the decision and the figures into the log and into an artifact."""
+    get_run_logger().info("%s: %s; ran %s", pipeline, decision, ran)
+    lines = [f"**{pipeline}**: {decision}.", "", "| bits per byte | trained | dense parent |", "|---|---:|---:|"]
     lines += [f"| {name} | {row['trained']:.4f} | {row['dense']:.4f} |" for name, row in rows.items() if row]
     create_markdown_artifact(
         key=f"retrain-{slug(pipeline)}", markdown="\n".join([*lines, "", f"Stages that ran: {ran}."])
-    )
-
-
-def _nothing_to_do(pipeline: str, last: dict[str, Any], remarks: str) -> State[Any]:
-    now = quality_gate.present(pipeline)
-    say(pipeline, "nothing to do", rows={"this model": now, "last accepted": last}, ran="nothing")
-    note = (
-        "" if releases.present(pipeline) == last.get("release") else f"; runs/{pipeline}/model is not the accepted one"
-    )
-    return Completed(
-        name="Nothing to do",
-        message=f"{pipeline}: the sources and everything after them are unchanged{note}{remarks}",
     )
 
 
@@ -136,8 +126,8 @@ def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
 
     Raises StageError with `state` if a command fails; the next run that publishes tries again, and trains nothing.
     """
-    kept = [path for stage in plan for path in stage.in_git] + [quality_gate.record(pipeline), Path("dvc.lock")]
-    paths = [str(path) for path in kept if path.exists()]
+    files = [path for stage in plan for path in stage.in_git] + [quality_gate.record(pipeline), Path("dvc.lock")]
+    paths = [str(path) for path in files if path.exists()]
     try:
         _call("git", "add", "--", *paths)
         if subprocess.run(["git", "diff", "--cached", "--quiet", "--", *paths], check=False).returncode:
@@ -154,7 +144,7 @@ def _publish(pipeline: str, plan: list[Stage], state: str) -> str:
             f"{pipeline}: {state}, but publishing failed: {error}; the next retrain with publish=true publishes it "
             "without training"
         ) from None
-    releases.published(pipeline)
+    releases.mark_published(pipeline)
     return f"{done}; pushed" if remote else f"{done}; no DVC remote to push to (`dvc remote add --default NAME URL`)"
 
 

@@ -106,17 +106,17 @@ def test_killed_at_any_step_a_whole_release_is_shipped_and_the_next_run_goes_on(
         if read() == (before, before):
             act[action]()
         assert read() == (after, after)
-        assert releases.is_judged("toy")
+        assert releases.is_decided("toy")
     assert step > 10
 
 
-def test_refused_results_stay_aside_with_the_verdict_and_are_few() -> None:
+def test_refused_results_stay_aside_with_the_decision_and_are_few() -> None:
     releases.accept("toy", result("a"))
     for text in "bcdef":
         record = result(text)
-        assert not releases.is_judged("toy")
+        assert not releases.is_decided("toy")
         folder = releases.refuse("toy", record, "refused: too bad")
-        assert releases.is_judged("toy")
+        assert releases.is_decided("toy")
         assert (folder / "model/inner/text").read_text() == (folder / "report/inner/text").read_text() == text
         assert json.loads((folder / "refusal.json").read_text())["why"] == "refused: too bad"
     assert len(list(Path("runs/toy/refused").iterdir())) == releases.KEPT
@@ -134,7 +134,7 @@ def test_releases_go_back_and_forth_and_old_ones_go() -> None:
     assert len([path for path in Path("runs/toy/releases").iterdir() if path.is_dir()]) == releases.KEPT
     ids = releases.rollback("toy")
     assert read() == ("c", "c")
-    assert releases.is_judged("toy")  # d is there still, and must not be shipped again by itself
+    assert releases.is_decided("toy")  # d is there still, and must not be shipped again by itself
     assert releases.rollback("toy", ids[0]) == ids[::-1]
     assert read() == ("d", "d")
     assert not Path("runs/toy/refused", ids[0]).exists()

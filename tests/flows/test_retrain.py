@@ -193,7 +193,7 @@ def test_changed_code_alone_retrains_only_if_asked(done_toy: Path, without_dvc: 
     assert ran(done_toy) == ["sources", "corpus", "partition", "mixture", "pretrain", "control", "evaluate", "report"]
 
 
-def test_what_is_released_by_hand_is_what_was_judged(done_toy: Path) -> None:
+def test_what_is_released_by_hand_is_what_was_evaluated(done_toy: Path) -> None:
     with (done_toy / "runs/toy/windows.json").open("a") as file:
         file.write(" ")
     refused = moeforge("release", "toy")
