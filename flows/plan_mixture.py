@@ -19,7 +19,7 @@ class MixturePlan:
     trainings: int
     """That are to be run."""
     done: int
-    """Units of a swarm that are there, and count if they are of the same inputs."""
+    """Proxy runs of a swarm that are there, and count if they are of the same inputs."""
     tokens: int
     """Of all trainings to be run together."""
     flops: int
@@ -44,7 +44,7 @@ def plan(
 
     Args:
         dense: config.json of the parent.
-        sparse: of the split model.
+        sparse: of the converted model.
         corpus: what the proxies are trained on.
         training_flops: of the training that the weights are for.
     """
@@ -103,5 +103,5 @@ def proxy_config(proxy: Proxy, *, dense: dict[str, Any], sparse: dict[str, Any])
 
 def _named(proxy: Proxy, config: dict[str, Any]) -> str:
     size = f"{config['num_hidden_layers']} layers of {config['hidden_size']}"
-    whose = {"scratch": "a LLaMA from scratch", "parent": "the parent", "student": "the split model"}[proxy.model]
+    whose = {"scratch": "a LLaMA from scratch", "parent": "the parent", "student": "the converted model"}[proxy.model]
     return f"{whose}, {size}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _code_note(pipeline: str, reasons: dict[str, list[str]]) -> str:
     return f"the code has changed since {commit} trained the model before: {', '.join(changed)}" if changed else ""
 
 
-def say(pipeline: str, decision: str, *, rows: dict[str, dict[str, Any] | None], ran: str) -> None:
+def say(pipeline: str, decision: str, *, rows: Mapping[str, dict[str, Any] | None], ran: str) -> None:
     """Put the decision and the figures into the log and into an artifact."""
     get_run_logger().info("%s: %s; ran %s", pipeline, decision, ran)
     lines = [f"**{pipeline}**: {decision}.", "", "| bits per byte | trained | dense parent |", "|---|---:|---:|"]

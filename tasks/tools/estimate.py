@@ -7,6 +7,7 @@ Shapes: T tokens of a forward pass, D hidden, V vocabulary, K experts per token,
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def memory(
     written (tasks/pretrain/engine/checkpoint_writer.py).
 
     Args:
-        config: the split model's config.json; parent: the dense parent's, if `distill` keeps it in memory.
+        config: the converted model's config.json; parent: the dense parent's, if `distill` keeps it in memory.
         bfloat16: the training dtype; float32 if not.
         cuda: train on GPUs.
         first: rank 0, which also saves whole weights, and gathers them in float32 at the end.
@@ -185,12 +186,12 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     from moe_kernels import sorted_rows
     from transformers import AutoConfig
 
-    made: Any = AutoConfig.for_model(**config)
-    sizes = counts.experts(made)
+    model: Any = AutoConfig.for_model(**config)
+    sizes = counts.experts(model)
     width, tokens = 2 if bfloat16 else 4, params.micro_batch * params.seq_len
-    hidden, heads = made.hidden_size, made.num_attention_heads
-    head_dim, row = architectures.head_dim(made), architectures.row(made)
-    queries, keys = heads * head_dim, made.num_key_value_heads * head_dim
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    head_dim, row = architectures.head_dim(model), architectures.row(model)
+    queries, keys = heads * head_dim, model.num_key_value_heads * head_dim
     common = 2 * 4 * hidden + width * (4 * hidden + 2 * queries + 2 * keys) + 4 * heads
     if row.qk_norm:  # norms of queries and keys
         common += (4 + width) * (queries + keys)
@@ -204,8 +205,8 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     sparse += 4 * sizes["experts"] + 16 * sizes["top_k"]  # the router's
     if row.shared_gate:  # the gate of the shared expert, and what it is multiplied with
         sparse += width * (hidden + 2) + 8 * sizes["top_k"]
-    dense = common + width * 4 * made.intermediate_size
-    layers, moe = made.num_hidden_layers, len(sizes["layers"])
+    dense = common + width * 4 * model.intermediate_size
+    layers, moe = model.num_hidden_layers, len(sizes["layers"])
     kept = moe * sparse + (layers - moe) * dense
     if params.gradient_checkpointing:
         kept = layers * hidden * width + (sparse if moe == layers else max(sparse, dense))
@@ -216,16 +217,10 @@ def activations(config: dict[str, Any], params: Pretrain, *, bfloat16: bool, cud
     if distils:
         logits = 2 * width  # and their gradient; softmaxes are made a few tokens at a time
     elif cuda:
-        logits = 0 if _fused() else width + 3 * 4
+        logits = 0 if importlib.util.find_spec("liger_kernel") else width + 3 * 4
     else:
         logits = 4 * 4  # in float32, log-probabilities, and two gradients: glibc fits none where another was
-    return {"activations": float(tokens * kept), "logits": float(tokens * made.vocab_size * logits)}
-
-
-def _fused() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("liger_kernel") is not None
+    return {"activations": float(tokens * kept), "logits": float(tokens * model.vocab_size * logits)}
 
 
 def _all_experts(sizes: dict[str, Any], *, tokens: int, bfloat16: bool) -> bool:

@@ -1,7 +1,8 @@
-"""What somebody else gets: a clone that pulls the results, a source archive without git."""
+"""What DVC keeps takes its place on the disk once; what somebody else gets: a clone, a source archive without git."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 from flows import cli
-from tests.flows.conftest import ran
+from tests.conftest import assert_kept_once, obey_file_modes
+from tests.flows.conftest import judge, ran
 
 
 def call(*command: str) -> str:
-    done = subprocess.run([*command], capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*command], capture_output=True, text=True, preexec_fn=obey_file_modes, env={**os.environ, "PATH": path}
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -53,3 +58,22 @@ def test_a_source_archive_says_what_it_lacks(toy: Path) -> None:
     assert "in no git repository" in CliRunner().invoke(cli.app, ["doctor"]).stdout
     call("git", "init", "--quiet")
     assert CliRunner().invoke(cli.app, ["status"]).exit_code == 0
+
+
+def test_outputs_are_kept_once_through_runs_checkouts_and_changes(toy: Path) -> None:
+    call(*DVC, "repro")
+    assert_kept_once(toy)
+    assert (toy / "runs/toy/moe/part").stat().st_mode & 0o777 == 0o444  # nobody writes to a file that the cache shares
+
+    (toy / "source.txt").write_text("other texts")
+    judge(toy, 1.4)
+    call(*DVC, "repro")
+    assert_kept_once(toy)
+
+    for folder in ("data/corpora/toy", "runs/toy/moe"):
+        for file in (toy / folder).iterdir():
+            file.unlink()
+        (toy / folder).rmdir()
+    call(*DVC, "checkout")
+    assert "up to date" in call(*DVC, "status")
+    assert_kept_once(toy)

@@ -100,7 +100,7 @@ def test_a_proxy_of_the_first_layers_costs_those_layers_and_the_plan_shows_all_o
     for table in plan_view.figures(swarm, "demo", tflops=100.0):
         Console(file=text, width=160).print(table)
     shown = " ".join(text.getvalue().split())
-    assert "20 trainings │ of a proxy: the split model, 6 layers of 576" in shown
+    assert "20 trainings │ of a proxy: the converted model, 6 layers of 576" in shown
     assert f"204.8 k │ tokens of proxies, {20 * EACH / 24_576:.1%} of the training tokens" in shown
     assert "of which the estimate of domain weights" in shown
     cost = plan.plan(swarm, "demo", bfloat16=False)

@@ -23,7 +23,7 @@ from flows import dag, stages
 from flows.upcycle import summarise, upcycle
 from tasks.scratch import BusyError, workspace
 from tasks.settings import SettingsError
-from tests.flows.conftest import alive, ran, repro, until
+from tests.flows.conftest import alive, judge, ran, repro, until
 
 ALL = ["model", "sources", "corpus", "partition", "mixture", "pretrain", "control", "evaluate", "report"]
 
@@ -212,3 +212,14 @@ def final_states(state: Any) -> dict[str, Any]:
 
     until(recorded, seconds=20)
     return states
+
+
+@pytest.mark.usefixtures("dvc_in_process")
+def test_after_a_change_the_flow_and_dvc_repro_leave_the_same_lock(done_toy: Path) -> None:
+    judge(done_toy, 1.25)
+    settings = done_toy / "pipelines.yaml"
+    settings.write_text(settings.read_text().replace("learning_rate: 1e-3", "learning_rate: 2e-3"))
+    upcycle("toy")
+    lock = (done_toy / "dvc.lock").read_bytes()
+    repro(done_toy)
+    assert (done_toy / "dvc.lock").read_bytes() == lock
