@@ -153,7 +153,7 @@ def inspect(
 
 
 @app.command(epilog="Examples: moeforge verify data/corpora/demo; moeforge verify runs/demo/moe")
-def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's split checkpoint.")]) -> None:
+def verify(path: Annotated[Path, typer.Argument(help="A corpus, or a pipeline's converted checkpoint.")]) -> None:
     """Check a corpus (hashes, counts, ids in the vocabulary) or a checkpoint (identity test). Exit 1 if not sound."""
     from flows import artifacts
 

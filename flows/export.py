@@ -2,7 +2,7 @@
 
 moeforge export demo                                # the command lines alone
 moeforge export demo --gguf --quantise Q8_0         # runs/demo/export/demo-Q8_0.gguf and its Modelfile too
-moeforge export demo --child --gguf                 # the same of its dense child: demo-child-F16.gguf
+moeforge export demo --child --gguf                 # the same of its pruned baseline: demo-child-F16.gguf
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 RESULTS = ("model", "trained")
 """Folders of runs/NAME that hold a pipeline's result; the first has the model card too."""
 CHILD = "control/model"
-"""The folder of runs/NAME that holds its dense child."""
+"""The folder of runs/NAME that holds its pruned baseline."""
 
 
 def export(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A pipeline that was run, or a checkpoint's folder.")],
-    child: Annotated[bool, typer.Option("--child", help="The pipeline's dense child in place of its result.")] = False,
+    child: Annotated[bool, typer.Option("--child", help="The pruned baseline in place of the result.")] = False,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file, and a Modelfile for Ollama.")] = False,
     quantise: Annotated[
         Literal["F32", "F16", "BF16", "Q8_0"] | None, typer.Option("--quantise", help="With --gguf, else F16.")
@@ -56,7 +56,7 @@ def export(
 
 
 def checkpoint(name: str, *, child: bool = False) -> tuple[Path, str]:
-    """The folder of a pipeline's result, of its dense child, or of a checkpoint, and a name for the model.
+    """The folder of a pipeline's result, of its pruned baseline, or of a checkpoint, and a name for the model.
 
     Raises FileNotFoundError where there is none, and SettingsError for a name that is neither.
     """
@@ -69,7 +69,7 @@ def checkpoint(name: str, *, child: bool = False) -> tuple[Path, str]:
         if (folder := Path("runs", name, result)).joinpath("config.json").is_file():
             return folder, f"{name}-child" if child else name
     if child and pipeline.pruned is None:
-        raise FileNotFoundError(f"pipelines.{name}.control = none: it has no dense child; set control: pruned")
+        raise FileNotFoundError(f"pipelines.{name}.control = none: it has no pruned baseline; set control: pruned")
     raise FileNotFoundError(
         f"runs/{name}/{CHILD if child else RESULTS[0]}: not there yet; run `moeforge run {name}` first"
     )

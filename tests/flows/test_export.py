@@ -62,7 +62,7 @@ def test_the_dense_child_is_written_beside_the_result_and_not_into_a_folder_that
     said = exported("demo", "--child", "--gguf")
     assert said.exit_code == 1
     assert "runs/demo/control/model: not there yet; run `moeforge run demo` first" in said.stderr
-    assert "has no dense child; set control: pruned" in exported("fine", "--child").stderr
+    assert "has no pruned baseline; set control: pruned" in exported("fine", "--child").stderr
     assert "pipelines has no 'runs/demo/control/model'" in exported("runs/demo/control/model", "--child").stderr
     save(Path("runs/demo/control/model"), tiny_model, "llama")
     said = exported("demo", "--child", "--gguf")
