@@ -26,6 +26,7 @@ SEAMS: Mapping[str, str] = {
     "settings": "FIELDS {section: {field: (annotation, default)}}, CHOICES {field: values}, DEFAULTS {section: "
     "function(entry) -> values}, faults(pipeline, …), warnings(pretrain)",
     "estimator": "estimate(problem) of domain weights; trainings(mixture), forward_tokens(mixture, proxy, …) for plan",
+    "swarm": "plan(problem), complete(plan, run=…), processes(count): proxy runs to share out; of one plug-in",
     "method": "a partition method, registered by tasks.partition.methods.method",
     "cost": "trainings(pipeline): {title: settings} of trainings of the parent before it is pruned",
     "control": "make(entry, control, job, …), steps(work), publish(work, …): a pruned baseline by another method",

@@ -20,15 +20,13 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tasks import scratch, settings
+from tasks import plugin, scratch, settings
 from tasks.mixture import methods, plots
 from tasks.mixture.problem import Problem, normalise
-
-if TYPE_CHECKING:
-    from tasks.mixture.proxies.swarm import Runner
 
 MARKER = "estimate.txt"
 
@@ -97,8 +95,11 @@ def run(pipeline: str) -> Path:
     return target
 
 
-def share(pipeline: str, *, run: Runner, index: int = 0, count: int = 1) -> int:
+def share(pipeline: str, *, run: Callable[..., Any] | None = None, index: int = 0, count: int = 1) -> int:
     """Train the units index, index + count, … of a pipeline's swarm, beside others that train theirs.
+
+    Args:
+        run: run(train, units) trains the units; one process if absent.
 
     Returns:
         How many of them were missing.
@@ -107,16 +108,15 @@ def share(pipeline: str, *, run: Runner, index: int = 0, count: int = 1) -> int:
         ValueError: the pipeline's method has no swarm.
         TrainingError, OSError, scratch.BusyError: what was finished is kept.
     """
-    from tasks.mixture.proxies import swarm
-
     problem = problem_of(pipeline)
     if problem.swarm is None:
         raise ValueError(f"pipelines.{pipeline}.mixture has no `swarm`, whose units could be shared out")
+    (swarm,) = plugin.modules("swarm").values()
     with scratch.workspace("mixture", pipeline, shared=True) as work:
         planned = swarm.plan(dataclasses.replace(problem, work=work))
         mine = dataclasses.replace(planned, units=planned.units[index::count])
         missing = len(mine.pending())
-        swarm.complete(mine, run=run)
+        swarm.complete(mine, run=run or swarm.processes(1))
     return missing
 
 
@@ -138,9 +138,7 @@ def main() -> int:
         if index is None:
             run(pipeline)
         else:
-            from tasks.mixture.proxies import swarm
-
-            trained = share(pipeline, run=swarm.processes(1), index=index, count=count)
+            trained = share(pipeline, index=index, count=count)
             print(f"mixture {pipeline}: {trained} units trained")
     except (ValueError, OSError, TrainingError, scratch.BusyError) as error:
         print(f"mixture: {error}", file=sys.stderr)

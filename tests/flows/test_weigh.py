@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows import cli, tokenise, weigh
-from tasks.mixture.proxies.swarm import Unit
+from tasks.plugins.proxy_runs.swarm import Unit
 
 UNITS = [Unit(key=f"{i:016x}", weights={"a": 1.0}, seed=i) for i in range(12)]
 

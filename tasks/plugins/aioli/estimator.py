@@ -10,8 +10,8 @@ import json
 from typing import NamedTuple
 
 from tasks.mixture.problem import Estimate, Problem
-from tasks.mixture.proxies import course
-from tasks.mixture.proxies.units import Setup
+from tasks.plugins.proxy_runs import course
+from tasks.plugins.proxy_runs.units import Setup
 from tasks.settings.mixture import Mixture, Proxy
 
 UPDATES, SWEEPS, SWEEP_STEPS = 20, 4, 4

@@ -11,10 +11,10 @@ import json
 from typing import Any
 
 from tasks.mixture.problem import Estimate, Problem, prior
-from tasks.mixture.proxies import course
-from tasks.mixture.proxies.course import Course
-from tasks.mixture.proxies.units import Setup
 from tasks.plugins.doremi import settings
+from tasks.plugins.proxy_runs import course
+from tasks.plugins.proxy_runs.course import Course
+from tasks.plugins.proxy_runs.units import Setup
 from tasks.settings.mixture import Proxy
 
 

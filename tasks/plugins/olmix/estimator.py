@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from tasks.mixture import repetition
 from tasks.mixture.problem import Estimate, Problem, prior
-from tasks.mixture.proxies import evidence, swarm
-from tasks.mixture.proxies.swarm import Observed
+from tasks.plugins.proxy_runs import evidence, swarm
+from tasks.plugins.proxy_runs.swarm import Observed
 
 Array = NDArray[np.float64]
 KAPPA = 0.05

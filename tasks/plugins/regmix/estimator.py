@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from tasks.mixture import repetition
 from tasks.mixture.problem import Estimate, Problem, prior
-from tasks.mixture.proxies import evidence, swarm
-from tasks.mixture.proxies.evidence import Law
-from tasks.mixture.proxies.swarm import Observed
+from tasks.plugins.proxy_runs import evidence, swarm
+from tasks.plugins.proxy_runs.evidence import Law
+from tasks.plugins.proxy_runs.swarm import Observed
 
 Array = NDArray[np.float64]
 SETTINGS = {

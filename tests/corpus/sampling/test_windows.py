@@ -141,7 +141,7 @@ def test_a_test_split_without_a_window_is_found_before_anything_is_trained(
             "unseen",
             {
                 "tasks/mixture/compare.py",
-                "tasks/mixture/proxies/units.py",
+                "tasks/plugins/proxy_runs/units.py",
                 "tasks/plugins/proxy_runs/estimating.py",
             },
         ),

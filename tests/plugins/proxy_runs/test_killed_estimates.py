@@ -29,7 +29,7 @@ params = settings.Pretrain(**given | {"dynamic": None, "tokens": 8 * 256, "balan
 folders = {"corpus": Path("data/corpora/tiny"), "model": parent, "parent": parent, "mixture": work / "mixture.json"}
 launcher.run(Job(pipeline="tiny.estimate", params=params, workspace=work, options=json.loads(sys.argv[2]), **folders))
 """
-# DoReMi is killed in tests/mixture/proxies/test_online_stage.py
+# DoReMi is killed in tests/plugins/proxy_runs/test_online_stage.py
 PLANS: dict[str, dict[str, Any]] = {
     "doge": {"target": {"code": 1.0}},
     "aioli": {"updates": 2, "sweeps": 1, "sweep_steps": 1},

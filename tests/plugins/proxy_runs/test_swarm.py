@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tasks.mixture.problem import Problem
-from tasks.mixture.proxies import swarm, units
-from tasks.mixture.proxies.swarm import Unit
+from tasks.plugins.proxy_runs import swarm, units
+from tasks.plugins.proxy_runs.swarm import Unit
 from tasks.pretrain.job import Diverged
 from tasks.settings import Pretrain, Proxy, Swarm
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from tasks import scratch
 from tasks.corpus.prepare import stage
 from tasks.mixture.problem import Problem, prior
-from tasks.mixture.proxies import models, units
-from tasks.mixture.proxies.units import Setup
+from tasks.plugins.proxy_runs import models, units
+from tasks.plugins.proxy_runs.units import Setup
 from tasks.workers import cores, default_environment
 
 SMOOTHED, STRENGTHS, MOST, LEAST = 0.5, (0.1, 5.0), 15.0, 2e-4

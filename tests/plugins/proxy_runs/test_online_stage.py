@@ -13,10 +13,10 @@ from ruamel.yaml import YAML
 from tasks import settings
 from tasks.mixture import __main__ as stage
 from tasks.mixture import methods
-from tasks.mixture.proxies import course
 from tasks.plugins.aioli import estimator as aioli
 from tasks.plugins.doge import estimator as doge
 from tasks.plugins.doremi import estimator as doremi
+from tasks.plugins.proxy_runs import course
 from tasks.pretrain.job import Diverged
 from tests.pretrain import warm_stages
 from tests.pretrain.projects import wait_for
@@ -29,12 +29,12 @@ SHAPE = {
 
 
 @pytest.fixture
-def project(project: Path) -> Path:
+def proxy_folder(proxy_folder: Path) -> Path:
     """Prose, code, and little texts that are never trained on; the settings are the test's own."""
     text = Path("pipelines.yaml").read_text()
     Path("pipelines.yaml").unlink()
     Path("pipelines.yaml").write_text(text)
-    return project
+    return proxy_folder
 
 
 def edit(change: Any) -> None:
@@ -64,7 +64,7 @@ def estimated() -> dict[str, Any]:
     return written
 
 
-def test_every_method_shows_its_course_and_counts_what_it_took(project: Path) -> None:
+def test_every_method_shows_its_course_and_counts_what_it_took(proxy_folder: Path) -> None:
     configure(method="doremi", doremi={"rounds": 2})
     made = {"doremi": estimated()}
     configure(method="doge", seeds=2, target={"words": 1.0, "code": 0.0})
@@ -96,11 +96,11 @@ def test_every_method_shows_its_course_and_counts_what_it_took(project: Path) ->
     assert not left & {"checkpoints", "trained"}
 
 
-def test_a_stage_killed_in_its_second_training_ends_with_the_mixture_of_one_that_was_not(project: Path) -> None:
+def test_a_stage_killed_in_its_second_training_ends_with_the_mixture_of_one_that_was_not(proxy_folder: Path) -> None:
     configure(method="doremi")
     for name in ("tasks", "kernels"):
         Path(name).symlink_to(ROOT / name)  # what the stage's process imports
-    started = warm_stages.start("tasks.mixture", "tiny", cwd=project)
+    started = warm_stages.start("tasks.mixture", "tiny", cwd=proxy_folder)
     courses = Path(".scratch/mixture-tiny")
     wait_for(lambda: [*courses.glob("*/courses/*/done.json")] and [*courses.glob("*/courses/*/checkpoints/step-*")])
     started.process.kill()
@@ -116,7 +116,9 @@ def test_a_stage_killed_in_its_second_training_ends_with_the_mixture_of_one_that
     assert stage.run("tiny").read_bytes() == killed
 
 
-def test_a_mix_of_nearly_one_domain_is_printed_as_a_warning(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mix_of_nearly_one_domain_is_printed_as_a_warning(
+    proxy_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     configure(method="doremi")
     problem = replace(stage.problem_of("tiny"), work=Path("work"))
     folder = problem.work / "courses/one"
@@ -131,7 +133,7 @@ def test_a_mix_of_nearly_one_domain_is_printed_as_a_warning(project: Path, capsy
         )
 
 
-def test_what_an_estimator_cannot_weigh_is_refused_by_name_before_anything_is_trained(project: Path) -> None:
+def test_what_an_estimator_cannot_weigh_is_refused_by_name_before_anything_is_trained(proxy_folder: Path) -> None:
     configure(method="doge")
     problem = stage.problem_of("tiny")
     for estimate in (doremi.estimate, doge.estimate, aioli.estimate):
@@ -150,7 +152,7 @@ def test_what_an_estimator_cannot_weigh_is_refused_by_name_before_anything_is_tr
     assert not [*Path().glob("work/courses")]
 
 
-def test_a_proxy_that_diverges_names_the_setting_to_lower(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_diverges_names_the_setting_to_lower(proxy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(method="doge")
     edit(lambda content: content["pipelines"]["tiny"]["mixture"]["proxy"].update(learning_rate=1e30))
     with pytest.raises(Diverged, match=r"the proxy of doge diverges: .*; lower mixture.proxy.learning_rate"):

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import scratch
-from tasks.mixture.proxies import models
 from tasks.moe import checkpoint, files, gate
+from tasks.plugins.proxy_runs import models
 from tasks.settings import Proxy
 from tests.moe import sparse_models
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from tasks import scratch
 from tasks.mixture.problem import Estimate, Problem, normalise
-from tasks.mixture.proxies import models, units
-from tasks.mixture.proxies.units import Setup
+from tasks.plugins.proxy_runs import models, units
+from tasks.plugins.proxy_runs.units import Setup
 from tasks.pretrain.job import Diverged
 
 DONE, TRAINED = "done.json", "trained"

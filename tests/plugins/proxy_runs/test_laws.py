@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from tasks.mixture import methods
 from tasks.mixture.problem import Problem
-from tasks.mixture.proxies import evidence, swarm
-from tasks.mixture.proxies.swarm import Observed
 from tasks.plugins.olmix import estimator as olmix
+from tasks.plugins.proxy_runs import evidence, swarm
+from tasks.plugins.proxy_runs.swarm import Observed
 from tasks.plugins.regmix import estimator as regmix
 
 DOMAINS = ["prose", "code", "noise", "copy"]
