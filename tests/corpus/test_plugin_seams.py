@@ -38,10 +38,13 @@ class Reader(FileReader):
 USE = """
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from tasks import plugin, plugins
+from tasks import plugin
 
-plugin.FOLDER, plugins.__path__ = Path("plugins"), ["plugins"]
+plugin.FOLDER = Path("plugins")
+sys.modules["tasks.plugins"] = ModuleType("tasks.plugins")
+sys.modules["tasks.plugins"].__path__ = ["plugins"]
 from tasks.corpus.filters import chain
 from tasks.corpus.readers.registry import open_reader
 from tasks.corpus.records import Document
