@@ -80,3 +80,9 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
 
 def test_the_settings_need_none_of_the_packages() -> None:
     assert chain({"rule": "length"}, {"rule": "advertisement"})(document(PROSE[0])) is None
+
+
+def test_a_document_of_exactly_the_least_and_the_most_characters_is_kept() -> None:
+    verdict = chain({"rule": "length", "min_chars": 3, "max_chars": 5})
+    found = [verdict(document("x" * count)) for count in (2, 3, 5, 6)]
+    assert found == ["length.too_short", None, None, "length.too_long"]
